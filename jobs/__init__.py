@@ -1,0 +1,89 @@
+"""The command line's shared floor: what a job is given, how it shows progress and how it ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    Advance = Callable[[int, int], None]
+
+
+class Exit(IntEnum):
+    """Exit codes of every command; they are part of the interface."""
+
+    DONE = 0
+    USAGE = 2
+    HOLD = 3
+    GUARD_FAILED = 4
+    INFRASTRUCTURE = 5
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """Where a job speaks: results on stdout (one JSON object with ``--json``), progress and remarks on stderr."""
+
+    as_json: bool = False
+    out: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+    err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty()))
+
+    def say(self, text: str) -> None:
+        """A remark for a person."""
+        self.err.print(text, markup=False)
+
+    def result(self, data: Mapping[str, object], *shown: Table | str) -> None:
+        """The outcome: ``data`` with ``--json``, else what is ``shown``."""
+        if self.as_json:
+            print(json.dumps(data, default=str, allow_nan=True))
+            return
+        for part in shown:
+            if isinstance(part, str):
+                self.out.print(part, markup=False)
+            else:
+                self.out.print(part)
+
+    @contextmanager
+    def progress(self, label: str, unit: str = "") -> Iterator[Advance]:
+        """Yield ``advance(done, total)``: a bar on a terminal, else a plain line every few seconds."""
+        if self.err.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+            with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.err, transient=True) as bar:
+                task = bar.add_task(label, total=None)
+                yield lambda done, total: bar.update(task, completed=done, total=total)
+            return
+        started = spoken = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal spoken
+            now = time.monotonic()
+            if now - spoken >= 5:
+                spoken = now
+                self.say(f"{label}: {done}/{total} {unit} after {now - started:.0f} s".replace("  ", " "))
+
+        yield line
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A result table; the first column is left-aligned, numbers belong right."""
+    made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        made.add_row(*("-" if cell is None else str(cell) for cell in row))
+    return made
+
+
+def percent(x: float | None) -> str | None:
+    """0.0312 → '3.1'; None stays None."""
+    return None if x is None or x != x else f"{100 * x:.1f}"

@@ -1,0 +1,152 @@
+"""Captures → features: one Ray Data execution per cycle for the new segments of the whole fleet.
+
+The driver lists segments, checks footers and assigns offsets; tasks validate, decode, run the trunk and write feature files;
+one ledger transaction at the end makes them count. A crash before it repeats the same files with the same offsets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.data import DataConfig
+from pipeline.data.captures import BadSegment, check_segment, list_segments, read_segment
+from pipeline.data.decode import BadImage, decode
+from pipeline.data.features import FeatureBlock, pseudonym, write_features
+from pipeline.ledger import QuarantineRow, SegmentRow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pipeline.config import Config
+    from pipeline.models.checkpoint import SourceModel
+
+CHUNK = 256  # captures decoded and featurised together, which bounds a task's memory
+
+
+@dataclass(frozen=True)
+class NewSegment:
+    """A segment whose footer passed, with the offset of its first row."""
+
+    site: str
+    name: str
+    path: str
+    rows: int
+    base_offset: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the captures folder holds beyond the ledger."""
+
+    new: tuple[NewSegment, ...]
+    refused: tuple[tuple[SegmentRow, QuarantineRow], ...]  # whole files
+    strays: tuple[str, ...]  # folders that are no site, one line each
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """The result of a Ray Data execution, ready to be committed."""
+
+    segments: tuple[SegmentRow, ...]
+    quarantined: tuple[QuarantineRow, ...]
+    failed: tuple[tuple[str, str], ...]  # (site, reason): nothing of these segments counts, the next cycle tries again
+
+
+def find(limits: DataConfig, known: dict[str, set[str]], next_offset: Callable[[str], int]) -> Found:
+    """List the segments that the ledger does not know; ``known`` maps a site to its segment names."""
+    listing = list_segments(Path(limits.captures))
+    new: list[NewSegment] = []
+    refused: list[tuple[SegmentRow, QuarantineRow]] = []
+    for site, paths in listing.segments.items():
+        base = next_offset(site)
+        for path in (p for p in paths if p.name not in known.get(site, set())):
+            try:
+                rows = check_segment(path, site=site, limits=limits)
+            except BadSegment as e:
+                row = SegmentRow(site, path.name, _digest(path, limits.max_bytes), 0, base, 0, 0)
+                refused.append((row, QuarantineRow(site, path.name, -1, None, str(e))))
+                continue
+            new.append(NewSegment(site, path.name, str(path.resolve()), rows, base))
+            base += rows
+    return Found(tuple(new), tuple(refused), tuple(listing.rejected))
+
+
+def run(config: Config, new: Sequence[NewSegment], *, checkpoint: Path, on_progress: Callable[[int, int], None]) -> Ingested:
+    """Featurise ``new`` with the trunk in ``checkpoint``; needs a connected Ray."""
+    if not new:
+        return Ingested((), (), ())
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    items = [{"segment": json.dumps(vars(s))} for s in new]
+    blocks = min(len(items), 4 * config.cluster.ingest_workers)
+    dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
+        _ingest_batch,
+        batch_size=1,
+        concurrency=config.cluster.ingest_workers,
+        num_cpus=config.cluster.cpus / config.cluster.ingest_workers / 2 if config.cluster.address == "local" else 1,
+        fn_kwargs={
+            "limits": config.data.model_dump_json(),
+            "checkpoint": str(checkpoint),
+            "features": str(config.place("features")),
+        },
+    )
+    done: list[dict[str, object]] = []
+    on_progress(0, len(new))
+    for row in dataset.iter_rows():
+        done.append(json.loads(row["result"]))
+        on_progress(len(done), len(new))
+    return _collect(new, done)
+
+
+def _collect(new: Sequence[NewSegment], done: Sequence[dict[str, object]]) -> Ingested:
+    """Results in stream order. After a failed segment the site's later ones wait, or their offsets would have a hole."""
+    by_key = {(str(d["site"]), str(d["name"])): d for d in done}
+    segments: list[SegmentRow] = []
+    quarantined: list[QuarantineRow] = []
+    failed: dict[str, str] = {}
+    for s in new:
+        result = by_key[s.site, s.name]
+        if result["error"]:
+            failed.setdefault(s.site, f"{s.name}: {result['error']}")
+        if s.site in failed:
+            continue
+        bad = [QuarantineRow(s.site, s.name, row, sample, reason) for row, sample, reason in result["bad"]]  # pyright: ignore
+        segments.append(SegmentRow(s.site, s.name, str(result["sha256"]), s.rows, s.base_offset, s.rows - len(bad), len(bad)))
+        quarantined += bad
+    return Ingested(tuple(segments), tuple(quarantined), tuple(failed.items()))
+
+
+def _ingest_batch(batch: dict[str, np.ndarray], *, limits: str, checkpoint: str, features: str) -> dict[str, list[str]]:
+    """Ray Data UDF over segments: a segment that breaks is reported, never raised, so that it stops nobody else."""
+    results: list[str] = []
+    for text in batch["segment"]:
+        segment = NewSegment(**json.loads(text))
+        try:
+            result = ingest_segment(segment, DataConfig.model_validate_json(limits), _model(checkpoint), Path(features))
+        except Exception as e:  # a site may fail, the fleet may not: the reason is kept and shown
+            result = {"bad": [], "sha256": "", "error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"}
+        results.append(json.dumps({"site": segment.site, "name": segment.name, **result}))
+    return {"result": results}
+
+
+def ingest_segment(segment: NewSegment, limits: DataConfig, model: SourceModel, features: Path) -> dict[str, object]:
+    """Validate, decode, featurise and store one segment → its digest and bad rows (row, sample id, reason)."""
+    path = Path(segment.path)
+    good, bad = read_segment(path, site=segment.site, limits=limits)
+    blocks: list[FeatureBlock] = []
+    for start in range(0, len(good), CHUNK):
+        block, worse = _featurise(good[start : start + CHUNK], segment, limits, model)
+        blocks.append(block)
+        bad += worse
+    whole = FeatureBlock(*(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__)) if blocks else None
+    if whole is not None and len(whole):
+        write_features(features, model.manifest.trunk_digest, segment.site, whole)
+    return {"bad": sorted(bad), "sha256": _digest(path, limits.max_bytes), "error": ""}

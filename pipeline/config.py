@@ -1,0 +1,248 @@
+"""One flat YAML per deployment → one validated, frozen Config. Section classes live beside what they configure;
+those of the layers above this file (cluster, ledger, lineage, search) live here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pkgutil
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import yaml
+from pydantic import Field, SerializeAsAny, ValidationError
+
+from pipeline.bank import BankConfig
+from pipeline.data import DataConfig
+from pipeline.guards import GuardsConfig
+from pipeline.models import ModelConfig
+from pipeline.rollout import RolloutConfig
+from pipeline.source import Schedule
+from pipeline.types import Section
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pydantic_core import ErrorDetails
+
+PLUGGED = {"source": "rise", "site": "danet"}  # sections whose `kind` is a module, and the default kind
+RESULT_SECTIONS = ("data", "model", "source", "site", "guards")
+PLACES = {"data": {"corpora", "anchor", "captures", "sealed", "redteam", "retention"}}  # where things are, not what comes out
+
+
+class ConfigError(ValueError):
+    """A person's mistake in the configuration; the message is one line per mistake."""
+
+
+class ClusterConfig(Section):
+    """Section ``cluster``: how much of Ray is used. ``address: local`` starts an embedded cluster."""
+
+    address: str = "local"
+    cpus: int = Field(default=2, ge=1, description="logical CPUs of the embedded cluster")
+    train_workers: int = Field(default=1, ge=1)
+    train_gpu: bool = False
+    shards: int = Field(default=2, ge=1, description="shard actors; about one per core")
+    ingest_workers: int = Field(default=2, ge=1, description="parallel ingest tasks")
+    object_store_mb: int = Field(default=512, ge=80)
+    image: str = Field(default="ghcr.io/palisade/palisade:0.1.0", description="container image of the manifests")
+    namespace: str = "palisade"
+    schedule: str = Field(default="0 3 * * *", description="cron expression of the cycle")
+    time_zone: str = "Etc/UTC"
+    workers: int = Field(default=2, ge=0, description="KubeRay worker pods")
+    worker_cpu: int = Field(default=4, ge=1)
+    worker_memory_gb: int = Field(default=16, ge=1)
+    gpus_per_worker: int = Field(default=0, ge=0)
+
+
+class LedgerConfig(Section):
+    """Section ``ledger``: the durable record and the blobs it points to."""
+
+    url: str = Field(default="sqlite:///run/ledger.db", description="SQLAlchemy URL")
+    artifacts: str = Field(default="run/artifacts", description="blobs, checkpoints, features, reports")
+
+
+class LineageConfig(Section):
+    """Section ``lineage``: MLflow."""
+
+    uri: str = Field(default="sqlite:///run/mlflow.db", description="tracking and registry URI")
+    artifacts: str = Field(default="run/mlflow-artifacts", description="artifact root of new experiments")
+    experiment: str = "palisade"
+    model: str = Field(default="palisade.source", description="registered model that holds the source versions")
+
+
+class Choice(Section):
+    """A search dimension over listed values."""
+
+    choice: tuple[float | int | bool | str, ...] = Field(min_length=1)
+
+
+class LogUniform(Section):
+    """A search dimension, log-uniform between two positive bounds."""
+
+    loguniform: tuple[float, float]
+
+
+class Uniform(Section):
+    """A search dimension, uniform between two bounds."""
+
+    uniform: tuple[float, float]
+
+
+class SearchConfig(Section):
+    """Section ``search``: ASHA over replayed features; keys of ``space`` are dotted names in section ``site``."""
+
+    space: dict[str, Choice | LogUniform | Uniform] = {}
+    sites: tuple[str, ...] = Field(default=(), description="development sites with sealed labels; never a target")
+    samples: int = Field(default=8, ge=1)
+    rungs: int = Field(default=3, ge=1, description="times a trial reports while it replays")
+    reduction: int = Field(default=3, ge=2)
+    concurrent: int = Field(default=2, ge=1)
+    seed: int = 0
+
+
+class Config(Section):
+    """The deployment. ``source`` and ``site`` hold the Config of the method that their ``kind`` names."""
+
+    data: DataConfig
+    model: ModelConfig
+    source: SerializeAsAny[Schedule]
+    site: SerializeAsAny[Section]
+    bank: BankConfig
+    guards: GuardsConfig
+    rollout: RolloutConfig
+    search: SearchConfig
+    cluster: ClusterConfig
+    ledger: LedgerConfig
+    lineage: LineageConfig
+
+    def place(self, *parts: str) -> Path:
+        """Absolute path below ``ledger.artifacts``."""
+        return Path(self.ledger.artifacts).resolve().joinpath(*parts)
+
+    def fingerprint(self) -> str:
+        """sha256 over what changes results; never over paths, URIs or cluster sizes."""
+        full = self.model_dump(mode="json")
+        kept = {s: {k: v for k, v in full[s].items() if k not in PLACES.get(s, ())} for s in RESULT_SECTIONS}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path`` (None = defaults), apply ``section.key=value`` overrides, validate the whole.
+
+    Raises ConfigError naming file, field, what was given and what is allowed.
+    """
+    where = str(path) if path else "defaults"
+    raw = _read(path) if path else {}
+    given_in: dict[str, str] = {}
+    for item in overrides:
+        _override(raw, item, given_in)
+    return _compose(raw, where, given_in)
+
+
+def parse(text: str, where: str) -> Config:
+    """The Config in YAML or JSON ``text``, as stored with an artifact."""
+    return _compose(_mapping(text, where), where, {})
+
+
+def methods(section: str) -> list[str]:
+    """Names of the methods in ``pipeline/<section>``: the folder is the registry."""
+    package = importlib.import_module(f"pipeline.{section}")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+
+
+def method_config(section: str, kind: str) -> type[Section]:
+    """The Config class of one method file."""
+    return importlib.import_module(f"pipeline.{section}.{kind}").Config
+
+
+def _read(path: Path) -> dict[str, dict[str, object]]:
+    try:
+        return _mapping(path.read_text(), str(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; pass --config with one of conf/*.yaml") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read: {e}") from None
+
+
+def _mapping(text: str, where: str) -> dict[str, dict[str, object]]:
+    try:
+        raw = yaml.safe_load(text) or {}
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{where}: not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(raw, dict) or not all(isinstance(v, dict) for v in raw.values()):
+        raise ConfigError(f"{where}: must be sections of keys, e.g. 'site: {{lr: 1e-3}}'")
+    return raw
+
+
+def _override(raw: dict[str, dict[str, object]], item: str, given_in: dict[str, str]) -> None:
+    name, eq, text = item.partition("=")
+    parts = name.split(".")
+    if not eq or len(parts) < 2:
+        raise ConfigError(f"override {item!r}: write section.key=value, e.g. site.lr=1e-4")
+    node: dict[str, object] = raw  # pyright: ignore[reportAssignmentType]
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {item!r}: {part} is a value, not a section")
+        node = child  # pyright: ignore[reportUnknownVariableType]
+    try:
+        node[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {item!r}: {text!r} is not a YAML value") from None
+    given_in[name] = f"override {item}"
+
+
+def _compose(raw: Mapping[str, Mapping[str, object]], where: str, given_in: Mapping[str, str]) -> Config:
+    mistakes = [f"{where}: {name}: no such section{_hint(name, list(Config.model_fields))}"
+                for name in raw if name not in Config.model_fields]  # fmt: skip
+    sections: dict[str, Section] = {}
+    for name, field in Config.model_fields.items():
+        values = dict(raw.get(name) or {})
+        try:
+            cls = _section_class(name, values, field.annotation)
+            sections[name] = cls.model_validate(values)
+        except ConfigError as e:
+            mistakes.append(f"{given_in.get(f'{name}.kind', where)}: {e}")
+        except ValidationError as e:
+            mistakes += [_line(name, error, where, given_in, cls) for error in e.errors()]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return Config.model_validate(sections)
+
+
+def _section_class(name: str, values: dict[str, object], annotation: object) -> type[Section]:
+    if name not in PLUGGED:
+        assert isinstance(annotation, type) and issubclass(annotation, Section)
+        return annotation
+    kind = values.setdefault("kind", PLUGGED[name])
+    if kind not in methods(name):
+        raise ConfigError(f"{name}.kind: {kind!r}; allowed: {', '.join(methods(name))}")
+    return method_config(name, str(kind))
+
+
+def _line(section: str, error: ErrorDetails, where: str, given_in: Mapping[str, str], cls: type[Section]) -> str:
+    loc = [str(p) for p in error["loc"]]
+    dotted = ".".join([section, *loc])
+    place = given_in.get(dotted, where)
+    if error["type"] == "extra_forbidden":
+        allowed = _fields(cls, loc[:-1])
+        return f"{place}: {dotted}: no such key{_hint(loc[-1], allowed)}"
+    return f"{place}: {dotted}: {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _fields(cls: type[Section], path: Sequence[str]) -> list[str]:
+    for part in path:
+        field = cls.model_fields.get(part)
+        if field and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            cls = field.annotation
+    return list(cls.model_fields)
+
+
+def _hint(given: str, allowed: Sequence[str]) -> str:
+    close = get_close_matches(given, allowed, 1)
+    return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(allowed)}"
+
+

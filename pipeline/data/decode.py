@@ -1,0 +1,252 @@
+"""Encoded captures → aligned frames: the header is judged before any pixel is decoded, because OpenCV opens every bomb.
+
+One frame is uint8 [5, S, S]: channels 0-2 RGB, 3 depth, 4 IR, zero where a modality is absent. Depth of any encoding is
+stretched per frame to 1..255 with 0 = no return; its polarity is not known. EXIF orientation is ignored: the modalities
+are aligned as stored.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import cv2
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CHANNELS = 5
+MAX_SIDE = 4096
+MAX_PIXELS = 16_800_000
+MAX_BYTES = 8 * 2**20
+MAX_EXPANSION = 200
+FREE_BYTES = 4 * 2**20  # decoded size below which expansion is harmless: a covered 720p sensor packs 1000 times
+MAX_SCANS = 64  # cameras write about 10; each scan of a progressive JPEG costs a pass over all pixels
+NO_RETURN_8BIT = 8  # 8-bit depth is mostly JPEG, whose ringing puts 1..8 around pixels without a return
+ROBUST = (0.02, 0.98)  # share of returns below and above which depth is clipped
+SPREAD = 4.0  # median absolute deviations from the median at which it is clipped: a wall behind must not flatten the face
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+PNG_ANIMATION = frozenset((b"acTL", b"fcTL", b"fdAT"))
+PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
+SOF_ALLOWED = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive
+SOF_ALL = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+AS_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+AS_GREY = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+
+Name = Literal["rgb", "depth", "ir"]
+
+
+class BadImage(ValueError):
+    """A capture that is not decoded; the message is its quarantine reason and starts with the modality."""
+
+
+class _Header(NamedTuple):
+    width: int
+    height: int
+    bytes_per_pixel: int
+
+
+def decode(rgb: bytes | None, depth: bytes | None, ir: bytes | None, *, size: int) -> tuple[NDArray[np.uint8], int]:
+    """Decode one capture → (frame uint8 [5, size, size], present bit mask); None means that the modality is absent."""
+    return frame_from_arrays(
+        None if rgb is None else read_pixels(rgb, "rgb"),
+        None if depth is None else read_pixels(depth, "depth"),
+        None if ir is None else read_pixels(ir, "ir"),
+        size=size,
+    )
+
+
+def read_pixels(data: bytes, name: Name) -> np.ndarray:
+    """Pixels of one JPEG or PNG: uint8 [H, W, 3] RGB, or uint8 / uint16 [H, W] of depth and IR."""
+    header = _checked_header(data, name)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), AS_RGB if name == "rgb" else AS_GREY)
+    except cv2.error:
+        pixels = None
+    if pixels is None or pixels.shape[:2] != (header.height, header.width):
+        raise BadImage(f"{name}: pixels cannot be decoded")
+    return pixels
+
+
+def frame_from_arrays(
+    rgb: NDArray[np.uint8] | None, depth: np.ndarray | None, ir: np.ndarray | None, *, size: int
+) -> tuple[NDArray[np.uint8], int]:
+    """Assemble a frame: rgb uint8 [H, W, 3]; depth and ir [H, W] uint8, uint16 or float (depth: any unit; IR: [0, 1])."""
+    frame = np.zeros((CHANNELS, size, size), np.uint8)
+    present = 0
+    if rgb is not None:
+        if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or not rgb.size:
+            raise BadImage(f"rgb: array is {rgb.dtype}{list(rgb.shape)}, allowed uint8 [H, W, 3]")
+        frame[0:3] = _resize(rgb, size).transpose(2, 0, 1)
+        present |= 1
+    if depth is not None:
+        _check_plane(depth, "depth")
+        frame[3] = _stretched(depth, size)
+        present |= 2
+    if ir is not None:
+        _check_plane(ir, "ir")
+        frame[4] = _resize(_ir8(ir), size)
+        present |= 4
+    if not present:
+        raise BadImage("no modality present")
+    return frame, present
+
+
+def _checked_header(data: bytes, name: Name) -> _Header:
+    if not data:
+        raise BadImage(f"{name}: no bytes")
+    if len(data) > MAX_BYTES:
+        raise BadImage(f"{name}: {len(data)} bytes, allowed {MAX_BYTES}")
+    try:
+        if data.startswith(PNG_MAGIC):
+            header = _png(data)
+        elif data.startswith(b"\xff\xd8\xff"):
+            header = _jpeg(data)
+        else:
+            raise BadImage("neither JPEG nor PNG")
+        _check_size(header, len(data))
+    except BadImage as e:
+        raise BadImage(f"{name}: {e}") from None
+    except (struct.error, IndexError):
+        raise BadImage(f"{name}: header is cut off") from None
+    return header
+
+
+def _check_size(header: _Header, packed: int) -> None:
+    width, height, bytes_per_pixel = header
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        raise BadImage(f"header claims {width}x{height}, allowed {MAX_SIDE}")
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"header claims {width * height} pixels, allowed {MAX_PIXELS}")
+    unpacked = width * height * bytes_per_pixel
+    if unpacked > FREE_BYTES and unpacked > MAX_EXPANSION * packed:
+        raise BadImage(f"expands {unpacked // packed}x, allowed {MAX_EXPANSION}x")
+
+
+def _png(data: bytes) -> _Header:
+    """Walk every chunk: the file must be one still PNG from its first byte to its last."""
+    at, header = len(PNG_MAGIC), None
+    while True:
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        if end > len(data):
+            raise BadImage("PNG is cut off")
+        if (kind == b"IHDR") != (header is None):
+            raise BadImage("PNG has no single IHDR at its start")
+        if header is None:
+            header = _png_header(data, at + 8, length)
+        elif kind in PNG_ANIMATION:
+            raise BadImage("PNG is animated, allowed are still images")
+        if zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise BadImage("PNG checksum differs")
+        at = end
+        if kind == b"IEND":
+            break
+    if data[at:].strip(b"\0"):
+        raise BadImage(f"{len(data) - at} bytes after the end of the PNG")
+    return header
+
+
+def _png_header(data: bytes, at: int, length: int) -> _Header:
+    width, height, bits, colour = struct.unpack_from(">IIBB", data, at)
+    if length != 13 or colour not in PNG_CHANNELS or bits not in (1, 2, 4, 8, 16):
+        raise BadImage("PNG header is damaged")
+    return _Header(width, height, PNG_CHANNELS[colour] * (2 if bits == 16 else 1))
+
+
+def _jpeg(data: bytes) -> _Header:
+    """Walk the segments up to the first scan; the first end-of-image marker after it must be the end of the file."""
+    at, header = 2, None
+    while True:
+        if data[at] != 0xFF:
+            raise BadImage("JPEG is damaged")
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        (length,) = struct.unpack_from(">H", data, at + 2)
+        if length < 2 or marker in (0x00, 0x01, *range(0xD0, 0xDA)):
+            raise BadImage("JPEG is damaged")
+        if marker in SOF_ALL:
+            if header is not None:
+                raise BadImage("JPEG has two frame headers")
+            header = _jpeg_header(data, at, marker)
+        at += 2 + length
+        if marker == 0xDA:
+            break
+    if header is None:
+        raise BadImage("JPEG has no frame header before its pixels")
+    end = data.find(b"\xff\xd9", at)
+    if end < 0:
+        raise BadImage("JPEG is cut off")
+    if data[end + 2 :].strip(b"\0"):  # some encoders pad with zeros
+        raise BadImage(f"{len(data) - end - 2} bytes after the end of the JPEG")
+    if data.count(b"\xff\xda", at) >= MAX_SCANS:
+        raise BadImage(f"JPEG has more than {MAX_SCANS} scans")
+    return header
+
+
+def _jpeg_header(data: bytes, at: int, marker: int) -> _Header:
+    precision, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
+    if marker not in SOF_ALLOWED:
+        raise BadImage(f"JPEG coding {marker - 0xC0}, allowed are baseline, extended and progressive")
+    if precision != 8 or components not in (1, 3):
+        raise BadImage(f"JPEG of {components} channels with {precision} bits, allowed 1 or 3 with 8")
+    return _Header(width, height, components)
+
+
+def _check_plane(plane: np.ndarray, name: Name) -> None:
+    if plane.ndim != 2 or not plane.size or not (plane.dtype in (np.uint8, np.uint16) or plane.dtype.kind == "f"):
+        raise BadImage(f"{name}: array is {plane.dtype}{list(plane.shape)}, allowed uint8, uint16 or float [H, W]")
+    if plane.dtype.kind == "f" and not np.isfinite(plane).all():
+        raise BadImage(f"{name}: values are not finite")
+
+
+def _resize(image: np.ndarray, size: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    smaller = height >= size and width >= size
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+
+
+def _ir8(ir: np.ndarray) -> NDArray[np.uint8]:
+    if ir.dtype == np.uint8:
+        return ir
+    if ir.dtype == np.uint16:
+        return (ir if ir.max() < 256 else ir >> 8).astype(np.uint8)
+    return np.ceil(255 * ir.clip(0, 1).astype(np.float32)).astype(np.uint8)
+
+
+def _stretched(depth: np.ndarray, size: int) -> NDArray[np.uint8]:
+    """uint8 [size, size]: the robust range of the returns on 1..255, 0 = no return; neither bleeds into the other."""
+    floor = NO_RETURN_8BIT if depth.dtype == np.uint8 else 0
+    values = depth.astype(np.float32)
+    valid = (values > floor).astype(np.float32)
+    weight = _resize(valid, size)
+    total = _resize(values * valid, size)
+    mask = weight > 0.5
+    out = np.zeros((size, size), np.uint8)
+    if not mask.any():
+        return out
+    kept = total[mask] / weight[mask]
+    low, high = _range(kept)
+    if high > low:
+        kept = 1 + 254 * ((kept - low) / (high - low)).clip(0, 1)
+    else:
+        kept = np.full_like(kept, 128)
+    out[mask] = np.rint(kept).astype(np.uint8)
+    return out
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    n = len(values) - 1
+    first, middle, last = round(ROBUST[0] * n), n // 2, round(ROBUST[1] * n)
+    low, median, high = (float(v) for v in np.partition(values, (first, middle, last))[[first, middle, last]])
+    spread = SPREAD * float(np.partition(np.abs(values - median), middle)[middle])
+    if spread > 0:  # more than half of a quantised plane may be one value
+        low, high = max(low, median - spread), min(high, median + spread)
+    return low, high

@@ -1,0 +1,121 @@
+"""The feature store: one Parquet file per site and offset range, addressed by trunk digest.
+
+``<root>/<trunk digest, 16>/site=<site>/<first offset>-<end>.parquet``. Features are float16 in a fixed-size binary column:
+no list decoding, no extension types. An offset is the position of a sample in its site's stream; quarantined rows leave gaps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.blobs import BadBlob, write_atomic
+from pipeline.types import Modality, check_site_id
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+M = len(Modality)
+
+
+@dataclass(frozen=True)
+class FeatureBlock:
+    """Consecutive samples of one site, N rows in ascending offset."""
+
+    offset: np.ndarray  # [N] int64
+    sample_id: np.ndarray  # [N] str
+    captured_at: np.ndarray  # [N] datetime64[us], UTC
+    session: np.ndarray  # [N] int64, pseudonymous
+    present: np.ndarray  # [N] uint8 bit mask, bit m = modality m
+    z: np.ndarray  # [N, M, F] float16
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def rows(self, index: np.ndarray | slice) -> FeatureBlock:
+        """The block of the rows that ``index`` selects."""
+        return FeatureBlock(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+
+def pseudonym(site: str, session_id: str) -> int:
+    """A session id as 63 bits that reveal nothing without the site's own list of sessions."""
+    digest = hashlib.blake2b(session_id.encode(), key=site.encode()[:64], digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def mask_to_bool(present: np.ndarray) -> np.ndarray:
+    """Bit masks [N] → bool [N, M]."""
+    return (present[:, None] >> np.arange(M) & 1).astype(bool)
+
+
+def write_features(root: Path, trunk: str, site: str, block: FeatureBlock) -> Path:
+    """Store a block; writing the same range again replaces it, so a repeated ingest changes nothing."""
+    n, m, f = block.z.shape
+    flat = np.ascontiguousarray(block.z, dtype=np.float16)
+    z = pa.FixedSizeBinaryArray.from_buffers(pa.binary(m * f * 2), n, [None, pa.py_buffer(flat)])
+    table = pa.table(
+        {
+            "offset": pa.array(block.offset, pa.int64()),
+            "sample_id": pa.array(block.sample_id.tolist(), pa.string()),
+            "captured_at": pa.array(block.captured_at, pa.timestamp("us", tz="UTC")),
+            "session": pa.array(block.session, pa.int64()),
+            "present": pa.array(block.present, pa.uint8()),
+            "z": z,
+        }
+    )
+    first, end = int(block.offset[0]), int(block.offset[-1]) + 1
+    path = _folder(root, trunk, site) / f"{first:012d}-{end:012d}.parquet"
+    write_atomic(path, lambda tmp: pq.write_table(table, tmp, compression="zstd", compression_level=1))
+    return path
+
+
+def read_features(root: Path, trunk: str, site: str, *, start: int, end: int, features: int) -> FeatureBlock:
+    """Every stored sample of ``site`` with ``start <= offset < end``, ascending; F = ``features``. Raises BadBlob."""
+    blocks = [_empty(features)]
+    for path in sorted(_folder(root, trunk, site).glob("[0-9]*-*.parquet")):
+        first, last = (int(x) for x in path.stem.split("-"))
+        if last > start and first < end:
+            blocks.append(_read(path, features))
+    block = FeatureBlock(*(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__))
+    order = np.argsort(block.offset, kind="stable")
+    return block.rows(order[(block.offset[order] >= start) & (block.offset[order] < end)])
+
+
+def _read(path: Path, features: int) -> FeatureBlock:
+    try:
+        table = pq.read_table(path, partitioning=None)
+        column = table["z"].combine_chunks()
+    except (OSError, pa.ArrowException, KeyError) as e:
+        raise BadBlob(f"{path}: not a readable feature file ({' '.join(str(e).split())[:120]}); ingest the segment again") from None
+    width = M * features * 2
+    if column.type != pa.binary(width):
+        raise BadBlob(f"{path}: features are {column.type}, this trunk gives {width} bytes a sample; ingest again")
+    z = np.frombuffer(column.buffers()[1], np.float16, count=len(column) * M * features, offset=column.offset * width)
+    return FeatureBlock(
+        offset=table["offset"].to_numpy(),
+        sample_id=np.asarray(table["sample_id"].to_pylist(), dtype=object),
+        captured_at=table["captured_at"].cast(pa.timestamp("us")).to_numpy(),
+        session=table["session"].to_numpy(),
+        present=table["present"].to_numpy(),
+        z=z.reshape(-1, M, features),
+    )
+
+
+def _empty(features: int) -> FeatureBlock:
+    return FeatureBlock(
+        offset=np.zeros(0, np.int64),
+        sample_id=np.zeros(0, object),
+        captured_at=np.zeros(0, "datetime64[us]"),
+        session=np.zeros(0, np.int64),
+        present=np.zeros(0, np.uint8),
+        z=np.zeros((0, M, features), np.float16),
+    )
+
+
+def _folder(root: Path, trunk: str, site: str) -> Path:
+    return root / trunk[:16] / f"site={check_site_id(site)}"

@@ -1,0 +1,356 @@
+"""One source model from labelled corpora: sampler, objective, the only backward(), resumable state. Knows no Ray and no method.
+
+A batch is a function of (seed, step, rank), so a fit that is resumed sees what it would have seen. Frames stay uint8 in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline import metrics
+from pipeline.data.augment import augment
+from pipeline.models import ModelConfig
+from pipeline.models import tail as tails
+from pipeline.models.checkpoint import Manifest, SourceModel, seal
+from pipeline.models.trunk import build_trunk, features, fold, prepare
+from pipeline.source.erm import Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Generator, Tensor
+
+    from pipeline.data.corpora import Corpus
+    from pipeline.source.erm import Model
+
+    Params = dict[str, Tensor]
+
+CLIP = 5.0  # largest gradient norm
+WARMUP = 0.05  # share of the steps in which the rate rises
+FROZEN_TAIL = "site."  # the site adapter is the identity in a source model
+TENSORS, STATE = "fit.safetensors", "fit.json"
+
+
+class FitError(ValueError):
+    """There is nothing to learn from, or learning broke; one line."""
+
+
+class Method(Protocol):
+    """What a source method's Config offers (``pipeline.source``)."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def augment(self) -> bool: ...
+    def extra(self, domains: int, tail: Params) -> Params: ...
+    def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]: ...
+    def after_step(self, extra: Params) -> None: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be fitted, and what its manifest will say."""
+
+    method: Method
+    model: ModelConfig
+    size: int
+    data: dict[str, str] = field(default_factory=dict)  # domain → digest of its corpus
+    fingerprint: str = ""
+    revision: str = ""
+    parents: tuple[str, ...] = ()
+
+
+class Cell(NamedTuple):
+    """The training rows of one class in one domain."""
+
+    domain: int
+    label: int
+    rows: np.ndarray
+
+
+@dataclass
+class Fit:
+    """A fit under way. ``module`` is the objective, or what ``wrap`` made of it."""
+
+    task: Task
+    objective: Objective
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+
+class Objective(nn.Module):
+    """Trunk, tail and the method's own tensors; ``forward`` is the loss, so DDP works unchanged.
+
+    A tensor of ``extra`` that is named after a tail tensor stands in for it during the fit, one row per domain; the model gets their mean.
+    """
+
+    def __init__(self, method: Method, trunk: nn.Module, tail: Params, *, domains: int) -> None:
+        super().__init__()
+        self.method, self.trunk = method, trunk
+        extra = method.extra(domains, tail)
+        self._tail = nn.ParameterDict({
+            _plain(n): nn.Parameter(t, requires_grad=not n.startswith(FROZEN_TAIL) and n not in extra) for n, t in tail.items()
+        })  # fmt: skip
+        self._extra = nn.ParameterDict({_plain(n): nn.Parameter(t) for n, t in extra.items()})
+
+    @property
+    def tail(self) -> Params:
+        return {_dotted(n): p for n, p in self._tail.items()}
+
+    @property
+    def extra(self) -> Params:
+        return {_dotted(n): p for n, p in self._extra.items()}
+
+    def trunk_features(self, frames: Tensor, present: Tensor) -> Tensor:
+        return self.trunk(frames, present)
+
+    def forward(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        return self.method.losses(self, batch, generator)
+
+    def final_tail(self) -> Params:
+        tail = {**self.tail, **{n: t.mean(dim=0) for n, t in self.extra.items() if n in self.tail}}
+        return {n: t.detach().cpu().clone() for n, t in tail.items()}
+
+
+def fit(
+    task: Task,
+    corpora: Sequence[Corpus],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+    report: Callable[[Fit, dict[str, float]], None] | None = None,
+    every: int = 100,
+    resume: Path | None = None,
+) -> SourceModel:
+    """Learn ``task`` from the train split of ``corpora``; the threshold comes from their val split.
+
+    ``report`` is called on every rank after each ``every`` steps, and after the last, with the mean loss terms since the call before.
+    """
+    cells = stratify(corpora)
+    check_validation(corpora)
+    state = begin(task, domains=len(corpora), wrap=wrap)
+    if resume is not None:
+        restore(state, resume)
+    sums: dict[str, float] = {}
+    since = 0
+    while state.step < task.method.steps:
+        batch, generator = draw(task, corpora, cells, step=state.step, rank=rank, world=world)
+        for name, value in step(state, batch, generator).items():
+            sums[name] = sums.get(name, 0.0) + value
+        since += 1
+        if report is not None and (state.step % every == 0 or state.step == task.method.steps):
+            report(state, {name: total / since for name, total in sums.items()})
+            sums, since = {}, 0
+    return finish(task, state.objective, corpora)
+
+
+def stratify(corpora: Sequence[Corpus]) -> list[Cell]:
+    """The non-empty cells domain x class of the train split."""
+    cells = []
+    for e, corpus in enumerate(corpora):
+        train = np.asarray(corpus.split) == "train"
+        for y in (0, 1):
+            rows = np.flatnonzero(train & (np.asarray(corpus.label) == y) & (np.asarray(corpus.present) > 0))
+            if len(rows):
+                cells.append(Cell(e, y, rows))
+    names = ", ".join(c.domain for c in corpora) or "none"
+    if not cells:
+        raise FitError(f"domains {names}: no training rows; import corpora with a train split")
+    if len({c.label for c in cells}) < 2:
+        only = "bona fide" if cells[0].label else "attack"
+        raise FitError(f"domains {names}: every training row is {only}; both classes are needed")
+    return cells
+
+
+def check_validation(corpora: Sequence[Corpus]) -> None:
+    """The threshold needs both classes in the pooled val split; say so before the fit, not after it."""
+    seen = {int(y) for c in corpora for y in np.unique(np.asarray(c.label)[np.asarray(c.split) == "val"])}
+    if not {0, 1} <= seen:
+        names = ", ".join(c.domain for c in corpora)
+        raise FitError(f"domains {names}: the val split must hold bona fide and attack rows; the threshold comes from it")
+
+
+def begin(task: Task, *, domains: int, wrap: Callable[[nn.Module], nn.Module] | None = None) -> Fit:
+    """Fresh weights from the seed, and their optimizer."""
+    generator = torch.Generator().manual_seed(task.method.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(task.method.seed)
+        trunk = build_trunk(task.model.trunk, task.size)
+    tail = tails.init_tail(task.model.tail, task.model.trunk.features, generator=generator)
+    objective = Objective(task.method, trunk, tail, domains=domains)
+    objective.train()
+    module = wrap(objective) if wrap else objective
+    optimizer = torch.optim.AdamW(_groups(objective, task.method.weight_decay), lr=task.method.lr, fused=True)
+    return Fit(task, objective, module, optimizer)
+
+
+def draw(
+    task: Task, corpora: Sequence[Corpus], cells: Sequence[Cell], *, step: int, rank: int, world: int
+) -> tuple[Batch, Generator]:
+    """The batch of one step on one rank, equal counts per cell, and the generator for what the method draws."""
+    method = task.method
+    random = np.random.default_rng([method.seed, step, rank])
+    generator = torch.Generator().manual_seed(int(random.integers(2**62)))
+    share = max(2, method.batch // world)
+    order = [cells[(step + i) % len(cells)] for i in range(len(cells))]  # who gets the odd ones rotates
+    counts = [share // len(cells) + (i < share % len(cells)) for i in range(len(cells))]
+    picked = [(c, random.choice(c.rows, n, replace=n > len(c.rows))) for c, n in zip(order, counts, strict=True) if n]
+    frames = torch.from_numpy(np.concatenate([corpora[c.domain].frame[rows] for c, rows in picked]))
+    present = presence(np.concatenate([np.asarray(corpora[c.domain].present)[rows] for c, rows in picked]))
+    label = torch.tensor([c.label for c, rows in picked for _ in rows])
+    domain = torch.tensor([c.domain for c, rows in picked for _ in rows])
+    ready = prepare(255 * augment(frames.float() / 255, generator)) if method.augment else prepare(frames)
+    return Batch(ready, present, label, domain, step / method.steps), generator
+
+
+def presence(bits: np.ndarray) -> Tensor:
+    """Bitmask [N] → bool [N, M]."""
+    return torch.from_numpy((bits[:, None].astype(np.int64) >> np.arange(tails.MODALITIES)) & 1 == 1)
+
+
+def step(state: Fit, batch: Batch, generator: Generator) -> dict[str, float]:
+    """One optimizer step in place; returns the loss terms before it. The only ``backward()`` there is."""
+    method = state.task.method
+    device = next(state.objective.parameters()).device
+    batch = batch._replace(**{n: t.to(device) for n, t in batch._asdict().items() if isinstance(t, torch.Tensor)})
+    terms: dict[str, Tensor] = state.module(batch, generator)
+    total = torch.stack(list(terms.values())).sum()
+    if not bool(torch.isfinite(total)):
+        odd = ", ".join(f"{n}={float(t):.3g}" for n, t in terms.items())
+        raise FitError(f"step {state.step}: the loss is not finite ({odd}); lower source.lr (now {method.lr:g})")
+    for group in state.optimizer.param_groups:
+        group["lr"] = method.lr * schedule(state.step, method.steps)
+    state.optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    nn.utils.clip_grad_norm_(state.objective.parameters(), CLIP)
+    state.optimizer.step()
+    method.after_step(state.objective.extra)
+    state.step += 1
+    return {name: float(t.detach()) for name, t in terms.items()}
+
+
+def schedule(step: int, steps: int) -> float:
+    """Factor on the rate: linear warm-up, then half a cosine down to 1 %."""
+    warm = max(1, round(WARMUP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def save(state: Fit, folder: Path) -> None:
+    """Everything that the rest of the fit depends on, as safetensors and JSON."""
+    tensors = {f"model.{n}": t for n, t in state.objective.state_dict().items()}
+    for i, moments in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{n}": torch.as_tensor(t) for n, t in moments.items()}
+    save_file({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, folder / TENSORS)
+    meta = {"step": state.step, "kind": state.task.method.kind, "fingerprint": state.task.fingerprint}
+    (folder / STATE).write_text(json.dumps(meta))
+
+
+def restore(state: Fit, folder: Path) -> None:
+    """Continue from ``save``; refuses the state of another configuration."""
+    meta = json.loads((folder / STATE).read_text())
+    mine = {"kind": state.task.method.kind, "fingerprint": state.task.fingerprint}
+    for name, value in mine.items():
+        if meta[name] != value:
+            raise FitError(f"{folder}: saved fit has {name} {meta[name]!r}, this one {value!r}; choose another run name")
+    tensors = load_file(folder / TENSORS)
+    model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    state.objective.load_state_dict(model)
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, t in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, what = name.split(".", 2)
+            moments.setdefault(int(i), {})[what] = t
+    state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
+    state.step = int(meta["step"])
+
+
+def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> SourceModel:
+    """Fold the trunk, put every head's radius and the threshold at the EER of the pooled source validation, and seal."""
+    trunk, tail = fold(objective.trunk).cpu(), objective.final_tail()
+    domain, label, z, present = _validation(trunk, corpora)
+    tail["log_rho"] = calibrated(tail, z, present, label)
+    manifest = Manifest(
+        config=task.model, size=task.size, threshold=0.5, method=task.method.kind, domains=tuple(c.domain for c in corpora),
+        data=task.data, parents=task.parents, fingerprint=task.fingerprint, revision=task.revision,
+        architecture=cast("nn.Module", objective.trunk).architecture(),
+    )  # fmt: skip
+    score = tails.score(tail, z, present).numpy()
+    threshold = metrics.eer_threshold(score, label)
+    names = [c.domain for c in corpora]
+    found = {f"val_hter_{names[e]}": metrics.hter(score[domain == e], label[domain == e], threshold)
+             for e in range(len(names)) if len(set(label[domain == e].tolist())) == 2}  # fmt: skip
+    found["val_hter"] = metrics.hter(score, label, threshold)
+    found["val_auc"] = metrics.auc(score, label)
+    return seal(trunk, tail, manifest.model_copy(update={"threshold": threshold, "metrics": found}))
+
+
+def calibrated(tail: Params, z: Tensor, present: Tensor, label: np.ndarray) -> Tensor:
+    """log rho [V] at which a head's validation errors are equal, so that 0.5 means the same for every head and site method."""
+    radius = tails.read(tail, z, present).radius.double().numpy()
+    log_rho = tail["log_rho"].clone()
+    for v in range(tails.HEADS):
+        seen = np.ones(len(label), bool) if v == tails.FUSED else present[:, v].numpy()
+        if len(set(label[seen].tolist())) == 2:
+            log_rho[v] = math.log(max(-metrics.eer_threshold(-radius[seen, v], label[seen]), 1e-3))
+    return log_rho
+
+
+def scores(model: SourceModel, z: Tensor, present: Tensor) -> Tensor:
+    """[N] P(bona fide) of features [N, M, F]."""
+    with torch.no_grad():
+        return tails.score(model.tail, z, present)
+
+
+def _validation(trunk: nn.Module, corpora: Sequence[Corpus]) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
+    parts = []
+    for e, corpus in enumerate(corpora):
+        rows = np.flatnonzero((np.asarray(corpus.split) == "val") & (np.asarray(corpus.present) > 0))
+        if len(rows) == 0:
+            continue
+        present = presence(np.asarray(corpus.present)[rows])
+        z = features(trunk, torch.from_numpy(corpus.frame[rows]), present)
+        parts.append((np.full(len(rows), e), np.asarray(corpus.label)[rows].astype(np.int64), z, present))
+    domain, label, z, present = zip(*parts, strict=True)
+    return np.concatenate(domain), np.concatenate(label), torch.cat(z), torch.cat(present)
+
+
+def _groups(objective: Objective, decay: float) -> list[dict[str, object]]:
+    def decays(name: str, p: Tensor) -> bool:
+        return p.dim() > 1 and not name.startswith("_extra.") and _dotted(name.removeprefix("_tail.")) not in tails.NO_DECAY
+
+    named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for n, p in named if decays(n, p)], "weight_decay": decay},
+        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+    ]
+
+
+def _plain(name: str) -> str:
+    return name.replace(".", "/")  # a parameter's name may not hold a dot
+
+
+def _dotted(name: str) -> str:
+    return name.replace("/", ".")

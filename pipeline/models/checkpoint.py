@@ -1,0 +1,204 @@
+"""A source model at rest: a folder with model.safetensors (trunk.*, tail.*) and manifest.json, and nothing else is ever loaded.
+
+Written to a temporary name, fsynced, renamed; every digest is verified before a tensor is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import JsonValue, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as dump_tensors
+
+from pipeline.models import ModelConfig
+from pipeline.models import tail as tails
+from pipeline.models.trunk import build_trunk, fold
+from pipeline.types import Section
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+FORMAT = 1
+WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+MAX_MANIFEST = 2**20
+TRUNK, TAIL = "trunk.", "tail."
+
+
+class BadCheckpoint(ValueError):
+    """A folder that is not a whole, unchanged checkpoint which this version reads; the message is one line."""
+
+
+class Manifest(Section):
+    """Everything about a source model that is not a tensor. ``save`` fills in the three digests."""
+
+    format: int = FORMAT
+    config: ModelConfig
+    size: int
+    threshold: float  # of the fused score, at the equal error rate of the pooled source validation; call is score >= threshold
+    method: str
+    domains: tuple[str, ...] = ()
+    data: dict[str, str] = {}  # domain → digest of its corpus
+    parents: tuple[str, ...] = ()  # digests of the checkpoints it was made from
+    fingerprint: str = ""  # of the resolved configuration
+    revision: str = ""  # of the code
+    metrics: dict[str, float] = {}
+    architecture: dict[str, JsonValue] = {}  # what build_trunk needs besides the config
+    trunk_digest: str = ""  # address of every feature that this trunk makes
+    weights_digest: str = ""  # of the bytes of model.safetensors
+    digest: str = ""  # of all of the above: names the model
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A trunk for inference (folded, frozen) and the tail that every site starts from."""
+
+    trunk: nn.Module
+    tail: dict[str, Tensor]
+    manifest: Manifest
+
+
+def seal(trunk: nn.Module, tail: Mapping[str, Tensor], manifest: Manifest) -> SourceModel:
+    """A SourceModel whose manifest carries its digests. ``trunk`` is folded already."""
+    tail = {name: t.detach().cpu().clone().contiguous() for name, t in tail.items()}
+    stamped = manifest.model_copy(update={
+        "trunk_digest": trunk_digest(trunk, manifest.config, manifest.size),
+        "weights_digest": hashlib.sha256(_serialise(trunk, tail)).hexdigest(),
+    })  # fmt: skip
+    return SourceModel(trunk, tail, stamped.model_copy(update={"digest": manifest_digest(stamped)}))
+
+
+def save(path: Path, model: SourceModel) -> str:
+    """Write the checkpoint folder ``path``, which must not exist, whole or not at all; return its digest."""
+    sealed = seal(model.trunk, model.tail, model.manifest)
+    if path.exists():
+        raise BadCheckpoint(f"{path}: exists already; a checkpoint is never overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    building.mkdir()
+    try:
+        _write(building / WEIGHTS, _serialise(sealed.trunk, sealed.tail))
+        _write(building / MANIFEST, sealed.manifest.model_dump_json(indent=1).encode())
+        _sync_folder(building)
+        building.rename(path)
+        _sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return sealed.manifest.digest
+
+
+def load(path: Path) -> SourceModel:
+    """Read and verify a checkpoint folder; BadCheckpoint says in one line what is wrong with it."""
+    manifest = read_manifest(path)
+    payload = _read(path / WEIGHTS, None)
+    found = hashlib.sha256(payload).hexdigest()
+    if found != manifest.weights_digest:
+        raise BadCheckpoint(f"{path / WEIGHTS}: digest is {found[:12]}…, the manifest says {manifest.weights_digest[:12]}…")
+    try:
+        tensors = parse_tensors(payload)
+    except (SafetensorError, ValueError) as e:
+        raise BadCheckpoint(f"{path / WEIGHTS}: not a safetensors file: {' '.join(str(e).split())}") from None
+    tail = _checked_tail(path, tensors, manifest)
+    trunk = fold(build_trunk(manifest.config.trunk, manifest.size, architecture=dict(manifest.architecture)))
+    try:
+        trunk.load_state_dict({n.removeprefix(TRUNK): t for n, t in tensors.items() if n.startswith(TRUNK)})
+    except RuntimeError as e:
+        raise BadCheckpoint(f"{path / WEIGHTS}: trunk does not fit its config: {' '.join(str(e).split())[:200]}") from None
+    if trunk_digest(trunk, manifest.config, manifest.size) != manifest.trunk_digest:
+        raise BadCheckpoint(f"{path / MANIFEST}: trunk_digest is not that of the trunk in {WEIGHTS}")
+    return SourceModel(trunk, tail, manifest)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The verified manifest alone: cheap, for listings and for the address of features."""
+    if not path.is_dir():
+        raise BadCheckpoint(f"{path}: no such checkpoint folder")
+    try:
+        raw = json.loads(_read(path / MANIFEST, MAX_MANIFEST))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise BadCheckpoint(f"{path / MANIFEST}: not JSON: {' '.join(str(e).split())[:200]}") from None
+    written = raw.get("format") if isinstance(raw, dict) else None
+    if not isinstance(written, int) or isinstance(written, bool) or written < 1:
+        raise BadCheckpoint(f"{path / MANIFEST}: no format number; not a checkpoint manifest")
+    if written > FORMAT:
+        raise BadCheckpoint(f"{path / MANIFEST}: format {written} is newer than {FORMAT}, the newest this version reads; upgrade")
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise BadCheckpoint(f"{path / MANIFEST}: {where}: {first['msg']}") from None
+    if manifest.digest != manifest_digest(manifest):
+        raise BadCheckpoint(f"{path / MANIFEST}: digest does not match the content; the manifest was changed")
+    return manifest
+
+
+def trunk_digest(trunk: nn.Module, config: ModelConfig, size: int) -> str:
+    """sha256 over the trunk's tensors, its config and the frame size: equal digest, equal features."""
+    h = hashlib.sha256(json.dumps([config.trunk.model_dump(mode="json"), size], sort_keys=True).encode())
+    for name, t in sorted(trunk.state_dict().items()):
+        h.update(f"{name}:{t.dtype}:{tuple(t.shape)};".encode())
+        h.update(t.detach().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """sha256 over the manifest without its own digest; it covers the weights through weights_digest."""
+    content = manifest.model_dump(mode="json", exclude={"digest"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _serialise(trunk: nn.Module, tail: Mapping[str, Tensor]) -> bytes:
+    named = {**{TRUNK + n: t for n, t in trunk.state_dict().items()}, **{TAIL + n: t for n, t in tail.items()}}
+    for name, t in named.items():
+        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            raise BadCheckpoint(f"{name}: holds a value that is not finite; such a model is not stored")
+    return dump_tensors({n: t.detach().cpu().contiguous() for n, t in sorted(named.items())})
+
+
+def _checked_tail(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
+    config = manifest.config
+    wanted = tails.init_tail(config.tail, config.trunk.features, generator=torch.Generator())
+    tail = {n.removeprefix(TAIL): t for n, t in tensors.items() if n.startswith(TAIL)}
+    if odd := sorted(wanted.keys() ^ tail.keys()):
+        raise BadCheckpoint(f"{path / WEIGHTS}: tail tensor {odd[0]} is missing or unknown")
+    for name, t in tail.items():
+        if t.shape != wanted[name].shape or not bool(torch.isfinite(t).all()):
+            raise BadCheckpoint(f"{path / WEIGHTS}: tail tensor {name}: shape {tuple(t.shape)} or a value is not as configured")
+    return tail
+
+
+def _read(path: Path, limit: int | None) -> bytes:
+    try:
+        if limit is not None and path.stat().st_size > limit:
+            raise BadCheckpoint(f"{path}: {path.stat().st_size} bytes, allowed {limit}")
+        return path.read_bytes()
+    except OSError as e:
+        raise BadCheckpoint(f"{path}: cannot be read: {e.strerror}") from None
+
+
+def _write(path: Path, payload: bytes) -> None:
+    with path.open("wb") as f:
+        f.write(payload)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,164 @@
+"""The tail: pure functions from trunk features to radial scores, and the part of it that a site may move.
+
+RiSe-style and MFAS-DANet-style reconstruction from the papers' abstracts (arXiv 2511.14157, 2509.23475); the formulas are
+ours where the abstracts give none. Everything is a function of a flat dict of tensors, so ``torch.func`` maps it over sites.
+
+Shapes: z [B, M, F], present [B, M], heads V = M + 1 (one per modality in enum order, the fused head last).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.models import TailConfig
+
+    Params = dict[str, Tensor]
+
+KAPPA = 5.0  # steepness of the radial boundary
+MODALITIES = 3
+HEADS = MODALITIES + 1
+FUSED = MODALITIES
+GATE_INIT = 0.1  # how much a complement adds to a modality that is there
+SYNERGY_INIT = 0.1
+MOVABLE = ("site.gamma", "site.beta", "site.down", "site.up", "gate", "log_rho")
+NO_DECAY = ("fuse.out", "head.out", "log_rho", "gate", "synergy_gain", "site.gamma", "site.beta", "site.down", "site.up")
+
+
+class Completed(NamedTuple):
+    """Features after the complement."""
+
+    z: Tensor  # [B, M, F]
+    complement: Tensor  # [B, M, F] what the other present modalities say about m
+
+
+class Read(NamedTuple):
+    """What the tail makes of a batch."""
+
+    logit: Tensor  # [B, V] kappa * (rho - radius); P(bona fide) = sigmoid
+    radius: Tensor  # [B, V]
+    hidden: Tensor  # [B, D] fused feature; its direction never enters the score
+    intrinsic: Tensor  # [B, M, D]
+    synergy: Tensor  # [B, M, D]
+    complement: Tensor  # [B, M, F]
+
+
+def init_tail(config: TailConfig, features: int, *, generator: torch.Generator) -> Params:
+    """Fresh tail for F = ``features``; the site adapter in it is the identity."""
+    m, f, d, r = MODALITIES, features, config.width, config.rank
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) / math.sqrt(shape[-1])
+
+    return {
+        "site.gamma": torch.ones(m, f),
+        "site.beta": torch.zeros(m, f),
+        "site.down": normal(m, r, f),
+        "site.up": torch.zeros(m, f, r),
+        "complement.query": normal(m, d) * math.sqrt(d),
+        "complement.key": normal(m, d, f),
+        "complement.in": normal(m, m, f // 4, f),
+        "complement.out": normal(m, m, f, f // 4),
+        "gate": torch.full((m,), math.log(GATE_INIT / (1 - GATE_INIT))),
+        "intrinsic": normal(m, d, f),
+        "attend.query": normal(m, d, f),
+        "attend.key": normal(m, d, f),
+        "synergy": normal(m, d, 2 * f),
+        "synergy_gain": torch.full((), SYNERGY_INIT),
+        "fuse.in": normal(2 * d, 2 * m * d),
+        "fuse.bias": torch.zeros(2 * d),
+        "fuse.out": normal(d, 2 * d),
+        "head.in": normal(m, d, d),
+        "head.bias": torch.zeros(m, d),
+        "head.out": normal(m, d, d),
+        "log_rho": torch.zeros(HEADS),
+    }
+
+
+def movable(tail: Params) -> Params:
+    """The tensors that adaptation may change; everything else stays bit-equal."""
+    return {name: tail[name] for name in MOVABLE}
+
+
+def moved(tail: Params, state: Params) -> Params:
+    """``tail`` as one site serves it: with the movable tensors of ``state``."""
+    return {**tail, **{name: state[name] for name in MOVABLE}}
+
+
+def read(params: Params, z: Tensor, present: Tensor) -> Read:
+    """Score a batch. A row's score depends on that row alone and on no value of an absent modality."""
+    completed = complete(params, adapt(params, z, present), present)
+    intrinsic, synergy = split(params, completed.z)
+    hidden, radius = radii(params, intrinsic, synergy)
+    return Read(logit(params, radius), radius, hidden, intrinsic, synergy, completed.complement)
+
+
+def score(params: Params, z: Tensor, present: Tensor) -> Tensor:
+    """[B] P(bona fide) of the fused head."""
+    return torch.sigmoid(read(params, z, present).logit[..., FUSED])
+
+
+def adapt(params: Params, z: Tensor, present: Tensor) -> Tensor:
+    """Site adapter: gamma z + beta + U relu(V LN(z)); absent modalities become exactly zero."""
+    z = torch.where(present[..., None], z, 0.0)
+    normed = torch.nn.functional.layer_norm(z, z.shape[-1:])
+    low = torch.relu(torch.einsum("bmf,mrf->bmr", normed, params["site.down"]))
+    z = params["site.gamma"] * z + params["site.beta"] + torch.einsum("bmr,mfr->bmf", low, params["site.up"])
+    return torch.where(present[..., None], z, 0.0)
+
+
+def complete(params: Params, z: Tensor, present: Tensor) -> Completed:
+    """Substitute absent modalities and enhance present ones by what the others predict for them.
+
+    With nothing present the complement is zero and finite; such samples are quarantined before they get here.
+    """
+    keys = torch.einsum("bkf,kdf->bkd", z, params["complement.key"])
+    affinity = torch.einsum("md,bkd->bmk", params["complement.query"], keys) / math.sqrt(keys.shape[-1])
+    other = ~torch.eye(MODALITIES, dtype=torch.bool, device=z.device)
+    weight = masked_softmax(affinity, present[..., None, :] & other)
+    low = torch.relu(torch.einsum("bkf,kmqf->bkmq", z, params["complement.in"]))
+    predicted = torch.einsum("bkmq,kmfq->bkmf", low, params["complement.out"])
+    complement = torch.einsum("bmk,bkmf->bmf", weight, predicted)
+    gate = torch.sigmoid(params["gate"])[:, None]
+    return Completed(torch.where(present[..., None], z + gate * complement, complement), complement)
+
+
+def split(params: Params, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Completed features [B, M, F] → intrinsic and synergy parts, each [B, M, D]."""
+    intrinsic = torch.einsum("bmf,mdf->bmd", z, params["intrinsic"])
+    query = torch.einsum("bmf,mdf->bmd", z, params["attend.query"])
+    keys = torch.einsum("bkf,kdf->bkd", z, params["attend.key"])
+    affinity = torch.einsum("bmd,bkd->bmk", query, keys) / math.sqrt(keys.shape[-1])
+    other = ~torch.eye(MODALITIES, dtype=torch.bool, device=z.device)
+    context = torch.einsum("bmk,bkf->bmf", masked_softmax(affinity, other.expand(affinity.shape)), z)
+    return intrinsic, torch.einsum("bmf,mdf->bmd", torch.cat([z, context], dim=-1), params["synergy"])
+
+
+def radii(params: Params, intrinsic: Tensor, synergy: Tensor) -> tuple[Tensor, Tensor]:
+    """Fused feature [B, D] and the radius of every head [B, V]; nothing is normalised, or there would be one radius."""
+    joint = torch.cat([intrinsic, params["synergy_gain"] * synergy], dim=-1).flatten(-2)
+    hidden = torch.relu(joint @ params["fuse.in"].T + params["fuse.bias"]) @ params["fuse.out"].T
+    low = torch.relu(torch.einsum("bmd,med->bme", intrinsic, params["head.in"]) + params["head.bias"])
+    single = torch.einsum("bme,mde->bmd", low, params["head.out"])
+    return hidden, torch.cat([norm(single), norm(hidden)[..., None]], dim=-1)
+
+
+def logit(params: Params, radius: Tensor) -> Tensor:
+    """kappa (rho - r) per head: inside the sphere is bona fide."""
+    return KAPPA * (torch.exp(params["log_rho"]) - radius)
+
+
+def norm(x: Tensor) -> Tensor:
+    """Euclidean length over the last axis with a finite gradient at zero."""
+    return torch.sqrt(torch.sum(x * x, dim=-1) + 1e-12)
+
+
+def masked_softmax(x: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the last axis where ``mask``; all zero where nothing is allowed."""
+    x = torch.where(mask, x, -1e9)
+    return torch.where(mask, torch.softmax(x, dim=-1), 0.0)

@@ -1,0 +1,229 @@
+"""Render a CycleReport as one HTML file: no request leaves it, it works without JavaScript, and it prints."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.report import plots
+from pipeline.types import Modality
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jinja2 import Template
+
+    from pipeline.report import CycleReport, PadSummary, SiteReport
+
+HARM = 0.01  # a promoted site whose HTER or max APCER rose by more than this was harmed
+OMEGA = 2.0  # the top of the loss weight
+DETAILS, ROWS, LISTED, SCROLLS = 50, 2000, 200, 60  # sites with charts, table rows, listed reasons; rows before scrolling
+CAUSE = re.compile(r"([a-z][a-z -]{1,23}):")
+METRICS = (("hter", "HTER"), ("max_apcer", "max APCER"), ("bpcer", "BPCER"))
+MODALITIES = {Modality.RGB: "RGB", Modality.DEPTH: "depth", Modality.IR: "IR"}
+TONES = {"pass": "good", "hold": "warn", "fail": "bad", "broken": "bad", "harmed": "bad"}
+MARKS = {"pass": "✓", "hold": "Ⅱ", "fail": "✕", "broken": "⊘", "harmed": "▲"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric of one site before and after; ``tone`` is good, bad or same, and lower is better for all of them."""
+
+    name: str
+    before: float
+    after: float
+    delta: float
+    tone: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site as the page shows it."""
+
+    site: SiteReport
+    anchor: str
+    badges: tuple[str, ...]
+    changes: tuple[Change, ...]
+    harmed: bool
+
+
+def render(report: CycleReport) -> str:
+    """The whole page; sites come worst first, and what is left out for length is said on the page."""
+    rows = _rows(report)
+    measured = [r for r in rows if r.site.before and r.site.after]
+    return _template().render(
+        report=report,
+        answer=_answer(report, rows),
+        figures=_figures(report, rows),
+        rows=rows[:ROWS],
+        detailed=rows[:DETAILS],
+        bells=_bells(measured[:DETAILS], report.ceiling),
+        measured=len(measured),
+        unserved=[r for r in rows if r.site.verdict != "pass" or r.harmed],
+        causes=Counter(_cause(r.site) for r in rows if r.site.verdict != "pass").most_common(),
+        quarantine=sorted(report.quarantine, key=lambda q: -q.count)[:LISTED],
+        put_aside=_by_reason(report),
+        limits={"details": DETAILS, "rows": ROWS, "listed": LISTED, "scrolls": SCROLLS, "omega": OMEGA},
+    )
+
+
+def write(report: CycleReport, path: Path) -> None:
+    """Render to ``path``; a reader sees the old page or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(render(report))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _rows(report: CycleReport) -> list[Row]:
+    rows = [_row(s) for s in report.sites]
+    order = {"broken": 0, "failed": 1, "held": 2, "ok": 3}
+
+    def worst_first(row: Row) -> tuple[bool, int, float, str]:
+        after = row.changes[1].after
+        return not row.harmed, order[row.site.status], -after if np.isfinite(after) else 0.0, row.site.site
+
+    return [
+        Row(r.site, f"site-{i}", r.badges, r.changes, r.harmed) for i, r in enumerate(sorted(rows, key=worst_first))
+    ]
+
+
+def _row(site: SiteReport) -> Row:
+    changes = tuple(_change(name, key, site.before, site.after) for key, name in METRICS)
+    harmed = site.promoted and any(c.delta > HARM for c in changes[:2])
+    state = "broken" if site.status == "broken" else site.verdict
+    badges = ([state] if state else []) + (["harmed"] if harmed else [])
+    return Row(site, "", tuple(badges), changes, harmed)
+
+
+def _change(name: str, key: str, before: PadSummary | None, after: PadSummary | None) -> Change:
+    b, a = (float(getattr(s, key)) if s else float("nan") for s in (before, after))
+    delta = a - b
+    tone = "none" if delta != delta else "same" if abs(delta) < 5e-4 else "bad" if delta > 0 else "good"
+    return Change(name, b, a, delta, tone)
+
+
+def _answer(report: CycleReport, rows: Sequence[Row]) -> str:
+    """The cycle in one sentence."""
+    if not rows:
+        return "No site had anything to adapt in this cycle."
+    status = Counter(r.site.status for r in rows)
+    parts = [f"{status['ok']:,} of {len(rows):,} site{'s' * (len(rows) != 1)} adapted"]
+    parts.append(f"{sum(r.site.promoted for r in rows):,} promoted")
+    for state in ("held", "failed", "broken"):
+        if status[state]:
+            causes = Counter(_cause(r.site) for r in rows if r.site.status == state).most_common(2)
+            parts.append(f"{status[state]:,} {state} ({', '.join(c for c, _ in causes)})")
+    served = [r for r in rows if r.site.promoted]
+    known = sum(np.isfinite(r.changes[0].delta) for r in served)
+    if known:
+        gap = "" if known == len(served) else f" of {known:,} measured"
+        parts.append(f"{sum(r.harmed for r in rows):,}{gap} harmed")
+    elif served:
+        parts.append("harm unknown without sealed labels")
+    return ", ".join(parts) + "."
+
+
+def _cause(site: SiteReport) -> str:
+    found = CAUSE.match(site.reasons[0]) if site.reasons else None
+    return found[1] if found else "other reason" if site.reasons else "no reason given"
+
+
+def _figures(report: CycleReport, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Key figures as (name, value, remark)."""
+    sites = [r.site for r in rows]
+    pairs = [(s.before, s.after if s.promoted else s.before) for s in sites if s.before and s.after]
+    now = [n for _, n in pairs if n and np.isfinite(n.max_apcer)]
+    worst = max(now, key=lambda n: n.max_apcer, default=None)
+    hter = [_median([p.hter for p in side if p]) for side in zip(*pairs, strict=True)] if pairs else []
+    waiting = sum(s.verdict == "pass" and not s.promoted for s in sites)
+    seconds = (report.finished - report.started).total_seconds()
+    adapted, harmed = sum(s.status == "ok" for s in sites), sum(r.harmed for r in rows)
+    return [
+        ("adapted", f"{adapted:,} / {len(sites):,}", f"{report.totals.idle:,} idle of {report.totals.registered:,} registered"),
+        ("promoted", f"{sum(s.promoted for s in sites):,}", f"{waiting:,} passed and wait for a wave"),
+        ("not served", f"{sum(s.verdict != 'pass' for s in sites):,}", "held, failed or broken"),
+        ("harmed", f"{harmed:,}", f"HTER or max APCER up by > {HARM:.0%} once promoted"),
+        ("median HTER served", " → ".join(map(plots.percent, hter)) or "–", f"{len(pairs):,} sites with sealed labels"),
+        ("worst APCER served", plots.percent(worst.max_apcer) if worst else "–", worst.worst_species if worst else "no sealed labels"),
+        ("captures", f"{sum(s.samples for s in sites):,}", f"{sum(s.quarantined for s in sites):,} quarantined"),
+        ("duration", _duration(seconds), " · ".join(f"{n} {_duration(s)}" for n, s in report.totals.stage_seconds)),
+    ]  # fmt: skip
+
+
+def _median(values: Sequence[float]) -> float:
+    finite = [v for v in values if np.isfinite(v)]
+    return float(np.median(finite)) if finite else float("nan")
+
+
+def _bells(rows: Sequence[Row], ceiling: float | None) -> list[tuple[str, list[str], list[tuple[Row, Change, Markup]]]]:
+    """Per metric its name, the axis labels, and the before → after row of each site."""
+    panels = []
+    for i, (_, name) in enumerate(METRICS[:2] if rows else ()):
+        changes = [(r, r.changes[i]) for r in rows]
+        limit = ceiling if name == "max APCER" else None
+        top = min(1.0, plots.scale([v for _, c in changes for v in (c.before, c.after)], limit or 0.02))
+        bells = [
+            (r, c, plots.dumbbell(c.before, c.after, name=f"{plots.clean(r.site.site)}, {name}", top=top, limit=limit, tone=c.tone))
+            for r, c in changes
+        ]  # fmt: skip
+        panels.append((name, [f"{100 * top * q / 4:g}%" for q in range(5)], bells))
+    return panels
+
+
+def _by_reason(report: CycleReport) -> list[tuple[str, int, int]]:
+    """(reason, rows, sites) of everything quarantined, most rows first."""
+    rows, sites = Counter(), {}
+    for q in report.quarantine:
+        rows[q.reason] += q.count
+        sites.setdefault(q.reason, set()).add(q.site)
+    return [(reason, n, len(sites[reason])) for reason, n in rows.most_common(LISTED)]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _when(value: datetime | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value.astimezone(UTC) if value.tzinfo else value:%Y-%m-%d %H:%M} UTC"
+
+
+def _spoken(value: object) -> object:
+    return plots.clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _digest(text: str) -> str:
+    """How a content security policy names an inline script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+                      finalize=_spoken, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    env.filters |= {"percent": plots.percent, "number": plots.number, "when": _when, "digest": _digest}
+    env.globals |= {"plots": plots, "modalities": MODALITIES, "tones": TONES, "marks": MARKS}
+    return env.get_template("cycle.html.j2")

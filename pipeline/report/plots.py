@@ -1,0 +1,181 @@
+"""Charts as inline SVG that take their colours from the page, so one file serves light, dark and print.
+
+Shapes are stretched by the browser and all text beside them is HTML, so nothing shrinks on a phone; only the DET plot,
+which must stay square, scales as a whole. Every chart carries its content in words as its label.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.report import DetCurve
+
+LONGEST = 1000  # characters of one untrusted string
+SPARK_BINS, LINE_BINS, DET_POINTS = 28, 120, 400
+DET_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
+DET_SIDE, DET_LEFT, DET_TOP = 320.0, 58.0, 10.0
+
+_STRETCHED = Markup(
+    '<svg class="{}" role="img" aria-label="{}" viewBox="0 0 100 100" preserveAspectRatio="none">{}</svg>'
+)
+
+
+def clean(text: str) -> str:
+    """``text`` with what cannot be seen (controls, direction marks, lone surrogates) spelled out, and bounded."""
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]} … ({len(text) - LONGEST} more characters)"
+    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
+def number(value: float) -> str:
+    """Three digits, or a dash for what was not measured."""
+    return f"{value:.3g}" if np.isfinite(value) else "–"
+
+
+def percent(value: float) -> str:
+    """A share in [0, 1] as a percentage, or a dash for what was not measured."""
+    return f"{100 * value:.1f}%" if np.isfinite(value) else "–"
+
+
+def mean(values: np.ndarray) -> float:
+    """Over the finite ``values``; NaN if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+def sparkline(values: np.ndarray, name: str, *, top: float) -> Markup:
+    """A word-sized line of ``values`` [T] on [0, top]."""
+    binned = _bins(values, SPARK_BINS)
+    return _STRETCHED.format("spark", f"{name} {_range(binned)}", _path(binned, top))
+
+
+def line(values: np.ndarray, name: str, *, top: float, peaks: bool = False) -> Markup:
+    """``values`` [T] over time on [0, top]; ``peaks`` keeps the largest of each bin instead of the mean."""
+    grid = Markup('<path class="grid" d="M0 0H100M0 50H100M0 100H100"/>')
+    return _STRETCHED.format(
+        "line", f"{name} over time: {_range(values)}", grid + _path(_bins(values, LINE_BINS, peaks=peaks), top)
+    )
+
+
+def strip(share: np.ndarray, name: str) -> Markup:
+    """The share [T] of captures that had a modality, as filled height over time."""
+    binned = np.nan_to_num(_bins(share, LINE_BINS)).clip(0, 1)
+    edges = np.linspace(0, 100, len(binned) + 1)
+    steps = "".join(f"V{100 - 100 * v:.0f}H{x:.4g}" for v, x in zip(binned, edges[1:], strict=True))
+    area = Markup('<path class="area" d="M0 100{}V100Z"/>').format(steps)
+    return _STRETCHED.format("strip", f"{name} available: {_range(share)}", area)
+
+
+def dumbbell(before: float, after: float, *, name: str, top: float, limit: float | None, tone: str) -> Markup:
+    """One row of a before → after chart on [0, top]: hollow is before, filled is after."""
+    at = [f"{min(100.0, 100 * v / top):.2f}%" if np.isfinite(v) else None for v in (before, after, limit or np.nan)]
+    label = f"{name}: {percent(before)} before, {percent(after)} after"
+    marks = [
+        Markup('<line class="grid" x1="{0}%" x2="{0}%" y1="0" y2="100%"/>').format(t) for t in (0, 25, 50, 75, 100)
+    ]
+    if at[2]:
+        marks.append(Markup('<line class="limit" x1="{0}" x2="{0}" y1="0" y2="100%"/>').format(at[2]))
+    if at[0] and at[1]:
+        marks.append(Markup('<line class="way" x1="{}" x2="{}" y1="50%" y2="50%"/>').format(at[0], at[1]))
+    marks += [
+        Markup('<circle class="{}" cx="{}" cy="50%" r="{}"/>').format(kind, x, radius)
+        for kind, x, radius in (("before", at[0], 4), ("after", at[1], 4.5))
+        if x
+    ]
+    return Markup('<svg class="bell {}" role="img" aria-label="{}">{}</svg>').format(tone, label, Markup("").join(marks))
+
+
+def det(before: DetCurve, after: DetCurve) -> Markup:
+    """Detection error trade-off before (dashed) and after (solid) on normal deviate axes, 0.1 % to 60 %."""
+    ticks = Markup("").join(_tick(t) for t in DET_TICKS)
+    inner = Markup("").join(_curve(c, kind) for c, kind in ((before, "before"), (after, "after")))
+    label = "; ".join(
+        f"{kind}: at the deployed threshold {percent(c.at[0])} of attacks and {percent(c.at[1])} of bona fide are wrong"
+        for c, kind in ((before, "before"), (after, "after"))
+        if c.at
+    )
+    return Markup(
+        '<svg class="det" role="img" aria-label="DET curves. {label}" viewBox="0 0 390 384">{ticks}'
+        '<svg x="{x}" y="{y}" width="{side}" height="{side}" viewBox="0 0 {side} {side}">{inner}</svg>'
+        '<rect class="frame" x="{x}" y="{y}" width="{side}" height="{side}"/>'
+        '<text class="axis" x="{mid}" y="376" text-anchor="middle">attacks accepted, species pooled, %</text>'
+        '<text class="axis" transform="translate(13 {low}) rotate(-90)" text-anchor="middle">'
+        "bona fide rejected (BPCER), %</text></svg>"
+    ).format(label=label, ticks=ticks, inner=inner, x=DET_LEFT, y=DET_TOP, side=DET_SIDE,
+             mid=DET_LEFT + DET_SIDE / 2, low=DET_TOP + DET_SIDE / 2)  # fmt: skip
+
+
+def scale(values: Sequence[float], floor: float) -> float:
+    """The top of an axis that holds all finite ``values``: a round number that quarters well, at least ``floor``."""
+    most = max([floor, *(v for v in values if np.isfinite(v))])
+    rounds = (1.0, 1.2, 1.6, 2.0, 2.4, 3.2, 4.0, 6.0, 8.0, 10.0)
+    power = 10.0 ** np.floor(np.log10(most))
+    return float(next(r for r in rounds if r * power >= most * (1 - 1e-9)) * power)
+
+
+def _bins(values: np.ndarray, n: int, *, peaks: bool = False) -> np.ndarray:
+    values = np.asarray(values, dtype=float).ravel()
+    values = np.where(np.isfinite(values), values, np.nan)
+    if len(values) <= n:
+        return values
+    first = np.linspace(0, len(values), n + 1).astype(int)[:-1]
+    if peaks:
+        return np.fmax.reduceat(values, first)
+    known = np.isfinite(values)
+    total, count = np.add.reduceat(np.where(known, values, 0), first), np.add.reduceat(known.astype(int), first)
+    return np.divide(total, count, out=np.full(n, np.nan), where=count > 0)
+
+
+def _path(values: np.ndarray, top: float) -> Markup:
+    """A line through the finite values; a gap where they are missing, a dot where a value stands alone."""
+    d, pen_down = [], False
+    x = np.linspace(0, 100, len(values)) if len(values) > 1 else np.full(len(values), 50.0)
+    y = 100 - 100 * np.clip(values / top, 0, 1)
+    for xi, yi in zip(x.tolist(), y.tolist(), strict=True):
+        if yi == yi:
+            d.append(f"{'L' if pen_down else 'M'}{xi:.1f} {yi:.1f}{'' if pen_down else 'h.01'}")
+        pen_down = yi == yi
+    return Markup('<path d="{}"/>').format("".join(d))
+
+
+def _range(values: np.ndarray) -> str:
+    finite = np.asarray(values, dtype=float).ravel()
+    finite = finite[np.isfinite(finite)]
+    if not len(finite):
+        return "not measured"
+    return f"first {finite[0]:.2g}, last {finite[-1]:.2g}, lowest {finite.min():.2g}, highest {finite.max():.2g}"
+
+
+def _deviate(rate: float) -> float:
+    """Position in [0, side] of an error rate on a normal deviate axis."""
+    low, high = (NormalDist().inv_cdf(t) for t in (DET_TICKS[0], DET_TICKS[-1]))
+    return DET_SIDE * (NormalDist().inv_cdf(min(max(rate, 1e-5), 1 - 1e-5)) - low) / (high - low)
+
+
+def _tick(rate: float) -> Markup:
+    at = _deviate(rate)
+    return Markup(
+        '<path class="grid" d="M{x:.1f} {top}v{side}M{left} {y:.1f}h{side}"/>'
+        '<text x="{x:.1f}" y="{below}" text-anchor="middle">{name}</text>'
+        '<text x="{beside}" y="{y:.1f}" dy=".35em" text-anchor="end">{name}</text>'
+    ).format(x=DET_LEFT + at, y=DET_TOP + DET_SIDE - at, top=DET_TOP, left=DET_LEFT, side=DET_SIDE,
+             below=DET_TOP + DET_SIDE + 17, beside=DET_LEFT - 7, name=f"{100 * rate:g}")  # fmt: skip
+
+
+def _curve(curve: DetCurve, kind: str) -> Markup:
+    known = np.isfinite(curve.apcer) & np.isfinite(curve.bpcer)
+    apcer, bpcer = curve.apcer[known], curve.bpcer[known]
+    pick = np.unique(np.linspace(0, len(apcer) - 1, min(len(apcer), DET_POINTS)).astype(int))
+    points = [f"{_deviate(a):.1f} {DET_SIDE - _deviate(b):.1f}" for a, b in zip(apcer[pick], bpcer[pick], strict=True)]
+    out = Markup('<path class="{}" d="{}"/>').format(kind, "M" + "L".join(points) if points else "")
+    if curve.at and np.isfinite(curve.at).all():
+        x, y = _deviate(curve.at[0]), DET_SIDE - _deviate(curve.at[1])
+        out += Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(kind, x, y)
+    return out

@@ -1,0 +1,66 @@
+"""The nouns: modalities, labels, batches of features and what a site step reports.
+
+Tensor letters everywhere: ``K`` sites, ``B`` samples, ``M`` modalities, ``F`` features, ``D`` head width, ``C,H,W`` image.
+A score is P(bona fide) in [0, 1], everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SITE_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+
+class Modality(IntEnum):
+    """Sensor channels; the value is the index on tensor axis M."""
+
+    RGB = 0
+    DEPTH = 1
+    IR = 2
+
+
+class Label(IntEnum):
+    """ISO/IEC 30107 classes."""
+
+    UNKNOWN = -1
+    ATTACK = 0
+    BONA_FIDE = 1
+
+
+class Section(BaseModel):
+    """Base of every configuration section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Features(NamedTuple):
+    """A batch of trunk features; ``torch.func.vmap`` adds the leading axis K."""
+
+    z: Tensor  # [B, M, F] float32; rows of absent modalities are ignored whatever they hold
+    present: Tensor  # [B, M] bool
+    valid: Tensor  # [B] bool; False marks padding, which must change nothing
+
+
+class Outcome(NamedTuple):
+    """What one site step reports; every score was taken before the step learned from its sample."""
+
+    score: Tensor  # [B] P(bona fide)
+    pseudo_label: Tensor  # [B] int8: 1 / 0 where the sample was used with that label, -1 where it was not
+    disagreement: Tensor  # [B] nats between the heads
+    omega: Tensor  # [] loss weight after the step
+    instability: Tensor  # [] D_t of this step
+    restored: Tensor  # [] bool: this step went back to the last good snapshot
+
+
+def check_site_id(site: str) -> str:
+    """Return ``site`` if it is a safe site id, else raise ValueError; paths are built from ids that passed here."""
+    if not SITE_ID.fullmatch(site):
+        raise ValueError(f"site id {site!r}: allowed are 1-63 of a-z 0-9 _ -, starting with a letter or digit")
+    return site
