@@ -1,14 +1,11 @@
-"""One source model from labelled corpora: sampler, objective, the only backward(), resumable state. Knows no Ray and no method.
-
-A batch is a function of (seed, step, rank), so a fit that is resumed sees what it would have seen. Frames stay uint8 in memory.
-"""
+"""One source model from labelled corpora: objective, the only backward(), resumable state. Knows no Ray and no method."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -16,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline import metrics
-from pipeline.data.augment import augment
 from pipeline.models import ModelConfig
 from pipeline.models import tail as tails
 from pipeline.models.checkpoint import Manifest, SourceModel, seal
-from pipeline.models.trunk import build_trunk, features, fold, prepare
-from pipeline.source.erm import Batch
+from pipeline.models.trunk import build_trunk, features, fold
+from pipeline.sampler import FitError, check_validation, draw, presence, stratify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,9 +26,11 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from pipeline.data.corpora import Corpus
-    from pipeline.source.erm import Model
+    from pipeline.models.trunk import TinyTrunk, VitTrunk
+    from pipeline.source.erm import Batch, Model, SourceMethod
 
     Params = dict[str, Tensor]
+    Report = Callable[["Fit", dict[str, float]], None]
 
 CLIP = 5.0  # largest gradient norm
 WARMUP = 0.05  # share of the steps in which the rate rises
@@ -40,51 +38,17 @@ FROZEN_TAIL = "site."  # the site adapter is the identity in a source model
 TENSORS, STATE = "fit.safetensors", "fit.json"
 
 
-class FitError(ValueError):
-    """There is nothing to learn from, or learning broke; one line."""
-
-
-class Method(Protocol):
-    """What a source method's Config offers (``pipeline.source``)."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def augment(self) -> bool: ...
-    def extra(self, domains: int, tail: Params) -> Params: ...
-    def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]: ...
-    def after_step(self, extra: Params) -> None: ...
-
-
 @dataclass(frozen=True)
 class Task:
     """What is to be fitted, and what its manifest will say."""
 
-    method: Method
+    method: SourceMethod
     model: ModelConfig
     size: int
     data: dict[str, str] = field(default_factory=dict)  # domain → digest of its corpus
     fingerprint: str = ""
     revision: str = ""
     parents: tuple[str, ...] = ()
-
-
-class Cell(NamedTuple):
-    """The training rows of one class in one domain."""
-
-    domain: int
-    label: int
-    rows: np.ndarray
 
 
 @dataclass
@@ -101,10 +65,11 @@ class Fit:
 class Objective(nn.Module):
     """Trunk, tail and the method's own tensors; ``forward`` is the loss, so DDP works unchanged.
 
-    A tensor of ``extra`` that is named after a tail tensor stands in for it during the fit, one row per domain; the model gets their mean.
+    A tensor of ``extra`` named after a tail tensor stands in for it during the fit, one row per domain; the model gets
+    their mean.
     """
 
-    def __init__(self, method: Method, trunk: nn.Module, tail: Params, *, domains: int) -> None:
+    def __init__(self, method: SourceMethod, trunk: nn.Module, tail: Params, *, domains: int) -> None:
         super().__init__()
         self.method, self.trunk = method, trunk
         extra = method.extra(domains, tail)
@@ -132,63 +97,37 @@ class Objective(nn.Module):
         return {n: t.detach().cpu().clone() for n, t in tail.items()}
 
 
-def fit(
-    task: Task,
+def fit(task: Task, corpora: Sequence[Corpus], *, report: Report | None = None, every: int = 100) -> SourceModel:
+    """Learn ``task`` in this process from the train split of ``corpora``; the threshold comes from their val split."""
+    return run(begin(task, domains=len(corpora)), corpora, report=report, every=every)
+
+
+def run(
+    state: Fit,
     corpora: Sequence[Corpus],
     *,
     rank: int = 0,
     world: int = 1,
-    wrap: Callable[[nn.Module], nn.Module] | None = None,
-    report: Callable[[Fit, dict[str, float]], None] | None = None,
+    report: Report | None = None,
     every: int = 100,
-    resume: Path | None = None,
 ) -> SourceModel:
-    """Learn ``task`` from the train split of ``corpora``; the threshold comes from their val split.
+    """Take ``state`` from where it is to the end of its schedule, as one of ``world`` workers.
 
-    ``report`` is called on every rank after each ``every`` steps, and after the last, with the mean loss terms since the call before.
+    ``report`` is called after each ``every`` steps, and after the last, with the mean loss terms since the call before.
     """
     cells = stratify(corpora)
     check_validation(corpora)
-    state = begin(task, domains=len(corpora), wrap=wrap)
-    if resume is not None:
-        restore(state, resume)
     sums: dict[str, float] = {}
     since = 0
-    while state.step < task.method.steps:
-        batch, generator = draw(task, corpora, cells, step=state.step, rank=rank, world=world)
+    while state.step < state.task.method.steps:
+        batch, generator = draw(state.task.method, corpora, cells, step=state.step, rank=rank, world=world)
         for name, value in step(state, batch, generator).items():
             sums[name] = sums.get(name, 0.0) + value
         since += 1
-        if report is not None and (state.step % every == 0 or state.step == task.method.steps):
+        if report is not None and (state.step % every == 0 or state.step == state.task.method.steps):
             report(state, {name: total / since for name, total in sums.items()})
             sums, since = {}, 0
-    return finish(task, state.objective, corpora)
-
-
-def stratify(corpora: Sequence[Corpus]) -> list[Cell]:
-    """The non-empty cells domain x class of the train split."""
-    cells = []
-    for e, corpus in enumerate(corpora):
-        train = np.asarray(corpus.split) == "train"
-        for y in (0, 1):
-            rows = np.flatnonzero(train & (np.asarray(corpus.label) == y) & (np.asarray(corpus.present) > 0))
-            if len(rows):
-                cells.append(Cell(e, y, rows))
-    names = ", ".join(c.domain for c in corpora) or "none"
-    if not cells:
-        raise FitError(f"domains {names}: no training rows; import corpora with a train split")
-    if len({c.label for c in cells}) < 2:
-        only = "bona fide" if cells[0].label else "attack"
-        raise FitError(f"domains {names}: every training row is {only}; both classes are needed")
-    return cells
-
-
-def check_validation(corpora: Sequence[Corpus]) -> None:
-    """The threshold needs both classes in the pooled val split; say so before the fit, not after it."""
-    seen = {int(y) for c in corpora for y in np.unique(np.asarray(c.label)[np.asarray(c.split) == "val"])}
-    if not {0, 1} <= seen:
-        names = ", ".join(c.domain for c in corpora)
-        raise FitError(f"domains {names}: the val split must hold bona fide and attack rows; the threshold comes from it")
+    return finish(state.task, state.objective, corpora)
 
 
 def begin(task: Task, *, domains: int, wrap: Callable[[nn.Module], nn.Module] | None = None) -> Fit:
@@ -203,30 +142,6 @@ def begin(task: Task, *, domains: int, wrap: Callable[[nn.Module], nn.Module] | 
     module = wrap(objective) if wrap else objective
     optimizer = torch.optim.AdamW(_groups(objective, task.method.weight_decay), lr=task.method.lr, fused=True)
     return Fit(task, objective, module, optimizer)
-
-
-def draw(
-    task: Task, corpora: Sequence[Corpus], cells: Sequence[Cell], *, step: int, rank: int, world: int
-) -> tuple[Batch, Generator]:
-    """The batch of one step on one rank, equal counts per cell, and the generator for what the method draws."""
-    method = task.method
-    random = np.random.default_rng([method.seed, step, rank])
-    generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-    share = max(2, method.batch // world)
-    order = [cells[(step + i) % len(cells)] for i in range(len(cells))]  # who gets the odd ones rotates
-    counts = [share // len(cells) + (i < share % len(cells)) for i in range(len(cells))]
-    picked = [(c, random.choice(c.rows, n, replace=n > len(c.rows))) for c, n in zip(order, counts, strict=True) if n]
-    frames = torch.from_numpy(np.concatenate([corpora[c.domain].frame[rows] for c, rows in picked]))
-    present = presence(np.concatenate([np.asarray(corpora[c.domain].present)[rows] for c, rows in picked]))
-    label = torch.tensor([c.label for c, rows in picked for _ in rows])
-    domain = torch.tensor([c.domain for c, rows in picked for _ in rows])
-    ready = prepare(255 * augment(frames.float() / 255, generator)) if method.augment else prepare(frames)
-    return Batch(ready, present, label, domain, step / method.steps), generator
-
-
-def presence(bits: np.ndarray) -> Tensor:
-    """Bitmask [N] → bool [N, M]."""
-    return torch.from_numpy((bits[:, None].astype(np.int64) >> np.arange(tails.MODALITIES)) & 1 == 1)
 
 
 def step(state: Fit, batch: Batch, generator: Generator) -> dict[str, float]:
@@ -274,7 +189,9 @@ def restore(state: Fit, folder: Path) -> None:
     mine = {"kind": state.task.method.kind, "fingerprint": state.task.fingerprint}
     for name, value in mine.items():
         if meta[name] != value:
-            raise FitError(f"{folder}: saved fit has {name} {meta[name]!r}, this one {value!r}; choose another run name")
+            raise FitError(
+                f"{folder}: saved fit has {name} {meta[name]!r}, this one {value!r}; choose another run name"
+            )
     tensors = load_file(folder / TENSORS)
     model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     state.objective.load_state_dict(model)
@@ -288,14 +205,14 @@ def restore(state: Fit, folder: Path) -> None:
 
 
 def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> SourceModel:
-    """Fold the trunk, put every head's radius and the threshold at the EER of the pooled source validation, and seal."""
+    """Fold the trunk, put each head's radius and the threshold at the EER of the pooled validation, and seal."""
     trunk, tail = fold(objective.trunk).cpu(), objective.final_tail()
     domain, label, z, present = _validation(trunk, corpora)
     tail["log_rho"] = calibrated(tail, z, present, label)
     manifest = Manifest(
         config=task.model, size=task.size, threshold=0.5, method=task.method.kind, domains=tuple(c.domain for c in corpora),
         data=task.data, parents=task.parents, fingerprint=task.fingerprint, revision=task.revision,
-        architecture=cast("nn.Module", objective.trunk).architecture(),
+        architecture=cast("TinyTrunk | VitTrunk", objective.trunk).architecture(),
     )  # fmt: skip
     score = tails.score(tail, z, present).numpy()
     threshold = metrics.eer_threshold(score, label)
@@ -308,7 +225,7 @@ def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> Sourc
 
 
 def calibrated(tail: Params, z: Tensor, present: Tensor, label: np.ndarray) -> Tensor:
-    """log rho [V] at which a head's validation errors are equal, so that 0.5 means the same for every head and site method."""
+    """log rho [V] at which a head's validation errors are equal: 0.5 then means the same for every head."""
     radius = tails.read(tail, z, present).radius.double().numpy()
     log_rho = tail["log_rho"].clone()
     for v in range(tails.HEADS):
@@ -339,7 +256,11 @@ def _validation(trunk: nn.Module, corpora: Sequence[Corpus]) -> tuple[np.ndarray
 
 def _groups(objective: Objective, decay: float) -> list[dict[str, object]]:
     def decays(name: str, p: Tensor) -> bool:
-        return p.dim() > 1 and not name.startswith("_extra.") and _dotted(name.removeprefix("_tail.")) not in tails.NO_DECAY
+        return (
+            p.dim() > 1
+            and not name.startswith("_extra.")
+            and _dotted(name.removeprefix("_tail.")) not in tails.NO_DECAY
+        )
 
     named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
     return [

@@ -1,21 +1,21 @@
 """May a candidate serve? Pure rules over counted evidence; this file holds the section ``guards``.
 
-Evidence is what was counted on the sealed anchor set (with labels) and on the site's own stream (without). Evidence without
-labels may stop or hold a candidate, never approve it: a pass needs anchor counts for every pattern that a guard applies to.
-``assess`` on stored evidence gives the stored verdict again. Bounds are one-sided 95 % throughout.
+Evidence is what was counted on the sealed anchor set (with labels) and on the site's own stream (without). Evidence
+without labels may stop or hold a candidate, never approve it: a pass needs anchor counts for every pattern that a guard
+applies to. ``assess`` on stored evidence gives the stored verdict again. Bounds are one-sided 95 %.
 
 Ceiling: Clopper-Pearson upper bound of the candidate's APCER per PAI species and pattern, and of its BPCER.
-Non-inferiority: upper bound of the paired difference (worse - better) / n on the same anchor items, by the Wald interval with
-the adjustment of Bonett & Price (J. Educ. Behav. Stat. 37, 2012), which Fagerland et al. (Stat. Med. 33, 2014) recommend: it
-does not shrink to width 0 without discordant items, as plain Wald does. Cells too small to show the margin even then
-("under-resolved", n < 231 for 1 pp) are judged by what zero discordant items would give at their n, or held.
+Non-inferiority: upper bound of the paired difference (worse - better) / n on the same anchor items: the Wald interval
+with Bonett & Price's adjustment (J. Educ. Behav. Stat. 37, 2012; recommended by Fagerland et al., Stat. Med. 33, 2014):
+unlike plain Wald it keeps a width without discordant items. A cell too small to show the margin even then
+("under-resolved": n < 231 for 1 pp) is judged by what no discordant item would give at its n, or held.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, Field
@@ -24,28 +24,28 @@ from pipeline.metrics import BONA_FIDE, MIN_SPECIES, clopper_pearson, merge_smal
 from pipeline.types import Section
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
     Floats = NDArray[np.float64]
 
 REAL = "bona_fide"  # the row of a pattern whose errors are bona fide presentations called attack
+ATTACKS = "all attacks"  # the sum of a pattern's species
 Z95 = 1.6448536269514722
 CLIP = 1e-6  # scores nearer to 0 or 1 have no larger margin
 
 Call = Literal["pass", "fail", "hold"]
 
 
-def _finite(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Measured = Annotated[float | None, BeforeValidator(_finite)]  # None = not measured; NaN and infinity become None
+# None = not measured; NaN and infinity become None, so that JSON holds everything
+Measured = Annotated[
+    float | None, BeforeValidator(lambda v: None if isinstance(v, float) and not math.isfinite(v) else v)
+]
 
 
 class PatternLimit(Section):
-    """Ceilings of one missing-modality pattern."""
+    """Highest upper bounds of one missing-modality pattern."""
 
     apcer: float = Field(default=0.07, gt=0, le=1)
     bpcer: float = Field(default=0.15, gt=0, le=1)
@@ -143,23 +143,12 @@ class Verdict(Section):
     labels: str = "anchor"
 
 
-class _Table(NamedTuple):
-    """Cells as arrays [cells]."""
-
-    cells: tuple[Cell, ...]
-    n: Floats
-    errors: Floats
-    worse: Floats
-    better: Floats
-
-
 def assess(limits: GuardsConfig, evidence: Evidence) -> Verdict:
     """The verdict on one candidate. fail before hold before pass; scores that are not finite can only hold."""
     reasons = list(_no_data(limits, evidence))
     if evidence.finite:
-        t = _table(evidence.cells)
-        reasons += _ceiling(limits, t)
-        reasons += _noninferiority(limits, t)
+        reasons += _ceiling(limits, evidence.cells)
+        reasons += _noninferiority(limits, evidence.cells)
         reasons += _trust(limits.trust, evidence)
     calls = {r.call for r in reasons if not r.advisory}
     outcome: Call = "fail" if "fail" in calls else "hold" if "hold" in calls else "pass"
@@ -174,27 +163,24 @@ def evidence_of(
 ) -> Evidence:  # fmt: skip
     """Count the anchor scores [P, N] of candidate and champion; label and species are per anchor item [N].
 
-    ``valid`` [P, N] leaves out items that a pattern cannot show. A score that is not finite is an error and clears ``finite``.
+    ``valid`` [P, N] leaves out items that a pattern cannot show. A score that is not finite clears ``finite``.
     """
     c, s = np.asarray(candidate, np.float64), np.asarray(stable, np.float64)
     y = np.ascontiguousarray(label, np.int8)
     if not c.shape == s.shape == (len(patterns), len(y)) or len(species) != len(y):
-        raise ValueError(f"anchor scores {c.shape} and {s.shape} must be [{len(patterns)} patterns, {len(y)} items], "
-                         f"with one species per item ({len(species)} given)")  # fmt: skip
+        want = f"[{len(patterns)} patterns, {len(y)} items] and one species per item"
+        raise ValueError(f"anchor scores {c.shape} and {s.shape}, {len(species)} species: {want} are needed")
     ok = np.ones(c.shape, np.bool_) if valid is None else np.asarray(valid, np.bool_)
     names, member, merged = _groups(y.tobytes(), tuple(species), merge_below)
     good_c, good_s = np.isfinite(c), np.isfinite(s)
     wrong_c = ((c >= threshold) != (y == BONA_FIDE)) | ~good_c
     wrong_s = ((s >= (threshold if stable_threshold is None else stable_threshold)) != (y == BONA_FIDE)) | ~good_s
     flags = np.stack([ok, wrong_c & ok, wrong_c & ~wrong_s & ok, wrong_s & ~wrong_c & ok])
-    counts = np.rint(flags.astype(np.float64) @ member).astype(int).tolist()  # [4][P][species]
+    n, errors, worse, better = np.rint(flags.astype(np.float64) @ member).astype(int).tolist()  # each [P][species]
     finite = bool(stream_finite and (good_c & good_s | ~ok).all())
     return Evidence(
-        cells=tuple(
-            Cell(pattern=p, species=j, n=counts[0][i][k], errors=counts[1][i][k], worse=counts[2][i][k],
-                 better=counts[3][i][k])
-            for i, p in enumerate(patterns) for k, j in enumerate(names) if counts[0][i][k]
-        ),
+        cells=tuple(Cell(pattern=p, species=j, n=n[i][k], errors=errors[i][k], worse=worse[i][k], better=better[i][k])
+                    for i, p in enumerate(patterns) for k, j in enumerate(names) if n[i][k]),
         trust_ratio=float(trust_ratio), margin_drop=_margin_drop(c, s, ok, member[:, 1:]) if finite else None,
         stream_n=int(stream_n), age_seconds=float(age_seconds), finite=finite, holds_before=holds_before, merged=merged,
     )  # fmt: skip
@@ -223,92 +209,93 @@ def _no_data(limits: GuardsConfig, e: Evidence) -> Iterator[Reason]:
         yield _hold("stream", None, None, "a score or a state tensor is not finite; nothing else was judged")
     if e.stream_n < rule.n_min:
         yield _hold("stream", e.stream_n, rule.n_min, f"{e.stream_n} stream samples, at least {rule.n_min} are needed")
-    if e.age_seconds is None:
-        yield _hold("stream", None, rule.stale_seconds, "the age of the evidence is not known")
-    elif e.age_seconds > rule.stale_seconds:
-        yield _hold("stream", e.age_seconds, rule.stale_seconds,
-                    f"evidence is {e.age_seconds:.0f} s old, at most {rule.stale_seconds:.0f} s are allowed")  # fmt: skip
+    if e.age_seconds is None or e.age_seconds > rule.stale_seconds:
+        old = "unknown" if e.age_seconds is None else f"{e.age_seconds:.0f} s"
+        text = f"age of the evidence: {old}, at most {rule.stale_seconds:.0f} s are allowed"
+        yield _hold("stream", e.age_seconds, rule.stale_seconds, text)
     have = {(c.pattern, c.species == REAL) for c in e.cells if c.n}
-    found = list(dict.fromkeys(c.pattern for c in e.cells))
     decisive = [g.patterns for g in (limits.ceiling, limits.noninferiority) if not g.advisory]
-    wanted = list(dict.fromkeys(p for g in decisive for p in g)) if decisive and all(decisive) else found
+    wanted = {p: None for patterns in decisive for p in patterns}
+    if not decisive or not all(decisive):
+        wanted |= {c.pattern: None for c in e.cells}
     for pattern in wanted or ["anchor"]:
         for real, what in ((False, "attacks"), (True, "bona fide presentations")):
             if (pattern, real) not in have:
                 yield _hold(pattern, 0, rule.anchor_min, f"no anchor {what} were replayed under pattern {pattern}")
     for c in e.cells:
         if c.n < rule.anchor_min and c.pattern in wanted:
-            yield _hold(f"{c.pattern}/{c.species}", c.n, rule.anchor_min,
-                        f"{c.n} anchor presentations of {c.species}, at least {rule.anchor_min} are needed")  # fmt: skip
+            text = f"{c.n} anchor presentations of {c.species}, at least {rule.anchor_min} are needed"
+            yield _hold(f"{c.pattern}/{c.species}", c.n, rule.anchor_min, text)
 
 
 def _hold(where: str, number: float | None, limit: float | None, text: str) -> Reason:
     return Reason(guard="no_data", call="hold", where=where, number=number, limit=limit, text=text)
 
 
-def _table(cells: tuple[Cell, ...]) -> _Table:
-    n, errors, worse, better = (
-        np.array([(c.n, c.errors, c.worse, c.better) for c in cells], np.float64).reshape(-1, 4).T
-    )
-    return _Table(cells, n, errors, worse, better)
-
-
-def _ceiling(limits: GuardsConfig, t: _Table) -> Iterator[Reason]:
+def _ceiling(limits: GuardsConfig, all_cells: tuple[Cell, ...]) -> Iterator[Reason]:
     rule = limits.ceiling
-    lower, upper = clopper_pearson(t.errors, t.n)
-    best: tuple[float, Reason] | None = None
-    for i, c in enumerate(t.cells):
-        if rule.patterns and c.pattern not in rule.patterns:
-            continue
-        own = rule.per_pattern.get(c.pattern, rule)
-        limit, name = (own.bpcer, "BPCER") if c.species == REAL else (own.apcer, "APCER")
-        if c.n < limits.no_data.anchor_min and lower[i] <= limit:
-            continue  # no_data holds it
-        call: Call = "fail" if upper[i] > limit else "pass"
-        text = (
-            f"{name} of {c.species} under {c.pattern}: {c.errors} of {c.n}, upper95 {upper[i]:.2%}, limit {limit:.2%}"
+    cells = [c for c in all_cells if not rule.patterns or c.pattern in rule.patterns]
+    errors, n = np.array([(c.errors, c.n) for c in cells], np.float64).reshape(-1, 2).T
+    lower, upper = clopper_pearson(errors, n)
+    own = [rule.per_pattern.get(c.pattern, rule) for c in cells]
+    limit = np.array([o.bpcer if c.species == REAL else o.apcer for o, c in zip(own, cells)], np.float64)
+    small = (n < limits.no_data.anchor_min) & (lower <= limit)  # no_data holds these
+    call = np.where(small, "", np.where(upper > limit, "fail", "pass"))
+
+    def text(i: int) -> str:
+        c, name = cells[i], "BPCER" if cells[i].species == REAL else "APCER"
+        counts = f"{c.errors} of {c.n}, upper95 {upper[i]:.2%}, limit {limit[i]:.2%}"
+        return f"{name} of {c.species} under {c.pattern}: {counts}"
+
+    where = [f"{c.pattern}/{c.species}" for c in cells]
+    yield from _findings("ceiling", rule.advisory, where, upper, limit, call, text)
+    if rule.apcer_target is not None:
+        attack = np.array([c.species != REAL for c in cells], np.bool_)
+        target = np.full(len(cells), rule.apcer_target)
+        over = np.where(attack & (call == "pass") & (upper > target), "hold", "")
+        yield from _findings(
+            "ceiling", True, where, upper, target, over, lambda i: f"{text(i)}, target {target[i]:.2%}"
         )
-        reason = Reason(guard="ceiling", call=call, where=f"{c.pattern}/{c.species}", number=float(upper[i]), limit=limit,
-                        text=text, advisory=rule.advisory)  # fmt: skip
-        if call == "fail":
-            yield reason
-        elif best is None or upper[i] / limit > best[0]:
-            best = (upper[i] / limit, reason)
-        if name == "APCER" and rule.apcer_target is not None and rule.apcer_target < upper[i] <= limit:
-            yield reason.model_copy(update={"call": "hold", "advisory": True, "limit": rule.apcer_target,
-                                            "text": f"{text}, target {rule.apcer_target:.2%}"})  # fmt: skip
-    if best:
-        yield best[1]
 
 
-def _noninferiority(limits: GuardsConfig, t: _Table) -> Iterator[Reason]:
+def _noninferiority(limits: GuardsConfig, all_cells: tuple[Cell, ...]) -> Iterator[Reason]:
     rule = limits.noninferiority
-    rows = [(c.pattern, c.species, c.n, c.worse, c.better) for c in t.cells]
-    for pattern in dict.fromkeys(c.pattern for c in t.cells):
-        pooled = np.array([c.species != REAL and c.pattern == pattern for c in t.cells])
-        rows.append((pattern, "all attacks", *(int(v[pooled].sum()) for v in (t.n, t.worse, t.better))))
-    rows = [r for r in rows if r[2] and (not rule.patterns or r[0] in rule.patterns)]
+    rows = [(c.pattern, c.species, c.n, c.worse, c.better) for c in all_cells
+            if c.n and (not rule.patterns or c.pattern in rule.patterns)]  # fmt: skip
+    for pattern in dict.fromkeys(r[0] for r in rows):
+        own = [r[2:] for r in rows if r[0] == pattern and r[1] != REAL]
+        if own:
+            rows.append((pattern, ATTACKS, sum(r[0] for r in own), sum(r[1] for r in own), sum(r[2] for r in own)))
     n, worse, better = np.array([r[2:] for r in rows], np.float64).reshape(-1, 3).T
     upper, floor = paired_upper95(worse, better, n), paired_upper95(0 * n, 0 * n, n)
-    best: tuple[float, Reason] | None = None
-    for i, (pattern, species, count, w, b) in enumerate(rows):
-        margin = {REAL: rule.bona_fide, "all attacks": rule.attacks}.get(species, rule.worst_species)
-        limit = max(margin, float(floor[i]))
-        call: Call = "fail" if upper[i] > limit + 1e-12 else "pass"
-        text = (
-            f"{species} under {pattern}: {w} worse, {b} better of {count}, upper95 {upper[i]:+.2%}, margin {margin:.2%}"
-        )
-        if limit > margin:
-            text += f"; {count} items resolve {limit:.2%} only"
-            call = "hold" if call == "pass" and rule.under_resolved == "hold" else call
-        reason = Reason(guard="noninferiority", call=call, where=f"{pattern}/{species}", number=float(upper[i]),
-                        limit=limit, text=text, advisory=rule.advisory)  # fmt: skip
-        if call != "pass":
-            yield reason
-        elif best is None or upper[i] / limit > best[0]:
-            best = (upper[i] / limit, reason)
-    if best:
-        yield best[1]
+    margins = {REAL: rule.bona_fide, ATTACKS: rule.attacks}
+    margin = np.array([margins.get(r[1], rule.worst_species) for r in rows], np.float64)
+    limit = np.maximum(margin, floor)
+    resolved = "hold" if rule.under_resolved == "hold" else "pass"
+    call = np.where(upper > limit + 1e-12, "fail", np.where(floor > margin, resolved, "pass"))
+
+    def text(i: int) -> str:
+        pattern, species, count, w, b = rows[i]
+        note = f"; {count} items resolve {floor[i]:.2%} only" if floor[i] > margin[i] else ""
+        counts = f"{w} worse, {b} better of {count}, upper95 {upper[i]:+.2%}, margin {margin[i]:.2%}"
+        return f"{species} under {pattern}: {counts}{note}"
+
+    where = [f"{r[0]}/{r[1]}" for r in rows]
+    yield from _findings("noninferiority", rule.advisory, where, upper, limit, call, text)
+
+
+def _findings(
+    guard: str, advisory: bool, where: list[str], number: Floats, limit: Floats, call: NDArray[np.str_],
+    text: Callable[[int], str],
+) -> Iterator[Reason]:  # fmt: skip
+    """Every fail and hold, and the pass that is nearest to its limit; texts are made only for these."""
+    shown = np.flatnonzero((call == "fail") | (call == "hold")).tolist()
+    passed = np.flatnonzero(call == "pass")
+    if len(passed):
+        shown.append(int(passed[np.argmax(number[passed] / limit[passed])]))
+    for i in shown:
+        yield Reason(guard=guard, call=call[i].item(), where=where[i], number=float(number[i]), limit=float(limit[i]),
+                     text=text(i), advisory=advisory)  # fmt: skip
 
 
 def paired_upper95(worse: Floats, better: Floats, n: Floats) -> Floats:
@@ -318,15 +305,12 @@ def paired_upper95(worse: Floats, better: Floats, n: Floats) -> Floats:
 
 
 def _trust(rule: TrustRegion, e: Evidence) -> Iterator[Reason]:
-    measured = (
+    for where, number, limit, what in (
         ("state", e.trust_ratio, rule.rho, "distance from the source state over its norm"),
         ("anchor", e.margin_drop, rule.margin, "fall of the attack margin in logits"),
-    )
-    for where, number, limit, what in measured:
-        if number is None:
-            yield Reason(guard="trust", call="hold", where=where, number=None, limit=limit,
-                         text=f"{what} was not measured", advisory=rule.advisory)  # fmt: skip
-            continue
-        call: Call = "fail" if number > limit else "pass"
-        yield Reason(guard="trust", call=call, where=where, number=number, limit=limit,
-                     text=f"{what}: {number:.3f}, limit {limit:.3f}", advisory=rule.advisory)  # fmt: skip
+    ):
+        call: Call = "hold" if number is None else "fail" if number > limit else "pass"
+        text = f"{what}: {'not measured' if number is None else format(number, '.3f')}, limit {limit:.3f}"
+        yield Reason(
+            guard="trust", call=call, where=where, number=number, limit=limit, text=text, advisory=rule.advisory
+        )

@@ -50,7 +50,7 @@ Alias = Literal["champion", "challenger"]
 Value = str | int | float | bool | None
 
 
-class LineageError(ValueError):
+class LineageError(RuntimeError):
     """MLflow cannot be used; one line naming its URI and what to do."""
 
 
@@ -188,10 +188,11 @@ class Lineage:
         with _named(self.place):
             if not self.client.search_registered_models(f"name = '{self.model}'"):
                 self.client.create_registered_model(self.model)
-            logged = self.client.create_logged_model(self.experiment_id, self.model, run.id, facts)
+            logged = self.client.create_logged_model(self.experiment_id, "source", run.id, facts)
             self.client.log_model_artifacts(logged.model_id, str(checkpoint))
             self.client.finalize_logged_model(logged.model_id, "READY")
-            made = self.client.create_model_version(self.model, f"models:/{logged.model_id}", run.id, facts)
+            where = logged.artifact_location
+            made = self.client.create_model_version(self.model, where, run.id, facts, model_id=logged.model_id)
         return self.version(int(made.version))
 
     def versions(self) -> list[SourceVersion]:
@@ -205,8 +206,7 @@ class Lineage:
     def version(self, which: int | Alias) -> SourceVersion:
         """The version with this number or alias; LineageError names what there is."""
         known = self.versions()
-        found = [v for v in known if v.version == which or which in v.aliases]
-        if not found:
+        if not (found := [v for v in known if v.version == which or which in v.aliases]):
             have = ", ".join(str(v.version) for v in known) or "none"
             raise LineageError(f"MLflow at {self.place}: {self.model} has no version {which!r}; versions: {have}")
         return found[0]
@@ -258,7 +258,7 @@ def _probe(uri: str) -> None:
     if parts.scheme == "sqlite":
         return
     if not parts.hostname:
-        raise LineageError(f"lineage.uri: {_redacted(uri)!r}: allowed are sqlite:///path, postgresql://…, http(s)://…")
+        raise ValueError(f"lineage.uri: {_redacted(uri)!r}: allowed are sqlite:///path, postgresql://…, http(s)://…")
     try:
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 5432)
         socket.create_connection((parts.hostname, port), PROBE_SECONDS).close()

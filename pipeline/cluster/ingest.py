@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from pipeline.data import DataConfig
-from pipeline.data.captures import BadSegment, check_segment, list_segments, read_segment
+from pipeline.data.captures import BadSegment, Capture, check_segment, list_segments, read_segment
 from pipeline.data.decode import BadImage, decode
-from pipeline.data.features import FeatureBlock, pseudonym, write_features
+from pipeline.data.features import FeatureBlock, mask_to_bool, pseudonym, write_features
 from pipeline.ledger import QuarantineRow, SegmentRow
+from pipeline.models import checkpoint as checkpoint_io
+from pipeline.models.trunk import features as features_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,6 +48,7 @@ class NewSegment:
 class Found:
     """What the captures folder holds beyond the ledger."""
 
+    sites: tuple[str, ...]
     new: tuple[NewSegment, ...]
     refused: tuple[tuple[SegmentRow, QuarantineRow], ...]  # whole files
     strays: tuple[str, ...]  # folders that are no site, one line each
@@ -75,7 +79,7 @@ def find(limits: DataConfig, known: dict[str, set[str]], next_offset: Callable[[
                 continue
             new.append(NewSegment(site, path.name, str(path.resolve()), rows, base))
             base += rows
-    return Found(tuple(new), tuple(refused), tuple(listing.rejected))
+    return Found(tuple(listing.segments), tuple(new), tuple(refused), tuple(listing.rejected))
 
 
 def run(config: Config, new: Sequence[NewSegment], *, checkpoint: Path, on_progress: Callable[[int, int], None]) -> Ingested:
@@ -140,13 +144,71 @@ def _ingest_batch(batch: dict[str, np.ndarray], *, limits: str, checkpoint: str,
 def ingest_segment(segment: NewSegment, limits: DataConfig, model: SourceModel, features: Path) -> dict[str, object]:
     """Validate, decode, featurise and store one segment → its digest and bad rows (row, sample id, reason)."""
     path = Path(segment.path)
-    good, bad = read_segment(path, site=segment.site, limits=limits)
+    read = read_segment(path, site=segment.site, limits=limits)
+    bad = [tuple(b) for b in read.bad]
     blocks: list[FeatureBlock] = []
-    for start in range(0, len(good), CHUNK):
-        block, worse = _featurise(good[start : start + CHUNK], segment, limits, model)
+    for start in range(0, len(read.good), CHUNK):
+        block, worse = _featurise(read.good[start : start + CHUNK], segment, limits.size, model)
         blocks.append(block)
         bad += worse
-    whole = FeatureBlock(*(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__)) if blocks else None
-    if whole is not None and len(whole):
+    if sum(map(len, blocks)):
+        whole = FeatureBlock(*(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__))
         write_features(features, model.manifest.trunk_digest, segment.site, whole)
     return {"bad": sorted(bad), "sha256": _digest(path, limits.max_bytes), "error": ""}
+
+
+def _featurise(
+    captures: Sequence[Capture], segment: NewSegment, size: int, model: SourceModel
+) -> tuple[FeatureBlock, list[tuple[int, str | None, str]]]:
+    """Decode and run the trunk on one chunk; rows that cannot be decoded come back with their reason."""
+    kept: list[Capture] = []
+    frames: list[np.ndarray] = []
+    masks: list[int] = []
+    bad: list[tuple[int, str | None, str]] = []
+    for c in captures:
+        try:
+            frame, mask = decode(c["rgb"], c["depth"], c["ir"], size=size)
+        except BadImage as e:
+            bad.append((c["row"], c["sample_id"], str(e)))
+            continue
+        mask &= _informative(frame)
+        if not mask:
+            bad.append((c["row"], c["sample_id"], "every modality is one constant value: covered or broken camera"))
+            continue
+        kept.append(c)
+        frames.append(frame)
+        masks.append(mask)
+    present = np.array(masks, np.uint8)
+    pixels = torch.from_numpy(np.stack(frames) if frames else np.zeros((0, 5, size, size), np.uint8))
+    z = features_of(model.trunk, pixels, torch.from_numpy(mask_to_bool(present))).numpy().astype(np.float16)
+    fine = np.isfinite(z).all(axis=(1, 2))
+    bad += [(c["row"], c["sample_id"], "its features are not finite") for c, ok in zip(kept, fine, strict=True) if not ok]
+    block = FeatureBlock(
+        offset=segment.base_offset + np.array([c["row"] for c in kept], np.int64),
+        sample_id=np.array([c["sample_id"] for c in kept], dtype=object),
+        captured_at=np.array([c["captured_at"] for c in kept], dtype="datetime64[us]"),
+        session=np.array([pseudonym(segment.site, c["session_id"]) for c in kept], np.int64),
+        present=present,
+        z=z,
+    )
+    return block.rows(fine), bad
+
+
+def _informative(frame: np.ndarray) -> int:
+    """Bit mask of the modalities that are more than one constant value; a constant one is as good as absent."""
+    planes = (frame[:3], frame[3], frame[4])
+    return sum(1 << m for m, plane in enumerate(planes) if plane.min() != plane.max())
+
+
+def _digest(path: Path, limit: int) -> str:
+    """sha256 of a segment; empty when it is too large to be read at all."""
+    if path.stat().st_size > limit:
+        return ""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=2)
+def _model(path: str) -> SourceModel:
+    torch.set_num_threads(1)
+    return checkpoint_io.load(Path(path))

@@ -26,7 +26,7 @@ FREE_BYTES = 4 * 2**20  # decoded size below which expansion is harmless: a cove
 MAX_SCANS = 64  # cameras write about 10; each scan of a progressive JPEG costs a pass over all pixels
 NO_RETURN_8BIT = 8  # 8-bit depth is mostly JPEG, whose ringing puts 1..8 around pixels without a return
 ROBUST = (0.02, 0.98)  # share of returns below and above which depth is clipped
-SPREAD = 4.0  # median absolute deviations from the median at which it is clipped: a wall behind must not flatten the face
+SPREAD = 4.0  # median absolute deviations from the median at which it is clipped: a far wall must not flatten the face
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_ANIMATION = frozenset((b"acTL", b"fcTL", b"fdAT"))
@@ -74,7 +74,7 @@ def read_pixels(data: bytes, name: Name) -> np.ndarray:
 def frame_from_arrays(
     rgb: NDArray[np.uint8] | None, depth: np.ndarray | None, ir: np.ndarray | None, *, size: int
 ) -> tuple[NDArray[np.uint8], int]:
-    """Assemble a frame: rgb uint8 [H, W, 3]; depth and ir [H, W] uint8, uint16 or float (depth: any unit; IR: [0, 1])."""
+    """One frame from rgb uint8 [H, W, 3]; depth and ir [H, W] uint8, uint16 or float (depth: any unit, IR: [0, 1])."""
     frame = np.zeros((CHANNELS, size, size), np.uint8)
     present = 0
     if rgb is not None:

@@ -7,6 +7,7 @@ draws of one shape model. NIR reflectances are assumed orders of magnitude (mela
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import cv2
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     Map = NDArray[np.float32]
     Shape = dict[str, float]
 
-N = 112
+N = 96
 HALF = 160.0  # mm from the centre of the grid to its edge
 FACE_Z = 80.0  # mm from the axis of the head to the plane of the face; camera distances end at this plane
 RED, GREEN, BLUE, NIR, Z, ALPHA, GLOSS, SOFT = range(8)  # SOFT: 1 = light bleeds under the surface, -1 = a display
@@ -45,22 +46,15 @@ def person(subject: int, fixed: np.random.Generator, moving: np.random.Generator
     """A head with hair, ears and neck; ``fixed`` draws what stays for a session, ``moving`` the expression of one frame."""
     s = shape_of(subject)
     mouth, smile, gaze = max(0.0, moving.normal(0, 3.5)), moving.normal(0, 0.6), moving.normal(0, 1.5)
-    skull = _skull(s)
-    face = np.clip(0.5 + (1 - skull) * 12, 0, 1)
-    ears = disc(s["width"] + 3, 2, 9, 27) + disc(-s["width"] - 3, 2, 9, 27)
-    neck = np.clip((s["width"] * 0.72 - np.abs(X)) / 4, 0, 1) * np.clip((Y - 40) / 10, 0, 1) * np.clip((150 - Y) / 6, 0, 1)
-    hair = _hair(s, skull)
-    dome = _dome(skull) + relief(s, mouth, smile) * face
-    behind = np.where(ears > 0.3, -8, np.where(neck > 0.5, 14 - (X / 14) ** 2, -55))
-    out = np.zeros((8, N, N), np.float32)
-    out[Z] = np.where(skull < 1, np.maximum(dome, behind), behind)
-    out[Z] += hair * (np.maximum(_dome(skull / 1.3) + 4, out[Z]) - out[Z])
-    out[ALPHA] = np.maximum(np.maximum(face, hair), np.maximum(ears, neck))
-    out[GLOSS], out[SOFT] = 0.12 * face * (1 - hair), 1 - 0.7 * hair
-    _complexion(out, s, mouth, gaze, wavelength)
-    shade = 0.04 + max(0.0, s["hair_light"])
-    paint(out, hair, (shade * 1.15, shade * 0.85, shade * 0.6), 0.2 + 0.6 * shade, keep=0.05)
-    out[:4] *= 1 + 0.15 * hair * grain(np.random.default_rng([subject, 8]), 40)
+    out = _at_rest(subject, wavelength).copy()
+    mouth_y, half = s["mouth_y"] + mouth / 2, s["mouth"]
+    out[Z] += s["lips"] * (_blob(0, s["mouth_y"] - 5, half * 0.75, 4) + _blob(0, s["mouth_y"] + 5 + mouth, 14, 5))
+    out[Z] -= (3 + mouth) * _blob(0, mouth_y, half, 2.5 + mouth / 2)
+    out[Z] += 2 * smile * _pair(38, 20 - 4 * smile, 16, 14)
+    red, green, blue, nir = skin_of(s, wavelength)
+    paint(out, disc(0, mouth_y, half, 7.5 + mouth / 2, 3), (red * 0.82, green * 0.52, blue * 0.55), nir * 0.94)
+    paint(out, _blob(0, mouth_y, half * 0.8, 1.6 + mouth / 2), (0.12, 0.05, 0.05), 0.2, keep=0.2)
+    paint(out, eyes(s, 5.8, 5.2, gaze), (0.10, 0.07, 0.05), 0.16)
     if fixed.random() < 0.15:
         frame = np.clip(eyes(s, 22, 18) - eyes(s, 19, 15) + disc(0, s["eye_y"] - 3, 10, 2), 0, 1)
         paint(out, frame, (0.06, 0.05, 0.05), 0.1)
@@ -68,16 +62,11 @@ def person(subject: int, fixed: np.random.Generator, moving: np.random.Generator
     return out
 
 
-def relief(s: Shape, mouth: float, smile: float) -> Map:
-    """Height of the face above the dome of the skull, mm."""
-    tilt = 1 + 0.04 * s["skew"] * np.sign(X)
-    z = s["brow"] * _pair(23, -32, 17, 7) - s["socket"] * _pair(s["eye_x"], s["eye_y"], 13, 9) * tilt
-    z = z + 4 * _pair(s["eye_x"], s["eye_y"], 8, 5) + s["bridge"] * _blob(0, -4, 6, 18)
-    z = z + s["nose"] * _blob(s["skew"] * 0.5, s["nose_y"], s["nose_width"], 10) + 6 * _pair(11, s["nose_y"] + 4, 5, 5)
-    z = z + s["lips"] * (_blob(0, s["mouth_y"] - 5, s["mouth"] * 0.75, 4) + _blob(0, s["mouth_y"] + 5 + mouth, 14, 5))
-    z = z - (3 + mouth) * _blob(0, s["mouth_y"] + mouth / 2, s["mouth"], 2.5 + mouth / 2)
-    z = z + (s["cheek"] + 2 * smile) * _pair(38, 20 - 4 * smile, 16, 14) * tilt
-    return z + s["chin"] * _blob(s["skew"], 84, 15, 10)
+def skin_of(s: Shape, wavelength: int) -> tuple[float, float, float, float]:
+    """Reflectance of this person's skin: red, green, blue, NIR."""
+    tone = float(np.clip(s["tone"], 0.02, 0.98))
+    red, green, blue = (light * (1 - tone) + dark * tone for light, dark in ((0.82, 0.30), (0.60, 0.18), (0.48, 0.12)))
+    return red, green, blue, (0.60 if wavelength < 900 else 0.47) - 0.05 * tone
 
 
 def torso(rng: np.random.Generator) -> Map:
@@ -142,29 +131,53 @@ def _hair(s: Shape, skull: Map) -> Map:
     cap = np.clip((1.24 - skull) * 9, 0, 1) * np.clip((line - Y) / 5 + 0.5, 0, 1)
     if s["hair_long"] < 0.5:
         return cap
-    sides = np.clip((np.abs(X) - s["width"] * 0.9) / 5, 0, 1) * np.clip((s["width"] * 1.25 - np.abs(X)) / 5, 0, 1)
+    sides = np.clip((np.abs(X) - s["width"] * 0.84) / 5, 0, 1) * np.clip((s["width"] * 1.25 - np.abs(X)) / 5, 0, 1)
     return np.maximum(cap, sides * np.clip((100 - Y) / 8, 0, 1) * np.clip((Y + 75) / 8, 0, 1))
 
 
-def _complexion(out: Map, s: Shape, mouth: float, gaze: float, wavelength: int) -> None:
-    """Skin, beard, lips, brows and eyes."""
-    tone = float(np.clip(s["tone"], 0.02, 0.98))
-    skin = np.array([0.82, 0.60, 0.48]) * (1 - tone) + np.array([0.30, 0.18, 0.12]) * tone
-    red, green, blue = (float(c) for c in skin)
-    nir = (0.60 if wavelength < 900 else 0.47) - 0.05 * tone
-    mottled = grain(np.random.default_rng([int(1e6 * tone)]), 28) * column([0.03, 0.045, 0.045, 0.035])
-    out[:4] = column([red, green, blue, nir]) * (1 + mottled)
+@lru_cache(maxsize=48)
+def _at_rest(subject: int, wavelength: int) -> Map:
+    """The head without mouth, irises and expression; read only."""
+    s = shape_of(subject)
+    skull = _skull(s)
+    face = np.clip(0.5 + (1 - skull) * 12, 0, 1)
+    ears = disc(s["width"] + 3, 2, 9, 27) + disc(-s["width"] - 3, 2, 9, 27)
+    neck = np.clip((s["width"] * 0.72 - np.abs(X)) / 4, 0, 1) * np.clip((Y - 40) / 10, 0, 1) * np.clip((150 - Y) / 6, 0, 1)
+    hair = _hair(s, skull)
+    behind = np.where(ears > 0.3, -8, np.where(neck > 0.5, 14 - (X / 14) ** 2, -55))
+    out = np.zeros((8, N, N), np.float32)
+    out[Z] = np.where(skull < 1, np.maximum(_dome(skull) + _relief(s) * face, behind), behind)
+    out[Z] += hair * (np.maximum(_dome(skull / 1.3) + 4, out[Z]) - out[Z])
+    out[ALPHA] = np.maximum(np.maximum(face, hair), np.maximum(ears, neck))
+    out[GLOSS], out[SOFT] = 0.12 * face * (1 - hair), 1 - 0.7 * hair
+    _complexion(out, s, np.random.default_rng([subject, 8]), wavelength)
+    shade = 0.04 + max(0.0, s["hair_light"])
+    paint(out, hair, (shade * 1.15, shade * 0.85, shade * 0.6), 0.2 + 0.6 * shade, keep=0.05)
+    out[:4] *= 1 + 0.15 * hair * grain(np.random.default_rng([subject, 9]), 40)
+    out.setflags(write=False)
+    return out
+
+
+def _relief(s: Shape) -> Map:
+    """Height of the face above the dome of the skull, mm; without the mouth."""
+    tilt = 1 + 0.04 * s["skew"] * np.sign(X)
+    z = s["brow"] * _pair(23, -32, 17, 7) - s["socket"] * _pair(s["eye_x"], s["eye_y"], 13, 9) * tilt
+    z = z + 4 * _pair(s["eye_x"], s["eye_y"], 8, 5) + s["bridge"] * _blob(0, -4, 6, 18)
+    z = z + s["nose"] * _blob(s["skew"] * 0.5, s["nose_y"], s["nose_width"], 10) + 6 * _pair(11, s["nose_y"] + 4, 5, 5)
+    return z + s["cheek"] * _pair(38, 20, 16, 14) * tilt + s["chin"] * _blob(s["skew"], 84, 15, 10)
+
+
+def _complexion(out: Map, s: Shape, rng: np.random.Generator, wavelength: int) -> None:
+    """Skin, beard, brows, the white of the eyes and nostrils."""
+    red, green, blue, nir = skin_of(s, wavelength)
+    out[:4] = column([red, green, blue, nir]) * (1 + grain(rng, 28) * column([0.03, 0.045, 0.045, 0.035]))
     paint(out, 0.35 * _pair(38, 22, 14, 12), (red, green * 0.72, blue * 0.72), nir)
     if s["beard"] > 0.4:
         beard = np.clip(disc(0, 74, 52, 42, 20) * (Y > 30) - _blob(0, s["mouth_y"], 17, 7), 0, 1)
         paint(out, beard, (0.10, 0.08, 0.06), nir * 0.62, keep=0.35)
-    open_y = s["mouth_y"] + mouth / 2
-    paint(out, disc(0, open_y, s["mouth"], 7.5 + mouth / 2, 3), (red * 0.82, green * 0.52, blue * 0.55), nir * 0.94)
-    paint(out, _blob(0, open_y, s["mouth"] * 0.8, 1.6 + mouth / 2), (0.12, 0.05, 0.05), 0.2, keep=0.2)
     paint(out, 0.9 * _pair(s["eye_x"] - 1, s["eye_y"] - 17, 11, 2.8), (0.09, 0.07, 0.05), 0.25)
     paint(out, 0.5 * _pair(s["eye_x"], s["eye_y"], 14, 8), (red * 0.6, green * 0.6, blue * 0.6), nir * 0.85)
-    paint(out, eyes(s, 13, 5.5), (0.75, 0.72, 0.70), 0.42)
-    paint(out, eyes(s, 5.6, 5.6, gaze), (0.10, 0.07, 0.05), 0.16)
+    paint(out, eyes(s, 12, 4.8), (0.62, 0.58, 0.55), 0.42)
     paint(out, _pair(6, s["nose_y"] + 10, 3, 2), (0.10, 0.05, 0.04), 0.15, keep=0.2)
 
 

@@ -109,8 +109,10 @@ def lit(maps: Map, n: Map, light: Map, half: Map, *, ambient: float, channels: s
     bleed = np.float32(wrap) * np.clip(maps[SOFT], 0, 1)
     lambert = np.clip(((n * light).sum(0) + bleed) / (1 + bleed), 0, None)
     lobe = np.clip((n * half).sum(0), 0, 1) ** 24
-    lobe = np.where(maps[SOFT] < -0.5, lobe**16, lobe) * maps[GLOSS]  # glass mirrors the lamp as a small spot
-    return maps[channels] * (np.float32(ambient) + np.float32(1 - ambient) * lambert) + lobe
+    glass = maps[SOFT] < -0.5
+    if glass.any():
+        lobe = np.where(glass, lobe**16, lobe)  # a display mirrors the lamp as a small spot
+    return maps[channels] * (np.float32(ambient) + np.float32(1 - ambient) * lambert) + lobe * maps[GLOSS]
 
 
 def unit(vector: Vector | Map) -> Map:

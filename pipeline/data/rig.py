@@ -75,19 +75,19 @@ TRAINING = {
     "B": SensorRig("B", side=80, field=290, distance=820, depth_form="frame8", depth_inverted=True, depth_noise=1.5, depth_holes=0.04,
                    ambient=0.35, light_spread=0.6, gamma=1.15, white=(0.94, 1.0, 1.06), ir_power=1.6, ir_leak=0.12, ir_noise=0.02,
                    parallax=1.0, linked=("rgb_blur", 1.6)),
-    "C": SensorRig("C", side=84, field=236, distance=620, wavelength=940, depth_noise=2.2, depth_blur=1.0, depth_range=(300, 2600),
+    "C": SensorRig("C", side=84, field=236, distance=620, wavelength=940, depth_noise=2.2, depth_blur=1.0, depth_range=(300, 1100),
                    ambient=0.65, light=(0.0, -0.2, 1.0), saturation=1.2, gamma=0.9, ir_power=1.5, ir_gamma=0.85, linked=("distance", 1.06)),
     "D": SensorRig("D", side=76, field=240, distance=700, backdrop=False, depth_form="frame8", depth_noise=1.1, depth_holes=0.05,
                    saturation=0.8, exposure=0.9, jpeg=80, rgb_blur=0.7, ir_power=1.2, ir_noise=0.016, linked=("ir_power", 1.1)),
 }  # fmt: skip
 UNSEEN = {
     "E": SensorRig("E", side=88, field=270, distance=740, wavelength=940, depth_form="range16", depth_inverted=True, depth_noise=2.2,
-                   depth_range=(350, 2200), light=(-0.7, -0.5, 1.0), ambient=0.3, white=(1.16, 1.0, 0.8), gamma=1.2, ir_power=1.5,
+                   depth_range=(350, 1200), light=(-0.7, -0.5, 1.0), ambient=0.3, white=(1.16, 1.0, 0.8), gamma=1.2, ir_power=1.5,
                    ir_leak=0.2, ir_gamma=0.8),
     "F": SensorRig("F", side=96, field=230, distance=430, depth_form="mm", depth_step=2.0, depth_noise=2.0, depth_holes=0.06,
-                   ambient=0.75, exposure=1.25, saturation=1.25, jpeg=75, ir_power=1.15, ir_blur=1.2, rgb_blur=0.9),
+                   ambient=0.75, exposure=1.25, saturation=1.25, jpeg=75, ir_power=0.72, ir_blur=1.2, rgb_blur=0.9),
     "G": SensorRig("G", side=64, field=214, distance=390, wavelength=940, depth_form="range16", depth_blur=1.8, depth_step=3.0,
-                   depth_noise=1.8, depth_range=(200, 900), white=(0.96, 1.0, 1.08), saturation=1.35, gamma=0.85, ir_power=0.8,
+                   depth_noise=1.8, depth_range=(200, 900), white=(0.96, 1.0, 1.08), saturation=1.35, gamma=0.85, ir_power=0.5,
                    ir_gamma=1.2, parallax=1.5),
     "H": SensorRig("H", side=72, field=300, distance=980, depth_form="mm", depth_noise=1.2, depth_holes=0.1, ambient=0.25,
                    light=(0.1, -0.9, 0.8), light_spread=0.5, rgb_noise=0.035, exposure=0.75, white=(1.1, 1.0, 0.88), ir_power=1.9,
@@ -169,9 +169,9 @@ def _depth(
     good = mm[~lost]
     if rig.depth_form == "frame8" and good.size:
         near, far = float(good.min()), float(good.max()) + 1
-    top, kind = (65535, np.uint16) if rig.depth_form == "range16" else (255, np.uint8)
+    low, top, kind = (1, 65535, np.uint16) if rig.depth_form == "range16" else (16, 255, np.uint8)
     share = np.clip((mm - near) / (far - near), 0, 1)
-    return np.where(lost, NO_RETURN, 1 + (top - 1) * (1 - share if rig.depth_inverted else share)).astype(kind)
+    return np.where(lost, NO_RETURN, low + (top - low) * (1 - share if rig.depth_inverted else share)).astype(kind)
 
 
 def _bytes(image: Map) -> NDArray[np.uint8]:

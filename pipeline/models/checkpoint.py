@@ -1,4 +1,4 @@
-"""A source model at rest: a folder with model.safetensors (trunk.*, tail.*) and manifest.json, and nothing else is ever loaded.
+"""A source model at rest: a folder with model.safetensors (trunk.*, tail.*) and manifest.json; nothing else is loaded.
 
 Written to a temporary name, fsynced, renamed; every digest is verified before a tensor is used.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as dump_tensors
@@ -46,15 +46,17 @@ class Manifest(Section):
     format: int = FORMAT
     config: ModelConfig
     size: int
-    threshold: float  # of the fused score, at the equal error rate of the pooled source validation; call is score >= threshold
+    threshold: (
+        float  # of the fused score, at the equal error rate of the pooled source validation; call is score >= threshold
+    )
     method: str
     domains: tuple[str, ...] = ()
-    data: dict[str, str] = {}  # domain → digest of its corpus
+    data: dict[str, str] = Field(default={})  # domain → digest of its corpus
     parents: tuple[str, ...] = ()  # digests of the checkpoints it was made from
     fingerprint: str = ""  # of the resolved configuration
     revision: str = ""  # of the code
-    metrics: dict[str, float] = {}
-    architecture: dict[str, JsonValue] = {}  # what build_trunk needs besides the config
+    metrics: dict[str, float] = Field(default={})
+    architecture: dict[str, JsonValue] = Field(default={})  # what build_trunk needs besides the config
     trunk_digest: str = ""  # address of every feature that this trunk makes
     weights_digest: str = ""  # of the bytes of model.safetensors
     digest: str = ""  # of all of the above: names the model
@@ -105,7 +107,9 @@ def load(path: Path) -> SourceModel:
     payload = _read(path / WEIGHTS, None)
     found = hashlib.sha256(payload).hexdigest()
     if found != manifest.weights_digest:
-        raise BadCheckpoint(f"{path / WEIGHTS}: digest is {found[:12]}…, the manifest says {manifest.weights_digest[:12]}…")
+        raise BadCheckpoint(
+            f"{path / WEIGHTS}: digest is {found[:12]}…, the manifest says {manifest.weights_digest[:12]}…"
+        )
     try:
         tensors = parse_tensors(payload)
     except (SafetensorError, ValueError) as e:
@@ -115,7 +119,9 @@ def load(path: Path) -> SourceModel:
     try:
         trunk.load_state_dict({n.removeprefix(TRUNK): t for n, t in tensors.items() if n.startswith(TRUNK)})
     except RuntimeError as e:
-        raise BadCheckpoint(f"{path / WEIGHTS}: trunk does not fit its config: {' '.join(str(e).split())[:200]}") from None
+        raise BadCheckpoint(
+            f"{path / WEIGHTS}: trunk does not fit its config: {' '.join(str(e).split())[:200]}"
+        ) from None
     if trunk_digest(trunk, manifest.config, manifest.size) != manifest.trunk_digest:
         raise BadCheckpoint(f"{path / MANIFEST}: trunk_digest is not that of the trunk in {WEIGHTS}")
     return SourceModel(trunk, tail, manifest)
@@ -133,7 +139,9 @@ def read_manifest(path: Path) -> Manifest:
     if not isinstance(written, int) or isinstance(written, bool) or written < 1:
         raise BadCheckpoint(f"{path / MANIFEST}: no format number; not a checkpoint manifest")
     if written > FORMAT:
-        raise BadCheckpoint(f"{path / MANIFEST}: format {written} is newer than {FORMAT}, the newest this version reads; upgrade")
+        raise BadCheckpoint(
+            f"{path / MANIFEST}: format {written} is newer than {FORMAT}, the newest this version reads; upgrade"
+        )
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as e:
@@ -176,7 +184,9 @@ def _checked_tail(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest)
         raise BadCheckpoint(f"{path / WEIGHTS}: tail tensor {odd[0]} is missing or unknown")
     for name, t in tail.items():
         if t.shape != wanted[name].shape or not bool(torch.isfinite(t).all()):
-            raise BadCheckpoint(f"{path / WEIGHTS}: tail tensor {name}: shape {tuple(t.shape)} or a value is not as configured")
+            raise BadCheckpoint(
+                f"{path / WEIGHTS}: tail tensor {name}: shape {tuple(t.shape)} or a value is not as configured"
+            )
     return tail
 
 

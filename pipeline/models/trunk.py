@@ -1,7 +1,7 @@
 """The trunk: frames → one feature vector per modality. Frozen after source training and the same for every site.
 
-``tiny`` is a small CNN per modality; ``vit`` is one ViT shared by the modalities in the MMDG/DADM recipe. In both, a modality
-is read by itself: no value of one modality, and no value of another sample, reaches a feature at inference.
+``tiny`` is a small CNN per modality; ``vit`` is one ViT shared by the modalities in the MMDG/DADM recipe. In both, a
+modality is read by itself: at inference no value of another modality or another sample reaches a feature.
 
 Shapes: frames uint8 or float [B, 5, S, S] (RGB, depth, infrared), present [B, M], z [B, M, F].
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ class BadTrunk(ValueError):
 
 
 def build_trunk(config: TinyConfig | VitConfig, size: int, *, architecture: Architecture | None = None) -> nn.Module:
-    """A fresh trunk. ``architecture`` comes from a checkpoint: then nothing is downloaded and weights are to be loaded."""
+    """A fresh trunk. ``architecture`` is what a checkpoint says: then nothing is downloaded, weights are to follow."""
     if isinstance(config, TinyConfig):
         return TinyTrunk(config.width, config.features)
     return VitTrunk(_backbone(config.pretrained, architecture), config.features)
@@ -67,7 +67,7 @@ def fold(trunk: nn.Module) -> nn.Module:
 
 
 class TinyTrunk(nn.Module):
-    """About 0.1 M parameters per modality. Norms learn from present rows only: an absent row would pull them to black."""
+    """About 0.1 M parameters per modality. Norms learn from present rows only: absent ones are black."""
 
     def __init__(self, width: int, features: int) -> None:
         super().__init__()
@@ -89,7 +89,9 @@ class TinyTrunk(nn.Module):
         rows = there.nonzero()[:, 0]
         z = frames.new_zeros(len(frames), self.features)
         if len(rows) < 1 + self.training:  # one row has no batch variance to normalise by
-            return z + 0.0 * sum(p.sum() for p in self.branches[m].parameters())  # DDP wants every parameter in the graph
+            return z + 0.0 * sum(
+                p.sum() for p in self.branches[m].parameters()
+            )  # DDP wants every parameter in the graph
         part = frames[:, begin:end] if len(rows) == len(frames) else frames[rows, begin:end]
         read = self.branches[m](part.contiguous(memory_format=torch.channels_last))
         return read if len(rows) == len(frames) else z.index_copy(0, rows, read)
@@ -117,7 +119,9 @@ class Branch(nn.Module):
 class Block(nn.Module):
     """Convolution, norm, and a ReLU where ``active``."""
 
-    def __init__(self, inside: int, outside: int, *, stride: int = 1, side: int = 3, groups: int = 1, active: bool = True) -> None:
+    def __init__(
+        self, inside: int, outside: int, *, stride: int = 1, side: int = 3, groups: int = 1, active: bool = True
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inside, outside, side, stride, side // 2, groups=groups, bias=False)
         self.norm: nn.Module = nn.BatchNorm2d(outside)
@@ -133,7 +137,7 @@ def _separable(inside: int, outside: int, *, stride: int) -> tuple[Block, Block]
 
 
 class VitTrunk(nn.Module):
-    """The MMDG/DADM recipe: patch embedding and all layers but the last frozen, small adapters per modality after each layer.
+    """The MMDG/DADM recipe: all but the last layer frozen, small adapters per modality after each layer.
 
     Depth and infrared are read as grey RGB. Adapters start as the identity.
     """
@@ -162,9 +166,9 @@ class VitTrunk(nn.Module):
         if len(rows) == 0:
             return z + 0.0 * torch.stack([p.sum() for p in own]).sum()
         x = frames[rows, begin:end].expand(-1, 3, -1, -1)
-        side = self.backbone.config.image_size
+        side = cast("int", self.backbone.config.image_size)
         hidden = self.backbone.embeddings(F.interpolate(x, size=(side, side), mode="bilinear", antialias=True))
-        for layer, adapter in zip(self.backbone.layers, self.adapters[m], strict=True):
+        for layer, adapter in zip(self.backbone.layers, cast("nn.ModuleList", self.adapters[m]), strict=True):
             hidden = adapter(layer(hidden))
         return z.index_copy(0, rows, self.project[m](self.backbone.layernorm(hidden)[:, 0]))
 

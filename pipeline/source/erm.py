@@ -1,7 +1,7 @@
 """Class-balanced risk minimisation: the baseline that every other source method has to beat.
 
-The logistic loss of the radial heads with equal mass per class, no domain label, the same trunk, tail, sampler, augmentation
-and (if switched on) modality dropout as the others.
+The logistic loss of the radial heads with equal mass per class, no domain label, the same trunk, tail, sampler,
+augmentation and (if switched on) modality dropout as the others.
 """
 
 from __future__ import annotations
@@ -40,10 +40,26 @@ class Model(Protocol):
     def trunk_features(self, frames: Tensor, present: Tensor) -> Tensor: ...
 
 
+class SourceMethod(Protocol):
+    """What a source method's Config offers (``pipeline.source``) besides the schedule's fields."""
+
+    kind: str
+    steps: int
+    batch: int
+    lr: float
+    weight_decay: float
+    seed: int
+    augment: bool
+
+    def extra(self, domains: int, tail: Params) -> Params: ...
+    def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]: ...
+    def after_step(self, extra: Params) -> None: ...
+
+
 class Config(Schedule):
     """``source.kind: erm``."""
 
-    kind: Literal["erm"] = "erm"
+    kind: Literal["erm"] = "erm"  # pyright: ignore[reportIncompatibleVariableOverride]
     heads: float = Field(default=0.3, ge=0, description="weight of the single-modality heads")
     dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples that lose one or two modalities")
 
@@ -55,7 +71,8 @@ class Config(Schedule):
         present = drop_modalities(batch.present, self.dropout, generator)
         read = tails.read(model.tail, z, present)
         per_head = [
-            class_balanced(read.logit[:, v], batch.label, seen) for v, seen in enumerate(heads_seen(present).unbind(dim=1))
+            class_balanced(read.logit[:, v], batch.label, seen)
+            for v, seen in enumerate(heads_seen(present).unbind(dim=1))
         ]
         return {"risk": per_head[tails.FUSED], "heads": self.heads * torch.stack(per_head[: tails.FUSED]).sum()}
 

@@ -1,9 +1,10 @@
 """RiSe-style source training: an invariant radial boundary (AsyIRM) and synergy disentanglement (MMSD).
 
-A *reconstruction from the abstract* of RiSe (arXiv 2511.14157), whose body we could not read. From the abstract: the boundary
-is a sphere in radial space that is invariant over domains and fits asymmetric classes (compact bona fide, attacks anywhere
-outside), domain cues stay in angular space, and a self-supervised task mixes modalities across samples and disentangles.
-Ours: every formula below. PG-IRM follows SA-FAS (Sun et al. 2023), IRMv1 Arjovsky et al. 2019, SupCon Khosla et al. 2020.
+A *reconstruction from the abstract* of RiSe (arXiv 2511.14157), whose body we could not read. From the abstract: the
+boundary is a sphere in radial space that is invariant over domains and fits asymmetric classes (compact bona fide, attacks
+anywhere outside), domain cues stay in angular space, and a self-supervised task mixes modalities across samples and
+disentangles. Ours: every formula below. PG-IRM follows SA-FAS (Sun et al. 2023), IRMv1 Arjovsky et al. 2019, SupCon
+Khosla et al. 2020.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 class Config(Schedule):
     """``source.kind: rise``. A weight of 0 switches its term off and saves its cost."""
 
-    kind: Literal["rise"] = "rise"
+    kind: Literal["rise"] = "rise"  # pyright: ignore[reportIncompatibleVariableOverride]
     invariance: Literal["pgirm", "irmv1", "none"] = "pgirm"
-    margin: float = Field(default=0.1, ge=0, le=0.9, description="mu: bona fide inside rho - mu, attacks outside rho + mu")
+    margin: float = Field(
+        default=0.1, ge=0, le=0.9, description="mu: bona fide inside rho - mu, attacks outside rho + mu"
+    )
     heads: float = Field(default=0.3, ge=0, description="weight of the single-modality heads")
     compact: float = Field(default=0.1, ge=0)
     angle: float = Field(default=0.1, ge=0)
@@ -37,11 +40,13 @@ class Config(Schedule):
     complement: float = Field(default=0.3, ge=0)
     consistency: float = Field(default=0.5, ge=0, description="weight of full-to-dropped KL inside the complement term")
     temperature: float = Field(default=0.1, gt=0)
-    alpha: float = Field(default=0.995, gt=0, le=1, description="pgirm: share of its own radius a domain keeps per step")
+    alpha: float = Field(
+        default=0.995, gt=0, le=1, description="pgirm: share of its own radius a domain keeps per step"
+    )
     irm: float = Field(default=1.0, ge=0, description="irmv1: penalty weight after the first half of the schedule")
 
     def extra(self, domains: int, tail: Params) -> Params:
-        """``pgirm``: log rho of every head for each domain, [E, V]. The model gets their mean when the fit is finished."""
+        """``pgirm``: log rho of every head for each domain, [E, V]. The model gets their mean in the end."""
         if self.invariance != "pgirm":
             return {}
         return {"log_rho": tail["log_rho"].detach().expand(domains, -1).clone()}
@@ -89,15 +94,15 @@ def domain_risk(radius: Tensor, rho: Tensor, batch: Batch, used: Tensor, margin:
 
 
 def compactness(radius: Tensor, rho: Tensor, label: Tensor, margin: float) -> Tensor:
-    """Bona fide samples that stick out of the inner sphere, squared; attacks are asked for nothing but to be outside."""
+    """Bona fide samples outside the inner sphere, squared; attacks are asked for nothing but to be outside."""
     over = torch.relu(radius - (rho - margin))[:, tails.FUSED] ** 2
     return masked_mean(over, label == 1)
 
 
 def irm_penalty(logit: Tensor, batch: Batch) -> Tensor:
-    """IRMv1 on the fused head: gradients of each domain's risk by a scale w = 1 of the logit, on two halves, multiplied.
+    """IRMv1 on the fused head: gradients of a domain's risk by a scale w = 1 of the logit on two halves, multiplied.
 
-    The product over halves is the unbiased estimate of the squared gradient. In closed form, so that DDP needs no double backward.
+    The product is the unbiased estimate of the squared gradient. In closed form: DDP knows no double backward.
     """
     signed = torch.where(batch.label == 1, logit, -logit)
     slope = -signed * torch.sigmoid(-signed)  # d softplus(-w signed) / dw at w = 1
@@ -113,7 +118,7 @@ def irm_penalty(logit: Tensor, batch: Batch) -> Tensor:
 
 
 def sup_con(hidden: Tensor, group: Tensor, temperature: float) -> Tensor:
-    """Supervised contrast of directions with (domain, class) as label: the angle may keep domain cues, the radius need not."""
+    """Supervised contrast of directions by (domain, class): the angle may keep domain cues, the radius need not."""
     u = torch.nn.functional.normalize(hidden, dim=1)
     itself = torch.eye(len(u), dtype=torch.bool, device=u.device)
     similarity = (u @ u.T / temperature).masked_fill(itself, -1e9)
@@ -126,7 +131,7 @@ def sup_con(hidden: Tensor, group: Tensor, temperature: float) -> Tensor:
 def synergy_terms(
     tail: Params, z: Tensor, present: Tensor, full: tails.Read, temperature: float, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """MMSD without a label: mix modalities of two samples, find every intrinsic feature's owner, decorrelate the synergy.
+    """MMSD without a label: mix modalities of two samples, find each intrinsic feature's owner, decorrelate synergy.
 
     The trunk reads modalities apart, so mixing its features is mixing the images, without another image pass.
     """
@@ -135,7 +140,9 @@ def synergy_terms(
     mixed = tails.complete(tail, tails.adapt(tail, z[owner, modality], mixed_present), mixed_present)
     intrinsic, synergy = tails.split(tail, mixed.z)
     own = [
-        retrieve(intrinsic[:, m], full.intrinsic[:, m].detach(), owner[:, m], mixed_present[:, m], present[:, m], temperature)
+        retrieve(
+            intrinsic[:, m], full.intrinsic[:, m].detach(), owner[:, m], mixed_present[:, m], present[:, m], temperature
+        )
         for m in range(tails.MODALITIES)
     ]
     apart = [correlation(intrinsic[:, m], synergy[:, m]).square().mean() for m in range(tails.MODALITIES)]
@@ -154,9 +161,13 @@ def mix(present: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     return owner, present.gather(0, owner)
 
 
-def retrieve(query: Tensor, keys: Tensor, owner: Tensor, there: Tensor, candidate: Tensor, temperature: float) -> Tensor:
+def retrieve(
+    query: Tensor, keys: Tensor, owner: Tensor, there: Tensor, candidate: Tensor, temperature: float
+) -> Tensor:
     """Cross entropy of finding row ``owner`` among ``keys`` by cosine; over rows that are there, among candidates."""
-    similarity = torch.nn.functional.normalize(query, dim=1) @ torch.nn.functional.normalize(keys, dim=1).T / temperature
+    similarity = (
+        torch.nn.functional.normalize(query, dim=1) @ torch.nn.functional.normalize(keys, dim=1).T / temperature
+    )
     similarity = torch.where(candidate[None], similarity, -1e9)
     return masked_mean(torch.nn.functional.cross_entropy(similarity, owner, reduction="none"), there)
 

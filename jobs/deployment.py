@@ -1,0 +1,98 @@
+"""What every job needs of a deployment: its ledger, its source model, and the fleet's lease."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from pipeline.data.corpus import read_manifest
+from pipeline.ledger import Ledger, LedgerError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pipeline.config import Config
+    from pipeline.ledger import Cycle, SourceRow
+
+RENEW_SECONDS = 30
+
+
+def now() -> datetime:
+    """The clock of the jobs, UTC; nothing below them reads one."""
+    return datetime.now(UTC)
+
+
+def open_ledger(config: Config, *, create: bool = True) -> Ledger:
+    """The deployment's ledger."""
+    return Ledger.open(config.ledger.url, create=create)
+
+
+def corpora(config: Config) -> list[Path]:
+    """Folders of the corpora that ``data.domains`` names (all imported ones where it is empty)."""
+    root = Path(config.data.corpora)
+    there = sorted(p.parent.name for p in root.glob("*/manifest.json"))
+    if not there:
+        raise ValueError(f"data.corpora: {root} holds no imported corpus; run `palisade import KIND FOLDER` first")
+    missing = [d for d in config.data.domains if d not in there]
+    if missing:
+        raise ValueError(f"data.domains: {missing[0]!r} is not imported; there are {', '.join(there)}")
+    found = [root / d for d in config.data.domains or there]
+    for path in found:
+        size = read_manifest(path).size
+        if size != config.data.size:
+            raise ValueError(f"data.size: {config.data.size}, but {path} was imported at {size}; import it again or change data.size")
+    return found
+
+
+def source_model(ledger: Ledger, version: int | None = None) -> SourceRow:
+    """A source version (default: the champion) whose folder is there."""
+    row = ledger.source(version)
+    if not Path(row.path).is_dir():
+        raise LedgerError(f"source v{row.version}: its folder {row.path} is missing; restore it or run `palisade train`")
+    return row
+
+
+@contextmanager
+def lease(config: Config, ledger: Ledger, kind: str) -> Iterator[Cycle]:
+    """Hold the fleet's lease for a cycle of ``kind``; whoever dies in it is resumed by the next to call this.
+
+    The caller ends the cycle with ``finish_cycle``.
+    """
+    host = socket.gethostname()
+    own = psutil.Process()
+    holder = f"{host}:{own.pid}:{own.create_time():.0f}"
+    cycle = ledger.begin_cycle(kind, config.fingerprint(), config.model_dump_json(), holder=holder, dead=_dead, now=now())
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(RENEW_SECONDS):
+            ledger.renew(cycle, now=now())
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield cycle
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _dead(holder: str) -> bool:
+    """Whether a holder on this very host is gone; of other hosts only the lease's end tells."""
+    host, _, rest = holder.partition(":")
+    pid, _, started = rest.partition(":")
+    if host != socket.gethostname() or not pid.isdigit():
+        return False
+    if int(pid) == os.getpid():
+        return True  # this process itself, from an earlier job that did not end well
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.0f}" != started
+    except psutil.NoSuchProcess:
+        return True

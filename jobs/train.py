@@ -1,0 +1,92 @@
+"""``palisade train``: labelled corpora → a source model, its sealed anchor set, its lineage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from jobs import Exit, percent, table
+from jobs.deployment import corpora, now, open_ledger
+from pipeline.cluster import connected
+from pipeline.data.anchor import AnchorSet, seal
+from pipeline.data.corpus import read_corpus, read_manifest
+from pipeline.data.features import mask_to_bool
+from pipeline.lineage import Lineage, flat
+from pipeline.models import checkpoint
+from pipeline.models.trunk import features
+from pipeline.revision import code_revision
+
+if TYPE_CHECKING:
+    from jobs import Terminal
+    from pipeline.config import Config
+    from pipeline.ledger import Ledger, SourceRow
+    from pipeline.models.checkpoint import SourceModel
+
+
+def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
+    """Fit, seal the anchor set, register. A repeated call with equal data and config finds the finished model."""
+    from pipeline.cluster import train as cluster_train
+
+    folders = corpora(config)
+    ledger = open_ledger(config)
+    digests = {p.name: read_manifest(p).digest for p in folders}
+    key = hashlib.sha256(json.dumps([config.fingerprint(), digests], sort_keys=True).encode()).hexdigest()[:12]
+    name = f"{config.source.kind}-{key}"
+    lineage = Lineage.open(config.lineage, code_revision=code_revision())
+    tags = {"fingerprint": config.fingerprint(), **{f"data.{d}": digest for d, digest in digests.items()}}
+    with lineage.run("train", name, params=flat(config.model_dump(mode="json")), tags=tags, key=name) as run:
+        path = config.place("models", name)
+        if not path.exists():
+            with connected(config.cluster), terminal.progress(f"train {config.source.kind}", "steps") as advance:
+                result = cluster_train.train(
+                    config, folders, storage=config.place("train"), run_name=name, out=path, on_progress=advance
+                )
+            run.history(result.history)
+        model = checkpoint.load(path)
+        run.metrics(model.manifest.metrics)
+        run.artifact(path, folder="model")
+        facts = model.manifest.model_dump(mode="json")
+        version = ledger.add_source(
+            model.manifest.digest, trunk=model.manifest.trunk_digest, path=str(path), manifest=facts, lineage=run.id, now=now()
+        )
+        _seal_anchor(config, ledger, model, folders, terminal)
+        registered = lineage.register_source(
+            run, path, fingerprint=config.fingerprint(), data=digests, parent=None, tags={"palisade.version": version}
+        )
+        if champion:
+            ledger.set_champion(version, now=now())
+        crowned = ledger.source().version
+        lineage.set_alias("champion" if crowned == version else "challenger", registered.version)
+    _show(terminal, model, ledger.source(version), champion=crowned == version)
+    return Exit.DONE
+
+
+def _seal_anchor(config: Config, ledger: Ledger, model: SourceModel, folders: list[Path], terminal: Terminal) -> None:
+    """Featurise the labelled anchor samples with the new trunk and pin their digest."""
+    sets = [read_corpus(Path(config.data.anchor))] if config.data.anchor else [read_corpus(p, ("test",)) for p in folders]
+    frames = torch.from_numpy(np.concatenate([c.frame for c in sets]))
+    present = torch.from_numpy(mask_to_bool(np.concatenate([c.present for c in sets])))
+    species = tuple(str(s) for c in sets for s in c.pai)
+    label = torch.from_numpy(np.concatenate([c.label for c in sets]).astype(np.int8))
+    anchor = AnchorSet(features(model.trunk, frames, present), present, label, species)
+    digest = seal(config.place("anchors"), anchor)
+    names, counts = np.unique(species, return_counts=True)
+    summary = {"items": len(label), "species": {str(n): int(k) for n, k in zip(names, counts, strict=True)}}
+    ledger.pin_anchor(digest, trunk=model.manifest.trunk_digest, summary=summary, now=now())
+    terminal.say(f"anchor set {digest[:12]} sealed: {len(label)} labelled samples of {len(names) - 1} attack species")
+
+
+def _show(terminal: Terminal, model: SourceModel, row: SourceRow, *, champion: bool) -> None:
+    m = model.manifest
+    rows = [[name, percent(value)] for name, value in sorted(m.metrics.items())]
+    role = "champion" if champion else "challenger"
+    terminal.result(
+        {"version": row.version, "role": role, "path": row.path, "digest": m.digest, "threshold": m.threshold, "metrics": m.metrics},
+        table(f"source v{row.version} ({role}): {m.method} on {', '.join(m.domains)}", ["source validation", "%"], rows),
+        f"threshold {m.threshold:.4f} at the source-validation EER; model in {row.path}",
+    )  # fmt: skip

@@ -1,0 +1,222 @@
+"""Source training on Ray Train: one fit, 1..n workers, resumable under a stable run name.
+
+Workers return numbers through a progress file beside the run (the driver cannot be called from Train's controller), and
+the model through the run's last checkpoint. A worker may die at any time; a job submitted again goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from pipeline import fit as fits
+from pipeline.config import parse
+from pipeline.models import checkpoint
+from pipeline.sampler import FitError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pipeline.config import Config
+    from pipeline.source.erm import SourceMethod
+
+EVERY = 100  # steps between checkpoints: a report costs a poll of the controller
+MAX_FAILURES = 3
+CPU_SHARE = 0.5  # of a CPU that a worker reserves: whole ones starve what else runs on a small cluster
+POLL = 0.3  # seconds between looks at the progress file
+MODEL, PROGRESS, FAILURE = "model", "progress.jsonl", "failure.txt"
+CORPUS_MANIFEST = "manifest.json"
+
+
+class TrainError(RuntimeError):
+    """The cluster could not finish the fit; the cause is in the message."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report of rank 0."""
+
+    step: int
+    steps: int
+    losses: dict[str, float]  # means since the report before
+    pid: int
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the source model is, and how the fit went."""
+
+    path: Path  # a checkpoint folder
+    manifest: checkpoint.Manifest
+    history: tuple[Progress, ...]
+
+
+def train(
+    config: Config,
+    corpora: Sequence[Path],
+    *,
+    storage: Path,
+    run_name: str,
+    revision: str,
+    on_progress: Callable[[Progress], None] | None = None,
+    every: int = EVERY,
+) -> TrainResult:
+    """Fit ``config.source`` on the imported ``corpora`` and return its checkpoint. Ray must be initialised.
+
+    The same ``run_name`` continues an unfinished fit of the same configuration. Raises FitError for what a person has
+    to mend and TrainError when workers failed more than MAX_FAILURES times.
+    """
+    folder = (storage / run_name).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FAILURE).unlink(missing_ok=True)
+    trainer = ray.train.torch.TorchTrainer(
+        _loop,
+        train_loop_config={
+            "config": config.model_dump_json(),
+            "corpora": [str(p.resolve()) for p in corpora],
+            "folder": str(folder),
+            "revision": revision,
+            "every": every,
+        },
+        scaling_config=_scaling(config),
+        run_config=ray.train.RunConfig(
+            name=run_name,
+            storage_path=str(storage.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    done = threading.Event()
+    follower = threading.Thread(target=_follow, args=(folder / PROGRESS, on_progress, done), daemon=True)
+    follower.start()
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as e:
+        _raise_failure(folder)
+        raise TrainError(f"{run_name}: workers failed more than {MAX_FAILURES} times: {_last_line(e)}") from e
+    finally:
+        done.set()
+        follower.join()
+    _raise_failure(folder)
+    assert result.checkpoint is not None, "every fit ends with a checkpoint"
+    path = Path(result.checkpoint.path) / MODEL
+    return TrainResult(path, checkpoint.read_manifest(path), tuple(_progress(folder / PROGRESS, 0)[0]))
+
+
+def _scaling(config: Config) -> ray.train.ScalingConfig:
+    cluster = config.cluster
+    if cluster.train_gpu:
+        return ray.train.ScalingConfig(num_workers=cluster.train_workers, use_gpu=True)
+    if cluster.address == "local" and cluster.train_workers * CPU_SHARE > cluster.cpus:
+        allowed = int(cluster.cpus / CPU_SHARE)
+        raise FitError(f"cluster.train_workers: {cluster.train_workers}; allowed with {cluster.cpus} cpus: {allowed}")
+    return ray.train.ScalingConfig(num_workers=cluster.train_workers, resources_per_worker={"CPU": CPU_SHARE})
+
+
+def _loop(given: dict[str, object]) -> None:
+    """One worker. A person's mistake ends every worker at once and is not retried."""
+    folder = Path(cast("str", given["folder"]))
+    if (folder / FAILURE).exists():
+        return
+    try:
+        _fit(given, folder)
+    except ValueError as e:
+        (folder / FAILURE).write_text(str(e))
+        raise
+
+
+def _fit(given: dict[str, object], folder: Path) -> None:
+    from pipeline.data.corpora import read_corpus
+
+    config = parse(cast("str", given["config"]), "stored config")
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(max(1, config.cluster.cpus // world))
+    places = cast("list[str]", given["corpora"])
+    corpora = [read_corpus(Path(p), ("train", "val")) for p in places]
+    task = fits.Task(
+        method=cast("SourceMethod", config.source),
+        model=config.model,
+        size=config.data.size,
+        data=dict(zip((c.domain for c in corpora), _digests(places), strict=True)),
+        fingerprint=config.fingerprint(),
+        revision=cast("str", given["revision"]),
+    )
+
+    def report(state: fits.Fit, losses: dict[str, float]) -> None:
+        if rank == 0:
+            line = Progress(state.step, config.source.steps, losses, os.getpid())
+            with (folder / PROGRESS).open("a") as f:
+                f.write(json.dumps(asdict(line)) + "\n")
+        _report(rank, state, None)
+
+    resumed = ray.train.get_checkpoint()
+    with resumed.as_directory() if resumed else nullcontext() as saved:
+        state = fits.begin(task, domains=len(corpora), wrap=ray.train.torch.prepare_model)
+        if saved:
+            fits.restore(state, Path(saved))
+    model = fits.run(state, corpora, rank=rank, world=world, report=report, every=cast("int", given["every"]))
+    _report(rank, state, model)
+
+
+def _report(rank: int, state: fits.Fit, model: checkpoint.SourceModel | None) -> None:
+    """Every rank has to call; only rank 0 brings a checkpoint."""
+    with tempfile.TemporaryDirectory() as temp:
+        saved = None
+        if rank == 0:
+            fits.save(state, Path(temp))
+            if model is not None:
+                checkpoint.save(Path(temp) / MODEL, model)
+            saved = ray.train.Checkpoint.from_directory(temp)
+        ray.train.report({"step": state.step}, checkpoint=saved)
+
+
+def _digests(corpora: Sequence[str]) -> list[str]:
+    """Digest of each imported corpus, as its manifest says."""
+    return [json.loads((Path(p) / CORPUS_MANIFEST).read_text())["digest"] for p in corpora]
+
+
+def _follow(path: Path, on_progress: Callable[[Progress], None] | None, done: threading.Event) -> None:
+    """Pass the lines of rank 0 on as they come, until ``done``."""
+    position = path.stat().st_size if path.exists() else 0
+    while True:
+        last = done.wait(POLL)
+        lines, position = _progress(path, position)
+        for line in lines:
+            if on_progress is not None:
+                on_progress(line)
+        if last:
+            return
+
+
+def _progress(path: Path, position: int) -> tuple[list[Progress], int]:
+    """Whole lines from ``position`` on, and where the next one begins."""
+    if not path.exists():
+        return [], position
+    with path.open("rb") as f:
+        f.seek(position)
+        whole = f.read().rpartition(b"\n")[0]
+    if not whole:
+        return [], position
+    return [Progress(**json.loads(line)) for line in whole.split(b"\n")], position + len(whole) + 1
+
+
+def _raise_failure(folder: Path) -> None:
+    if (folder / FAILURE).exists():
+        raise FitError((folder / FAILURE).read_text())
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

@@ -1,0 +1,160 @@
+"""Labelled data sets: one file of this package reads one set's own layout on disk.
+
+A kind is a module with ``rows(root, *, size) -> Iterator[Row | Rejected]`` and ``total(root) -> int``, about how many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, TypeVar
+
+from pipeline.data.corpus import (
+    BONA_FIDE,
+    SPLITS,
+    Corpus,
+    CorpusError,
+    CorpusManifest,
+    Rejected,
+    Row,
+    Split,
+    read_corpus,
+    read_manifest,
+    write_corpus,
+)
+from pipeline.data.decode import MAX_BYTES, BadImage, Name, frame_from_arrays, read_pixels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    import numpy as np
+
+__all__ = [
+    "BONA_FIDE",
+    "FRAMES",
+    "SPLITS",
+    "Corpus",
+    "CorpusError",
+    "CorpusManifest",
+    "Images",
+    "Rejected",
+    "Row",
+    "Split",
+    "clip_frames",
+    "data_root",
+    "evenly",
+    "image_frame",
+    "import_corpus",
+    "kinds",
+    "read_corpus",
+    "read_manifest",
+    "sha256",
+    "subfolders",
+    "write_corpus",
+]
+
+FRAMES = 3  # per video: the published lists use frames 12, 24 and 36 of 50; more would only repeat a presentation
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+NAMES: tuple[Name, Name, Name] = ("rgb", "depth", "ir")
+
+Item = TypeVar("Item")
+Images = tuple["Path", "Path", "Path"]  # RGB, depth, IR of one frame
+
+
+def kinds() -> list[str]:
+    """Names of the data sets that can be imported: the folder is the registry."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def import_corpus(
+    kind: str,
+    root: Path | None,
+    out: Path,
+    *,
+    domain: str,
+    size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> CorpusManifest:
+    """Read the data set of ``kind`` below ``root`` into the corpus folder ``out``; progress gets (done, total).
+
+    ``out`` is the domain's own folder; it must not exist. A rendered kind needs no ``root``.
+    """
+    if kind not in kinds():
+        raise CorpusError(f"kind {kind!r}: allowed are {', '.join(kinds())}")
+    module = importlib.import_module(f"{__name__}.{kind}")
+    total = module.total(root)
+    tick = (lambda done: progress(min(done, total), total)) if progress else None
+    return write_corpus(module.rows(root, size=size), out, domain=domain, kind=kind, size=size, progress=tick)
+
+
+def data_root(root: Path | None, layout: str) -> Path:
+    """``root`` if it is a folder, else a CorpusError that says which ``layout`` was expected."""
+    if root is None or not root.is_dir():
+        raise CorpusError(f"{root or 'no folder'}: no such folder; expected {layout}")
+    return root
+
+
+def subfolders(root: Path, name: str) -> list[Path]:
+    """Folders called ``name``: ``root`` itself, or up to three levels below it."""
+    if root.name == name:
+        return [root]
+    found = (p for depth in ("", "*/", "*/*/") for p in sorted(root.glob(depth + name)))
+    return [p for p in found if p.is_dir()]
+
+
+def evenly(items: Sequence[Item]) -> list[Item]:
+    """All of up to FRAMES items, else FRAMES of them in equal steps (12, 24, 36 of 0-49)."""
+    if len(items) <= FRAMES:
+        return list(items)
+    return [items[(len(items) - 1) * k // (FRAMES + 1)] for k in range(1, FRAMES + 1)]
+
+
+def clip_frames(clip: Path, folders: tuple[str, str, str]) -> tuple[list[Images], int]:
+    """Frames of ``clip/<folder>/<number>.jpg`` that all three folders have, by number; and how many lack one."""
+    planes = [_numbered(clip / folder) for folder in folders]
+    everywhere = sorted(set(planes[0]) & set(planes[1]) & set(planes[2]))
+    anywhere = set(planes[0]) | set(planes[1]) | set(planes[2])
+    return [(planes[0][n], planes[1][n], planes[2][n]) for n in everywhere], len(anywhere) - len(everywhere)
+
+
+def image_frame(
+    images: Images, *, size: int, crop: Callable[[list[np.ndarray]], list[np.ndarray]] | None = None
+) -> tuple[np.ndarray, int, str]:
+    """(frame, present, sha256 of the files) of one RGB, depth and IR file; raises BadImage, which names no path.
+
+    Folder names of a data set may hold personal data, so no reason repeats them.
+    """
+    data = [_bytes(path, name) for path, name in zip(images, NAMES)]
+    pixels = [read_pixels(d, name) for d, name in zip(data, NAMES)]
+    rgb, depth, ir = crop(pixels) if crop else pixels
+    return *frame_from_arrays(rgb, depth, ir, size=size), sha256(data)
+
+
+def sha256(parts: Iterable[bytes]) -> str:
+    """Digest over the parts and their lengths."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    """Images by the number that is their name; other files are no frames."""
+    if not folder.is_dir():
+        return {}
+    files = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.stem.isdecimal())
+    return {int(p.stem): p for p in sorted(files)}
+
+
+def _bytes(path: Path, name: Name) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise BadImage(f"{name}: {size} bytes, allowed {MAX_BYTES}")
+        return path.read_bytes()
+    except OSError as e:
+        raise BadImage(f"{name}: file cannot be read: {e.strerror}") from None

@@ -1,0 +1,87 @@
+"""Stratified batches of labelled frames: equal counts per domain x class, a pure function of (seed, step, rank).
+
+So a fit that is resumed sees what it would have seen. Frames stay uint8 in memory until they are drawn.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.data.augment import augment
+from pipeline.models import tail as tails
+from pipeline.models.trunk import prepare
+from pipeline.source.erm import Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Generator, Tensor
+
+    from pipeline.data.corpora import Corpus
+    from pipeline.source.erm import SourceMethod
+
+
+class FitError(ValueError):
+    """There is nothing to learn from, or learning broke; one line."""
+
+
+class Cell(NamedTuple):
+    """The training rows of one class in one domain."""
+
+    domain: int
+    label: int
+    rows: np.ndarray
+
+
+def stratify(corpora: Sequence[Corpus]) -> list[Cell]:
+    """The non-empty cells domain x class of the train split."""
+    cells = []
+    for e, corpus in enumerate(corpora):
+        train = np.asarray(corpus.split) == "train"
+        for y in (0, 1):
+            rows = np.flatnonzero(train & (np.asarray(corpus.label) == y) & (np.asarray(corpus.present) > 0))
+            if len(rows):
+                cells.append(Cell(e, y, rows))
+    names = ", ".join(c.domain for c in corpora) or "none"
+    if not cells:
+        raise FitError(f"domains {names}: no training rows; import corpora with a train split")
+    if len({c.label for c in cells}) < 2:
+        only = "bona fide" if cells[0].label else "attack"
+        raise FitError(f"domains {names}: every training row is {only}; both classes are needed")
+    return cells
+
+
+def check_validation(corpora: Sequence[Corpus]) -> None:
+    """The threshold needs both classes in the pooled val split; say so before the fit, not after it."""
+    seen = {int(y) for c in corpora for y in np.unique(np.asarray(c.label)[np.asarray(c.split) == "val"])}
+    if not {0, 1} <= seen:
+        names = ", ".join(c.domain for c in corpora)
+        raise FitError(
+            f"domains {names}: the val split must hold bona fide and attack rows; the threshold comes from it"
+        )
+
+
+def draw(
+    method: SourceMethod, corpora: Sequence[Corpus], cells: Sequence[Cell], *, step: int, rank: int, world: int
+) -> tuple[Batch, Generator]:
+    """The batch of one step on one rank, equal counts per cell, and the generator for what the method draws."""
+    random = np.random.default_rng([method.seed, step, rank])
+    generator = torch.Generator().manual_seed(int(random.integers(2**62)))
+    share = max(2, method.batch // world)
+    order = [cells[(step + i) % len(cells)] for i in range(len(cells))]  # who gets the odd ones rotates
+    counts = [share // len(cells) + (i < share % len(cells)) for i in range(len(cells))]
+    picked = [(c, random.choice(c.rows, n, replace=n > len(c.rows))) for c, n in zip(order, counts, strict=True) if n]
+    frames = torch.from_numpy(np.concatenate([corpora[c.domain].frame[rows] for c, rows in picked]))
+    present = presence(np.concatenate([np.asarray(corpora[c.domain].present)[rows] for c, rows in picked]))
+    label = torch.tensor([c.label for c, rows in picked for _ in rows])
+    domain = torch.tensor([c.domain for c, rows in picked for _ in rows])
+    ready = prepare(255 * augment(frames.float() / 255, generator)) if method.augment else prepare(frames)
+    return Batch(ready, present, label, domain, step / method.steps), generator
+
+
+def presence(bits: np.ndarray) -> Tensor:
+    """Bitmask [N] → bool [N, M]."""
+    return torch.from_numpy((bits[:, None].astype(np.int64) >> np.arange(tails.MODALITIES)) & 1 == 1)
