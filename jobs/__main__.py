@@ -132,11 +132,14 @@ def ingest(ctx: typer.Context) -> int:
 
 
 @app.command(epilog=EVERYWHERE)
-def adapt(ctx: typer.Context) -> int:
+def adapt(
+    ctx: typer.Context,
+    site: Annotated[list[str] | None, typer.Option(help="Only this site; may be repeated.")] = None,
+) -> int:
     """Adapt every site on what was ingested and judge the candidates."""
     from jobs.adapt import adapt
 
-    return adapt(ctx.obj.config, ctx.obj.terminal)
+    return adapt(ctx.obj.config, ctx.obj.terminal, sites=site or [])
 
 
 @app.command(epilog=EVERYWHERE)

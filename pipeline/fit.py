@@ -1,4 +1,4 @@
-"""One source model from labelled corpora: objective, the only backward(), resumable state. Knows no Ray and no method."""
+"""One source model from labelled corpora: objective, the only backward(), resumable state. It knows no Ray.
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from pipeline.data.corpora import Corpus
     from pipeline.models.trunk import TinyTrunk, VitTrunk
-    from pipeline.source.erm import Batch, Model, SourceMethod
+    from pipeline.source.erm import Batch, SourceMethod
 
     Params = dict[str, Tensor]
     Report = Callable[["Fit", dict[str, float]], None]
@@ -73,9 +73,8 @@ class Objective(nn.Module):
         super().__init__()
         self.method, self.trunk = method, trunk
         extra = method.extra(domains, tail)
-        self._tail = nn.ParameterDict({
-            _plain(n): nn.Parameter(t, requires_grad=not n.startswith(FROZEN_TAIL) and n not in extra) for n, t in tail.items()
-        })  # fmt: skip
+        learned = {n: not n.startswith(FROZEN_TAIL) and n not in extra for n in tail}
+        self._tail = nn.ParameterDict({_plain(n): nn.Parameter(t, requires_grad=learned[n]) for n, t in tail.items()})
         self._extra = nn.ParameterDict({_plain(n): nn.Parameter(t) for n, t in extra.items()})
 
     @property
@@ -210,8 +209,9 @@ def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> Sourc
     domain, label, z, present = _validation(trunk, corpora)
     tail["log_rho"] = calibrated(tail, z, present, label)
     manifest = Manifest(
-        config=task.model, size=task.size, threshold=0.5, method=task.method.kind, domains=tuple(c.domain for c in corpora),
-        data=task.data, parents=task.parents, fingerprint=task.fingerprint, revision=task.revision,
+        config=task.model, size=task.size, threshold=0.5, method=task.method.kind,
+        domains=tuple(c.domain for c in corpora), data=task.data, parents=task.parents,
+        fingerprint=task.fingerprint, revision=task.revision,
         architecture=cast("TinyTrunk | VitTrunk", objective.trunk).architecture(),
     )  # fmt: skip
     score = tails.score(tail, z, present).numpy()

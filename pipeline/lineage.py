@@ -130,13 +130,13 @@ class Lineage:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         file = Path(config.uri.removeprefix(SQLITE)).resolve() if config.uri.startswith(SQLITE) else None
         uri = f"{SQLITE}{file}" if file else config.uri
-        _probe(uri)
-        with _named(_redacted(uri)), _alone(file.with_suffix(".lock")) if file else nullcontext():
+        probe(uri)
+        with _named(redacted(uri)), _alone(file.with_suffix(".lock")) if file else nullcontext():
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             found = client.get_experiment_by_name(config.experiment)
             location = _artifact_location(config.artifacts, uri)
             number = found.experiment_id if found else client.create_experiment(config.experiment, location)
-        return cls(client, number, _redacted(uri), config.model, code_revision)
+        return cls(client, number, redacted(uri), config.model, code_revision)
 
     @contextmanager
     def run(
@@ -252,18 +252,18 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _probe(uri: str) -> None:
+def probe(uri: str) -> None:
     """Fail in seconds when nothing answers; MLflow itself would retry a silent database for minutes."""
     parts = urlsplit(uri)
     if parts.scheme == "sqlite":
         return
     if not parts.hostname:
-        raise ValueError(f"lineage.uri: {_redacted(uri)!r}: allowed are sqlite:///path, postgresql://…, http(s)://…")
+        raise ValueError(f"lineage.uri: {redacted(uri)!r}: allowed are sqlite:///path, postgresql://…, http(s)://…")
     try:
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 5432)
         socket.create_connection((parts.hostname, port), PROBE_SECONDS).close()
     except OSError as e:
-        raise LineageError(f"MLflow at {_redacted(uri)}: nothing answers ({e}); start it or set lineage.uri") from e
+        raise LineageError(f"MLflow at {redacted(uri)}: nothing answers ({e}); start it or set lineage.uri") from e
 
 
 def _artifact_location(artifacts: str, uri: str) -> str | None:
@@ -273,7 +273,7 @@ def _artifact_location(artifacts: str, uri: str) -> str | None:
     return None if uri.startswith("http") else Path(artifacts).resolve().as_uri()  # a server has no paths of ours
 
 
-def _redacted(uri: str) -> str:
+def redacted(uri: str) -> str:
     return re.sub(r"://([^:/@]*):[^@/]*@", r"://\1:***@", uri)
 
 

@@ -81,8 +81,8 @@ TERMINAL = frozenset({Status.COMPLETED, Status.ROLLED_BACK, Status.SUPERSEDED, S
 class Pointer(Section):
     """What a site serves: a state of the ledger, or the bare source model (``state_id`` None)."""
 
-    state_id: int | None
-    source_version: str
+    state_id: str | None
+    source_version: int
 
 
 class Candidate(Section):
@@ -205,7 +205,7 @@ class PlanDiff(Section):
     moved: dict[str, tuple[int, int]]  # site → wave index in a, in b
 
 
-def plan(release: str, sites: Mapping[str, SiteFacts], source_version: str, config: RolloutConfig) -> Plan:
+def plan(release: str, sites: Mapping[str, SiteFacts], source_version: int, config: RolloutConfig) -> Plan:
     """Waves over the sites whose candidate has a passing verdict; the same inputs give the same plan.
 
     ``source_version`` is the source model that sites without a good earlier version go back to.

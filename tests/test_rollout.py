@@ -14,12 +14,12 @@ from pipeline import rollout as ro
 from pipeline.rollout import Candidate, HealthReport, Pointer, RolloutConfig, SiteFacts, Status, WaveEvidence
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
-SOURCE = Pointer(state_id=None, source_version="1")
+SOURCE = Pointer(state_id=None, source_version=1)
 OK, FAILING, SILENT = (HealthReport(health=h) for h in ("ok", "failing", "no_data"))
 
 
 def pointer(i):
-    return Pointer(state_id=i, source_version="1")
+    return Pointer(state_id=f"x{i}", source_version=1)
 
 
 def fleet(n, **changes):
@@ -33,7 +33,7 @@ class Fleet:
 
     def __init__(self, n=100, config=None, facts=None):
         self.facts = facts or fleet(n)
-        self.plan = ro.plan("r1", self.facts, "1", config or RolloutConfig())
+        self.plan = ro.plan("r1", self.facts, 1, config or RolloutConfig())
         self.r = ro.start(self.plan, T0)
         self.serving = {s: f.serving for s, f in self.facts.items() if f.serving}
         self.health: dict[str, HealthReport] = {}
@@ -74,7 +74,7 @@ class Fleet:
 
 
 def test_plan_waves_are_cumulative_shares():
-    plan = ro.plan("r1", fleet(1000), "1", RolloutConfig())
+    plan = ro.plan("r1", fleet(1000), 1, RolloutConfig())
     assert [len(w.sites) for w in plan.waves] == [10, 40, 150, 300, 500]
     assert sorted(s for w in plan.waves for s in w.sites) == sorted(plan.targets)
     assert plan.duration_seconds == 5 * (600 + 3600)
@@ -83,13 +83,13 @@ def test_plan_waves_are_cumulative_shares():
 
 @pytest.mark.parametrize("n, sizes", [(1, [1]), (2, [1, 1]), (6, [1, 2, 3]), (0, [])])
 def test_plan_of_few_sites_has_no_empty_wave(n, sizes):
-    assert [len(w.sites) for w in ro.plan("r1", fleet(n), "1", RolloutConfig()).waves] == sizes
+    assert [len(w.sites) for w in ro.plan("r1", fleet(n), 1, RolloutConfig()).waves] == sizes
 
 
 def test_plan_is_reproducible_and_depends_on_the_release():
     sites = fleet(200)
     again = dict(reversed(sites.items()))
-    a, b, c = (ro.plan(r, f, "1", RolloutConfig()) for r, f in (("r1", sites), ("r1", again), ("r2", sites)))
+    a, b, c = (ro.plan(r, f, 1, RolloutConfig()) for r, f in (("r1", sites), ("r1", again), ("r2", sites)))
     assert ro.plan_hash(a) == ro.plan_hash(b) != ro.plan_hash(c)
     assert a.waves[0] != c.waves[0]
     assert ro.Plan.model_validate_json(a.model_dump_json()) == a
@@ -106,7 +106,7 @@ def test_plan_takes_only_sites_with_a_passing_stored_verdict():
         "control": SiteFacts(serving=SOURCE, control=True,
                              candidate=Candidate(to=pointer(5), verdict_id=10, outcome="pass")),
     }  # fmt: skip
-    plan = ro.plan("r1", sites, "1", RolloutConfig())
+    plan = ro.plan("r1", sites, 1, RolloutConfig())
     assert set(plan.targets) == {"good"}
     assert plan.controls == ("control",)
     assert set(plan.excluded) == {"bad", "held", "unstored", "none", "same"}
@@ -120,7 +120,7 @@ def test_rollback_goes_to_the_last_good_version_else_the_source():
         "new": SiteFacts(serving=pointer(3), candidate=c),
         "same": SiteFacts(serving=pointer(3), last_good=pointer(9), candidate=c),
     }
-    plan = ro.plan("r1", sites, "1", RolloutConfig())
+    plan = ro.plan("r1", sites, 1, RolloutConfig())
     assert {s: t.back for s, t in plan.targets.items()} == {"kept": pointer(2), "new": SOURCE, "same": SOURCE}
 
 
@@ -135,11 +135,11 @@ def test_controls_per_stratum_stay_when_the_fleet_grows():
 
 
 def test_diff_names_what_changed():
-    a = ro.plan("r1", fleet(50), "1", RolloutConfig())
+    a = ro.plan("r1", fleet(50), 1, RolloutConfig())
     changed = fleet(51)
     del changed["s00000"]
     changed["s00001"] = SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(999), verdict_id=1, outcome="pass"))
-    got = ro.diff(a, ro.plan("r1", changed, "1", RolloutConfig()))
+    got = ro.diff(a, ro.plan("r1", changed, 1, RolloutConfig()))
     assert (got.added, got.removed, got.retargeted) == (("s00050",), ("s00000",), ("s00001",))
     assert ro.diff(a, a) == ro.PlanDiff(added=(), removed=(), retargeted=(), moved={})
 

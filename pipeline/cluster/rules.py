@@ -74,7 +74,7 @@ def check_fleet(config: Config) -> None:
     check_schedule(config.cluster.schedule, "cluster.schedule")
     try:
         ZoneInfo(config.cluster.time_zone)
-    except (OSError, ValueError):
+    except (KeyError, OSError, ValueError):
         raise ManifestError(
             f"cluster.time_zone: {config.cluster.time_zone!r}: no such zone, e.g. Europe/Vienna"
         ) from None

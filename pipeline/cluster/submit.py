@@ -55,7 +55,7 @@ def submission_id(config: Config, job: Sequence[str], day: date) -> str:
 def submit(config: Config, job: Sequence[str], *, address: str, id: str) -> Submission:
     """Hand ``palisade JOB …`` to the cluster at ``address`` (http://head:8265), or find that ``id`` is already there.
 
-    Raises ClusterError when the cluster does not answer or wants a token, ValueError for an id or path that cannot work.
+    Raises ClusterError when the cluster does not answer or wants a token, ValueError for a bad id or path.
     """
     if not SUBMISSION_ID.fullmatch(id):
         raise ValueError(f"--id {id!r}: allowed are 1-128 of A-Z a-z 0-9 _ . -, starting with a letter or digit")

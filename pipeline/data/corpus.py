@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +26,7 @@ from pipeline.data.decode import CHANNELS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
+SPLITS = ("train", "val", "test")
 FORMAT = 1
 BONA_FIDE = "bona_fide"
 DOMAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
@@ -43,7 +42,7 @@ class Row(NamedTuple):
     """One labelled sample on its way into a corpus."""
 
     sample_id: str
-    split: Split
+    split: str  # train, val or test
     label: int  # 1 bona fide, 0 attack
     pai: str  # PAI species; BONA_FIDE for label 1
     subject: str
@@ -135,7 +134,7 @@ def read_manifest(path: Path) -> CorpusManifest:
     return manifest
 
 
-def read_corpus(path: Path, splits: Sequence[Split] = SPLITS) -> Corpus:
+def read_corpus(path: Path, splits: Sequence[str] = SPLITS) -> Corpus:
     """The rows of ``splits`` in the corpus folder ``path``; every byte is checked against the manifest's digest."""
     manifest = read_manifest(path)
     if not splits or not set(splits) <= set(SPLITS):
@@ -178,12 +177,12 @@ def _fill(
 ) -> CorpusManifest:
     schema = _schema(size)
     batch = max(1, BATCH_BYTES // (CHANNELS * size * size))
-    splits: dict[Split, _Open] = {
+    splits: dict[str, _Open] = {
         s: _Open(_writer(work / f"{s}.parquet", schema), hashlib.sha256(), [], 0, Counter()) for s in SPLITS
     }
     rejected: list[Rejected] = []
-    seen: dict[str, Split] = {}
-    sources: dict[str, Split] = {}
+    seen: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for done, row in enumerate(rows, 1):
         if isinstance(row, Row):
             row = _judged(row, size, seen, sources)
@@ -207,7 +206,7 @@ def _fill(
     return manifest
 
 
-def _judged(row: Row, size: int, seen: dict[str, Split], sources: dict[str, Split]) -> Row | Rejected:
+def _judged(row: Row, size: int, seen: dict[str, str], sources: dict[str, str]) -> Row | Rejected:
     assert row.frame.shape == (CHANNELS, size, size), row.sample_id
     assert row.frame.dtype == np.uint8, row.sample_id
     assert row.split in SPLITS, row.sample_id
@@ -258,7 +257,7 @@ def _update(digest: hashlib._Hash, table: pa.Table) -> None:
         digest.update(cells[-1])
 
 
-def _manifest(splits: dict[Split, _Open], *, domain: str, kind: str, size: int, rejected: int) -> CorpusManifest:
+def _manifest(splits: dict[str, _Open], *, domain: str, kind: str, size: int, rejected: int) -> CorpusManifest:
     digests: dict[str, str] = {s: o.digest.hexdigest() for s, o in splits.items()}
     return CorpusManifest(
         format=FORMAT,
@@ -274,7 +273,7 @@ def _manifest(splits: dict[Split, _Open], *, domain: str, kind: str, size: int, 
     )
 
 
-def _read_split(path: Path, manifest: CorpusManifest, split: Split) -> pa.Table:
+def _read_split(path: Path, manifest: CorpusManifest, split: str) -> pa.Table:
     file = path / f"{split}.parquet"
     digest = hashlib.sha256()
     try:

@@ -142,7 +142,9 @@ def _at_rest(subject: int, wavelength: int) -> Map:
     skull = _skull(s)
     face = np.clip(0.5 + (1 - skull) * 12, 0, 1)
     ears = disc(s["width"] + 3, 2, 9, 27) + disc(-s["width"] - 3, 2, 9, 27)
-    neck = np.clip((s["width"] * 0.72 - np.abs(X)) / 4, 0, 1) * np.clip((Y - 40) / 10, 0, 1) * np.clip((150 - Y) / 6, 0, 1)
+    neck = (
+        np.clip((s["width"] * 0.72 - np.abs(X)) / 4, 0, 1) * np.clip((Y - 40) / 10, 0, 1) * np.clip((150 - Y) / 6, 0, 1)
+    )
     hair = _hair(s, skull)
     behind = np.where(ears > 0.3, -8, np.where(neck > 0.5, 14 - (X / 14) ** 2, -55))
     out = np.zeros((8, N, N), np.float32)

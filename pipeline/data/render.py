@@ -222,7 +222,9 @@ def _wear(head: Map, what: Presentation, rng: np.random.Generator, wavelength: i
 def _rigid(head: Map, s: Shape, victim: Shape, rng: np.random.Generator) -> None:
     """A cast resin or paper mask: smooth, one paint, sharp rim, holes where the attacker's eyes look through."""
     shell = disc(0, -4, s["width"] * 1.02, s["top"] * 0.93, 3) * (1 - eyes(s, 11, 5.5) * (rng.random() < 0.8))
-    red, green, blue = (float(c) for c in np.array([0.75, 0.57, 0.47]) * rng.uniform(0.5, 1.1) * rng.uniform(0.9, 1.1, 3))
+    red, green, blue = (
+        float(c) for c in np.array([0.75, 0.57, 0.47]) * rng.uniform(0.5, 1.1) * rng.uniform(0.9, 1.1, 3)
+    )
     nir = rng.uniform(0.66, 0.82)
     paint(head, shell, (red, green, blue), nir, keep=rng.uniform(0.0, 0.12))
     paint(head, shell * disc(0, victim["mouth_y"], 21, 7, 3), (red * 0.85, green * 0.45, blue * 0.45), nir * 0.97)
@@ -237,7 +239,9 @@ def _silicone(head: Map, s: Shape, victim: Shape, rng: np.random.Generator, wave
     top = -1.12 * s["top"] if rng.random() < 0.5 else -0.62 * s["top"]  # over the hair, or under a wig
     skin = np.clip((118 - Y) / 4, 0, 1) * np.clip((Y - top) / 5, 0, 1) * (1 - eyes(s, 12, 5.5)) * head[ALPHA]
     tone = float(np.clip(victim["tone"], 0.05, 0.9))
-    red, green, blue = (float(c) for c in (1 - tone) * np.array([0.8, 0.58, 0.47]) + tone * np.array([0.34, 0.21, 0.15]))
+    red, green, blue = (
+        float(c) for c in (1 - tone) * np.array([0.8, 0.58, 0.47]) + tone * np.array([0.34, 0.21, 0.15])
+    )
     nir = (0.68 if wavelength < 900 else 0.60) * rng.uniform(0.95, 1.08)
     paint(head, skin, (red, green, blue), nir, keep=0.12)
     paint(head, skin * disc(0, s["mouth_y"], s["mouth"], 7.5, 3), (red * 0.85, green * 0.55, blue * 0.57), nir * 0.99)

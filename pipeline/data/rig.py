@@ -76,7 +76,7 @@ TRAINING = {
                    ambient=0.35, light_spread=0.6, gamma=1.15, white=(0.94, 1.0, 1.06), ir_power=1.6, ir_leak=0.12, ir_noise=0.02,
                    parallax=1.0, linked=("rgb_blur", 1.6)),
     "C": SensorRig("C", side=84, field=236, distance=620, wavelength=940, depth_noise=2.2, depth_blur=1.0, depth_range=(300, 1100),
-                   ambient=0.65, light=(0.0, -0.2, 1.0), saturation=1.2, gamma=0.9, ir_power=1.5, ir_gamma=0.85, linked=("distance", 1.06)),
+                   ambient=0.65, light=(0.0, -0.2, 1.0), saturation=1.2, gamma=0.9, ir_power=1.35, ir_gamma=0.9, linked=("distance", 1.06)),
     "D": SensorRig("D", side=76, field=240, distance=700, backdrop=False, depth_form="frame8", depth_noise=1.1, depth_holes=0.05,
                    saturation=0.8, exposure=0.9, jpeg=80, rgb_blur=0.7, ir_power=1.2, ir_noise=0.016, linked=("ir_power", 1.1)),
 }  # fmt: skip

@@ -20,10 +20,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from pipeline.models import TinyConfig, VitConfig
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
     from torch import Tensor
     from transformers import ViTModel
 
-    Architecture = dict[str, object]
+    Architecture = dict[str, JsonValue]
 
 CHANNELS = ((0, 3), (3, 4), (4, 5))  # first and one past the last channel of each modality, enum order
 MODALITIES = len(CHANNELS)

@@ -1,9 +1,9 @@
 """CASIA-SURF CeFA (C): RealSense RGB, depth and IR of three ethnicities; cloth prints, screens, 3D and silicone masks.
 
-Read from ``CeFA-Race/{AF,CA,EA}/<race>-<id>[-<id card>]/<P1_P2_P3_P4_P5>/{profile,depth,ir}/<n>.jpg`` (P1 race, P2 subject,
-P3 device, P4 session, P5 instrument) and ``CeFA-Mask/{3D-Mask,Silicone-Mask}/<id>/<fields>/…``. Subjects 000-199 are train,
-200-299 val, 300-499 test, masks test, as in the published lists. A clip is bona fide only in a race folder with P5 = 1; the
-authors' own code labels it 0. An id card in a folder name is personal data: it reaches neither rows nor reasons.
+Read from ``CeFA-Race/{AF,CA,EA}/<race>-<id>[-<id card>]/<P1_P2_P3_P4_P5>/{profile,depth,ir}/<n>.jpg`` (P1 race, P2
+subject, P3 device, P4 session, P5 instrument) and ``CeFA-Mask/{3D-Mask,Silicone-Mask}/<id>/<fields>/…``. Subjects
+000-199 are train, 200-299 val, 300-499 test, masks test, as in the published lists. A clip is bona fide only in a race
+folder with P5 = 1; the authors' own code labels it 0. An id card in a folder name is personal data: nothing repeats it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pipeline.data.corpora import (
     CorpusError,
     Rejected,
     Row,
-    Split,
     clip_frames,
     data_root,
     evenly,
@@ -49,7 +48,7 @@ BLACK = 4  # JPEG leaves this much in a black border
 class _Clip(NamedTuple):
     path: Path
     subject: str
-    split: Split
+    split: str
     pai: str
 
 
@@ -103,7 +102,7 @@ def _race_clips(person: Path, number: int) -> Iterator[_Clip | Rejected]:
             yield _Clip(path, subject, split, pai) if split else Rejected(f"{subject}/{path.name}", "subject above 499")
 
 
-def _split(subject: int) -> Split | None:
+def _split(subject: int) -> str | None:
     return "train" if subject < 200 else "val" if subject < 300 else "test" if subject < 500 else None
 
 

@@ -1,9 +1,9 @@
 """CASIA-SURF (S): RealSense RGB, depth and IR of 1000 subjects, six attacks from printed faces with parts cut out.
 
-Read from the cropped full release, ``CASIA-SURF-CROP/{real,fake}_part/{real,fake}_{train,val,test}_part/<subject>/<video>/
-{color,depth,ir}/<n>.jpg``, or the challenge's ``Training/{real,fake}_part/<subject>/<video>/…`` (all of it train) with ``Val``
-and ``Testing`` where their lists are beside them. Readers disagree on the order of the lists' columns, so a file's modality
-is its folder or suffix, never its column. The license forbids copies: import your own.
+Read from the cropped full release, ``CASIA-SURF-CROP/{real,fake}_part/{real,fake}_{train,val,test}_part/<subject>/
+<video>/{color,depth,ir}/<n>.jpg``, or the challenge's ``Training/{real,fake}_part/<subject>/<video>/…`` (all train) with
+``Val`` and ``Testing`` where their lists are beside them. Readers disagree on the order of the lists' columns, so a file's
+modality is its folder or suffix, never its column.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pipeline.data.corpora import (
     Images,
     Rejected,
     Row,
-    Split,
     clip_frames,
     data_root,
     evenly,
@@ -34,16 +33,16 @@ if TYPE_CHECKING:
 LAYOUT = "CASIA-SURF-CROP/{real,fake}_part/{real,fake}_{train,val,test}_part/… or Training/{real,fake}_part/…"
 FOLDERS = ("color", "depth", "ir")
 PARTS: tuple[tuple[str, int], ...] = (("real", 1), ("fake", 0))
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+SPLITS: tuple[str, ...] = ("train", "val", "test")
 ATTACK = re.compile(r"0[1-6]_(?:e|en|enm)_[sb]")  # eyes, nose, mouth cut out; straight or bent
-LISTS: tuple[tuple[str, Split], ...] = (("val_private_list.txt", "val"), ("test_private_list.txt", "test"))
+LISTS: tuple[tuple[str, str], ...] = (("val_private_list.txt", "val"), ("test_private_list.txt", "test"))
 LISTED = re.compile(r"(?:Val|Testing)/[0-9]+/([0-9]+)-(color|depth|ir)\.jpg")
 LISTED_ATTACK = "paper"  # the challenge's lists do not say which of the six
 
 
 class _Clip(NamedTuple):
     path: Path
-    split: Split
+    split: str
     label: int
 
 
@@ -96,7 +95,7 @@ def _clip_rows(clip: _Clip, size: int) -> Iterator[Row | Rejected]:
         yield _row(images, name, clip.split, label=clip.label, pai=pai, subject=subject, video=item, size=size)
 
 
-def _listed_rows(path: Path, split: Split, size: int) -> Iterator[Row | Rejected]:
+def _listed_rows(path: Path, split: str, size: int) -> Iterator[Row | Rejected]:
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         cells = line.split()
         found = {m[2]: m for m in (LISTED.fullmatch(c) for c in cells) if m}
@@ -114,7 +113,7 @@ def _listed_rows(path: Path, split: Split, size: int) -> Iterator[Row | Rejected
 
 
 def _row(
-    images: Images, sample: str, split: Split, *, label: int, pai: str, subject: str, video: str, size: int
+    images: Images, sample: str, split: str, *, label: int, pai: str, subject: str, video: str, size: int
 ) -> Row | Rejected:
     try:
         frame, present, digest = image_frame(images, size=size)

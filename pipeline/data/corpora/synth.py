@@ -149,9 +149,7 @@ def clips(domain: str, per_split: Mapping[str, int], seed: int) -> list[Clip]:
     return plan
 
 
-def render(
-    plan: Sequence[Clip], *, size: int, workers: int = 2, progress: Progress | None = None
-) -> Iterator[Row]:
+def render(plan: Sequence[Clip], *, size: int, workers: int = 2, progress: Progress | None = None) -> Iterator[Row]:
     """The rows of ``plan`` in its order, by a pool of spawned processes when ``workers`` > 1."""
     tasks = [(plan[k : k + CHUNK], size) for k in range(0, len(plan), CHUNK)]
     if workers <= 1 or len(tasks) <= 1:

@@ -1,0 +1,109 @@
+"""``palisade adapt``: adapt every site on what was ingested, judge the candidates, keep the lineage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from jobs import Exit, table
+from jobs.deployment import lease, now, open_ledger, source_model
+from pipeline.cluster import connected
+from pipeline.lineage import Lineage, flat
+from pipeline.revision import code_revision
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jobs import Terminal
+    from pipeline.config import Config
+    from pipeline.ledger import Cycle, Ledger, VerdictRow
+
+SHOWN = 40
+
+
+def adapt(config: Config, terminal: Terminal, *, sites: Sequence[str]) -> int:
+    """Adapt ``sites`` (default: all) once and show the verdicts."""
+    ledger = open_ledger(config)
+    source_model(ledger)
+    for site in sites:
+        ledger.site(site)
+    with lease(config, ledger, "adapt") as cycle:
+        summary = adapt_step(config, ledger, cycle, terminal, sites=sites)
+        ledger.finish_cycle(cycle, summary=summary, now=now())
+        record(config, ledger, cycle, summary)
+    verdicts = ledger.verdicts(cycle=cycle.id)
+    show(terminal, cycle, summary, verdicts)
+    return exit_code(verdicts)
+
+
+def adapt_step(
+    config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal, *, sites: Sequence[str] = ()
+) -> dict[str, object]:
+    """Hand the sites to the shards → counts. The same step serves ``cycle``."""
+    from pipeline.cluster import fleet
+    from pipeline.cluster.shard import ShardJob
+
+    source = source_model(ledger)
+    rows = [r.site for r in ledger.sites() if not sites or r.site in sites]
+    if not rows:
+        raise ValueError("no site is registered; run `palisade ingest` first")
+    judged = {v.site for v in ledger.verdicts(cycle=cycle.id)}
+    job = ShardJob(config.model_dump_json(), source.path, source.version, ledger.anchor(source.trunk), cycle)
+    with connected(config.cluster), terminal.progress("adapt", "sites") as advance:
+        failed = fleet.adapt(
+            job, [s for s in rows if s not in judged], shards=config.cluster.shards, chunk=config.bank.sites,
+            cpus=min(1.0, config.cluster.cpus / config.cluster.shards), on_progress=advance,
+        )  # fmt: skip
+    ledger.set_status(failed)
+    for site, reason in failed.items():
+        terminal.say(f"warning: {site}: not adapted: {reason}")
+    outcomes = Counter(v.verdict.outcome for v in ledger.verdicts(cycle=cycle.id))
+    return {"source_version": source.version, "adapted": sum(outcomes.values()), "failed_sites": len(failed), **outcomes}
+
+
+def record(config: Config, ledger: Ledger, cycle: Cycle, summary: dict[str, object]) -> None:
+    """The cycle's run in MLflow: counts, the per-site table, parents, digests."""
+    lineage = Lineage.open(config.lineage, code_revision=code_revision())
+    source = ledger.source()
+    verdicts = ledger.verdicts(cycle=cycle.id)
+    tags = {"fingerprint": config.fingerprint(), "source.version": source.version, "source.digest": source.digest,
+            "source.run": source.lineage, "anchor": ledger.anchor(source.trunk), "cycle": cycle.id}  # fmt: skip
+    with lineage.run("cycle", cycle.id, params=flat(config.model_dump(mode="json")), tags=tags, key=cycle.id) as run:
+        run.metrics({k: float(v) for k, v in summary.items() if isinstance(v, int | float)})
+        run.table("sites", pa.Table.from_pylist([_row(v) for v in verdicts]))
+
+
+def exit_code(verdicts: Sequence[VerdictRow]) -> Exit:
+    """DONE when any candidate passed; else what kept all of them from it."""
+    outcomes = {v.verdict.outcome for v in verdicts}
+    if "pass" in outcomes or not outcomes:
+        return Exit.DONE
+    return Exit.GUARD_FAILED if "fail" in outcomes else Exit.HOLD
+
+
+def reason(verdict: VerdictRow) -> str:
+    """The finding that decided, in one line."""
+    decisive = [r for r in verdict.verdict.reasons if r.call == verdict.verdict.outcome and not r.advisory]
+    return f"{decisive[0].guard}: {decisive[0].text}" if decisive else ""
+
+
+def show(terminal: Terminal, cycle: Cycle, summary: dict[str, object], verdicts: Sequence[VerdictRow]) -> None:
+    """One line per site, worst first."""
+    order = {"fail": 0, "hold": 1, "pass": 2}
+    worst = sorted(verdicts, key=lambda v: (order[v.verdict.outcome], v.site))
+    rows = [[v.site, v.counters["samples"], v.verdict.outcome, "" if v.verdict.outcome == "pass" else reason(v)] for v in worst[:SHOWN]]
+    more = f"and {len(worst) - SHOWN} more; see `palisade site list`" if len(worst) > SHOWN else ""
+    listed = [{"site": v.site, "outcome": v.verdict.outcome, "reason": reason(v), "samples": v.counters["samples"]} for v in worst]
+    terminal.result(
+        {"cycle": cycle.id, **summary, "verdicts": listed},
+        table(f"verdicts of {cycle.id}", ["site", "samples", "verdict", "why"], rows),
+        *([more] if more else []),
+    )
+
+
+def _row(v: VerdictRow) -> dict[str, object]:
+    kept = {k: c for k, c in v.counters.items() if k != "outcomes"}
+    return {"site": v.site, "state": v.state, "outcome": v.verdict.outcome, "reason": reason(v), "offset_from": v.offset_from,
+            "offset_to": v.offset_to, "trust_ratio": v.evidence.trust_ratio, **kept}  # fmt: skip

@@ -1,0 +1,41 @@
+"""``palisade cycle``: ingest → adapt → judge → report, then move a running rollout on. What a scheduler calls."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from jobs.adapt import adapt_step, exit_code, record, show
+from jobs.deployment import lease, now, open_ledger, source_model
+from jobs.ingest import ingest_step
+from pipeline.cluster import connected
+
+if TYPE_CHECKING:
+    from jobs import Terminal
+    from pipeline.config import Config
+
+
+def cycle(config: Config, terminal: Terminal) -> int:
+    """One cycle over the fleet; an unfinished one goes on where it stopped."""
+    from jobs.report import write_report
+    from jobs.rollout import tick_running
+
+    ledger = open_ledger(config)
+    source_model(ledger)
+    with lease(config, ledger, "cycle") as held:
+        if held.resumed:
+            terminal.say(f"{held.id} was not finished; going on")
+        with connected(config.cluster):
+            started = time.monotonic()
+            taken = ingest_step(config, ledger, held, terminal)
+            ingested = time.monotonic()
+            summary: dict[str, object] = {**taken, **adapt_step(config, ledger, held, terminal)}
+        summary |= {"ingest_seconds": ingested - started, "adapt_seconds": time.monotonic() - ingested}
+        ledger.finish_cycle(held, summary=summary, now=now())
+    record(config, ledger, held, summary)
+    tick_running(config, ledger, terminal)
+    path = write_report(config, ledger, held.id)
+    verdicts = ledger.verdicts(cycle=held.id)
+    show(terminal, held, {**summary, "report": str(path)}, verdicts)
+    terminal.say(f"report: {path}")
+    return exit_code(verdicts)

@@ -1,0 +1,112 @@
+"""Evaluation protocols over domains and modalities: leave one domain out, limited sources, modalities missing at test.
+
+``present`` is a uint8 bit mask per sample, bit m = modality m of ``Modality``. Nothing here reads or draws anything.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from pipeline.types import Modality
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+FULL = (1 << len(Modality)) - 1
+PATTERNS: dict[str, int] = {  # modalities that are left
+    "full": FULL,
+    "no-depth": FULL & ~(1 << Modality.DEPTH),
+    "no-ir": FULL & ~(1 << Modality.IR),
+    "no-depth-ir": 1 << Modality.RGB,
+    "no-rgb": FULL & ~(1 << Modality.RGB),
+}
+CHANNELS: dict[Modality, slice] = {Modality.RGB: slice(0, 3), Modality.DEPTH: slice(3, 4), Modality.IR: slice(4, 5)}
+
+
+class Protocol(NamedTuple):
+    """Train on ``sources``, test on ``target``."""
+
+    sources: tuple[str, ...]
+    target: str
+    name: str  # CPS->W
+
+
+class LimitedProtocol(NamedTuple):
+    """Train on ``sources``, test on all ``targets`` together."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    name: str  # CW->PS
+
+
+def leave_one_domain_out(domains: Sequence[str]) -> list[Protocol]:
+    """One protocol per domain, which is the target; at least two domains."""
+    ordered = _ordered(domains, at_least=2)
+    protocols: list[Protocol] = []
+    for target in ordered:
+        sources = tuple(d for d in ordered if d != target)
+        protocols.append(Protocol(sources, target, _name(sources, (target,))))
+    return protocols
+
+
+def limited_source(domains: Sequence[str], keep: int = 2) -> list[LimitedProtocol]:
+    """Every choice of ``keep`` source domains; the others are the targets. CW->PS and PS->CW are the published two."""
+    ordered = _ordered(domains, at_least=2)
+    if not 1 <= keep < len(ordered):
+        raise ValueError(f"keep: {keep}; allowed are 1 to {len(ordered) - 1} of the {len(ordered)} domains")
+    protocols: list[LimitedProtocol] = []
+    for sources in combinations(ordered, keep):
+        targets = tuple(d for d in ordered if d not in sources)
+        protocols.append(LimitedProtocol(sources, targets, _name(sources, targets)))
+    return protocols
+
+
+def pattern(name: str) -> int:
+    """The bit mask of a missing-modality pattern by name."""
+    if name not in PATTERNS:
+        raise ValueError(f"pattern {name!r}: allowed are {', '.join(PATTERNS)}")
+    return PATTERNS[name]
+
+
+def drop(present: NDArray[np.uint8], mask: int) -> NDArray[np.uint8]:
+    """``present`` [N] with only the modalities of ``mask`` left."""
+    return present & np.uint8(mask)
+
+
+def usable(present: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """[N] whether any modality is left."""
+    return (present & np.uint8(FULL)) != 0
+
+
+def as_bools(present: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """[N] bit masks → [N, M] bool."""
+    return (present[:, None] >> np.arange(len(Modality), dtype=np.uint8)) & 1 == 1
+
+
+def as_bits(present: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """[N, M] bool → [N] bit masks."""
+    return (present << np.arange(len(Modality), dtype=np.uint8)).sum(axis=1).astype(np.uint8)
+
+
+def blanked(frame: NDArray[np.uint8], present: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A copy of ``frame`` [N, 5, S, S] that is zero wherever a modality is absent."""
+    out = frame.copy()
+    for modality, channels in CHANNELS.items():
+        out[present & (1 << modality) == 0, channels] = 0
+    return out
+
+
+def _ordered(domains: Sequence[str], *, at_least: int) -> tuple[str, ...]:
+    if len(set(domains)) != len(domains) or len(domains) < at_least:
+        raise ValueError(f"domains {', '.join(domains) or 'none'}: at least {at_least} different ones are needed")
+    return tuple(sorted(domains))
+
+
+def _name(sources: Sequence[str], targets: Sequence[str]) -> str:
+    glue = "" if all(len(d) == 1 for d in (*sources, *targets)) else "+"
+    return f"{glue.join(sources)}->{glue.join(targets)}"
