@@ -83,7 +83,8 @@ def apply(config: Config, terminal: Terminal, *, plan_hash: str, watch: bool) ->
     while watch and _load(row).status in RUNNING:
         time.sleep(POLL_SECONDS)
         row = _tick(config, ledger, row, terminal)
-    return _show_status(terminal, ledger, row)
+    code = _show_status(terminal, ledger, row)
+    return Exit.GUARD_FAILED if Status(row.status) in {Status.ROLLING_BACK, Status.ROLLED_BACK} else code
 
 
 def status(config: Config, terminal: Terminal) -> int:
@@ -282,6 +283,4 @@ def _show_status(terminal: Terminal, ledger: Ledger, row: RolloutRow) -> int:
         {"release": row.id, "status": r.status, "reason": r.reason, "plan_hash": r.plan_hash, "waves": listed},
         table(row.id, ["wave", "up to", "sites", "serving it", "failed"], rows), said,
     )  # fmt: skip
-    if r.status in {Status.HOLD, Status.PAUSED}:
-        return Exit.HOLD
-    return Exit.GUARD_FAILED if r.status in {Status.ABORTING, Status.ROLLING_BACK, Status.ROLLED_BACK} and "exceeds" in r.reason else Exit.DONE
+    return Exit.HOLD if r.status in {Status.HOLD, Status.PAUSED} else Exit.DONE

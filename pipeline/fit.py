@@ -1,4 +1,4 @@
-"""One source model from labelled corpora: objective, the only backward(), resumable state. It knows no Ray.
+"""One source model from labelled corpora: objective, the only backward(), resumable state. It knows no Ray."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Procedural people: heads as height fields on a canonical grid, in millimetres and reflectances.
 
-A solid is float32 [8, N, N] over 320 x 320 mm seen from the front, y down, z toward the camera. Identities are random
-draws of one shape model. NIR reflectances are assumed orders of magnitude (melanin hardly matters, water darkens skin at
-940 nm), not measurements.
+A solid is float32 [8, N, N] over 320 x 320 mm seen from the front, y down, z toward the camera. Identities are random draws
+of one shape model. NIR reflectances are assumed orders of magnitude (melanin hardly matters, water darkens skin at 940 nm).
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
-    Map = NDArray[np.float32]
+    Map = np.ndarray  # float32
     Shape = dict[str, float]
 
 N = 96
@@ -43,7 +40,7 @@ def shape_of(subject: int) -> Shape:
 
 
 def person(subject: int, fixed: np.random.Generator, moving: np.random.Generator, wavelength: int) -> Map:
-    """A head with hair, ears and neck; ``fixed`` draws what stays for a session, ``moving`` the expression of one frame."""
+    """A head with hair, ears and neck; ``fixed`` draws what stays for a session, ``moving`` the expression."""
     s = shape_of(subject)
     mouth, smile, gaze = max(0.0, moving.normal(0, 3.5)), moving.normal(0, 0.6), moving.normal(0, 1.5)
     out = _at_rest(subject, wavelength).copy()
@@ -111,7 +108,7 @@ def grain(rng: np.random.Generator, cells: int, side: int = N) -> Map:
     return cv2.resize(noise, (side, side), interpolation=cv2.INTER_LINEAR)
 
 
-def column(values: Sequence[float] | NDArray[np.float64]) -> Map:
+def column(values: Sequence[float] | np.ndarray) -> Map:
     """Values as [C, 1, 1], one per channel."""
     return np.array(values, np.float32)[:, None, None]
 

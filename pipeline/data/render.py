@@ -1,8 +1,8 @@
 """Procedural presentations: bona fide faces and what attackers hold or wear, as maps of reflectance and height.
 
-Everything follows from the ``Presentation`` and the frame number: the same presentation under two rigs (``rig.py``) differs
-only in what the rig does to it. Materials in NIR: paper and resin are bright, inks fade, displays are dark, silicone is near
-skin at 850 nm and less so at 940.
+Everything follows from the ``Presentation`` and the frame number: the same presentation under two rigs (``rig.py``)
+differs only in what the rig does to it. Materials in NIR: paper and resin are bright, inks fade, displays are dark,
+silicone is near skin at 850 nm and less so at 940.
 """
 
 from __future__ import annotations
@@ -14,15 +14,31 @@ import cv2
 import numpy as np
 
 from pipeline.data.heads import (
-    ALPHA, FACE_Z, GLOSS, HALF, NIR, SOFT, N, X, Y, Z, box, column, disc, eyes, grain, paint, person, shape_of, torso,
+    ALPHA,
+    FACE_Z,
+    GLOSS,
+    HALF,
+    NIR,
+    SOFT,
+    N,
+    X,
+    Y,
+    Z,
+    box,
+    column,
+    disc,
+    eyes,
+    grain,
+    paint,
+    person,
+    shape_of,
+    torso,
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from pipeline.data.heads import Map, Shape
 
-    Vector = NDArray[np.float64]
+    Vector = np.ndarray  # float64, few elements
 
 BONA_FIDE = "bona_fide"
 HELD = ("print_flat", "print_bent", "print_cutout", "replay")

@@ -1,8 +1,8 @@
 """Sensor rigs: what a camera, a depth sensor and an NIR camera make of a rendered scene.
 
-Four families are for training (A-D) and four are never trained on (E-H). They differ as deployed devices do: field and distance, light, colour,
-depth convention and noise, NIR wavelength and power. Each training family also carries one modest nuisance that is linked to attacks inside it
-alone, as collected sets do.
+Four families are for training (A-D) and four are never trained on (E-H). They differ as deployed devices do: field and
+distance, light, colour, depth convention and noise, NIR wavelength and power. Each training family also carries one modest
+nuisance that is linked to attacks inside it alone, as collected sets do.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from pipeline.data.heads import FACE_Z, NIR, SOFT, Z, column, grain
 from pipeline.data.render import BONA_FIDE, Presentation, Scene, lit, normals, scene, unit
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from pipeline.data.heads import Map
 
 NO_RETURN = 0  # depth value of a pixel without a measurement, in every convention
@@ -64,34 +62,37 @@ class SensorRig:
 class Capture(NamedTuple):
     """One capture before any file format."""
 
-    rgb: NDArray[np.uint8]  # [R, R, 3]
-    depth: NDArray[np.uint16] | NDArray[np.uint8]  # [R, R]; 0 = no return
-    ir: NDArray[np.uint8]  # [R, R]
+    rgb: np.ndarray  # [R, R, 3] uint8
+    depth: np.ndarray  # [R, R] uint8 or uint16; 0 = no return
+    ir: np.ndarray  # [R, R] uint8
 
 
 TRAINING = {
-    "A": SensorRig("A", side=72, field=262, distance=560, depth_form="range8", depth_range=(350, 1100), depth_noise=1.6,
-                   white=(1.05, 1.0, 0.93), jpeg=90, ir_power=1.1, linked=("exposure", 1.12)),
-    "B": SensorRig("B", side=80, field=290, distance=820, depth_form="frame8", depth_inverted=True, depth_noise=1.5, depth_holes=0.04,
-                   ambient=0.35, light_spread=0.6, gamma=1.15, white=(0.94, 1.0, 1.06), ir_power=1.6, ir_leak=0.12, ir_noise=0.02,
-                   parallax=1.0, linked=("rgb_blur", 1.6)),
-    "C": SensorRig("C", side=84, field=236, distance=620, wavelength=940, depth_noise=2.2, depth_blur=1.0, depth_range=(300, 1100),
-                   ambient=0.65, light=(0.0, -0.2, 1.0), saturation=1.2, gamma=0.9, ir_power=1.35, ir_gamma=0.9, linked=("distance", 1.06)),
-    "D": SensorRig("D", side=76, field=240, distance=700, backdrop=False, depth_form="frame8", depth_noise=1.1, depth_holes=0.05,
-                   saturation=0.8, exposure=0.9, jpeg=80, rgb_blur=0.7, ir_power=1.2, ir_noise=0.016, linked=("ir_power", 1.1)),
+    "A": SensorRig("A", side=72, field=262, distance=560, depth_form="range8", depth_range=(350, 1100),
+                   depth_noise=1.6, white=(1.05, 1.0, 0.93), jpeg=90, ir_power=1.1, linked=("exposure", 1.12)),
+    "B": SensorRig("B", side=80, field=290, distance=820, depth_form="frame8", depth_inverted=True, depth_noise=1.5,
+                   depth_holes=0.04, ambient=0.35, light_spread=0.6, gamma=1.15, white=(0.94, 1.0, 1.06),
+                   ir_power=1.6, ir_leak=0.12, ir_noise=0.02, parallax=1.0, linked=("rgb_blur", 1.6)),
+    "C": SensorRig("C", side=84, field=236, distance=620, wavelength=940, depth_noise=2.2, depth_blur=1.0,
+                   depth_range=(300, 1100), ambient=0.65, light=(0.0, -0.2, 1.0), saturation=1.2, gamma=0.9,
+                   ir_power=1.35, ir_gamma=0.9, linked=("distance", 1.06)),
+    "D": SensorRig("D", side=76, field=240, distance=700, backdrop=False, depth_form="frame8", depth_noise=1.1,
+                   depth_holes=0.05, saturation=0.8, exposure=0.9, jpeg=80, rgb_blur=0.7, ir_power=1.2,
+                   ir_noise=0.016, linked=("ir_power", 1.1)),
 }  # fmt: skip
 UNSEEN = {
-    "E": SensorRig("E", side=88, field=270, distance=740, wavelength=940, depth_form="range16", depth_inverted=True, depth_noise=2.2,
-                   depth_range=(350, 1200), light=(-0.7, -0.5, 1.0), ambient=0.3, white=(1.16, 1.0, 0.8), gamma=1.2, ir_power=1.5,
-                   ir_leak=0.2, ir_gamma=0.8),
-    "F": SensorRig("F", side=96, field=230, distance=430, depth_form="mm", depth_step=2.0, depth_noise=2.0, depth_holes=0.06,
-                   ambient=0.75, exposure=1.25, saturation=1.25, jpeg=75, ir_power=0.72, ir_blur=1.2, rgb_blur=0.9),
-    "G": SensorRig("G", side=64, field=214, distance=390, wavelength=940, depth_form="range16", depth_blur=1.8, depth_step=3.0,
-                   depth_noise=1.8, depth_range=(200, 900), white=(0.96, 1.0, 1.08), saturation=1.35, gamma=0.85, ir_power=0.5,
-                   ir_gamma=1.2, parallax=1.5),
-    "H": SensorRig("H", side=72, field=300, distance=980, depth_form="mm", depth_noise=1.2, depth_holes=0.1, ambient=0.25,
-                   light=(0.1, -0.9, 0.8), light_spread=0.5, rgb_noise=0.035, exposure=0.75, white=(1.1, 1.0, 0.88), ir_power=1.9,
-                   ir_leak=0.15, ir_noise=0.035, ir_gamma=1.15),
+    "E": SensorRig("E", side=88, field=270, distance=740, wavelength=940, depth_form="range16", depth_inverted=True,
+                   depth_noise=2.2, depth_range=(350, 1200), light=(-0.7, -0.5, 1.0), ambient=0.3, white=(1.16, 1.0,
+                   0.8), gamma=1.2, ir_power=1.5, ir_leak=0.2, ir_gamma=0.8),
+    "F": SensorRig("F", side=96, field=230, distance=430, depth_form="mm", depth_step=2.0, depth_noise=2.0,
+                   depth_holes=0.06, ambient=0.75, exposure=1.25, saturation=1.25, jpeg=75, ir_power=0.72,
+                   ir_blur=1.2, rgb_blur=0.9),
+    "G": SensorRig("G", side=64, field=214, distance=390, wavelength=940, depth_form="range16", depth_blur=1.8,
+                   depth_step=3.0, depth_noise=1.8, depth_range=(200, 900), white=(0.96, 1.0, 1.08), saturation=1.35,
+                   gamma=0.85, ir_power=0.5, ir_gamma=1.2, parallax=1.5),
+    "H": SensorRig("H", side=72, field=300, distance=980, depth_form="mm", depth_noise=1.2, depth_holes=0.1,
+                   ambient=0.25, light=(0.1, -0.9, 0.8), light_spread=0.5, rgb_noise=0.035, exposure=0.75, white=(1.1,
+                   1.0, 0.88), ir_power=1.9, ir_leak=0.15, ir_noise=0.035, ir_gamma=1.15),
 }  # fmt: skip
 
 
@@ -116,14 +117,21 @@ def variant(rig: SensorRig, seed: int) -> SensorRig:
     f = np.exp(rng.normal(0, 0.07, 8))
     white = (rig.white[0] * float(f[0]), rig.white[1], rig.white[2] * float(f[1]))
     x, y, z = rig.light
-    return replace(rig, white=white, light=(x + float(rng.normal(0, 0.2)), y, z), exposure=rig.exposure * float(f[2]),
-                   distance=rig.distance * float(f[3]), ir_power=rig.ir_power * float(f[4]), gamma=rig.gamma * float(f[5]),
-                   depth_noise=rig.depth_noise * float(f[6]), field=rig.field * float(f[7]) ** 0.5, linked=None)  # fmt: skip
+    return replace(
+        rig,
+        white=white,
+        light=(x + float(rng.normal(0, 0.2)), y, z),
+        exposure=rig.exposure * float(f[2]),
+        distance=rig.distance * float(f[3]),
+        ir_power=rig.ir_power * float(f[4]),
+        gamma=rig.gamma * float(f[5]),
+        depth_noise=rig.depth_noise * float(f[6]),
+        field=rig.field * float(f[7]) ** 0.5,
+        linked=None,
+    )
 
 
-def _colour(
-    seen: Scene, n: Map, rig: SensorRig, rng: np.random.Generator, session: np.random.Generator
-) -> NDArray[np.uint8]:
+def _colour(seen: Scene, n: Map, rig: SensorRig, rng: np.random.Generator, session: np.random.Generator) -> np.ndarray:
     light = unit(np.array(rig.light) + session.normal(0, rig.light_spread, 3) * (1, 1, 0))
     image = lit(seen.maps, n, light, unit(light + unit(np.array([0, 0, 1]))), ambient=rig.ambient, channels=slice(0, 3))
     image += np.clip(-seen.maps[SOFT], 0, 1) * (seen.maps[:3] - image)
@@ -149,10 +157,8 @@ def _infrared(seen: Scene, n: Map, rig: SensorRig, rng: np.random.Generator) -> 
     return image + np.float32(rig.ir_noise) * rng.standard_normal(image.shape, dtype=np.float32)
 
 
-def _depth(
-    seen: Scene, n: Map, ir: Map, rig: SensorRig, rng: np.random.Generator
-) -> NDArray[np.uint16] | NDArray[np.uint8]:
-    """Distances in the rig's own convention; returns fail at steep edges, on dark or mirroring surfaces and at random."""
+def _depth(seen: Scene, n: Map, ir: Map, rig: SensorRig, rng: np.random.Generator) -> np.ndarray:
+    """Distances in the rig's own convention; returns fail at steep edges, on dark surfaces and at random."""
     away = np.float32(seen.distance + FACE_Z) - seen.maps[Z]
     mm = cv2.GaussianBlur(away, (0, 0), rig.depth_blur) if rig.depth_blur > 0.3 else away
     lost = np.abs(mm - away) > 25  # flying pixels between two surfaces
@@ -174,12 +180,14 @@ def _depth(
     return np.where(lost, NO_RETURN, low + (top - low) * (1 - share if rig.depth_inverted else share)).astype(kind)
 
 
-def _bytes(image: Map) -> NDArray[np.uint8]:
+def _bytes(image: Map) -> np.ndarray:
     return np.clip(image * 255 + np.float32(0.5), 0, 255).astype(np.uint8)
 
 
-def _compressed(rgb: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+def _compressed(rgb: np.ndarray, quality: int) -> np.ndarray:
     if quality >= 100:
         return rgb
     _, data = cv2.imencode(".jpg", rgb[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return np.ascontiguousarray(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
+    back = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+    assert back is not None
+    return back

@@ -1,4 +1,4 @@
-"""What happens at simulated sites: who comes when, under which rig, and what goes wrong. Planning only, nothing is rendered.
+"""What happens at simulated sites: who comes when, under which rig, and what goes wrong; nothing is rendered here.
 
 Hours count from the start of the script. A plan follows from (script, phase, seed), so labels never need the pixels.
 """
@@ -141,7 +141,7 @@ def rig_at(script: SiteScript, hour: float) -> SensorRig:
 
 
 def demo_fleet(seed: int = 0) -> list[SiteScript]:
-    """Fourteen sites: three clean controls of training families, four unseen devices, seven with troubles of their own."""
+    """Fourteen sites: three clean controls of training families, four unseen devices, seven with other troubles."""
     a, b, c, d = (variant(rig, seed * 100 + k) for k, rig in enumerate(TRAINING.values()))
     e, f, g, h = (variant(rig, seed * 100 + 10 + k) for k, rig in enumerate(UNSEEN.values()))
     e2, f2 = variant(UNSEEN["E"], seed * 100 + 20), variant(UNSEEN["F"], seed * 100 + 21)
@@ -152,13 +152,16 @@ def demo_fleet(seed: int = 0) -> list[SiteScript]:
         SiteScript("lobby-south", b, "eu-central", "meridian", "b-outdoor-850", prior=0.85),
         SiteScript("office-gate", c, "us-east", "halden", "c-tof-940", species=masks),
         SiteScript("terminal-gate", e, "eu-west", "aerogate", "e-tof-940", species=(*prints, "replay", "mask_rigid")),
-        SiteScript("mall-kiosk", f, "us-east", "brightmart", "f-kiosk-850", prior=0.95,
-                   stretches=(Stretch(15, 18, 0.15, rate=3, species=("replay",)), Stretch(30, 32, 0.2, rate=3, species=("replay",)))),
-        SiteScript("phone-onboarding", g, "ap-south", "novabank", "g-phone-940", prior=0.75, species=(*prints, "replay")),
+        SiteScript("mall-kiosk", f, "us-east", "brightmart", "f-kiosk-850", prior=0.95, stretches=(Stretch(15, 18,
+                   0.15, rate=3, species=("replay",)), Stretch(30, 32, 0.2, rate=3, species=("replay",)))),
+        SiteScript("phone-onboarding", g, "ap-south", "novabank", "g-phone-940", prior=0.75, species=(*prints,
+                   "replay")),
         SiteScript("dock-night", h, "us-west", "freightline", "h-dock-850", prior=0.85, species=masks, missing=night),
-        SiteScript("gate-ageing", c, "eu-west", "aerogate", "c-tof-940", drift=Drift(ir_fade=0.8, depth_noise=0.6, warm=0.12)),
+        SiteScript("gate-ageing", c, "eu-west", "aerogate", "c-tof-940", drift=Drift(ir_fade=0.8, depth_noise=0.6,
+                   warm=0.12)),
         SiteScript("vault-ir-dead", a, "us-east", "novabank", "a-structured-850", missing=(Missing("ir", 10, 34),)),
-        SiteScript("turnstile-depth-out", e2, "ap-south", "transitcorp", "e-tof-940", missing=(Missing("depth", 8, 27),)),
+        SiteScript("turnstile-depth-out", e2, "ap-south", "transitcorp", "e-tof-940", missing=(Missing("depth", 8,
+                   27),)),
         SiteScript("gate-oneclass", f2, "eu-central", "halden", "f-kiosk-850", species=("print_cutout", "mask_rigid"),
                    stretches=(Stretch(0, 28, 1.0), Stretch(28, 30, 0.1, rate=3))),
         SiteScript("branch-swap", d, "eu-west", "novabank", "d-crop-850", swap=(14, b)),

@@ -1,8 +1,8 @@
 """PADISI-Face (P): 360 participants in a multi-spectral rig; eyes, paper, masks, make-up, glasses and tattoos.
 
 Read from ``ID_<transaction>_<trial>_<name>.npz`` or ``<trial>.npz``, key ``data``: floats (1, 22, H, W) in [0, 1], with
-channels 0-2 BGR, 3 NIR, 4 depth. Labels come from the official ground truth, splits from partition 0 of the official three
-folds. Gender, ethnicity, race and age stand beside the labels in that file and are not kept.
+channels 0-2 BGR, 3 NIR, 4 depth. Labels come from the official ground truth, splits from partition 0 of the three folds.
+Gender, ethnicity, race and age stand beside the labels in that file and are not kept.
 """
 
 from __future__ import annotations
@@ -98,8 +98,11 @@ def _table(root: Path, pattern: str, columns: tuple[str, ...]) -> Iterator[dict[
         missing = set(columns) - set(reader.fieldnames or ())
         if missing:
             raise CorpusError(f"{path}: has no column {', '.join(sorted(missing))}")
-        for record in reader:
-            yield {c: (record[c] or "").strip() for c in columns}
+        try:
+            for record in reader:
+                yield {c: (record[c] or "").strip() for c in columns}
+        except csv.Error as e:
+            raise CorpusError(f"{path}: line {reader.line_num}: {e}") from None
 
 
 def _row(path: Path, name: str, trial: _Trial, size: int) -> Row | Rejected:
@@ -116,7 +119,8 @@ def _row(path: Path, name: str, trial: _Trial, size: int) -> Row | Rejected:
         return Rejected(name, f"file cannot be read: {type(e).__name__}")
     label = int(trial.code == LIVE)
     pai = BONA_FIDE if label else trial.code
-    return Row(name, trial.split, label, pai, trial.participant, name, frame, present, sha256((array.tobytes(),)))
+    subject = trial.participant or name
+    return Row(name, trial.split, label, pai, subject, name, frame, present, sha256((array.tobytes(),)))
 
 
 def _frame(array: np.ndarray, size: int) -> tuple[np.ndarray, int]:

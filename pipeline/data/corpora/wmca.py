@@ -170,6 +170,8 @@ def _frames(rgb: Path, cdit: Path, size: int) -> Iterator[tuple[int | None, tupl
                     yield i, _frame(colour[f"{indices[i]}/array"], planes[f"{others[i]}/array"], size)
                 except BadImage as e:
                     yield i, str(e)
+                except H5_ERRORS as e:
+                    yield i, f"frame cannot be read: {type(e).__name__}"
     except H5_ERRORS as e:
         yield None, f"file cannot be read: {type(e).__name__}"
 

@@ -1,0 +1,153 @@
+"""The repository's own rules: the README's tree is the tree, files are short, nothing unpickles, config stays light."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load
+
+REPO = Path(__file__).resolve().parent.parent
+SOURCES = ("pipeline", "jobs", "conf", "infra")
+LINES = 300
+VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
+PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+ENTRY = re.compile(
+    r"^(?P<indent>(?:[│ ] {3}|[ ]{2})*)(?:[├└]── )?(?P<names>[\w.\-/*]+(?:[ ,]+[\w.\-/]+)*?)(?: {2,}.*)?$"
+)
+
+
+def tracked() -> list[Path]:
+    """Files of the repository, relative; those that are new and not ignored count already."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(listed, cwd=REPO, capture_output=True, text=True, check=True)
+        names = [Path(line) for line in done.stdout.splitlines()]
+    except (OSError, subprocess.CalledProcessError):  # an unpacked archive
+        names = [p.relative_to(REPO) for top in (*SOURCES, "tests") for p in (REPO / top).rglob("*") if p.is_file()]
+    hidden = ("__pycache__", ".egg-info")
+    return sorted(p for p in names if (REPO / p).is_file() and not any(h in part for part in p.parts for h in hidden))
+
+
+def python_sources() -> list[Path]:
+    return [p for p in tracked() if p.suffix == ".py" and p.parts[0] in ("pipeline", "jobs")]
+
+
+def tree_block(text: str) -> str:
+    """The fenced block of the README that starts with a folder of ours."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if re.search(r"^(?:[├└]── )?pipeline/", block, re.MULTILINE):
+            return block
+    raise AssertionError("README.md: no fenced block with a line 'pipeline/'")
+
+
+def tree_paths(block: str) -> set[str]:
+    """Paths of an annotated tree: one name a line, indented by 2 or 4 or drawn with ├──, a comment after two blanks.
+
+    A folder ends in a slash. A file may stand without its .py.
+    """
+    found: set[str] = set()
+    folders: list[tuple[int, str]] = []
+    for line in block.splitlines():
+        bare = re.sub(r"[│├└─]", " ", line)
+        if not bare.strip():
+            continue
+        depth = len(bare) - len(bare.lstrip())
+        name = re.split(r"\s{2,}", bare.strip())[0]
+        folders = [f for f in folders if f[0] < depth]
+        path = "".join(f[1] for f in folders) + name
+        found.add(path)
+        if name.endswith("/"):
+            folders.append((depth, name))
+    return found
+
+
+def test_tree_reader() -> None:
+    drawn = "pipeline/        the code\n├── types.py     nouns\n└── data/\n    └── decode.py  bytes\nconf/\n"
+    plain = "pipeline/   the code\n  types.py    nouns\n  data/\n    decode.py    bytes\nconf/\n"
+    assert tree_paths(drawn) == tree_paths(plain)
+    assert tree_paths(plain) == {"pipeline/", "pipeline/types.py", "pipeline/data/", "pipeline/data/decode.py", "conf/"}
+
+
+def test_readme_tree_is_the_tree() -> None:
+    shown = tree_paths(tree_block((REPO / "README.md").read_text()))
+    files = {p.as_posix() for p in tracked() if p.parts[0] in SOURCES and p.name != "__init__.py"}
+    folders = {f"{parent.as_posix()}/" for f in files for parent in Path(f).parents if parent != Path(".")}
+    within = {s for s in shown if s.split("/")[0] in SOURCES and not s.endswith("/__init__.py")}
+    # a folder that the tree names without anything in it stands for its content
+    whole = {s for s in within if s.endswith("/") and not any(o != s and o.startswith(s) for o in within)}
+    hidden = {x for x in files | folders if any(x != w and x.startswith(w) for w in whole)}
+    missing = sorted((files | folders) - within - hidden)
+    stale = sorted(within - files - folders)
+    assert not missing, f"README.md: the tree does not show {', '.join(missing)}"
+    assert not stale, f"README.md: the tree shows what is not there: {', '.join(stale)}"
+    elsewhere = [s for s in shown - within if s.split("/")[0] not in SOURCES and not (REPO / s).exists()]
+    assert not elsewhere, f"README.md: the tree shows what is not there: {', '.join(elsewhere)}"
+
+
+@pytest.mark.parametrize("path", python_sources(), ids=str)
+def test_source_file(path: Path) -> None:
+    text = (REPO / path).read_text()
+    lines = len(text.splitlines())
+    assert lines <= LINES, f"{path}: {lines} lines; the limit is {LINES}, split it by subject"
+    assert path.stem not in VAGUE, f"{path}: the name says nothing about the content"
+    if text.strip():
+        assert ast.get_docstring(ast.parse(text)), f"{path}: starts with a docstring"
+
+
+@pytest.mark.parametrize("path", python_sources(), ids=str)
+def test_nothing_is_unpickled(path: Path) -> None:
+    assert unsafe(ast.parse((REPO / path).read_text())) == []
+
+
+def unsafe(tree: ast.AST) -> list[str]:
+    """Imports of pickling modules and calls of torch.load / np.load(allow_pickle=…), as 'line: what'."""
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [f"{node.lineno}: import {a.name}" for a in node.names if a.name.split(".")[0] in PICKLES]
+        elif isinstance(node, ast.ImportFrom):
+            bad = (node.module or "").split(".")[0] in PICKLES
+            bad = bad or (node.module == "torch" and any(a.name == "load" for a in node.names))
+            found += [f"{node.lineno}: from {node.module}"] if bad else []
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called == "torch.load" or any(k.arg == "allow_pickle" for k in node.keywords):
+                found.append(f"{node.lineno}: {called}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "import joblib.numpy_pickle as x",
+        "from cloudpickle import loads",
+        "from torch import load",
+        "torch.load(f)",
+        "np.load(f, allow_pickle=True)",
+    ],
+)
+def test_unpickling_is_seen(code: str) -> None:
+    assert unsafe(ast.parse(code))
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "conf").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_configuration_loads(path: Path) -> None:
+    assert len(load(path).fingerprint()) == 64
+
+
+def test_config_is_light() -> None:
+    code = (
+        "import sys, pipeline.config; print([m for m in ('torch', 'ray', 'mlflow', 'sqlalchemy') if m in sys.modules])"
+    )
+    lazily = f"from jobs.__main__ import lazy; lazy('torch'); {code}; import torch; print(type(torch).__name__)"
+    done = subprocess.run([sys.executable, "-c", lazily], cwd=REPO, capture_output=True, text=True, check=True)
+    loaded, kind = done.stdout.split("\n")[:2]
+    assert ast.literal_eval(loaded) in ([], ["torch"])
+    assert kind == "_LazyModule", f"importing pipeline.config runs torch: {kind}"
