@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from jobs import Exit, Terminal
 
@@ -299,7 +299,7 @@ def lazy(name: str) -> None:
 
 def exit_code(e: Exception) -> Exit | None:
     """The exit code of an error that a person can act on; None for a bug of ours, which keeps its traceback."""
-    if isinstance(e, (click.ClickException, ValueError)):
+    if isinstance(e, (TyperException, ValueError)):
         return getattr(e, "palisade_exit", Exit.USAGE)
     if isinstance(e, (OSError, RuntimeError)) and (type(e).__module__.startswith("pipeline.") or isinstance(e, OSError)):
         return Exit.INFRASTRUCTURE
@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(e)
         if code is None or os.environ.get("PALISADE_TRACEBACK"):
             raise
-        print(f"error: {e.format_message() if isinstance(e, click.ClickException) else e}", file=sys.stderr)
+        print(f"error: {getattr(e, 'format_message', e.__str__)()}", file=sys.stderr)
         return code
 
 

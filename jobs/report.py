@@ -66,7 +66,7 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
     sites = [s for s in ledger.sites() if s.site in verdicts or s.status == "failed"]
     joined = {site: _joined(config, source, v) for site, v in verdicts.items()}
     refused = ledger.quarantined()
-    serving, release = ledger.serving(), _release(ledger)
+    serving, release = ledger.serving(), _release(ledger, verdicts)
     counts = {s.site: sum(q.site == s.site for q in refused) for s in sites}
     return CycleReport(
         cycle_id=cycle, started=datetime.fromisoformat(row.started), finished=datetime.fromisoformat(row.finished),
@@ -197,9 +197,11 @@ def _quarantine(ledger: Ledger) -> tuple[QuarantineRow, ...]:
     )
 
 
-def _release(ledger: Ledger) -> Rollout | None:
-    rows = ledger.rollouts()
-    return Rollout.model_validate_json(rows[0].body) if rows else None
+def _release(ledger: Ledger, verdicts: dict[str, VerdictRow]) -> Rollout | None:
+    """The newest rollout that carries a candidate of this cycle."""
+    ids = {v.id for v in verdicts.values()}
+    every = (Rollout.model_validate_json(r.body) for r in ledger.rollouts())
+    return next((r for r in every if any(t.verdict_id in ids for t in r.plan.targets.values())), None)
 
 
 def _rollout(ledger: Ledger, r: Rollout | None) -> RolloutReport | None:

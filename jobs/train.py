@@ -46,7 +46,7 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
                 result = cluster_train.train(
                     config, folders, storage=config.place("train"), run_name=name, out=path, on_progress=advance
                 )
-            run.history(result.history)
+            run.history({f"loss.{term}": curve for term, curve in result.history.items()})
         model = checkpoint.load(path)
         run.metrics(model.manifest.metrics)
         run.artifact(path, folder="model")

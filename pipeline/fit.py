@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline import metrics
+from pipeline.data.features import mask_to_bool
 from pipeline.models import ModelConfig
 from pipeline.models import tail as tails
 from pipeline.models.checkpoint import Manifest, SourceModel, seal
 from pipeline.models.trunk import build_trunk, features, fold
-from pipeline.sampler import FitError, check_validation, draw, presence, stratify
+from pipeline.sampler import FitError, check_validation, draw, stratify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Generator, Tensor
 
-    from pipeline.data.corpora import Corpus
+    from pipeline.data.corpus import Corpus
     from pipeline.models.trunk import TinyTrunk, VitTrunk
     from pipeline.source.erm import Batch, SourceMethod
 
@@ -247,7 +248,7 @@ def _validation(trunk: nn.Module, corpora: Sequence[Corpus]) -> tuple[np.ndarray
         rows = np.flatnonzero((np.asarray(corpus.split) == "val") & (np.asarray(corpus.present) > 0))
         if len(rows) == 0:
             continue
-        present = presence(np.asarray(corpus.present)[rows])
+        present = torch.from_numpy(mask_to_bool(np.asarray(corpus.present)[rows]))
         z = features(trunk, torch.from_numpy(corpus.frame[rows]), present)
         parts.append((np.full(len(rows), e), np.asarray(corpus.label)[rows].astype(np.int64), z, present))
     domain, label, z, present = zip(*parts, strict=True)

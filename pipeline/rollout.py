@@ -42,6 +42,9 @@ class RolloutConfig(Section):
     missing_share: float = Field(default=0.0, ge=0, lt=1, description="share of a wave that may end it without data")
     control_share: float = Field(default=0.05, ge=0, lt=1, description="sites kept on the source model for good")
     control_min_sites: int = Field(default=10, ge=1, description="strata smaller than this need no control")
+    health_samples: int = Field(
+        default=50, ge=0, description="captures a promoted site must bring before it counts as data"
+    )
     stratum: str = Field(default="", description="tag whose values are the strata of the controls; empty = one stratum")
     seed: int = 0
 
@@ -89,7 +92,7 @@ class Candidate(Section):
     """What a site may be promoted to, with its stored verdict."""
 
     to: Pointer
-    verdict_id: int | None
+    verdict_id: str | None
     outcome: Literal["pass", "fail", "hold"]
     reason: str = ""
 
@@ -108,14 +111,14 @@ class Target(Section):
 
     to: Pointer
     back: Pointer  # where a rollback goes
-    verdict_id: int
+    verdict_id: str
 
 
 class Excluded(Section):
     """Why a site is in no wave."""
 
     reason: str
-    verdict_id: int | None = None
+    verdict_id: str | None = None
 
 
 class Wave(Section):
@@ -174,7 +177,7 @@ class Promote(Section):
     kind: Literal["promote"] = "promote"
     site: str
     to: Pointer
-    verdict_id: int
+    verdict_id: str
 
 
 class Rollback(Section):

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 
 from pipeline.data.augment import augment
-from pipeline.models import tail as tails
+from pipeline.data.features import mask_to_bool
 from pipeline.models.trunk import prepare
 from pipeline.source.erm import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Generator, Tensor
+    from torch import Generator
 
-    from pipeline.data.corpora import Corpus
+    from pipeline.data.corpus import Corpus
     from pipeline.source.erm import SourceMethod
 
 
@@ -75,13 +75,8 @@ def draw(
     counts = [share // len(cells) + (i < share % len(cells)) for i in range(len(cells))]
     picked = [(c, random.choice(c.rows, n, replace=n > len(c.rows))) for c, n in zip(order, counts, strict=True) if n]
     frames = torch.from_numpy(np.concatenate([corpora[c.domain].frame[rows] for c, rows in picked]))
-    present = presence(np.concatenate([np.asarray(corpora[c.domain].present)[rows] for c, rows in picked]))
+    bits = np.concatenate([np.asarray(corpora[c.domain].present)[rows] for c, rows in picked])
     label = torch.tensor([c.label for c, rows in picked for _ in rows])
     domain = torch.tensor([c.domain for c, rows in picked for _ in rows])
     ready = prepare(255 * augment(frames.float() / 255, generator)) if method.augment else prepare(frames)
-    return Batch(ready, present, label, domain, step / method.steps), generator
-
-
-def presence(bits: np.ndarray) -> Tensor:
-    """Bitmask [N] → bool [N, M]."""
-    return torch.from_numpy((bits[:, None].astype(np.int64) >> np.arange(tails.MODALITIES)) & 1 == 1)
+    return Batch(ready, torch.from_numpy(mask_to_bool(bits)), label, domain, step / method.steps), generator

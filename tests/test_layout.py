@@ -77,7 +77,7 @@ def test_tree_reader() -> None:
 def test_readme_tree_is_the_tree() -> None:
     shown = tree_paths(tree_block((REPO / "README.md").read_text()))
     files = {p.as_posix() for p in tracked() if p.parts[0] in SOURCES and p.name != "__init__.py"}
-    folders = {f"{parent.as_posix()}/" for f in files for parent in Path(f).parents if parent != Path(".")}
+    folders = {f"{parent.as_posix()}/" for f in files for parent in Path(f).parents if parent.name}
     within = {s for s in shown if s.split("/")[0] in SOURCES and not s.endswith("/__init__.py")}
     # a folder that the tree names without anything in it stands for its content
     whole = {s for s in within if s.endswith("/") and not any(o != s and o.startswith(s) for o in within)}
@@ -117,7 +117,8 @@ def unsafe(tree: ast.AST) -> list[str]:
             found += [f"{node.lineno}: from {node.module}"] if bad else []
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            if called == "torch.load" or any(k.arg == "allow_pickle" for k in node.keywords):
+            risky = any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords)
+            if called == "torch.load" or risky:
                 found.append(f"{node.lineno}: {called}")
     return found
 
@@ -143,11 +144,10 @@ def test_every_configuration_loads(path: Path) -> None:
 
 
 def test_config_is_light() -> None:
+    """A mistake in a YAML is told in a second: nothing heavy runs before a job asks for it."""
     code = (
-        "import sys, pipeline.config; print([m for m in ('torch', 'ray', 'mlflow', 'sqlalchemy') if m in sys.modules])"
+        "import sys; from jobs.__main__ import lazy; lazy('torch'); from pipeline.config import load; load(None)\n"
+        "print([m for m in ('torch._C', 'ray', 'mlflow', 'sqlalchemy', 'cv2', 'pyarrow', 'scipy') if m in sys.modules])"
     )
-    lazily = f"from jobs.__main__ import lazy; lazy('torch'); {code}; import torch; print(type(torch).__name__)"
-    done = subprocess.run([sys.executable, "-c", lazily], cwd=REPO, capture_output=True, text=True, check=True)
-    loaded, kind = done.stdout.split("\n")[:2]
-    assert ast.literal_eval(loaded) in ([], ["torch"])
-    assert kind == "_LazyModule", f"importing pipeline.config runs torch: {kind}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n", f"loading a configuration imports {done.stdout}"

@@ -12,7 +12,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mlflow.artifacts import download_artifacts
 
 from pipeline.config import LineageConfig
 from pipeline.lineage import Lineage, LineageError, flat
@@ -66,7 +65,7 @@ def test_run_holds_params_curves_tags_and_tables(lineage: Lineage, tmp_path: Pat
     assert stored.data.tags["palisade.code_revision"] == "abc123"
     assert len(lineage.client.get_metric_history(run.id, "loss")) == 1500
     assert stored.data.metrics["apcer/print _A4_"] == 0.25
-    got = download_artifacts(f"{stored.info.artifact_uri}/sites.parquet", dst_path=str(tmp_path))
+    got = lineage.client.download_artifacts(run.id, "sites.parquet", str(tmp_path))
     assert pq.read_table(got).num_rows == 2
     assert {a.path for a in lineage.client.list_artifacts(run.id)} == {"sites.parquet", "report"}
 

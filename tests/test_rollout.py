@@ -23,7 +23,7 @@ def pointer(i):
 
 
 def fleet(n, **changes):
-    base = {f"s{i:05d}": SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(i), verdict_id=i, outcome="pass"))
+    base = {f"s{i:05d}": SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(i), verdict_id=f"v{i}", outcome="pass"))
             for i in range(n)}  # fmt: skip
     return base | changes
 
@@ -57,7 +57,7 @@ class Fleet:
         return self
 
     def well(self):
-        self.health = {s: OK for s in self.serving}
+        self.health = dict.fromkeys(self.serving, OK)
 
     def to_wave(self, w):
         """Bake until wave ``w`` is baking."""
@@ -98,23 +98,23 @@ def test_plan_is_reproducible_and_depends_on_the_release():
 def test_plan_takes_only_sites_with_a_passing_stored_verdict():
     sites = {
         "good": fleet(1)["s00000"],
-        "bad": SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(2), verdict_id=7, outcome="fail", reason="APCER")),
-        "held": SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(3), verdict_id=8, outcome="hold")),
+        "bad": SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(2), verdict_id="v7", outcome="fail", reason="APCER")),
+        "held": SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(3), verdict_id="v8", outcome="hold")),
         "unstored": SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(3), verdict_id=None, outcome="pass")),
         "none": SiteFacts(serving=SOURCE),
-        "same": SiteFacts(serving=pointer(4), candidate=Candidate(to=pointer(4), verdict_id=9, outcome="pass")),
+        "same": SiteFacts(serving=pointer(4), candidate=Candidate(to=pointer(4), verdict_id="v9", outcome="pass")),
         "control": SiteFacts(serving=SOURCE, control=True,
-                             candidate=Candidate(to=pointer(5), verdict_id=10, outcome="pass")),
+                             candidate=Candidate(to=pointer(5), verdict_id="v10", outcome="pass")),
     }  # fmt: skip
     plan = ro.plan("r1", sites, 1, RolloutConfig())
     assert set(plan.targets) == {"good"}
     assert plan.controls == ("control",)
     assert set(plan.excluded) == {"bad", "held", "unstored", "none", "same"}
-    assert plan.excluded["bad"] == ro.Excluded(reason="verdict fail: APCER", verdict_id=7)
+    assert plan.excluded["bad"] == ro.Excluded(reason="verdict fail: APCER", verdict_id="v7")
 
 
 def test_rollback_goes_to_the_last_good_version_else_the_source():
-    c = Candidate(to=pointer(9), verdict_id=1, outcome="pass")
+    c = Candidate(to=pointer(9), verdict_id="v1", outcome="pass")
     sites = {
         "kept": SiteFacts(serving=pointer(3), last_good=pointer(2), candidate=c),
         "new": SiteFacts(serving=pointer(3), candidate=c),
@@ -138,7 +138,7 @@ def test_diff_names_what_changed():
     a = ro.plan("r1", fleet(50), 1, RolloutConfig())
     changed = fleet(51)
     del changed["s00000"]
-    changed["s00001"] = SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(999), verdict_id=1, outcome="pass"))
+    changed["s00001"] = SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(999), verdict_id="v1", outcome="pass"))
     got = ro.diff(a, ro.plan("r1", changed, 1, RolloutConfig()))
     assert (got.added, got.removed, got.retargeted) == (("s00050",), ("s00000",), ("s00001",))
     assert ro.diff(a, a) == ro.PlanDiff(added=(), removed=(), retargeted=(), moved={})
@@ -345,7 +345,7 @@ class Any(RuleBasedStateMachine):
     def begin(self, n, missing):
         facts = fleet(n, ctl=SiteFacts(serving=SOURCE, control=True))
         if n:
-            bad = Candidate(to=pointer(5000), verdict_id=1, outcome="hold", reason="n")
+            bad = Candidate(to=pointer(5000), verdict_id="v1", outcome="hold", reason="n")
             facts["s00000"] = SiteFacts(serving=SOURCE, candidate=bad)
         self.f = Fleet(config=RolloutConfig(missing_share=missing), facts=facts)
         self.rolled_back: set[str] = set()

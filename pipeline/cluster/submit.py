@@ -79,6 +79,8 @@ def submit_command(config: Config, command: str, *, address: str, id: str) -> Su
                 runtime_env={"working_dir": folder},
                 metadata={"palisade_fingerprint": config.fingerprint()},
             )
+        except OSError as e:
+            raise ClusterError(f"Ray at {address}: went away: {_line(e)}; the same call is safe to repeat") from e
         except RuntimeError as e:
             if found := _find(client, id):  # somebody submitted it between our look and our call
                 return found
@@ -118,9 +120,8 @@ def _client(address: str) -> JobSubmissionClient:
             f"Ray at {address}: wants a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         ) from e
     except (OSError, RuntimeError, ValueError) as e:
-        raise ClusterError(
-            f"Ray at {address}: no Jobs API there; start a head (ray start --head) or pass --address http://HEAD:8265"
-        ) from e
+        line = f"Ray at {address}: no Jobs API there ({_line(e)}); start a head or pass --address http://HEAD:8265"
+        raise ClusterError(line) from e
 
 
 def _find(client: JobSubmissionClient, id: str) -> Submission | None:
@@ -130,6 +131,8 @@ def _find(client: JobSubmissionClient, id: str) -> Submission | None:
         if "404" in str(e) or "does not exist" in str(e):
             return None
         raise ClusterError(f"Ray: cannot look up {id}: {_line(e)}") from e
+    except OSError as e:
+        raise ClusterError(f"Ray went away while looking up {id}: {_line(e)}; the same call is safe to repeat") from e
     return Submission(id, str(info.status), existed=True, exit_code=info.driver_exit_code)
 
 

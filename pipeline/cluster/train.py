@@ -22,7 +22,9 @@ import torch
 
 from pipeline import fit as fits
 from pipeline.config import parse
+from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.models import checkpoint
+from pipeline.revision import code_revision
 from pipeline.sampler import FitError
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ MAX_FAILURES = 3
 CPU_SHARE = 0.5  # of a CPU that a worker reserves: whole ones starve what else runs on a small cluster
 POLL = 0.3  # seconds between looks at the progress file
 MODEL, PROGRESS, FAILURE = "model", "progress.jsonl", "failure.txt"
-CORPUS_MANIFEST = "manifest.json"
 
 
 class TrainError(RuntimeError):
@@ -45,7 +46,7 @@ class TrainError(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """One report of rank 0."""
+    """One report of rank 0: a line of the progress file."""
 
     step: int
     steps: int
@@ -59,7 +60,7 @@ class TrainResult:
 
     path: Path  # a checkpoint folder
     manifest: checkpoint.Manifest
-    history: tuple[Progress, ...]
+    history: dict[str, list[tuple[int, float]]]  # loss term → (step, mean since the step before)
 
 
 def train(
@@ -68,14 +69,14 @@ def train(
     *,
     storage: Path,
     run_name: str,
-    revision: str,
-    on_progress: Callable[[Progress], None] | None = None,
+    out: Path,
+    on_progress: Callable[[int, int], None] | None = None,
     every: int = EVERY,
 ) -> TrainResult:
-    """Fit ``config.source`` on the imported ``corpora`` and return its checkpoint. Ray must be initialised.
+    """Fit ``config.source`` on the imported ``corpora`` and leave the checkpoint in ``out``. Ray must be initialised.
 
-    The same ``run_name`` continues an unfinished fit of the same configuration. Raises FitError for what a person has
-    to mend and TrainError when workers failed more than MAX_FAILURES times.
+    ``on_progress`` gets (step, steps). The same ``run_name`` continues an unfinished fit of the same configuration.
+    Raises FitError for what a person has to mend and TrainError when workers failed more than MAX_FAILURES times.
     """
     folder = (storage / run_name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def train(
             "config": config.model_dump_json(),
             "corpora": [str(p.resolve()) for p in corpora],
             "folder": str(folder),
-            "revision": revision,
+            "revision": code_revision(),
             "every": every,
         },
         scaling_config=_scaling(config),
@@ -110,8 +111,9 @@ def train(
         follower.join()
     _raise_failure(folder)
     assert result.checkpoint is not None, "every fit ends with a checkpoint"
-    path = Path(result.checkpoint.path) / MODEL
-    return TrainResult(path, checkpoint.read_manifest(path), tuple(_progress(folder / PROGRESS, 0)[0]))
+    model = checkpoint.load(Path(result.checkpoint.path) / MODEL)
+    checkpoint.save(out, model)
+    return TrainResult(out, model.manifest, _history(_progress(folder / PROGRESS, 0)[0]))
 
 
 def _scaling(config: Config) -> ray.train.ScalingConfig:
@@ -137,19 +139,17 @@ def _loop(given: dict[str, object]) -> None:
 
 
 def _fit(given: dict[str, object], folder: Path) -> None:
-    from pipeline.data.corpora import read_corpus
-
     config = parse(cast("str", given["config"]), "stored config")
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, config.cluster.cpus // world))
-    places = cast("list[str]", given["corpora"])
-    corpora = [read_corpus(Path(p), ("train", "val")) for p in places]
+    places = [Path(p) for p in cast("list[str]", given["corpora"])]
+    corpora = [read_corpus(p, ("train", "val")) for p in places]
     task = fits.Task(
         method=cast("SourceMethod", config.source),
         model=config.model,
         size=config.data.size,
-        data=dict(zip((c.domain for c in corpora), _digests(places), strict=True)),
+        data={c.domain: read_manifest(p).digest for c, p in zip(corpora, places, strict=True)},
         fingerprint=config.fingerprint(),
         revision=cast("str", given["revision"]),
     )
@@ -182,12 +182,7 @@ def _report(rank: int, state: fits.Fit, model: checkpoint.SourceModel | None) ->
         ray.train.report({"step": state.step}, checkpoint=saved)
 
 
-def _digests(corpora: Sequence[str]) -> list[str]:
-    """Digest of each imported corpus, as its manifest says."""
-    return [json.loads((Path(p) / CORPUS_MANIFEST).read_text())["digest"] for p in corpora]
-
-
-def _follow(path: Path, on_progress: Callable[[Progress], None] | None, done: threading.Event) -> None:
+def _follow(path: Path, on_progress: Callable[[int, int], None] | None, done: threading.Event) -> None:
     """Pass the lines of rank 0 on as they come, until ``done``."""
     position = path.stat().st_size if path.exists() else 0
     while True:
@@ -195,7 +190,7 @@ def _follow(path: Path, on_progress: Callable[[Progress], None] | None, done: th
         lines, position = _progress(path, position)
         for line in lines:
             if on_progress is not None:
-                on_progress(line)
+                on_progress(line.step, line.steps)
         if last:
             return
 
@@ -210,6 +205,13 @@ def _progress(path: Path, position: int) -> tuple[list[Progress], int]:
     if not whole:
         return [], position
     return [Progress(**json.loads(line)) for line in whole.split(b"\n")], position + len(whole) + 1
+
+
+def _history(lines: Sequence[Progress]) -> dict[str, list[tuple[int, float]]]:
+    """Curves by loss term; of a step that was repeated after a failure, the last report counts."""
+    last = {line.step: line.losses for line in lines}
+    names = sorted({name for losses in last.values() for name in losses})
+    return {f"loss.{n}": [(step, losses[n]) for step, losses in sorted(last.items()) if n in losses] for n in names}
 
 
 def _raise_failure(folder: Path) -> None:

@@ -117,7 +117,7 @@ def list_segments(root: Path) -> Listing:
         if folder.name.startswith(("_", ".")):
             continue
         if not folder.is_dir():
-            listing.rejected.append(f"{_shown(folder.name)}: is no folder of a site")
+            listing.rejected.append(f"{_name(folder)}: is no folder of a site")
             continue
         try:
             site = check_site_id(folder.name.removeprefix("site="))
@@ -139,7 +139,7 @@ def check_segment(path: Path, *, site: str, limits: DataConfig) -> int:
     try:
         return check_footer(path, Limits(COLUMNS, limits.max_rows, limits.max_bytes))
     except BadParquet as e:
-        raise BadSegment(f"{site}/{_shown(path.name)}: {e}") from None
+        raise BadSegment(f"{site}/{_name(path)}: {e}") from None
 
 
 def read_segment(path: Path, *, site: str, limits: DataConfig) -> Segment:
@@ -149,7 +149,7 @@ def read_segment(path: Path, *, site: str, limits: DataConfig) -> Segment:
         table = read_table(path, Limits(COLUMNS, limits.max_rows, limits.max_bytes))
         columns = {name: _values(table.column(name)) for name in COLUMNS}
     except BadParquet as e:
-        raise BadSegment(f"{site}/{_shown(path.name)}: {e}") from None
+        raise BadSegment(f"{site}/{_name(path)}: {e}") from None
     segment, seen = Segment([], []), {}
     for row, cells in enumerate(zip(*columns.values())):
         capture = _capture(row, cells, site, seen)
@@ -183,11 +183,9 @@ def _add_segments(listing: Listing, site: str, folder: Path, root: Path) -> None
     names = {path.name for path in kept}
     for path in sorted(folder.glob("segment-*.parquet"), key=_stream_order):
         if not _inside(path, root):
-            listing.rejected.append(f"{folder.name}/{_shown(path.name)}: is a link out of the captures folder")
+            listing.rejected.append(f"{folder.name}/{_name(path)}: is a link out of the captures folder")
         elif path.name in names:
-            listing.rejected.append(
-                f"{folder.name}/{_shown(path.name)}: {site} has two segments of this name, one counts"
-            )
+            listing.rejected.append(f"{folder.name}/{_name(path)}: {site} has two segments of this name, one counts")
         else:
             kept.append(path)
 
@@ -264,13 +262,17 @@ def _shown(raw: object) -> str:
     return ascii(text[:63])
 
 
+def _name(path: Path) -> str:
+    return ascii(path.name)[1:-1]
+
+
 def _inside(path: Path, root: Path) -> bool:
     return path.resolve().is_relative_to(root.resolve())
 
 
 def _check_link(path: Path, site: str) -> None:
     if not _inside(path, path.parent.parent):
-        raise BadSegment(f"{site}/{_shown(path.name)}: is a link out of the captures folder")
+        raise BadSegment(f"{site}/{_name(path)}: is a link out of the captures folder")
 
 
 def _stream_order(path: Path) -> tuple[list[tuple[int, str]], str]:

@@ -1,7 +1,8 @@
 """Procedural people: heads as height fields on a canonical grid, in millimetres and reflectances.
 
-A solid is float32 [8, N, N] over 320 x 320 mm seen from the front, y down, z toward the camera. Identities are random draws
-of one shape model. NIR reflectances are assumed orders of magnitude (melanin hardly matters, water darkens skin at 940 nm).
+A solid is float32 [8, N, N] over 320 x 320 mm seen from the front, y down, z toward the camera. Identities are random
+draws of one shape model. NIR reflectances are assumed orders of magnitude, not measurements: melanin hardly matters,
+water darkens skin at 940 nm.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     Map = np.ndarray  # float32
     Shape = dict[str, float]
 
-N = 96
+N = 80
 HALF = 160.0  # mm from the centre of the grid to its edge
 FACE_Z = 80.0  # mm from the axis of the head to the plane of the face; camera distances end at this plane
 RED, GREEN, BLUE, NIR, Z, ALPHA, GLOSS, SOFT = range(8)  # SOFT: 1 = light bleeds under the surface, -1 = a display
@@ -27,9 +28,9 @@ X, Y = _AXIS[None, :], _AXIS[:, None]
 _TRAITS = {  # mean and standard deviation over identities; mm, or dimensionless where the mean is below 1
     "width": (71, 4), "top": (112, 5), "bottom": (102, 5), "taper": (0.3, 0.08), "bridge": (9, 2), "nose": (19, 3.5),
     "nose_width": (8.5, 1.3), "nose_y": (20, 2.5), "brow": (5, 1.5), "socket": (9, 1.8), "eye_x": (31, 1.7),
-    "eye_y": (-14, 2), "lips": (4.5, 1.3), "mouth_y": (51, 2.5), "mouth": (21, 2.3), "chin": (6, 2), "cheek": (3.5, 1.8),
-    "skew": (0, 1.6), "tone": (0.45, 0.27), "hairline": (-64, 9), "beard": (-0.5, 0.8), "hair_long": (-0.3, 1),
-    "hair_light": (0.05, 0.17),
+    "eye_y": (-14, 2), "lips": (4.5, 1.3), "mouth_y": (51, 2.5), "mouth": (21, 2.3), "chin": (6, 2),
+    "cheek": (3.5, 1.8), "skew": (0, 1.6), "tone": (0.45, 0.27), "hairline": (-64, 9), "beard": (-0.5, 0.8),
+    "hair_long": (-0.3, 1), "hair_light": (0.05, 0.17),
 }  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def scene(what: Presentation, frame: int, *, side: int, field: float, distance: 
         head = person(what.subject, fixed, moving, wavelength)
         if what.species in WORN:
             _wear(head, what, fixed, wavelength)
-        layers = [(torso(fixed), turn * 0.2), (head, turn)]
+        layers = [(_shoulders(what), turn * 0.2), (head, turn)]
     for solid, angles in layers:
         maps = over(maps, posed(solid, angles, side=side, field=field, shift=shift))
     return Scene(maps, away)
@@ -95,7 +95,8 @@ def posed(solid: Map, angles: Vector, *, side: int, field: float, shift: Vector)
         z = _sample(solid[Z], u, v) - np.float32(FACE_Z / 2)
         a, b = x - turn[0, 2] * z, y - turn[1, 2] * z
         u, v = inverse[0, 0] * a + inverse[0, 1] * b, inverse[1, 0] * a + inverse[1, 1] * b
-    seen = np.stack([*cv2.split(_sample(cv2.merge(solid[:4]), u, v)), *cv2.split(_sample(cv2.merge(solid[4:]), u, v))])
+    halves = (cv2.merge([*solid[:4]]), cv2.merge([*solid[4:]]))  # remap takes four channels at most
+    seen = np.stack([plane for half in halves for plane in cv2.split(_sample(half, u, v))])
     seen[Z] = turn[2, 0] * u + turn[2, 1] * v + turn[2, 2] * (seen[Z] - np.float32(FACE_Z / 2)) + np.float32(FACE_Z / 2)
     return seen
 
@@ -142,25 +143,43 @@ def _held(
     what: Presentation, fixed: np.random.Generator, moving: np.random.Generator, turn: Vector, wavelength: int
 ) -> list[tuple[Map, Vector]]:
     """A picture of somebody, far to near; for a cut-out the attacker's own face is behind the holes."""
-    victim = VICTIMS + int(fixed.integers(100_000))
-    cut = what.species == "print_cutout"
-    make = _display if what.species == "replay" else _sheet
-    sheet = make(_portrait(victim), fixed, what.species)
-    layers: list[tuple[Map, Vector]] = []
-    if cut or fixed.random() < 0.4:  # the attacker stands close behind
+    close, tilt = fixed.random() < 0.4, fixed.normal(0, 0.05, 3)
+    if what.species == "print_cutout":
+        behind, angles = 0.0, turn
+    else:
+        behind, angles = 60.0, turn * 0.8 + tilt
+    layers = [(_prop(what), angles)]
+    if close or not behind:
         head = person(what.subject, fixed, moving, wavelength)
-        head[Z] -= 0 if cut else 60
-        layers = [(torso(fixed), turn * 0.2), (head, turn)]
-    if not cut:
-        return [*layers, (sheet, turn * 0.8 + fixed.normal(0, 0.05, 3))]
-    s, used = shape_of(victim), fixed.random(3) < 0.75
+        head[Z] -= behind
+        layers = [(_shoulders(what), turn * 0.2), (head, turn), *layers]
+    return layers
+
+
+@lru_cache(maxsize=4)
+def _shoulders(what: Presentation) -> Map:
+    """The clothes of a session; read only."""
+    return torso(np.random.default_rng([what.seed, what.subject, 501]))
+
+
+@lru_cache(maxsize=4)
+def _prop(what: Presentation) -> Map:
+    """The thing that is held, the same in all frames; read only."""
+    rng = np.random.default_rng([what.seed, what.subject, 502])
+    victim = VICTIMS + int(rng.integers(100_000))
+    if what.species == "replay":
+        return _display(_portrait(victim), rng)
+    sheet = _sheet(_portrait(victim), rng, what.species)
+    if what.species != "print_cutout":
+        return sheet
+    s, used = shape_of(victim), rng.random(3) < 0.75
     holes = (eyes(s, 14, 8), disc(0, s["nose_y"], 13, 15), disc(0, s["mouth_y"], 21, 9))
     for cut_out, hole in zip(used | (used.sum() == 0), holes, strict=True):
         sheet[ALPHA] *= 1 - hole * cut_out
-    if fixed.random() < 0.5:
+    if rng.random() < 0.5:
         sheet[ALPHA] *= disc(0, 0, s["width"] * 1.12, s["top"] * 1.02)
     sheet[Z] += 14
-    return [*layers, (sheet, turn)]
+    return sheet
 
 
 @lru_cache(maxsize=32)
@@ -197,7 +216,7 @@ def _sheet(picture: Map, rng: np.random.Generator, species: str) -> Map:
     return out
 
 
-def _display(picture: Map, rng: np.random.Generator, _species: str) -> Map:
+def _display(picture: Map, rng: np.random.Generator) -> Map:
     """A tablet that shows the picture: its own light in RGB with moire, almost black glass in NIR."""
     out = np.zeros((8, N, N), np.float32)
     width, height, bezel = rng.uniform(88, 125), rng.uniform(118, 150), rng.uniform(4, 14)

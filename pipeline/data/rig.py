@@ -1,8 +1,8 @@
 """Sensor rigs: what a camera, a depth sensor and an NIR camera make of a rendered scene.
 
 Four families are for training (A-D) and four are never trained on (E-H). They differ as deployed devices do: field and
-distance, light, colour, depth convention and noise, NIR wavelength and power. Each training family also carries one modest
-nuisance that is linked to attacks inside it alone, as collected sets do.
+distance, light, colour, depth convention and noise, NIR wavelength and power. Each training family also carries one
+modest nuisance that is linked to attacks inside it alone, as collected sets do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SensorRig:
     """One device and its place. Lengths in mm, angles as direction vectors, everything else relative to 1."""
 
     name: str
-    side: int = 80  # pixels of the square crop
+    side: int = 64  # pixels of the square crop
     field: float = 250.0  # mm across the crop at the face
     distance: float = 600.0  # mm to the face
     backdrop: bool = True  # False: everything behind the head is cut away, as some sets do
@@ -68,31 +68,31 @@ class Capture(NamedTuple):
 
 
 TRAINING = {
-    "A": SensorRig("A", side=72, field=262, distance=560, depth_form="range8", depth_range=(350, 1100),
+    "A": SensorRig("A", side=64, field=262, distance=560, depth_form="range8", depth_range=(350, 1100),
                    depth_noise=1.6, white=(1.05, 1.0, 0.93), jpeg=90, ir_power=1.1, linked=("exposure", 1.12)),
-    "B": SensorRig("B", side=80, field=290, distance=820, depth_form="frame8", depth_inverted=True, depth_noise=1.5,
+    "B": SensorRig("B", side=64, field=290, distance=820, depth_form="frame8", depth_inverted=True, depth_noise=1.5,
                    depth_holes=0.04, ambient=0.35, light_spread=0.6, gamma=1.15, white=(0.94, 1.0, 1.06),
                    ir_power=1.6, ir_leak=0.12, ir_noise=0.02, parallax=1.0, linked=("rgb_blur", 1.6)),
-    "C": SensorRig("C", side=84, field=236, distance=620, wavelength=940, depth_noise=2.2, depth_blur=1.0,
+    "C": SensorRig("C", side=72, field=236, distance=620, wavelength=940, depth_noise=2.2, depth_blur=1.0,
                    depth_range=(300, 1100), ambient=0.65, light=(0.0, -0.2, 1.0), saturation=1.2, gamma=0.9,
                    ir_power=1.35, ir_gamma=0.9, linked=("distance", 1.06)),
-    "D": SensorRig("D", side=76, field=240, distance=700, backdrop=False, depth_form="frame8", depth_noise=1.1,
+    "D": SensorRig("D", side=64, field=240, distance=700, backdrop=False, depth_form="frame8", depth_noise=1.1,
                    depth_holes=0.05, saturation=0.8, exposure=0.9, jpeg=80, rgb_blur=0.7, ir_power=1.2,
                    ir_noise=0.016, linked=("ir_power", 1.1)),
 }  # fmt: skip
 UNSEEN = {
-    "E": SensorRig("E", side=88, field=270, distance=740, wavelength=940, depth_form="range16", depth_inverted=True,
-                   depth_noise=2.2, depth_range=(350, 1200), light=(-0.7, -0.5, 1.0), ambient=0.3, white=(1.16, 1.0,
-                   0.8), gamma=1.2, ir_power=1.5, ir_leak=0.2, ir_gamma=0.8),
-    "F": SensorRig("F", side=96, field=230, distance=430, depth_form="mm", depth_step=2.0, depth_noise=2.0,
+    "E": SensorRig("E", side=72, field=270, distance=740, wavelength=940, depth_form="range16", depth_inverted=True,
+                   depth_noise=2.2, depth_range=(350, 1200), light=(-0.7, -0.5, 1.0), ambient=0.3,
+                   white=(1.16, 1.0, 0.8), gamma=1.2, ir_power=1.5, ir_leak=0.2, ir_gamma=0.8),
+    "F": SensorRig("F", side=80, field=230, distance=430, depth_form="mm", depth_step=2.0, depth_noise=2.0,
                    depth_holes=0.06, ambient=0.75, exposure=1.25, saturation=1.25, jpeg=75, ir_power=0.72,
                    ir_blur=1.2, rgb_blur=0.9),
     "G": SensorRig("G", side=64, field=214, distance=390, wavelength=940, depth_form="range16", depth_blur=1.8,
                    depth_step=3.0, depth_noise=1.8, depth_range=(200, 900), white=(0.96, 1.0, 1.08), saturation=1.35,
                    gamma=0.85, ir_power=0.5, ir_gamma=1.2, parallax=1.5),
-    "H": SensorRig("H", side=72, field=300, distance=980, depth_form="mm", depth_noise=1.2, depth_holes=0.1,
-                   ambient=0.25, light=(0.1, -0.9, 0.8), light_spread=0.5, rgb_noise=0.035, exposure=0.75, white=(1.1,
-                   1.0, 0.88), ir_power=1.9, ir_leak=0.15, ir_noise=0.035, ir_gamma=1.15),
+    "H": SensorRig("H", side=64, field=300, distance=980, depth_form="mm", depth_noise=1.2, depth_holes=0.1,
+                   ambient=0.25, light=(0.1, -0.9, 0.8), light_spread=0.5, rgb_noise=0.035, exposure=0.75,
+                   white=(1.1, 1.0, 0.88), ir_power=1.9, ir_leak=0.15, ir_noise=0.035, ir_gamma=1.15),
 }  # fmt: skip
 
 

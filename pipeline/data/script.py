@@ -27,7 +27,7 @@ class Phase(NamedTuple):
     first: int  # number of the first segment
 
 
-PHASES = {1: Phase(0, 24, 3, 0), 2: Phase(24, 38, 2, 3)}
+PHASES = {1: Phase(0, 24, 3, 0), 2: Phase(24, 36, 2, 3)}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class SiteScript:
     region: str
     tenant: str
     hardware: str
-    rate: float = 9.0  # captures per hour
+    rate: float = 8.5  # captures per hour
     prior: float = 0.8  # share of bona fide sessions
     species: tuple[str, ...] = ("print_flat", "replay", "mask_rigid")
     swap: tuple[float, SensorRig] | None = None  # another rig from this hour on
@@ -87,7 +87,7 @@ class SiteScript:
     stretches: tuple[Stretch, ...] = ()
     broken: Broken | None = None
     hostile: tuple[Literal["garbage", "schema", "bomb"], ...] = ()  # phase 1: two more files, one row
-    redteam: int = 24  # presentations of the red team in phase 2, half of them attacks
+    redteam: int = 20  # presentations of the red team in phase 2, half of them attacks
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,12 @@ def rig_at(script: SiteScript, hour: float) -> SensorRig:
         return rig
     turn = float(np.exp(drift.warm * days))
     red, green, blue = rig.white
-    return replace(rig, ir_power=rig.ir_power * float(np.exp(-drift.ir_fade * days)), white=(red * turn, green, blue / turn),
-                   depth_noise=rig.depth_noise * float(np.exp(drift.depth_noise * days)))  # fmt: skip
+    return replace(
+        rig,
+        ir_power=rig.ir_power * float(np.exp(-drift.ir_fade * days)),
+        white=(red * turn, green, blue / turn),
+        depth_noise=rig.depth_noise * float(np.exp(drift.depth_noise * days)),
+    )
 
 
 def demo_fleet(seed: int = 0) -> list[SiteScript]:
@@ -165,7 +169,7 @@ def demo_fleet(seed: int = 0) -> list[SiteScript]:
         SiteScript("gate-oneclass", f2, "eu-central", "halden", "f-kiosk-850", species=("print_cutout", "mask_rigid"),
                    stretches=(Stretch(0, 28, 1.0), Stretch(28, 30, 0.1, rate=3))),
         SiteScript("branch-swap", d, "eu-west", "novabank", "d-crop-850", swap=(14, b)),
-        SiteScript("yard-broken", b, "us-west", "freightline", "b-outdoor-850", broken=Broken("black", 7, 38, 0.9)),
+        SiteScript("yard-broken", b, "us-west", "freightline", "b-outdoor-850", broken=Broken("black", 7, 36, 0.9)),
         SiteScript("edge-untrusted", d, "ap-south", "brightmart", "d-crop-850", hostile=("garbage", "schema", "bomb"),
                    broken=Broken("truncated", 4, 9, 0.5)),
     ]  # fmt: skip

@@ -1,8 +1,9 @@
-"""Opens a Parquet file that a stranger wrote: nothing in it runs code or allocates more than it was allowed.
+"""Opens a Parquet file that a stranger wrote: nothing in it runs code, ends the process or allocates more than allowed.
 
-Arrow rebuilds extension types from the metadata key ``ARROW:schema`` as soon as a file is opened, and registered types
-may run code then. So the key is renamed in memory before Arrow sees it; types come from the physical schema alone.
-Sizes in a footer are claims. Decoders believe the page headers, so those are read and summed before any page is.
+Arrow does all three from a footer alone: it rebuilds extension types from ``ARROW:schema`` (registered types may run
+code then), aborts on size statistics that do not fit (pyarrow 25), and allocates what is claimed. So the footer is read
+here, and Arrow gets one written here, with plain columns and nothing optional. Sizes in a footer are claims: decoders
+believe the page headers, so those are read and summed before any page is.
 """
 
 from __future__ import annotations
@@ -15,22 +16,24 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data import thrift
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 MAGIC = b"PAR1"
-ARROW_KEY, HIDDEN_KEY = b"ARROW:schema", b"hidden:arrow"  # of equal length, so that no offset moves
-MAX_FOOTER = 8 * 2**20
-MAX_ROW_GROUPS = 1024
+MAX_FOOTER = 2**20
+MAX_ROW_GROUPS = 64
 MAX_PAGES = 100_000
-MAX_DEPTH = 8  # of nested structs in a page header; the format has 3
+PHYSICAL = {1: "INT32", 2: "INT64", 3: "INT96", 4: "FLOAT", 5: "DOUBLE", 6: "BYTE_ARRAY", 7: "FIXED_LEN_BYTE_ARRAY"}
+CONVERTED = {0: "STRING", 9: "TIMESTAMP(milliseconds, UTC)", 10: "TIMESTAMP(microseconds, UTC)"}
+UNITS = {1: "milliseconds", 2: "microseconds", 3: "nanoseconds"}
+LOGICAL_STRING, LOGICAL_TIMESTAMP = 1, 8
 # PLAIN, PLAIN_DICTIONARY, RLE, BIT_PACKED, RLE_DICTIONARY; the delta encodings repeat megabytes with a few bits
 ENCODINGS = frozenset((0, 2, 3, 4, 8))
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
-
 ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError)
-Thrift = dict[int, "int | Thrift | None"]
 
 
 class BadParquet(ValueError):
@@ -45,36 +48,57 @@ class Limits(NamedTuple):
     size: int  # bytes, both on disk and unpacked
 
 
+class _Chunk(NamedTuple):
+    """The pages of one column in one row group."""
+
+    start: int
+    data_offset: int
+    dictionary_offset: int | None
+    packed: int
+    unpacked: int
+    codec: int
+
+
+class _Footer(NamedTuple):
+    columns: tuple[str, ...]  # in the order of the file
+    optional: tuple[int, ...]  # 1 where a column may hold nulls
+    groups: tuple[tuple[int, tuple[_Chunk, ...]], ...]  # (rows, chunks)
+
+
 def check_footer(path: Path, limits: Limits) -> int:
     """Judge ``path`` by its footer and return its number of rows; raises BadParquet."""
     size = _size(path, limits)
     with path.open("rb") as file:
-        file.seek(max(0, size - 8))
-        length = _footer_length(file.read(8), size)
+        head = file.read(4)
+        file.seek(size - 8)
+        length = _footer_length(head, file.read(8), size)
         file.seek(size - 8 - length)
-        tail = file.read(length + 8)
-        file.seek(0)
-        if file.read(4) != MAGIC:
-            raise BadParquet("is no Parquet file")
-    return _checked(_opened(MAGIC + tail, length, limits), limits, size).num_rows
+        footer = _footer(file.read(length), limits, size)
+    return sum(rows for rows, _ in footer.groups)
 
 
 def read_table(path: Path, limits: Limits) -> pa.Table:
     """Read ``path`` after checking footer and pages; byte columns stay dictionaries, so that repeats are held once."""
     size = _size(path, limits)
     data = path.read_bytes()
-    if len(data) != size or not data.startswith(MAGIC):
-        raise BadParquet("is no Parquet file")
-    length = _footer_length(data[-8:], size)
-    file = _opened(data, length, limits)
-    metadata = _checked(file, limits, size)
-    _check_pages(data, metadata, limits)
+    if len(data) != size:
+        raise BadParquet("changed while it was read")
+    body = size - 8 - _footer_length(data[:4], data[-8:], size)
+    footer = _footer(data[body:-8], limits, size)
+    _check_pages(data, footer, limits)
+    clean = _written(footer, limits)
+    texts = [name for name, (physical, _) in limits.columns.items() if physical == "BYTE_ARRAY"]
     try:
-        table = file.read(use_threads=False)
+        table = pq.ParquetFile(
+            pa.BufferReader(data[:body] + clean + len(clean).to_bytes(4, "little") + MAGIC),
+            read_dictionary=texts,
+            pre_buffer=False,
+            page_checksum_verification=True,
+        ).read(use_threads=False)
     except ARROW_ERRORS as e:
-        raise BadParquet(f"cannot be read: {_line(e)}") from None
-    if table.num_rows != metadata.num_rows:
-        raise BadParquet(f"holds {table.num_rows} rows, its footer claims {metadata.num_rows}")
+        raise BadParquet(f"cannot be read: {' '.join(str(e).split())[:200] or type(e).__name__}") from None
+    if table.num_rows != sum(rows for rows, _ in footer.groups):
+        raise BadParquet(f"holds {table.num_rows} rows, not those that its footer claims")
     return table
 
 
@@ -92,138 +116,127 @@ def _size(path: Path, limits: Limits) -> int:
     return info.st_size
 
 
-def _footer_length(end: bytes, size: int) -> int:
-    if end[4:] != MAGIC:
-        raise BadParquet("is no Parquet file" if end[4:] != b"PARE" else "is encrypted")
+def _footer_length(head: bytes, end: bytes, size: int) -> int:
+    if head != MAGIC or end[4:] != MAGIC:
+        raise BadParquet("is encrypted" if end[4:] == b"PARE" else "is no Parquet file")
     length = int.from_bytes(end[:4], "little")
     if not 0 < length <= min(MAX_FOOTER, size - 12):
         raise BadParquet(f"has a footer of {length} bytes, allowed {min(MAX_FOOTER, size - 12)}")
     return length
 
 
-def _opened(data: bytes, footer: int, limits: Limits) -> pq.ParquetFile:
-    """Open bytes that end in a footer of that length, without any Arrow type that the file asks for."""
-    tail = data[-8 - footer :].replace(ARROW_KEY, HIDDEN_KEY)
+def _footer(data: bytes, limits: Limits, size: int) -> _Footer:
     try:
-        return pq.ParquetFile(
-            pa.BufferReader(data[: -8 - footer] + tail),
-            read_dictionary=[name for name, (physical, _) in limits.columns.items() if physical == "BYTE_ARRAY"],
-            arrow_extensions_enabled=False,
-            pre_buffer=False,
-            page_checksum_verification=True,
-        )
-    except ARROW_ERRORS as e:
-        raise BadParquet(f"has a damaged footer: {_line(e)}") from None
+        raw, _ = thrift.read_struct(data, 0)
+        _check_keys(thrift.children(raw, 5))
+        columns, optional = _columns(thrift.children(raw, 2), limits.columns)
+        rows = thrift.integer(raw, 3)
+        if not 0 <= rows <= limits.rows:
+            raise BadParquet(f"claims {rows} rows, allowed {limits.rows}")
+        groups = thrift.children(raw, 4)
+        if len(groups) > MAX_ROW_GROUPS:
+            raise BadParquet(f"has {len(groups)} row groups, allowed {MAX_ROW_GROUPS}")
+        footer = _Footer(columns, optional, tuple(_group(g, columns, size) for g in groups))
+    except thrift.BadThrift as e:
+        raise BadParquet(f"has a damaged footer: {e}") from None
+    if sum(n for n, _ in footer.groups) != rows:
+        raise BadParquet(f"claims {rows} rows, its row groups do not")
+    unpacked = sum(c.unpacked for _, chunks in footer.groups for c in chunks)
+    if unpacked > limits.size:
+        raise BadParquet(f"unpacks to {unpacked} bytes, allowed {limits.size}")
+    return footer
 
 
-def _checked(file: pq.ParquetFile, limits: Limits, size: int) -> pq.FileMetaData:
-    try:
-        metadata = file.metadata
-        _check_keys(metadata.metadata or {})
-        _check_schema(metadata.schema, limits.columns)
-        _check_row_groups(metadata, limits, size)
-    except BadParquet:
-        raise
-    except ARROW_ERRORS as e:
-        raise BadParquet(f"has a damaged footer: {_line(e)}") from None
-    return metadata
-
-
-def _check_keys(raw: Mapping[bytes, bytes | None]) -> None:
-    """An extension type is refused although nothing here would load it: the next reader might."""
-    for key, value in raw.items():
-        texts = [key, value or b""]
-        if key == HIDDEN_KEY:
+def _check_keys(entries: Sequence[thrift.Struct]) -> None:
+    """An extension type is refused although it would not be loaded here: the next reader might."""
+    for entry in entries:
+        texts = [thrift.binary(entry, 1), thrift.binary(entry, 2)]
+        if texts[0] == b"ARROW:schema":
             try:
-                texts.append(base64.b64decode(value or b""))
-            except (binascii.Error, ValueError):
+                texts.append(base64.b64decode(texts[1], validate=True))
+            except binascii.Error:
                 raise BadParquet("has damaged Arrow metadata") from None
         if any(b"ARROW:extension" in t for t in texts):
             raise BadParquet("names an Arrow extension type, allowed are plain columns")
 
 
-def _check_schema(schema: pq.ParquetSchema, allowed: Mapping[str, tuple[str, str]]) -> None:
-    found = [schema.column(i) for i in range(len(schema))] if len(schema) == len(allowed) else []
-    names = sorted(c.path for c in found)
-    if names != sorted(allowed):
-        given = ", ".join(names[:10]) or f"{len(schema)} columns"
-        raise BadParquet(f"has columns {given[:200]!r}, allowed exactly {', '.join(allowed)}")
-    for column in found:
-        logical = column.logical_type
-        kind = logical.type if logical.type != "TIMESTAMP" else _timestamp(logical.to_json())
-        wanted = allowed[column.path]
-        if (column.physical_type, kind) != wanted or column.max_repetition_level or column.max_definition_level > 1:
-            raise BadParquet(f"column {column.path} is {column.physical_type}/{kind}, allowed {'/'.join(wanted)}")
+def _columns(
+    elements: Sequence[thrift.Struct], allowed: Mapping[str, tuple[str, str]]
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    names = [ascii(thrift.binary(e, 4).decode(errors="replace"))[1:-1] for e in elements[1:]]
+    if sorted(names) != sorted(allowed) or thrift.integer(elements[0], 5, 0) != len(names):
+        raise BadParquet(f"has columns {', '.join(names)[:200] or 'none'}; allowed exactly {', '.join(allowed)}")
+    for name, element in zip(names, elements[1:]):
+        found = PHYSICAL.get(thrift.integer(element, 1, -1), "a group"), _logical(element)
+        if found != allowed[name] or thrift.integer(element, 5, 0) or thrift.integer(element, 3, -1) not in (0, 1):
+            shape = "/".join(found) if found != allowed[name] else "nested"
+            raise BadParquet(f"column {name} is {shape}, allowed {'/'.join(allowed[name])}")
+    return tuple(names), tuple(thrift.integer(e, 3) for e in elements[1:])
 
 
-def _timestamp(text: str) -> str:
-    utc = '"isAdjustedToUTC": true' in text
-    unit = next((u for u in ("milliseconds", "microseconds", "nanoseconds") if f'"{u}"' in text), "?")
-    return f"TIMESTAMP({unit}, {'UTC' if utc else 'no time zone'})"
+def _logical(element: thrift.Struct) -> str:
+    logical = thrift.child(element, 10)
+    if LOGICAL_TIMESTAMP in logical:
+        stamp = thrift.child(logical, LOGICAL_TIMESTAMP)
+        unit = next((u for field, u in UNITS.items() if field in thrift.child(stamp, 2)), "?")
+        return f"TIMESTAMP({unit}, {'UTC' if stamp.get(1) == 1 else 'no time zone'})"
+    if logical:
+        return "STRING" if LOGICAL_STRING in logical else f"logical type {min(logical)}"
+    converted = thrift.integer(element, 6, -1)
+    return CONVERTED.get(converted, f"converted type {converted}") if converted >= 0 else "NONE"
 
 
-def _check_row_groups(metadata: pq.FileMetaData, limits: Limits, size: int) -> None:
-    if not 0 <= metadata.num_rows <= limits.rows:
-        raise BadParquet(f"claims {metadata.num_rows} rows, allowed {limits.rows}")
-    if metadata.num_row_groups > MAX_ROW_GROUPS:
-        raise BadParquet(f"has {metadata.num_row_groups} row groups, allowed {MAX_ROW_GROUPS}")
-    rows = unpacked = 0
-    for g in range(metadata.num_row_groups):
-        group = metadata.row_group(g)
-        rows += group.num_rows
-        for c in range(metadata.num_columns):
-            chunk = group.column(c)
-            unpacked += chunk.total_uncompressed_size
-            if group.num_rows < 0 or chunk.num_values != group.num_rows or chunk.total_uncompressed_size < 0:
-                raise BadParquet(f"row group {g} claims {chunk.num_values} values in {group.num_rows} rows")
-            if chunk.file_path:
-                raise BadParquet(f"row group {g} points to another file")
-            start, packed = _start(chunk), chunk.total_compressed_size
-            if packed < 0 or start < 4 or start + packed > size:
-                raise BadParquet(f"row group {g} lies outside the file")
-    if rows != metadata.num_rows:
-        raise BadParquet(f"claims {metadata.num_rows} rows, its row groups {rows}")
-    if unpacked > limits.size:
-        raise BadParquet(f"unpacks to {unpacked} bytes, allowed {limits.size}")
+def _group(raw: thrift.Struct, columns: Sequence[str], size: int) -> tuple[int, tuple[_Chunk, ...]]:
+    rows, chunks = thrift.integer(raw, 3), thrift.children(raw, 1)
+    if rows < 0 or len(chunks) != len(columns):
+        raise BadParquet(f"has a row group of {rows} rows and {len(chunks)} columns")
+    return rows, tuple(_chunk(chunk, name, rows, size) for chunk, name in zip(chunks, columns))
 
 
-def _start(chunk: pq.ColumnChunkMetaData) -> int:
-    first = chunk.dictionary_page_offset if chunk.has_dictionary_page else None
-    return min(chunk.data_page_offset, first) if first else chunk.data_page_offset
+def _chunk(raw: thrift.Struct, name: str, rows: int, size: int) -> _Chunk:
+    if 1 in raw:
+        raise BadParquet("points to another file")
+    if 8 in raw or 9 in raw:
+        raise BadParquet("is encrypted")
+    meta = thrift.child(raw, 3)
+    if meta.get(3) != [name.encode()] or thrift.integer(meta, 5) != rows:
+        raise BadParquet(f"column {name} does not fit its row group")
+    data, dictionary = thrift.integer(meta, 9), thrift.integer(meta, 11, 0) or None
+    start = min(data, dictionary or data)
+    packed, unpacked = thrift.integer(meta, 7), thrift.integer(meta, 6)
+    if packed < 0 or unpacked < 0 or (rows and (start < 4 or start + packed > size or data >= start + packed)):
+        raise BadParquet(f"column {name} lies outside the file")
+    return _Chunk(start, data, dictionary, packed, unpacked, thrift.integer(meta, 4))
 
 
-def _check_pages(data: bytes, metadata: pq.FileMetaData, limits: Limits) -> None:
+def _check_pages(data: bytes, footer: _Footer, limits: Limits) -> None:
     """Walk the page headers of every chunk, as the decoder will."""
     pages = unpacked = 0
-    for g in range(metadata.num_row_groups):
-        group = metadata.row_group(g)
-        for c in range(metadata.num_columns):
-            chunk = group.column(c)
-            at, left = _start(chunk), group.num_rows
-            end = at + chunk.total_compressed_size
+    for rows, chunks in footer.groups:
+        for chunk in chunks:
+            at, left = chunk.start, rows
             while left > 0:
                 try:
-                    header, at = _struct(data, at, 0)
-                    size, packed, values = _page(header, group.num_rows)
-                except (IndexError, TypeError, KeyError):
-                    raise BadParquet(f"row group {g} has a damaged page") from None
+                    header, at = thrift.read_struct(data, at)
+                    size, packed, values = _page(header, rows)
+                except thrift.BadThrift as e:
+                    raise BadParquet(f"has a damaged page: {e}") from None
                 at, left = at + packed, left - values
                 pages, unpacked = pages + 1, unpacked + size
-                if at > end or left < 0 or pages > MAX_PAGES:
-                    raise BadParquet(f"row group {g} has pages that do not fit its footer")
+                if at > chunk.start + chunk.packed or left < 0 or pages > MAX_PAGES:
+                    raise BadParquet("has pages that do not fit its footer")
                 if unpacked > limits.size:
                     raise BadParquet(f"unpacks to more than {limits.size} bytes")
 
 
-def _page(header: Thrift, rows: int) -> tuple[int, int, int]:
+def _page(header: thrift.Struct, rows: int) -> tuple[int, int, int]:
     """(bytes unpacked, bytes packed, rows) of one page header."""
-    kind, size, packed = header[1], header[2], header[3]
-    own = header.get({DATA_PAGE: 5, DICTIONARY_PAGE: 7, DATA_PAGE_V2: 8}.get(kind, -1))  # pyright: ignore
-    if not isinstance(own, dict):
+    kind, size, packed = (thrift.integer(header, field) for field in (1, 2, 3))
+    own = {DATA_PAGE: 5, DICTIONARY_PAGE: 7, DATA_PAGE_V2: 8}.get(kind)
+    if own is None:
         raise BadParquet(f"has a page of kind {kind}, allowed are data and dictionary pages")
-    values, encoding = own[1], own[4 if kind == DATA_PAGE_V2 else 2]
-    if not (isinstance(size, int) and isinstance(packed, int) and isinstance(values, int)):
-        raise BadParquet("has a damaged page")
+    details = thrift.child(header, own)
+    values, encoding = thrift.integer(details, 1), thrift.integer(details, 4 if kind == DATA_PAGE_V2 else 2)
     if encoding not in ENCODINGS:
         raise BadParquet(f"has a page of encoding {encoding}, allowed are plain and dictionary")
     if size < 0 or packed < 0 or not 0 <= values <= rows:
@@ -231,54 +244,27 @@ def _page(header: Thrift, rows: int) -> tuple[int, int, int]:
     return size, packed, 0 if kind == DICTIONARY_PAGE else values
 
 
-def _struct(data: bytes, at: int, depth: int) -> tuple[Thrift, int]:
-    """One struct in Thrift's compact protocol, of which page headers are made: integers, bytes and structs."""
-    if depth > MAX_DEPTH:
-        raise BadParquet("has a page header nested too deep")
-    fields: Thrift = {}
-    number = 0
-    while True:
-        head = data[at]
-        at += 1
-        if head == 0:
-            return fields, at
-        kind = head & 15
-        if head >> 4:
-            number += head >> 4
-        else:
-            number, at = _integer(data, at)
-        if number in fields:  # readers differ in which one counts
-            raise BadParquet("has a damaged page")
-        if kind in (1, 2):  # a boolean is its type
-            fields[number] = int(kind == 1)
-        elif kind == 3:
-            fields[number], at = data[at], at + 1
-        elif kind in (4, 5, 6):
-            fields[number], at = _integer(data, at)
-        elif kind == 8:
-            length, at = _varint(data, at)
-            fields[number], at = None, at + length
-        elif kind == 12:
-            fields[number], at = _struct(data, at, depth + 1)
-        else:
-            raise BadParquet("has a damaged page")
-
-
-def _integer(data: bytes, at: int) -> tuple[int, int]:
-    value, at = _varint(data, at)
-    return (value >> 1) ^ -(value & 1), at
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise BadParquet("has a damaged page")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _written(footer: _Footer, limits: Limits) -> bytes:
+    """A footer with the columns and pages of ``footer`` and nothing else."""
+    t, codes = thrift, {v: k for k, v in PHYSICAL.items()}
+    converted = {v: k for k, v in CONVERTED.items()}
+    schema: list[object] = [{4: (t.BINARY, b"schema"), 5: (t.I32, len(footer.columns))}]
+    for name, optional in zip(footer.columns, footer.optional):
+        physical, logical = limits.columns[name]
+        element = {1: (t.I32, codes[physical]), 3: (t.I32, optional), 4: (t.BINARY, name.encode())}
+        schema.append(element if logical == "NONE" else {**element, 6: (t.I32, converted[logical])})
+    groups: list[object] = []
+    for rows, chunks in footer.groups:
+        columns: list[object] = []
+        for name, chunk in zip(footer.columns, chunks):
+            meta = {1: (t.I32, codes[limits.columns[name][0]]), 2: (t.LIST, (t.I32, [0, 3, 8]))}
+            meta |= {3: (t.LIST, (t.BINARY, [name.encode()])), 4: (t.I32, chunk.codec), 5: (t.I64, rows)}
+            meta |= {6: (t.I64, chunk.unpacked), 7: (t.I64, chunk.packed), 9: (t.I64, chunk.data_offset)}
+            if chunk.dictionary_offset:
+                meta[11] = (t.I64, chunk.dictionary_offset)
+            columns.append({2: (t.I64, 0), 3: (t.STRUCT, meta)})
+        size = sum(c.unpacked for c in chunks)
+        groups.append({1: (t.LIST, (t.STRUCT, columns)), 2: (t.I64, size), 3: (t.I64, rows)})
+    count = sum(rows for rows, _ in footer.groups)
+    fields = {1: (t.I32, 2), 2: (t.LIST, (t.STRUCT, schema)), 3: (t.I64, count), 4: (t.LIST, (t.STRUCT, groups))}
+    return t.write_struct(fields)

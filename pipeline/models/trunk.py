@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 CHANNELS = ((0, 3), (3, 4), (4, 5))  # first and one past the last channel of each modality, enum order
 MODALITIES = len(CHANNELS)
+BLACK = 0.02  # level of [0, 1] below which a pixel holds no measurement
+FLAT = 0.05  # added to the spread, so that a flat frame does not become noise
 ADAPTER = 8  # bottleneck of the ViT adapters
 CENTRAL = 0.5  # share of the central difference in a ViT adapter's convolution (DADM)
 
@@ -44,8 +46,13 @@ def build_trunk(config: TinyConfig | VitConfig, size: int, *, architecture: Arch
 
 
 def prepare(frames: Tensor) -> Tensor:
-    """uint8 [B, 5, S, S] → float in [-1, 1]; a pure function of each pixel, so that no frame can move another."""
-    return frames.float() / 127.5 - 1.0
+    """uint8 [B, 5, S, S] → float of mean 0 and about unit spread per frame and modality; no frame can move another.
+
+    Black pixels (no return, removed background, borders) are left out of the statistics and stay 0: with them in, a set
+    that removes its background looks darker than all others, and its scores shift.
+    """
+    x = frames.float() / 255
+    return torch.cat([_standardised(x[:, begin:end]) for begin, end in CHANNELS], dim=1)
 
 
 def features(trunk: nn.Module, frames: Tensor, present: Tensor, *, batch: int = 256) -> Tensor:
@@ -131,6 +138,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
         return F.relu(x, inplace=True) if self.active else x
+
+
+def _standardised(x: Tensor) -> Tensor:
+    lit = (x.amax(dim=1, keepdim=True) > BLACK).float()
+    count = x.shape[1] * lit.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+    centred = lit * (x - (lit * x).sum(dim=(1, 2, 3), keepdim=True) / count)
+    spread = torch.sqrt((centred * centred).sum(dim=(1, 2, 3), keepdim=True) / count)
+    return centred / (spread + FLAT)
 
 
 def _separable(inside: int, outside: int, *, stride: int) -> tuple[Block, Block]:

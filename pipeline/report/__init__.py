@@ -43,7 +43,10 @@ class PseudoLabels:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site in one cycle: ok adapted, held waits for evidence, failed was refused, broken gave nothing usable."""
+    """One site in one cycle: ok adapted, held waits for evidence, failed was refused, broken gave nothing usable.
+
+    An ok site without a verdict (a control, or no shift to adapt to) was left unchanged.
+    """
 
     site: str
     tags: tuple[str, ...]

@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 
 HARM = 0.01  # a promoted site whose HTER or max APCER rose by more than this was harmed
 OMEGA = 2.0  # the top of the loss weight
-DETAILS, ROWS, LISTED, SCROLLS = 50, 2000, 200, 60  # sites with charts, table rows, listed reasons; rows before scrolling
+DETAILS, ROWS, LISTED, SCROLLS = (
+    50,
+    2000,
+    200,
+    60,
+)  # sites with charts, table rows, listed reasons; rows before scrolling
 CAUSE = re.compile(r"([a-z][a-z -]{1,23}):")
 METRICS = (("hter", "HTER"), ("max_apcer", "max APCER"), ("bpcer", "BPCER"))
 MODALITIES = {Modality.RGB: "RGB", Modality.DEPTH: "depth", Modality.IR: "IR"}
@@ -65,14 +70,14 @@ def render(report: CycleReport) -> str:
     measured = [r for r in rows if r.site.before and r.site.after]
     return _template().render(
         report=report,
-        answer=_answer(report, rows),
+        answer=_answer(rows),
         figures=_figures(report, rows),
         rows=rows[:ROWS],
         detailed=rows[:DETAILS],
         bells=_bells(measured[:DETAILS], report.ceiling),
         measured=len(measured),
-        unserved=[r for r in rows if r.site.verdict != "pass" or r.harmed],
-        causes=Counter(_cause(r.site) for r in rows if r.site.verdict != "pass").most_common(),
+        unserved=[r for r in rows if r.site.status != "ok" or r.harmed],
+        causes=Counter(_cause(r.site) for r in rows if r.site.status != "ok").most_common(),
         quarantine=sorted(report.quarantine, key=lambda q: -q.count)[:LISTED],
         put_aside=_by_reason(report),
         limits={"details": DETAILS, "rows": ROWS, "listed": LISTED, "scrolls": SCROLLS, "omega": OMEGA},
@@ -121,25 +126,35 @@ def _change(name: str, key: str, before: PadSummary | None, after: PadSummary | 
     return Change(name, b, a, delta, tone)
 
 
-def _answer(report: CycleReport, rows: Sequence[Row]) -> str:
-    """The cycle in one sentence."""
+def _answer(rows: Sequence[Row]) -> list[str]:
+    """The cycle in one sentence, by its parts."""
     if not rows:
-        return "No site had anything to adapt in this cycle."
+        return ["No site had anything to adapt in this cycle"]
     status = Counter(r.site.status for r in rows)
-    parts = [f"{status['ok']:,} of {len(rows):,} site{'s' * (len(rows) != 1)} adapted"]
+    unchanged = sum(_unchanged(r.site) for r in rows)
+    parts = [f"{status['ok'] - unchanged:,} of {len(rows):,} site{'s' * (len(rows) != 1)} adapted"]
     parts.append(f"{sum(r.site.promoted for r in rows):,} promoted")
+    if unchanged:
+        parts.append(f"{unchanged:,} left unchanged")
     for state in ("held", "failed", "broken"):
         if status[state]:
             causes = Counter(_cause(r.site) for r in rows if r.site.status == state).most_common(2)
             parts.append(f"{status[state]:,} {state} ({', '.join(c for c, _ in causes)})")
-    served = [r for r in rows if r.site.promoted]
-    known = sum(np.isfinite(r.changes[0].delta) for r in served)
+    served, known = sum(r.site.promoted for r in rows), _harm_known(rows)
     if known:
-        gap = "" if known == len(served) else f" of {known:,} measured"
+        gap = "" if known == served else f" of {known:,} measured"
         parts.append(f"{sum(r.harmed for r in rows):,}{gap} harmed")
     elif served:
         parts.append("harm unknown without sealed labels")
-    return ", ".join(parts) + "."
+    return parts
+
+
+def _harm_known(rows: Sequence[Row]) -> int:
+    return sum(r.site.promoted and any(np.isfinite(c.delta) for c in r.changes[:2]) for r in rows)
+
+
+def _unchanged(site: SiteReport) -> bool:
+    return site.status == "ok" and site.verdict is None
 
 
 def _cause(site: SiteReport) -> str:
@@ -150,23 +165,34 @@ def _cause(site: SiteReport) -> str:
 def _figures(report: CycleReport, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     """Key figures as (name, value, remark)."""
     sites = [r.site for r in rows]
-    pairs = [(s.before, s.after if s.promoted else s.before) for s in sites if s.before and s.after]
-    now = [n for _, n in pairs if n and np.isfinite(n.max_apcer)]
-    worst = max(now, key=lambda n: n.max_apcer, default=None)
+    pairs = [(s.before, s.after if s.promoted else s.before) for s in sites if s.before and (s.after or not s.promoted)]
+    now = [(s.after if s.promoted else s.before, s.site) for s in sites]
+    worst, where = max(
+        ((n, at) for n, at in now if n and np.isfinite(n.max_apcer)), key=lambda x: x[0].max_apcer, default=(None, "")
+    )
     hter = [_median([p.hter for p in side if p]) for side in zip(*pairs, strict=True)] if pairs else []
     waiting = sum(s.verdict == "pass" and not s.promoted for s in sites)
     seconds = (report.finished - report.started).total_seconds()
-    adapted, harmed = sum(s.status == "ok" for s in sites), sum(r.harmed for r in rows)
+    adapted = sum(s.status == "ok" and not _unchanged(s) for s in sites)
+    known, harmed = _harm_known(rows), sum(r.harmed for r in rows)
     return [
-        ("adapted", f"{adapted:,} / {len(sites):,}", f"{report.totals.idle:,} idle of {report.totals.registered:,} registered"),
+        (
+            "adapted",
+            f"{adapted:,} / {len(sites):,}",
+            f"{report.totals.idle:,} idle of {report.totals.registered:,} registered",
+        ),
         ("promoted", f"{sum(s.promoted for s in sites):,}", f"{waiting:,} passed and wait for a wave"),
-        ("not served", f"{sum(s.verdict != 'pass' for s in sites):,}", "held, failed or broken"),
-        ("harmed", f"{harmed:,}", f"HTER or max APCER up by > {HARM:.0%} once promoted"),
+        ("not served", f"{sum(s.status != 'ok' for s in sites):,}", "held, failed or broken"),
+        ("harmed", f"{harmed:,}" if known else "–", f"of {known:,} promoted sites with sealed labels"),
         ("median HTER served", " → ".join(map(plots.percent, hter)) or "–", f"{len(pairs):,} sites with sealed labels"),
-        ("worst APCER served", plots.percent(worst.max_apcer) if worst else "–", worst.worst_species if worst else "no sealed labels"),
+        (
+            "worst APCER served",
+            plots.percent(worst.max_apcer) if worst else "–",
+            f"{worst.worst_species} at {where}" if worst else "no sealed labels",
+        ),
         ("captures", f"{sum(s.samples for s in sites):,}", f"{sum(s.quarantined for s in sites):,} quarantined"),
         ("duration", _duration(seconds), " · ".join(f"{n} {_duration(s)}" for n, s in report.totals.stage_seconds)),
-    ]  # fmt: skip
+    ]
 
 
 def _median(values: Sequence[float]) -> float:
@@ -182,9 +208,15 @@ def _bells(rows: Sequence[Row], ceiling: float | None) -> list[tuple[str, list[s
         limit = ceiling if name == "max APCER" else None
         top = min(1.0, plots.scale([v for _, c in changes for v in (c.before, c.after)], limit or 0.02))
         bells = [
-            (r, c, plots.dumbbell(c.before, c.after, name=f"{plots.clean(r.site.site)}, {name}", top=top, limit=limit, tone=c.tone))
+            (
+                r,
+                c,
+                plots.dumbbell(
+                    c.before, c.after, name=f"{plots.clean(r.site.site)}, {name}", top=top, limit=limit, tone=c.tone
+                ),
+            )
             for r, c in changes
-        ]  # fmt: skip
+        ]
         panels.append((name, [f"{100 * top * q / 4:g}%" for q in range(5)], bells))
     return panels
 
@@ -222,8 +254,14 @@ def _digest(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _template() -> Template:
-    env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-                      finalize=_spoken, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_spoken,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     env.filters |= {"percent": plots.percent, "number": plots.number, "when": _when, "digest": _digest}
     env.globals |= {"plots": plots, "modalities": MODALITIES, "tones": TONES, "marks": MARKS}
     return env.get_template("cycle.html.j2")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LONGEST = 1000  # characters of one untrusted string
 SPARK_BINS, LINE_BINS, DET_POINTS = 28, 120, 400
-DET_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
+DET_TICKS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
 DET_SIDE, DET_LEFT, DET_TOP = 320.0, 58.0, 10.0
 
 _STRETCHED = Markup(
@@ -48,6 +48,11 @@ def mean(values: np.ndarray) -> float:
     """Over the finite ``values``; NaN if there are none."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")
+
+
+def known(values: np.ndarray) -> bool:
+    """Whether there is anything to draw."""
+    return bool(np.isfinite(values).any())
 
 
 def sparkline(values: np.ndarray, name: str, *, top: float) -> Markup:
@@ -89,7 +94,9 @@ def dumbbell(before: float, after: float, *, name: str, top: float, limit: float
         for kind, x, radius in (("before", at[0], 4), ("after", at[1], 4.5))
         if x
     ]
-    return Markup('<svg class="bell {}" role="img" aria-label="{}">{}</svg>').format(tone, label, Markup("").join(marks))
+    return Markup('<svg class="bell {}" role="img" aria-label="{}">{}</svg>').format(
+        tone, label, Markup("").join(marks)
+    )
 
 
 def det(before: DetCurve, after: DetCurve) -> Markup:

@@ -25,9 +25,9 @@ from pipeline.report import (
     RolloutReport,
     SiteReport,
     WaveReport,
+    plots,
 )
 from pipeline.report import page as pages
-from pipeline.report import plots
 from pipeline.report.page import render, write
 
 if TYPE_CHECKING:
@@ -43,18 +43,28 @@ def site(i: int, rng: np.random.Generator, **changed: object) -> SiteReport:
     steps, hter = 90, float(rng.uniform(0.05, 0.16))
     ir = (np.arange(48) < rng.integers(20, 60)) * 0.97
     found = SiteReport(
-        site=f"gate-{i:02d}", tags=("airport", "indoor") if i % 2 else ("branch",), rig="D435 + IR940", status="ok",
-        samples=int(rng.integers(2000, 5000)), offset_from=4096 * i, offset_to=4096 * i + 3800,
-        captured=(START - timedelta(days=1), START), quarantined=int(rng.integers(0, 4)),
+        site=f"gate-{i:02d}",
+        tags=("airport", "indoor") if i % 2 else ("branch",),
+        rig="D435 + IR940",
+        status="ok",
+        samples=int(rng.integers(2000, 5000)),
+        offset_from=4096 * i,
+        offset_to=4096 * i + 3800,
+        captured=(START - timedelta(days=1), START),
+        quarantined=int(rng.integers(0, 4)),
         availability=np.stack([np.full(48, 0.99), rng.uniform(0.85, 1, 48), ir], 1),
         before=PadSummary(hter, 1.7 * hter, "replay", 0.8 * hter, 320, 540),
         after=PadSummary(0.45 * hter, 0.05 + 0.1 * hter, "printed photo", 0.4 * hter, 320, 540),
         pseudo_labels=PseudoLabels(0.21, 0.48, 0.97, 0.991),
         omega=np.clip(0.5 + rng.normal(0.01, 0.06, steps).cumsum(), 0.05, 2),
-        instability=np.abs(rng.normal(0.05, 0.03, steps)), restores=int(rng.integers(0, 2)), verdict="pass",
-        reasons=("pass: 14 limits hold on the anchor set and on 3,800 captures",), wave=min(i, 3), promoted=i < 9,
+        instability=np.abs(rng.normal(0.05, 0.03, steps)),
+        restores=int(rng.integers(0, 2)),
+        verdict="pass",
+        reasons=("pass: 14 limits hold on the anchor set and on 3,800 captures",),
+        wave=min(i, 3),
+        promoted=i < 9,
         serving=f"st:{rng.integers(2**32):08x}",
-    )  # fmt: skip
+    )
     return replace(found, **changed)  # pyright: ignore[reportArgumentType]
 
 
@@ -76,22 +86,48 @@ def cycle(sites: tuple[SiteReport, ...], **changed: object) -> CycleReport:
     waves = tuple(
         WaveReport(i, share, n, min(n, done), failing, state, START + timedelta(hours=6 * i) if done else None)
         for i, (share, n, done, failing, state) in enumerate(
-            [(0.01, 1, 1, 0, "Completed"), (0.05, 1, 1, 0, "Completed"), (0.2, 4, 3, 1, "Baking"), (1.0, 8, 0, 0, "Planned")], 1
+            [
+                (0.01, 1, 1, 0, "Completed"),
+                (0.05, 1, 1, 0, "Completed"),
+                (0.2, 4, 3, 1, "Baking"),
+                (1.0, 8, 0, 0, "Planned"),
+            ],
+            1,
         )
-    )  # fmt: skip
+    )
     report = CycleReport(
-        cycle_id="2026-03-14T03-00Z", started=START, finished=START + timedelta(minutes=7, seconds=12),
-        source_version="v7", source_digest="sha256:" + "9f" * 32, fingerprint="c1" * 32, code_revision="0f3e9a7",
-        config_name="conf/fleet.yaml", method="danet", threshold=0.4317, ceiling=0.07, exit_code=3,
-        exit_summary="hold: 1 site waits for evidence", digests=(("anchor set", "sha256:" + "ab" * 32), ("trunk", "sha256:" + "07" * 32)),
-        sites=sites, det=det(np.random.default_rng(1)),
-        quarantine=(QuarantineRow("gate-11", "segment-0007.parquet", None, "segment: not a Parquet file", 512),
-                    QuarantineRow("gate-12", "segment-0003.parquet", 17, "rgb: header claims 12000x12000, allowed 4096", 3)),
-        rollout=RolloutReport("Baking(2)", "sha256:5d41402abc4b2a76", waves,
-                              (RolloutEvent(START, "a.jensen", "approved"), RolloutEvent(START + timedelta(hours=1), "cycle", "wave 2 staged"))),
+        cycle_id="2026-03-14T03-00Z",
+        started=START,
+        finished=START + timedelta(minutes=7, seconds=12),
+        source_version="v7",
+        source_digest="sha256:" + "9f" * 32,
+        fingerprint="c1" * 32,
+        code_revision="0f3e9a7",
+        config_name="conf/fleet.yaml",
+        method="danet",
+        threshold=0.4317,
+        ceiling=0.07,
+        exit_code=3,
+        exit_summary="hold: 1 site waits for evidence",
+        digests=(("anchor set", "sha256:" + "ab" * 32), ("trunk", "sha256:" + "07" * 32)),
+        sites=sites,
+        det=det(np.random.default_rng(1)),
+        quarantine=(
+            QuarantineRow("gate-11", "segment-0007.parquet", None, "segment: not a Parquet file", 512),
+            QuarantineRow("gate-12", "segment-0003.parquet", 17, "rgb: header claims 12000x12000, allowed 4096", 3),
+        ),
+        rollout=RolloutReport(
+            "Baking(2)",
+            "sha256:5d41402abc4b2a76",
+            waves,
+            (
+                RolloutEvent(START, "a.jensen", "approved"),
+                RolloutEvent(START + timedelta(hours=1), "cycle", "wave 2 staged"),
+            ),
+        ),
         totals=FleetTotals(16, 2, 1, (("ingest", 212.0), ("adapt", 164.0), ("guards", 41.0))),
         notes=("Anchor set is 23 days old; it expires in 7.",),
-    )  # fmt: skip
+    )
     return replace(report, **changed)  # pyright: ignore[reportArgumentType]
 
 
@@ -103,16 +139,70 @@ def fleet() -> CycleReport:
     sites[4] = replace(sites[4], before=None, after=None, pseudo_labels=PseudoLabels(0.2, 0.4, np.nan, np.nan))
     sites[8] = replace(sites[8], after=PadSummary(0.148, 0.121, "silicone mask", 0.06, 320, 540))
     sites += [
-        site(9, rng, status="held", verdict="hold", wave=3, serving="source v7", restores=3,
-             reasons=("ceiling: APCER upper95 of silicone mask without IR 9.4 % > 7 % (n=158)", "no data: 41 captures < 100")),
-        site(10, rng, status="failed", verdict="fail", wave=None, serving="source v7", instability=np.abs(rng.normal(0.4, 0.3, 90)),
-             after=PadSummary(0.19, 0.31, "replay", 0.07, 320, 540), reasons=("non-inferiority: attacks +2.1 pp > 0.5 pp",)),
-        site(11, rng, status="broken", verdict=None, wave=None, promoted=False, samples=0, before=None, after=None, serving="source v7",
-             pseudo_labels=None, availability=none, omega=none[:, 0], instability=none[:, 0], captured=None, quarantined=512,
-             reasons=("camera: every segment was refused",)),
-        site(12, rng, site="kiosk-with-a-very-long-name-in-the-basement-of-the-south-annex-2", tags=("hostile",), promoted=False, wave=4),
-        site(13, rng, tags=("control",), wave=None, promoted=False, serving="source v7", omega=np.full(90, np.nan)),
-    ]  # fmt: skip
+        site(
+            9,
+            rng,
+            status="held",
+            verdict="hold",
+            wave=3,
+            serving="source v7",
+            restores=3,
+            reasons=(
+                "ceiling: APCER upper95 of silicone mask without IR 9.4 % > 7 % (n=158)",
+                "no data: 41 captures < 100",
+            ),
+        ),
+        site(
+            10,
+            rng,
+            status="failed",
+            verdict="fail",
+            wave=None,
+            serving="source v7",
+            instability=np.abs(rng.normal(0.4, 0.3, 90)),
+            after=PadSummary(0.19, 0.31, "replay", 0.07, 320, 540),
+            reasons=("non-inferiority: attacks +2.1 pp > 0.5 pp",),
+        ),
+        site(
+            11,
+            rng,
+            status="broken",
+            verdict=None,
+            wave=None,
+            promoted=False,
+            samples=0,
+            before=None,
+            after=None,
+            serving="source v7",
+            pseudo_labels=None,
+            availability=none,
+            omega=none[:, 0],
+            instability=none[:, 0],
+            captured=None,
+            quarantined=512,
+            restores=0,
+            reasons=("camera: every segment was refused",),
+        ),
+        site(
+            12,
+            rng,
+            site="kiosk-with-a-very-long-name-in-the-basement-of-the-south-annex-2",
+            tags=("hostile",),
+            promoted=False,
+            wave=4,
+        ),
+        site(
+            13,
+            rng,
+            tags=("control",),
+            wave=None,
+            promoted=False,
+            verdict=None,
+            serving="source v7",
+            omega=np.full(90, np.nan),
+            reasons=(),
+        ),
+    ]
     return cycle(tuple(sites))
 
 
@@ -166,9 +256,9 @@ def test_the_answer_comes_first() -> None:
     html = render(fleet())
     answer = re.search(r"<h1>(.*?)</h1>", html)
     assert answer
-    assert answer[1] == (
-        "11 of 14 sites adapted, 9 promoted, 1 held (ceiling), 1 failed (non-inferiority), 1 broken (camera), "
-        "1 of 8 measured harmed."
+    assert re.sub(r"<.*?>", "", answer[1]).strip() == (
+        "10 of 14 sites adapted, 9 promoted, 1 left unchanged, 1 held (ceiling), 1 failed (non-inferiority), "
+        "1 broken (camera), 1 of 8 measured harmed."
     )
 
 
@@ -178,8 +268,19 @@ def test_page_has_every_part_and_loads_nothing() -> None:
     for s in report.sites:
         assert s.site in found.text
         assert all(why in found.text for why in s.reasons)
-    for text in (report.source_digest, report.fingerprint, report.code_revision, "ab" * 32, "Baking(2)", "wave 2 staged",
-                 "segment-0007.parquet", "header claims 12000x12000", "not a Parquet file", "silicone mask", "99.1%"):  # fmt: skip
+    for text in (
+        report.source_digest,
+        report.fingerprint,
+        report.code_revision,
+        "ab" * 32,
+        "Baking(2)",
+        "wave 2 staged",
+        "segment-0007.parquet",
+        "header claims 12000x12000",
+        "not a Parquet file",
+        "silicone mask",
+        "99.1%",
+    ):
         assert text in found.text
     sections = {a.get("id") for t, a in found.tags if t == "section"}
     assert sections == {"fleet", "accuracy", "verdicts", "rollout", "sites", "quarantine", "provenance", "glossary"}
@@ -192,7 +293,9 @@ def test_every_chart_says_what_it_shows() -> None:
     charts = [a for t, a in found.tags if t == "svg" and a.get("role") == "img"]
     assert len(charts) > 14 * 4
     assert all(a.get("aria-label") for a in charts)
-    assert any("DET curves. before: at the deployed threshold 13.6% of attacks" in (a["aria-label"] or "") for a in charts)
+    assert any(
+        "DET curves. before: at the deployed threshold 13.6% of attacks" in (a["aria-label"] or "") for a in charts
+    )
 
 
 def test_script_is_admitted_by_its_hash_only() -> None:
@@ -208,14 +311,36 @@ def test_script_is_admitted_by_its_hash_only() -> None:
 def test_hostile_strings_are_inert() -> None:
     rng = np.random.default_rng(0)
     bad = PadSummary(0.1, 0.2, HOSTILE, 0.1, 5, 5)
-    one = site(1, rng, site=HOSTILE, tags=(HOSTILE,), rig=HOSTILE, reasons=(HOSTILE, HOSTILE), verdict="fail", status="failed",
-               serving=HOSTILE, before=bad, after=bad)  # fmt: skip
+    one = site(
+        1,
+        rng,
+        site=HOSTILE,
+        tags=(HOSTILE,),
+        rig=HOSTILE,
+        reasons=(HOSTILE, HOSTILE),
+        verdict="fail",
+        status="failed",
+        serving=HOSTILE,
+        before=bad,
+        after=bad,
+    )
     report = cycle(
-        (one,), cycle_id=HOSTILE, source_version=HOSTILE, source_digest=HOSTILE, fingerprint=HOSTILE, code_revision=HOSTILE,
-        config_name=HOSTILE, method=HOSTILE, exit_summary=HOSTILE, digests=((HOSTILE, HOSTILE),), notes=(HOSTILE,),
+        (one,),
+        cycle_id=HOSTILE,
+        source_version=HOSTILE,
+        source_digest=HOSTILE,
+        fingerprint=HOSTILE,
+        code_revision=HOSTILE,
+        config_name=HOSTILE,
+        method=HOSTILE,
+        exit_summary=HOSTILE,
+        digests=((HOSTILE, HOSTILE),),
+        notes=(HOSTILE,),
         quarantine=(QuarantineRow(HOSTILE, HOSTILE, 1, HOSTILE, 1),),
-        rollout=RolloutReport(HOSTILE, HOSTILE, (WaveReport(1, 1.0, 1, 0, 1, HOSTILE, None),), (RolloutEvent(START, HOSTILE, HOSTILE),)),
-    )  # fmt: skip
+        rollout=RolloutReport(
+            HOSTILE, HOSTILE, (WaveReport(1, 1.0, 1, 0, 1, HOSTILE, None),), (RolloutEvent(START, HOSTILE, HOSTILE),)
+        ),
+    )
     html = render(report)
     check_safe(html)
     html.encode()
@@ -229,25 +354,49 @@ def test_overlong_string_is_cut_and_says_so() -> None:
     assert plots.clean("a" * 1500).endswith("… (500 more characters)")
 
 
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"sites": (), "det": None, "quarantine": (), "rollout": None, "notes": (), "digests": ()},
-         ["No site had anything to adapt", "No rollout was in progress", "Nothing was put aside", "No candidate was judged"]),
-        ({"sites": tuple(replace(s, before=None, after=None) for s in fleet().sites), "det": None},
-         ["harm unknown without sealed labels", "No site has sealed labels"]),
-        ({"sites": (replace(fleet().sites[0], before=PadSummary(*[np.nan] * 2, "", np.nan, 0, 0), after=PadSummary(*[np.nan] * 2, "", np.nan, 0, 0),
-                            omega=np.array([np.nan, 0.5, np.nan]), instability=np.array([np.inf]), availability=np.full((4, 3), np.nan),
-                            pseudo_labels=PseudoLabels(*[np.nan] * 4)),),
-          "threshold": np.nan, "det": Det(*[DetCurve(np.array([np.nan]), np.array([0.1]), (np.nan, np.nan))] * 2, 0, 0, 0)},
-         ["1 of 1 site adapted, 1 promoted, harm unknown"]),
-    ],
-    ids=["empty", "no-labels", "nan"],
-)  # fmt: skip
+UNMEASURED = PadSummary(np.nan, np.nan, "", np.nan, 0, 0)
+NO_CURVE = DetCurve(np.array([np.nan]), np.array([0.1]), (np.nan, np.nan))
+MISSING: dict[str, tuple[dict[str, object], list[str]]] = {
+    "empty": (
+        {"sites": (), "det": None, "quarantine": (), "rollout": None, "notes": (), "digests": ()},
+        [
+            "No site had anything to adapt",
+            "No rollout was in progress",
+            "Nothing was put aside",
+            "No candidate was judged",
+        ],
+    ),
+    "no labels": (
+        {"sites": tuple(replace(s, before=None, after=None) for s in fleet().sites), "det": None},
+        ["harm unknown without sealed labels", "harmed – of 0 promoted", "No site has sealed labels"],
+    ),
+    "nan": (
+        {
+            "sites": (
+                replace(
+                    fleet().sites[0],
+                    before=UNMEASURED,
+                    after=UNMEASURED,
+                    omega=np.array([np.nan, 0.5, np.nan]),
+                    instability=np.array([np.inf]),
+                    availability=np.full((4, 3), np.nan),
+                    pseudo_labels=PseudoLabels(np.nan, np.nan, np.nan, np.nan),
+                ),
+            ),
+            "threshold": np.nan,
+            "det": Det(NO_CURVE, NO_CURVE, 0, 0, 0),
+        },
+        ["1 of 1 site adapted,", "harm unknown without sealed labels."],
+    ),
+}
+
+
+@pytest.mark.parametrize(("changed", "words"), MISSING.values(), ids=MISSING)
 def test_missing_is_said_and_never_drawn(changed: dict[str, object], words: list[str]) -> None:
     html = render(replace(fleet(), **changed))  # pyright: ignore[reportArgumentType]
     check_safe(html)
-    assert all(w in html for w in words)
+    text = " ".join(re.sub(r"<.*?>", " ", html).split())
+    assert all(w in text for w in words)
     assert not re.search(r"\b(nan|inf|None)\b", html.split("</style>")[1].split("<script>")[0])
 
 
@@ -255,11 +404,12 @@ def test_large_fleet_stays_small_and_says_what_is_left_out() -> None:
     rng = np.random.default_rng(3)
     few = [site(i, rng) for i in range(40)]
     fails = {"status": "failed", "verdict": "fail", "promoted": False, "reasons": ("ceiling: replay 9 % > 7 %",)}
-    report = cycle(tuple(replace(few[i % 40], site=f"site-{i:05d}", **(fails if i % 8 == 0 else {})) for i in range(2000)))
-    render(report)
-    began = time.perf_counter()
+    report = cycle(
+        tuple(replace(few[i % 40], site=f"site-{i:05d}", **(fails if i % 8 == 0 else {})) for i in range(2000))
+    )
+    began = time.process_time()  # the machine may be busy with other tests
     html = render(report)
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 3
     assert len(html.encode()) < 8e6
     assert html.count('<details class="site">') == 50
     assert "The worst 50 of 2,000 sites have details here." in html
@@ -270,7 +420,12 @@ def test_large_fleet_stays_small_and_says_what_is_left_out() -> None:
 
 
 def test_harm_is_counted_only_where_it_is_served() -> None:
-    worse = site(1, np.random.default_rng(0), before=PadSummary(0.05, 0.05, "a", 0.05, 9, 9), after=PadSummary(0.05, 0.07, "b", 0.05, 9, 9))
+    worse = site(
+        1,
+        np.random.default_rng(0),
+        before=PadSummary(0.05, 0.05, "a", 0.05, 9, 9),
+        after=PadSummary(0.05, 0.07, "b", 0.05, 9, 9),
+    )
     assert "1 harmed." in render(cycle((worse,)))
     assert "harmed." not in render(cycle((replace(worse, promoted=False),)))
 
@@ -311,4 +466,6 @@ def test_scale_holds_every_value(most: float, top: float) -> None:
 def test_det_axis_is_normal_deviate() -> None:
     assert plots._deviate(0.001) == pytest.approx(0)
     assert plots._deviate(0.6) == pytest.approx(plots.DET_SIDE)
-    assert plots._deviate(0.05) - plots._deviate(0.01) == pytest.approx(plots._deviate(0.01) - plots._deviate(0.00135), abs=6)
+    assert plots._deviate(0.05) - plots._deviate(0.01) == pytest.approx(
+        plots._deviate(0.01) - plots._deviate(0.00135), abs=6
+    )

@@ -42,7 +42,7 @@ MASK = re.compile(
     r"([12])_([0-9]{3})_([01])_([01])_([12])_([12])_([1-4])"
 )  # kind id dress glasses device session light
 MASK_KINDS = {"3D-Mask": "1", "Silicone-Mask": "2"}
-BLACK = 4  # JPEG leaves this much in a black border
+BLACK = 4  # mean of a row or column; JPEG leaves some noise in a black border
 
 
 class _Clip(NamedTuple):
@@ -146,8 +146,8 @@ def _without_border(planes: list[np.ndarray]) -> list[np.ndarray]:
     flat = [p.max(axis=2) if p.ndim == 3 else p for p in planes]
     if len({p.shape for p in flat}) != 1:
         return planes
-    lit = np.logical_or.reduce([p > BLACK for p in flat])
-    down, across = np.flatnonzero(lit.any(axis=1)), np.flatnonzero(lit.any(axis=0))
-    if not len(down):
+    lit = np.maximum.reduce(flat)
+    down, across = np.flatnonzero(lit.mean(axis=1) > BLACK), np.flatnonzero(lit.mean(axis=0) > BLACK)
+    if not len(down) or not len(across):
         return planes
     return [p[down[0] : down[-1] + 1, across[0] : across[-1] + 1] for p in planes]

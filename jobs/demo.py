@@ -1,0 +1,135 @@
+"""``palisade demo``: the whole loop on a simulated fleet, by the same jobs that a deployment runs."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs import Exit, percent, table
+from jobs.adapt import adapt
+from jobs.cycle import cycle
+from jobs.deployment import open_ledger
+from jobs.ingest import ingest
+from jobs.report import gather, write_report
+from jobs.rollout import apply, plan
+from jobs.train import train
+from pipeline.cluster import connected
+from pipeline.config import load
+from pipeline.data.corpora import synth
+from pipeline.data.corpus import write_corpus
+from pipeline.data.fleet import demo_fleet, simulate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jobs import Terminal
+    from pipeline.config import Config
+    from pipeline.report import CycleReport, PadSummary
+
+MARK = ".palisade-demo"
+CONF = Path("conf/demo.yaml")
+SAMPLES = 300  # per domain
+TAMPERED = "terminal-gate"  # its candidate is spoilt on purpose
+RECKLESS = ("site.kind=tent", "site.lr=0.05")
+LOOSE = tuple(f"guards.{g}.advisory=true" for g in ("ceiling", "noninferiority", "trust"))
+
+
+def demo(path: Path | None, overrides: Sequence[str], terminal: Terminal, *, out: Path) -> int:
+    """Render, train, adapt, judge, release, spoil, roll back, report."""
+    places = {
+        "data.corpora": "corpora", "data.anchor": "anchor", "data.captures": "captures", "data.sealed": "sealed",
+        "data.redteam": "redteam", "ledger.artifacts": "artifacts", "lineage.artifacts": "mlflow-artifacts",
+    }  # fmt: skip
+    moved = [f"{key}={out / name}" for key, name in places.items()]
+    moved += [f"ledger.url=sqlite:///{out}/ledger.db", f"lineage.uri=sqlite:///{out}/mlflow.db"]
+    mine = [*moved, *overrides]
+    config = load(path or CONF, mine)
+    _fresh(out)
+    started = time.monotonic()
+    quiet = replace(terminal, as_json=False, out=terminal.err)
+    with connected(config.cluster):
+        with _chapter(terminal, 1, "render four labelled corpora, an anchor set and day 1 of 14 sites"):
+            _render(config, out, quiet)
+        with _chapter(terminal, 2, "palisade train: fit the source model with RiSe on Ray Train, seal the anchor set"):
+            train(config, quiet, champion=False)
+        with _chapter(terminal, 3, "palisade ingest: one Ray Data execution for the fleet"):
+            ingest(config, quiet)
+        with _chapter(terminal, 4, f"palisade adapt --site {TAMPERED} {' '.join(RECKLESS)}: a bad candidate, on purpose"):
+            held = adapt(load(path or CONF, [*mine, *RECKLESS]), quiet, sites=[TAMPERED])
+        with _chapter(terminal, 5, "palisade cycle: adapt the fleet with MFAS-DANet, judge every candidate"):
+            cycle(config, quiet)
+        ledger = open_ledger(config)
+        first = ledger.cycles(kinds=("cycle",))[0].id
+        with _chapter(terminal, 6, "palisade rollout plan, apply: what passed goes over the fleet in waves"):
+            plan(config, quiet)
+            good = apply(config, quiet, plan_hash=ledger.rollouts()[0].plan_hash, watch=True)
+            write_report(config, ledger, first)
+        with _chapter(terminal, 7, "day 2: somebody switches to a reckless method and makes every guard advisory"):
+            with quiet.progress("render day 2", "captures") as advance:
+                simulate(out, demo_fleet(), phase=2, progress=advance)
+            loose = load(path or CONF, [*mine, *RECKLESS, *LOOSE])
+            cycle(loose, quiet)
+            plan(loose, quiet)
+        with _chapter(terminal, 8, "palisade rollout apply: the red team's presentations stop it, every site goes back"):
+            bad = apply(config, quiet, plan_hash=ledger.rollouts()[0].plan_hash, watch=True)
+    report = gather(config, ledger, first)
+    page = write_report(config, ledger, first)
+    _show(terminal, report, page, seconds=time.monotonic() - started, base=CONF if path is None else path)
+    expected = (held, good, bad) == (Exit.GUARD_FAILED, Exit.DONE, Exit.GUARD_FAILED)
+    return Exit.DONE if expected else Exit.GUARD_FAILED
+
+
+def _fresh(out: Path) -> None:
+    """Empty the folder of an earlier demo; never somebody's own."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARK).exists():
+            raise ValueError(f"{out}: is not empty and no earlier demo; choose another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
+
+
+def _render(config: Config, out: Path, terminal: Terminal) -> None:
+    with terminal.progress("render corpora", "samples") as advance:
+        synth.write(Path(config.data.corpora), size=config.data.size, samples=SAMPLES, progress=advance)
+    with terminal.progress("render anchor set", "samples") as advance:
+        rows = synth.anchor(size=config.data.size, progress=advance)
+        write_corpus(rows, out / "anchor", domain="anchor", kind="synth", size=config.data.size)
+    with terminal.progress("render day 1", "captures") as advance:
+        simulate(out, demo_fleet(), phase=1, progress=advance)
+
+
+@contextmanager
+def _chapter(terminal: Terminal, number: int, title: str) -> Iterator[None]:
+    started = time.monotonic()
+    terminal.say(f"\n[{number}/8] {title}")
+    yield
+    terminal.say(f"      {time.monotonic() - started:.1f} s")
+
+
+def _show(terminal: Terminal, report: CycleReport, page: Path, *, seconds: float, base: Path) -> None:
+    rows: list[list[object]] = []
+    for s in report.sites:
+        why = s.reasons[0] if s.verdict != "pass" and s.reasons else ""
+        rows.append([s.site, s.samples, _change(s.before, s.after, "hter"), _change(s.before, s.after, "max_apcer"),
+                     _change(s.before, s.after, "bpcer"), s.verdict, s.wave, why[:60]])  # fmt: skip
+    columns = ["site", "samples", "HTER %", "max APCER %", "BPCER %", "verdict", "wave", "why"]
+    listed = [{"site": s.site, "verdict": s.verdict, "wave": s.wave, "samples": s.samples,
+               "before": vars(s.before) if s.before else None, "after": vars(s.after) if s.after else None} for s in report.sites]  # fmt: skip
+    terminal.result(
+        {"seconds": seconds, "report": str(page), "sites": listed},
+        table(f"day 1 of the fleet, source model → candidate ({report.exit_summary})", columns, rows),
+        f"finished in {seconds:.0f} s; report: {page}",
+        f"look around: palisade --config {base} site explain {report.sites[0].site}",
+    )
+
+
+def _change(before: PadSummary | None, after: PadSummary | None, name: str) -> str | None:
+    if before is None or after is None:
+        return None
+    return f"{percent(getattr(before, name))} → {percent(getattr(after, name))}"

@@ -1,0 +1,87 @@
+"""The whole loop by the commands a user types."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+
+def test_from_captures_to_a_rollout_and_back(deployment, capsys):
+    d = deployment
+    assert d.run("cycle") == 0
+    sites = {s.site: s for s in d.ledger.sites()}
+    assert len(sites) == 5
+    assert all(s.learned == s.ingested for s in sites.values())
+    outcomes = {v.site: v.verdict.outcome for v in d.ledger.verdicts()}
+    assert outcomes["yard-broken"] == "hold"
+    assert "pass" in outcomes.values()
+    assert (d.root / "artifacts" / "reports" / "cycle-00001.html").stat().st_size > 10_000
+
+    assert d.run("rollout", "plan") == 0
+    row = d.ledger.rollouts()[0]
+    assert d.run("rollout", "diff") == 0
+    assert d.run("rollout", "apply", "00000000") == 2
+    assert d.run("rollout", "apply", row.plan_hash[:8], "--watch") == 0
+    assert d.ledger.rollouts()[0].status == "completed"
+    promoted = {s for s, o in outcomes.items() if o == "pass"}
+    assert {s for s, r in d.ledger.serving().items() if r.state} == promoted
+
+    capsys.readouterr()
+    one = sorted(promoted)[0]
+    assert d.run("site", "explain", one, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    for step in ("source", "window", "candidate", "verdict", "wave"):
+        assert told[step]
+    assert "pass" in told["verdict"]
+
+    assert d.run("rollout", "rollback", "--reason", "drill") == 0
+    assert d.ledger.rollouts()[0].status == "rolled_back"
+    assert all(r.state is None and r.counter == 2 for r in d.ledger.serving().values())
+    assert d.ledger.broken_audit() is None
+
+
+def test_a_second_cycle_without_captures_holds_everything(deployment):
+    assert deployment.run("cycle") == 0
+    before = {s.site: s.learner for s in deployment.ledger.sites()}
+    assert deployment.run("cycle") == 3
+    assert {s.site: s.learner for s in deployment.ledger.sites()} == before
+
+
+def test_hostile_files_and_rows_are_refused_one_by_one(deployment):
+    assert deployment.run("ingest") == 0
+    refused = [q for q in deployment.ledger.quarantined() if q.site == "edge-untrusted"]
+    assert {q.row for q in refused if q.row < 0} == {-1}
+    assert any("12000" in q.reason for q in refused)
+    assert any("truncated" in q.reason or "JPEG" in q.reason for q in refused)
+    good = {s.site: sum(x.good for x, _ in deployment.ledger.segments(s.site)) for s in deployment.ledger.sites()}
+    assert good["lobby-north"] > 20
+    assert deployment.run("ingest") == 0
+    assert len([q for q in deployment.ledger.quarantined() if q.site == "edge-untrusted"]) == len(refused)
+
+
+def test_tune_writes_a_fragment_that_loads(deployment, capsys):
+    assert deployment.run("ingest") == 0
+    capsys.readouterr()
+    assert deployment.run("tune", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["best"]["lr"] in (0.0001, 0.01)
+    from pathlib import Path
+
+    from pipeline.config import load
+
+    assert load(Path(told["fragment"])).site.model_dump()["lr"] == told["best"]["lr"]
+
+
+def test_evaluate_scores_domains_and_streams(deployment, capsys):
+    assert deployment.run("evaluate", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {n: x["role"] for n, x in told["domains"].items()} == {"A": "source", "B": "source"}
+    assert all(0 <= x["hter"] <= 1 for x in told["domains"].values())
+    assert deployment.run("cycle") == 0
+    capsys.readouterr()
+    assert deployment.run("evaluate", "--streams", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["mean_hter"]) == {"before", "online", "after"}
