@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -35,8 +35,8 @@ class Terminal:
     """Where a job speaks: results on stdout (one JSON object with ``--json``), progress and remarks on stderr."""
 
     as_json: bool = False
-    out: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
-    err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty()))
+    out: Console = field(default_factory=lambda: _console(sys.stdout))
+    err: Console = field(default_factory=lambda: _console(sys.stderr))
 
     def say(self, text: str) -> None:
         """A remark for a person."""
@@ -82,6 +82,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     for row in rows:
         made.add_row(*("-" if cell is None else str(cell) for cell in row))
     return made
+
+
+def _console(stream: TextIO) -> Console:
+    wide = None if stream.isatty() else 200  # a pipe has no width to wrap at
+    return Console(file=stream, highlight=False, width=wide, soft_wrap=wide is not None)
 
 
 def percent(x: float | None) -> str | None:

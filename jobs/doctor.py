@@ -141,7 +141,7 @@ def _mlflow(config: Config) -> Check:
     try:
         lineage.probe(uri)
     except (RuntimeError, ValueError) as e:
-        return Check("mlflow", "fail", f"{version}, {e}", "start the server or correct lineage.uri")
+        return Check("mlflow", "fail", str(e), "start the server or correct lineage.uri")
     file = Path(uri.removeprefix("sqlite:///"))
     there = (
         "answers" if not uri.startswith("sqlite") else ("exists" if file.exists() else "is created by the first run")
@@ -157,6 +157,8 @@ def _ledger(config: Config) -> Check:
         return Check("ledger", "ok", "is created by the first job")
     try:
         Ledger.open(url, create=False)
+    except ModuleNotFoundError as e:  # the driver that the URL names
+        return Check("ledger", "fail", str(e), "pip install 'palisade[fleet]'")
     except LedgerUnavailable as e:
         return Check("ledger", "fail", str(e), "start the database or correct ledger.url")
     except LedgerError as e:

@@ -152,7 +152,7 @@ def step(state: Fit, batch: Batch, generator: Generator) -> dict[str, float]:
     terms: dict[str, Tensor] = state.module(batch, generator)
     total = torch.stack(list(terms.values())).sum()
     if not bool(torch.isfinite(total)):
-        odd = ", ".join(f"{n}={float(t):.3g}" for n, t in terms.items())
+        odd = ", ".join(f"{n}={float(t.detach()):.3g}" for n, t in terms.items())
         raise FitError(f"step {state.step}: the loss is not finite ({odd}); lower source.lr (now {method.lr:g})")
     for group in state.optimizer.param_groups:
         group["lr"] = method.lr * schedule(state.step, method.steps)
@@ -201,6 +201,10 @@ def restore(state: Fit, folder: Path) -> None:
             _, i, what = name.split(".", 2)
             moments.setdefault(int(i), {})[what] = t
     state.optimizer.load_state_dict({"state": moments, "param_groups": state.optimizer.state_dict()["param_groups"]})
+    for p, moments_of in state.optimizer.state.items():
+        for name, t in moments_of.items():
+            if t.shape == p.shape:  # the fused step reads memory in order: a moment must be laid out like its parameter
+                moments_of[name] = torch.empty_like(p, requires_grad=False).copy_(t)
     state.step = int(meta["step"])
 
 

@@ -68,7 +68,8 @@ states = _table(
 )  # fmt: skip
 verdicts = _table(
     "verdicts", _text("id", primary_key=True), _text("site"), _text("cycle"), _text("state", nullable=True),
-    _text("outcome"), _text("verdict"), _text("evidence"), _text("counters"), _int("offset_from"), _int("offset_to"), _text("at"),
+    _text("outcome"), _text("verdict"), _text("evidence"), _text("counters"), _int("offset_from"), _int("offset_to"),
+    _text("at"),
     sa.Index("verdicts_site", "site"), sa.Index("verdicts_cycle", "cycle"),
 )  # fmt: skip
 cycles = _table(
@@ -753,15 +754,16 @@ def state_id(cycle: str, site: str) -> str:
 
 def _state_values(r: ShardRow, cycle: str, now: datetime) -> dict[str, object]:
     return {"id": state_id(cycle, r.site), "site": r.site, "cycle": cycle, "source_version": r.source_version,
-            "method": r.method, "blob": r.blob, "slot": r.slot, "offset_from": r.offset_from, "offset_to": r.offset_to, "parent": r.parent,
-            "created_at": _iso(now)}  # fmt: skip
+            "method": r.method, "blob": r.blob, "slot": r.slot, "offset_from": r.offset_from, "offset_to": r.offset_to,
+            "parent": r.parent, "created_at": _iso(now)}  # fmt: skip
 
 
 def _verdict_values(r: ShardRow, cycle: str, now: datetime) -> dict[str, object]:
     own = state_id(cycle, r.site)
     return {"id": own, "site": r.site, "cycle": cycle, "state": own if r.blob else None, "outcome": r.verdict.outcome,
             "verdict": r.verdict.model_dump_json(), "evidence": r.evidence.model_dump_json(),
-            "counters": _dump(r.counters), "offset_from": r.offset_from, "offset_to": r.offset_to, "at": _iso(now)}  # fmt: skip
+            "counters": _dump(r.counters), "offset_from": r.offset_from, "offset_to": r.offset_to,
+            "at": _iso(now)}  # fmt: skip
 
 
 def _moved(

@@ -6,10 +6,10 @@ planned → approved → staging(w) → baking(w) → staging(w+1) … → compl
 rolling_back → rolled_back; superseded, expired. ``advance`` is level-triggered: from the stored Rollout, what each site
 serves now and the health reports it derives what to do now, so a repeated or crashed tick changes nothing.
 
-A site that fails is rolled back by itself and stays out (``failed``). More than ``abort_share`` of a wave failing aborts
-when they are ``abort_min_sites`` or the whole wave, else it holds; a ceiling breach always aborts. A wave ends only with
-data from its sites; silence holds, and a hold past its deadline waits for a person. Rollback needs no health report; it
-goes to what the site served last under a completed release, else to the source model.
+A site that fails is rolled back by itself and stays out (``failed``). More than ``abort_share`` of a wave failing
+aborts when they are ``abort_min_sites`` or the whole wave, else it holds; a ceiling breach always aborts. A wave ends
+only with data from its sites; silence holds, and a hold past its deadline waits for a person. Rollback needs no health
+report; it goes to what the site served last under a completed release, else to the source model.
 """
 
 from __future__ import annotations
@@ -318,7 +318,7 @@ def supersede(r: Rollout, *, by: str, now: datetime) -> Rollout:
 
 
 def advance(r: Rollout, evidence: WaveEvidence, now: datetime) -> tuple[Rollout, tuple[Action, ...]]:
-    """What to do now. Asking again with the same evidence gives the same state and the same promotions and rollbacks."""
+    """What to do now; asking again with the same evidence gives the same state, promotions and rollbacks."""
     if now < r.since:  # the clock went back: waiting starts anew and does not last until the old time comes again
         r = r.model_copy(update={"since": now, "baked_from": r.baked_from and now})
     if r.status in WAITING:

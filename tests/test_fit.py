@@ -36,7 +36,7 @@ def corpora() -> list[SimpleNamespace]:
 
 
 def task(kind: str = "rise", **over: object) -> fits.Task:
-    values = {"steps": 40, "batch": 24, "lr": 1e-2, **over}
+    values = {"steps": 30, "batch": 18, "lr": 1e-2, **over}
     method = {"rise": rise.Config, "erm": erm.Config}[kind](**values)
     return fits.Task(method, MODEL, SIZE, data={"a": "ff"}, fingerprint="f", revision="r")
 
@@ -44,8 +44,8 @@ def task(kind: str = "rise", **over: object) -> fits.Task:
 @pytest.mark.parametrize("kind", ["erm", "rise"])
 def test_a_short_fit_learns_and_its_checkpoint_scores_the_same(kind: str, tmp_path: Path) -> None:
     seen: list[tuple[int, dict[str, float]]] = []
-    model = fits.fit(task(kind), corpora(), report=lambda s, losses: seen.append((s.step, losses)), every=15)
-    assert [step for step, _ in seen] == [15, 30, 40]
+    model = fits.fit(task(kind), corpora(), report=lambda s, losses: seen.append((s.step, losses)), every=12)
+    assert [step for step, _ in seen] == [12, 24, 30]
     assert seen[-1][1]["risk"] < seen[0][1]["risk"]
     test = corpus("new", 60, seed=9)
     present = torch.ones(60, 3, dtype=torch.bool)
@@ -115,9 +115,9 @@ def test_batches_are_stratified_repeatable_and_different_per_rank() -> None:
     again, _ = draw(method, data, cells, step=3, rank=0, world=1)
     assert torch.equal(first.frames, again.frames)
     counts = torch.bincount(2 * first.domain + first.label, minlength=6)
-    assert counts.tolist() == [4] * 6
+    assert counts.tolist() == [3] * 6
     ranks = [draw(method, data, cells, step=3, rank=r, world=2)[0] for r in range(2)]
-    assert [len(b.label) for b in ranks] == [12, 12]
+    assert [len(b.label) for b in ranks] == [9, 9]
     assert not torch.equal(ranks[0].frames, ranks[1].frames)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -265,8 +267,8 @@ def test_a_thousand_sites_in_one_transaction(url):
     assert ledger.commit_shard(begin(ledger), rows, now=T0) == []
     learners = [s.learner for s in ledger.sites_named(names)]
     assert len(ledger.states(learners)) == 2500
-    ledger.serve({s: (x, 1) for s, x in zip(names, learners, strict=True)}, rollout="r", wave=1, kind="promote", reason="",
-                 now=T0)  # fmt: skip
+    changes = {s: (x, 1) for s, x in zip(names, learners, strict=True)}
+    ledger.serve(changes, rollout="r", wave=1, kind="promote", reason="", now=T0)
     assert len(ledger.serving(names)) == 2500
 
 
@@ -287,7 +289,9 @@ def test_two_processes_write_the_same_file(url, tmp_path):
     script = tmp_path / "writer.py"
     script.write_text(WRITER)
     command = [sys.executable, str(script), url]
-    running = [subprocess.Popen([*command, me], stderr=subprocess.PIPE, text=True) for me in "ab"]
+    root = str(Path(module.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root}
+    running = [subprocess.Popen([*command, me], env=environment, stderr=subprocess.PIPE, text=True) for me in "ab"]
     for process in running:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors

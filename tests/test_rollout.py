@@ -7,7 +7,14 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from pydantic import ValidationError
 
 from pipeline import rollout as ro
@@ -22,10 +29,12 @@ def pointer(i):
     return Pointer(state_id=f"x{i}", source_version=1)
 
 
+def candidate(i, outcome="pass", reason=""):
+    return Candidate(to=pointer(i), verdict_id=f"v{i}", outcome=outcome, reason=reason)
+
+
 def fleet(n, **changes):
-    base = {f"s{i:05d}": SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(i), verdict_id=f"v{i}", outcome="pass"))
-            for i in range(n)}  # fmt: skip
-    return base | changes
+    return {f"s{i:05d}": SiteFacts(serving=SOURCE, candidate=candidate(i)) for i in range(n)} | changes
 
 
 class Fleet:
@@ -98,14 +107,13 @@ def test_plan_is_reproducible_and_depends_on_the_release():
 def test_plan_takes_only_sites_with_a_passing_stored_verdict():
     sites = {
         "good": fleet(1)["s00000"],
-        "bad": SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(2), verdict_id="v7", outcome="fail", reason="APCER")),
-        "held": SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(3), verdict_id="v8", outcome="hold")),
+        "bad": SiteFacts(serving=SOURCE, candidate=candidate(7, "fail", "APCER")),
+        "held": SiteFacts(serving=SOURCE, candidate=candidate(8, "hold")),
         "unstored": SiteFacts(serving=SOURCE, candidate=Candidate(to=pointer(3), verdict_id=None, outcome="pass")),
         "none": SiteFacts(serving=SOURCE),
-        "same": SiteFacts(serving=pointer(4), candidate=Candidate(to=pointer(4), verdict_id="v9", outcome="pass")),
-        "control": SiteFacts(serving=SOURCE, control=True,
-                             candidate=Candidate(to=pointer(5), verdict_id="v10", outcome="pass")),
-    }  # fmt: skip
+        "same": SiteFacts(serving=pointer(9), candidate=candidate(9)),
+        "control": SiteFacts(serving=SOURCE, control=True, candidate=candidate(10)),
+    }
     plan = ro.plan("r1", sites, 1, RolloutConfig())
     assert set(plan.targets) == {"good"}
     assert plan.controls == ("control",)
@@ -437,4 +445,9 @@ class Any(RuleBasedStateMachine):
 
 
 TestAny = Any.TestCase
-TestAny.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestAny.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.slow
+def test_any_order_of_events_500_times():
+    run_state_machine_as_test(Any, settings=settings(max_examples=500, stateful_step_count=60, deadline=None))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -88,13 +89,14 @@ def run(config: Config, new: Sequence[NewSegment], *, checkpoint: Path, on_progr
         return Ingested((), (), ())
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its remarks would drown ours
     ray.data.DataContext.get_current().enable_progress_bars = False
     items = [{"segment": json.dumps(vars(s))} for s in new]
     blocks = min(len(items), 4 * config.cluster.ingest_workers)
     dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
         _ingest_batch,
         batch_size=1,
-        concurrency=config.cluster.ingest_workers,
+        compute=ray.data.TaskPoolStrategy(size=config.cluster.ingest_workers),
         num_cpus=config.cluster.cpus / config.cluster.ingest_workers / 2 if config.cluster.address == "local" else 1,
         fn_kwargs={
             "limits": config.data.model_dump_json(),

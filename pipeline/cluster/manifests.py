@@ -244,8 +244,8 @@ def _pod(config: Config, name: str, *, cpu: int, memory_gb: int, gpus: int) -> D
 def _environment(config: Config) -> list[Doc]:
     env: list[Doc] = [secret("PGPASSWORD", "postgres", "password")]  # libpq reads it, so no URL holds a password
     if config.lineage.uri.startswith("http"):
-        env += [{"name": "MLFLOW_TRACKING_USERNAME", "value": NAME}]
-        env += [secret("MLFLOW_TRACKING_PASSWORD", "mlflow", "password")]
+        env.append({"name": "MLFLOW_TRACKING_USERNAME", "value": NAME})
+        env.append(secret("MLFLOW_TRACKING_PASSWORD", "mlflow", "password"))
     return env
 
 

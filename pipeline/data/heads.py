@@ -79,6 +79,18 @@ def torso(rng: np.random.Generator) -> Map:
     return out
 
 
+def wall(rng: np.random.Generator, side: int) -> Map:
+    """A backdrop in shades of one colour with blocks (a shelf, a door), well behind the face."""
+    maps = np.zeros((8, side, side), np.float32)
+    colour, nir = rng.uniform(0.1, 0.8) * rng.uniform(0.8, 1.2, 3), rng.uniform(0.15, 0.7)
+    blocks = cv2.resize(rng.uniform(0.6, 1.3, (3, 3)).astype(np.float32), (side, side), interpolation=cv2.INTER_NEAREST)
+    shade = cv2.GaussianBlur(blocks, (0, 0), 1 + side / 40) * (1 + 0.05 * grain(rng, 12, side))
+    maps[:4] = np.clip(shade * column([*colour, nir]), 0, 1)
+    maps[Z] = -rng.uniform(350, 1500) + 30 * grain(rng, 3, side)
+    maps[SOFT] = 0.2
+    return maps
+
+
 def eyes(s: Shape, rx: float, ry: float, dx: float = 0.0) -> Map:
     """Both eyes as ellipses."""
     return np.maximum(disc(s["eye_x"] + dx, s["eye_y"], rx, ry), disc(-s["eye_x"] + dx, s["eye_y"], rx, ry))

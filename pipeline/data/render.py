@@ -33,6 +33,7 @@ from pipeline.data.heads import (
     person,
     shape_of,
     torso,
+    wall,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ BONA_FIDE = "bona_fide"
 HELD = ("print_flat", "print_bent", "print_cutout", "replay")
 WORN = ("mask_rigid", "mask_silicone", "partial_glasses", "partial_eyes")
 SPECIES = HELD + WORN
+RGB = slice(0, 3)
+VIEW = np.array([0.0, 0.0, 1.0])  # toward the camera
 VICTIMS = 1_000_003  # subject ids from here on are only ever portrayed
 
 
@@ -71,7 +74,7 @@ def scene(what: Presentation, frame: int, *, side: int, field: float, distance: 
     away = distance * float(np.exp(fixed.normal(0, 0.08) + moving.normal(0, 0.02)))
     turn = np.clip(fixed.normal(0, 0.13, 3) + moving.normal(0, 0.05, 3), -0.35, 0.35) * (1, 0.8, 0.5)
     shift = moving.normal(0, 4, 2)
-    maps = _wall(fixed, side)
+    maps = wall(fixed, side)
     if what.species in HELD:
         layers = _held(what, fixed, moving, turn, wavelength)
     else:
@@ -186,13 +189,13 @@ def _prop(what: Presentation) -> Map:
 def _portrait(victim: int) -> Map:
     """A photograph of ``victim`` [3, N, N] in its own light; read only."""
     rng = np.random.default_rng([victim, 9])
-    maps = _wall(rng, N)
+    maps = wall(rng, N)
     turn = rng.normal(0, 0.08, 3)
     for solid in (torso(rng), person(victim, rng, rng, 850)):
         maps = over(maps, posed(solid, turn, side=N, field=2 * HALF, shift=np.zeros(2)))
     light = unit(np.array([rng.normal(0, 0.4), rng.normal(-0.3, 0.2), 1.0]))
     n = normals(maps[Z], 2 * HALF / N)
-    return np.clip(1.1 * lit(maps, n, light, unit(light + unit(_VIEW)), ambient=0.5, channels=_RGB), 0, 1)
+    return np.clip(1.1 * lit(maps, n, light, unit(light + unit(VIEW)), ambient=0.5, channels=RGB), 0, 1)
 
 
 def _sheet(picture: Map, rng: np.random.Generator, species: str) -> Map:
@@ -287,18 +290,6 @@ def _silicone(head: Map, s: Shape, victim: Shape, rng: np.random.Generator, wave
     head[SOFT] -= 0.55 * skin * (head[SOFT] > 0)
 
 
-def _wall(rng: np.random.Generator, side: int) -> Map:
-    """A backdrop in shades of one colour with blocks (a shelf, a door), well behind the face."""
-    maps = np.zeros((8, side, side), np.float32)
-    colour, nir = rng.uniform(0.1, 0.8) * rng.uniform(0.8, 1.2, 3), rng.uniform(0.15, 0.7)
-    blocks = cv2.resize(rng.uniform(0.6, 1.3, (3, 3)).astype(np.float32), (side, side), interpolation=cv2.INTER_NEAREST)
-    shade = cv2.GaussianBlur(blocks, (0, 0), 1 + side / 40) * (1 + 0.05 * grain(rng, 12, side))
-    maps[:4] = np.clip(shade * column([*colour, nir]), 0, 1)
-    maps[Z] = -rng.uniform(350, 1500) + 30 * grain(rng, 3, side)
-    maps[SOFT] = 0.2
-    return maps
-
-
 def _rotation(angles: Vector) -> Map:
     (a, b, c), (sa, sb, sc) = np.cos(angles), np.sin(angles)
     yaw, pitch = np.array([[a, 0, sa], [0, 1, 0], [-sa, 0, a]]), np.array([[1, 0, 0], [0, b, -sb], [0, sb, b]])
@@ -308,7 +299,3 @@ def _rotation(angles: Vector) -> Map:
 def _sample(image: Map, u: Map, v: Map) -> Map:
     scale, edge = np.float32((N - 1) / (2 * HALF)), np.float32(HALF)
     return cv2.remap(image, (u + edge) * scale, (v + edge) * scale, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-
-
-_RGB = slice(0, 3)
-_VIEW = np.array([0.0, 0.0, 1.0])

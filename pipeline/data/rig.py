@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from pipeline.data.heads import FACE_Z, NIR, SOFT, Z, column, grain
-from pipeline.data.render import BONA_FIDE, Presentation, Scene, lit, normals, scene, unit
+from pipeline.data.render import BONA_FIDE, RGB, VIEW, Presentation, Scene, lit, normals, scene, unit
 
 if TYPE_CHECKING:
     from pipeline.data.heads import Map
@@ -133,7 +133,7 @@ def variant(rig: SensorRig, seed: int) -> SensorRig:
 
 def _colour(seen: Scene, n: Map, rig: SensorRig, rng: np.random.Generator, session: np.random.Generator) -> np.ndarray:
     light = unit(np.array(rig.light) + session.normal(0, rig.light_spread, 3) * (1, 1, 0))
-    image = lit(seen.maps, n, light, unit(light + unit(np.array([0, 0, 1]))), ambient=rig.ambient, channels=slice(0, 3))
+    image = lit(seen.maps, n, light, unit(light + unit(VIEW)), ambient=rig.ambient, channels=RGB)
     image += np.clip(-seen.maps[SOFT], 0, 1) * (seen.maps[:3] - image)
     image *= np.float32(rig.exposure * (0.42 / max(0.08, float(image.mean()))) ** 0.6)  # a lazy automatic exposure
     grey = image.mean(0)

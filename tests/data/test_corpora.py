@@ -315,10 +315,10 @@ def test_cefa_black_borders_are_cut_in_all_modalities_alike(tmp_path: Path) -> N
     for race, code, subject in (("AF", 1, "000"), ("AF", 1, "001")):
         for m, folder in enumerate(("profile", "depth", "ir")):
             path = root / "CeFA-Race" / race / f"{race}-{subject}" / f"{code}_{subject}_1_1_1" / folder / "0001.jpg"
-            image(path, 5 + m, grey=m > 0, border=8 if subject == "000" else 0)
+            image(path, 5 + m, grey=m > 0, side=40, border=16 if subject == "000" else 0)
     imported("cefa", root, tmp_path / "out")
     bordered, plain = read_corpus(tmp_path / "out").frame
-    assert bordered[:3, 0].mean() > plain[:3, 0].mean() / 2
+    assert bordered[:3, 1].mean() > plain[:3, 1].mean() / 2  # row 0 may hold what JPEG smears over the edge
 
 
 def test_surf_reads_species_and_splits_from_folders(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ site: {{kind: danet, reservoir: 8}}
 bank: {{sites: 2, batch: 8}}
 guards:
   ceiling: {{apcer: 1.0, bpcer: 1.0}}
-  no_data: {{n_min: 20, anchor_min: 1}}
+  noninferiority: {{attacks: 1.0, worst_species: 1.0, bona_fide: 1.0}}
+  trust: {{rho: 5.0, margin: 5.0}}
+  no_data: {{n_min: 40, anchor_min: 1}}
 rollout: {{waves: [0.4, 1.0], stage_seconds: 5, bake_seconds: 0, health_samples: 0, control_share: 0}}
 cluster: {{shards: 2, ingest_workers: 1}}
 ledger: {{url: "sqlite:///{root}/ledger.db", artifacts: {root}/artifacts}}

@@ -22,7 +22,7 @@ class Fake:
         self.mix = torch.eye(F).requires_grad_()
 
     def trunk_features(self, frames: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        return torch.where(present[..., None], frames @ self.mix, 0.0)
+        return torch.where(present[..., None], torch.nan_to_num(frames) @ self.mix, 0.0)
 
     def learned(self) -> list[torch.Tensor]:
         return [self.mix, *self.tail.values(), *self.extra.values()]
@@ -70,17 +70,32 @@ def test_every_term_is_finite_and_pulls_at_something(config) -> None:
 def test_terms_fall_when_learned(config) -> None:
     model = Fake(config)
     optimizer = torch.optim.Adam([p for p in model.learned() if p.requires_grad], lr=1e-2)
-    first = {n: float(t) for n, t in config.losses(model, batch(), generator()).items()}
-    for i in range(60):
+    first = {n: float(t.detach()) for n, t in config.losses(model, batch(), generator()).items()}
+    for i in range(25):
         optimizer.zero_grad()
         torch.stack(list(config.losses(model, batch(seed=i), generator(i)).values())).sum().backward()
         optimizer.step()
         config.after_step(model.extra)
-    last = {n: float(t) for n, t in config.losses(model, batch(), generator()).items()}
-    assert last["risk"] < 0.7 * first["risk"]
+    last = {n: float(t.detach()) for n, t in config.losses(model, batch(), generator()).items()}
+    assert last["risk"] < 0.8 * first["risk"]
     assert last["heads"] < first["heads"]
-    for name in ("angle", "synergy", "complement"):
-        assert name not in last or last[name] < first[name], name
+
+
+@pytest.mark.parametrize("name", ["compact", "angle", "synergy", "complement"])
+def test_a_term_falls_when_it_alone_is_learned(name: str) -> None:
+    config = rise.Config()
+    model = Fake(config)
+    with torch.no_grad():
+        model.extra["log_rho"].fill_(-1.0)  # else no bona fide sample sticks out
+    optimizer = torch.optim.Adam([p for p in model.learned() if p.requires_grad], lr=3e-3)
+    course = []
+    for _ in range(12):
+        term = config.losses(model, batch(), generator())[name]
+        course.append(float(term.detach()))
+        optimizer.zero_grad()
+        term.backward()
+        optimizer.step()
+    assert course[-1] < 0.95 * course[0]
 
 
 @pytest.mark.parametrize("config", configs(), ids=label_of)
@@ -104,14 +119,14 @@ def test_holes_in_a_batch_are_no_trouble(config, only: str | None) -> None:
 @pytest.mark.parametrize("config", [erm.Config(), rise.Config(synergy=0, complement=0, angle=0)], ids=label_of)
 def test_sample_order_and_class_prior_do_not_matter(config) -> None:
     model, b = Fake(config), batch()
-    whole = {n: float(t) for n, t in config.losses(model, b, generator()).items()}
+    whole = {n: float(t.detach()) for n, t in config.losses(model, b, generator()).items()}
     order = torch.randperm(len(b.label))
     shuffled = config.losses(model, Batch(*(t[order] for t in b[:4]), 0.5), generator())
     attacks = torch.cat([torch.arange(len(b.label)), (b.label == 0).nonzero()[:, 0].repeat(4)])
     skewed = config.losses(model, Batch(*(t[attacks] for t in b[:4]), 0.5), generator())
     for name, value in whole.items():
-        assert float(shuffled[name]) == pytest.approx(value, rel=1e-4), name
-        assert float(skewed[name]) == pytest.approx(value, rel=1e-4), name
+        assert float(shuffled[name].detach()) == pytest.approx(value, rel=1e-4), name
+        assert float(skewed[name].detach()) == pytest.approx(value, rel=1e-4), name
 
 
 def test_a_weight_of_zero_switches_a_term_off() -> None:
@@ -210,6 +225,6 @@ def test_the_full_score_is_the_teacher_of_the_dropped_one() -> None:
     full = tails.read(model.tail, z, b.present)
     rho = torch.ones(len(z), 4, requires_grad=True)
     _, kl = rise.complement_terms(model.tail, z, b.present, full, rho, generator())
-    assert float(kl) > 0
+    assert float(kl.detach()) > 0
     assert torch.autograd.grad(kl, full.radius, allow_unused=True, retain_graph=True)[0] is None
     assert torch.autograd.grad(kl, rho, allow_unused=True)[0] is None

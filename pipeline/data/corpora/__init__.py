@@ -85,7 +85,10 @@ def import_corpus(
     module = importlib.import_module(f"{__name__}.{kind}")
     total = module.total(root)
     tick = (lambda done: progress(min(done, total), total)) if progress else None
-    return write_corpus(module.rows(root, size=size), out, domain=domain, kind=kind, size=size, progress=tick)
+    manifest = write_corpus(module.rows(root, size=size), out, domain=domain, kind=kind, size=size, progress=tick)
+    if progress:
+        progress(total, total)
+    return manifest
 
 
 def data_root(root: Path | None, layout: str) -> Path:
