@@ -58,7 +58,9 @@ class Terminal:
         """Yield ``advance(done, total)``: a bar on a terminal, else a plain line every few seconds."""
         if self.err.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-            with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.err, transient=True) as bar:
+            with Progress(
+                *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.err, transient=True
+            ) as bar:
                 task = bar.add_task(label, total=None)
                 yield lambda done, total: bar.update(task, completed=done, total=total)
             return

@@ -60,7 +60,12 @@ def adapt_step(
     for site, reason in failed.items():
         terminal.say(f"warning: {site}: not adapted: {reason}")
     outcomes = Counter(v.verdict.outcome for v in ledger.verdicts(cycle=cycle.id))
-    return {"source_version": source.version, "adapted": sum(outcomes.values()), "failed_sites": len(failed), **outcomes}
+    return {
+        "source_version": source.version,
+        "adapted": sum(outcomes.values()),
+        "failed_sites": len(failed),
+        **outcomes,
+    }
 
 
 def record(config: Config, ledger: Ledger, cycle: Cycle, summary: dict[str, object]) -> None:
@@ -93,9 +98,15 @@ def show(terminal: Terminal, cycle: Cycle, summary: dict[str, object], verdicts:
     """One line per site, worst first."""
     order = {"fail": 0, "hold": 1, "pass": 2}
     worst = sorted(verdicts, key=lambda v: (order[v.verdict.outcome], v.site))
-    rows = [[v.site, v.counters["samples"], v.verdict.outcome, "" if v.verdict.outcome == "pass" else reason(v)] for v in worst[:SHOWN]]
+    rows = [
+        [v.site, v.counters["samples"], v.verdict.outcome, "" if v.verdict.outcome == "pass" else reason(v)]
+        for v in worst[:SHOWN]
+    ]
     more = f"and {len(worst) - SHOWN} more; see `palisade site list`" if len(worst) > SHOWN else ""
-    listed = [{"site": v.site, "outcome": v.verdict.outcome, "reason": reason(v), "samples": v.counters["samples"]} for v in worst]
+    listed = [
+        {"site": v.site, "outcome": v.verdict.outcome, "reason": reason(v), "samples": v.counters["samples"]}
+        for v in worst
+    ]
     terminal.result(
         {"cycle": cycle.id, **summary, "verdicts": listed},
         table(f"verdicts of {cycle.id}", ["site", "samples", "verdict", "why"], rows),

@@ -59,7 +59,9 @@ def demo(path: Path | None, overrides: Sequence[str], terminal: Terminal, *, out
             train(config, quiet, champion=False)
         with _chapter(terminal, 3, "palisade ingest: one Ray Data execution for the fleet"):
             ingest(config, quiet)
-        with _chapter(terminal, 4, f"palisade adapt --site {TAMPERED} {' '.join(RECKLESS)}: a bad candidate, on purpose"):
+        with _chapter(
+            terminal, 4, f"palisade adapt --site {TAMPERED} {' '.join(RECKLESS)}: a bad candidate, on purpose"
+        ):
             held = adapt(load(path or CONF, [*mine, *RECKLESS]), quiet, sites=[TAMPERED])
         with _chapter(terminal, 5, "palisade cycle: adapt the fleet with MFAS-DANet, judge every candidate"):
             cycle(config, quiet)
@@ -75,7 +77,9 @@ def demo(path: Path | None, overrides: Sequence[str], terminal: Terminal, *, out
             loose = load(path or CONF, [*mine, *RECKLESS, *LOOSE])
             cycle(loose, quiet)
             plan(loose, quiet)
-        with _chapter(terminal, 8, "palisade rollout apply: the red team's presentations stop it, every site goes back"):
+        with _chapter(
+            terminal, 8, "palisade rollout apply: the red team's presentations stop it, every site goes back"
+        ):
             bad = apply(config, quiet, plan_hash=ledger.rollouts()[0].plan_hash, watch=True)
     report = gather(config, ledger, first)
     page = write_report(config, ledger, first)

@@ -47,7 +47,9 @@ def corpora(config: Config) -> list[Path]:
     for path in found:
         size = read_manifest(path).size
         if size != config.data.size:
-            raise ValueError(f"data.size: {config.data.size}, but {path} was imported at {size}; import it again or change data.size")
+            raise ValueError(
+                f"data.size: {config.data.size}, but {path} was imported at {size}; import it again or change data.size"
+            )
     return found
 
 
@@ -55,7 +57,9 @@ def source_model(ledger: Ledger, version: int | None = None) -> SourceRow:
     """A source version (default: the champion) whose folder is there."""
     row = ledger.source(version)
     if not Path(row.path).is_dir():
-        raise LedgerError(f"source v{row.version}: its folder {row.path} is missing; restore it or run `palisade train`")
+        raise LedgerError(
+            f"source v{row.version}: its folder {row.path} is missing; restore it or run `palisade train`"
+        )
     return row
 
 
@@ -68,7 +72,9 @@ def lease(config: Config, ledger: Ledger, kind: str) -> Iterator[Cycle]:
     host = socket.gethostname()
     own = psutil.Process()
     holder = f"{host}:{own.pid}:{own.create_time():.0f}"
-    cycle = ledger.begin_cycle(kind, config.fingerprint(), config.model_dump_json(), holder=holder, dead=_dead, now=now())
+    cycle = ledger.begin_cycle(
+        kind, config.fingerprint(), config.model_dump_json(), holder=holder, dead=_dead, now=now()
+    )
     ended = threading.Event()
 
     def keep() -> None:

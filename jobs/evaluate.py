@@ -49,7 +49,9 @@ def _corpora(config: Config, terminal: Terminal, source: SourceRow) -> int:
             score = scores(model, features(model.trunk, torch.from_numpy(corpus.frame), present), present).numpy()
             pad = metrics.report(score, corpus.label, corpus.pai, model.manifest.threshold, groups=corpus.video)
             role = "source" if folder.name in model.manifest.domains else "target"
-            interval = f" [{percent(pad.hter_interval.low)}, {percent(pad.hter_interval.high)}]" if pad.hter_interval else ""
+            interval = (
+                f" [{percent(pad.hter_interval.low)}, {percent(pad.hter_interval.high)}]" if pad.hter_interval else ""
+            )
             rows.append([folder.name, role, f"{percent(pad.hter)}{interval}", *_cells(pad)[1:]])
             results[folder.name] = {"role": role, **_numbers(pad)}
             advance(i + 1, len(found))
@@ -81,19 +83,37 @@ def _streams(config: Config, terminal: Terminal, ledger: Ledger, source: SourceR
                      f"{percent(before.bpcer)} → {percent(online.bpcer)}", percent(online.auc)])  # fmt: skip
         results[row.site] = {"before": _numbers(before), "online": _numbers(online), "after": _numbers(after)}
     if not results:
-        raise ValueError(f"data.sealed: no label in {config.data.sealed} belongs to a sample that was adapted on; run `palisade adapt` first")
+        raise ValueError(
+            f"data.sealed: no label in {config.data.sealed} belongs to a sample that was adapted on; run `palisade adapt` first"
+        )
     columns = ["site", "labelled", "HTER % before", "online", "after", "max APCER % before → online", "species",
                "BPCER % before → online", "AUC %"]  # fmt: skip
     mean = {k: float(np.mean([r[k]["hter"] for r in results.values()])) for k in ("before", "online", "after")}  # pyright: ignore
-    said = "mean HTER {before:.1%} before, {online:.1%} online (each sample scored before it was used), {after:.1%} by the candidates".format(**mean)
-    terminal.result({"version": source.version, "sites": results, "mean_hter": mean}, table("sites with sealed labels", columns, rows), said)
+    said = "mean HTER {before:.1%} before, {online:.1%} online (each sample scored before it was used), {after:.1%} by the candidates".format(
+        **mean
+    )
+    terminal.result(
+        {"version": source.version, "sites": results, "mean_hter": mean},
+        table("sites with sealed labels", columns, rows),
+        said,
+    )
     return Exit.DONE
 
 
 def _cells(pad: PadReport) -> list[object]:
-    return [percent(pad.hter), percent(pad.max_apcer), pad.worst_species, percent(pad.bpcer), percent(pad.auc), percent(pad.eer)]
+    return [
+        percent(pad.hter),
+        percent(pad.max_apcer),
+        pad.worst_species,
+        percent(pad.bpcer),
+        percent(pad.auc),
+        percent(pad.eer),
+    ]
 
 
 def _numbers(pad: PadReport) -> dict[str, object]:
-    found = {k: getattr(pad, k) for k in ("hter", "max_apcer", "worst_species", "bpcer", "auc", "eer", "n_attack", "n_bona_fide")}
+    found = {
+        k: getattr(pad, k)
+        for k in ("hter", "max_apcer", "worst_species", "bpcer", "auc", "eer", "n_attack", "n_bona_fide")
+    }
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.items()}

@@ -49,7 +49,13 @@ def replay_red_team(
 
 
 def _judge(
-    config: Config, model: SourceModel, ledger: Ledger, block: FeatureBlock, truth: np.ndarray, current: Pointer, back: Pointer
+    config: Config,
+    model: SourceModel,
+    ledger: Ledger,
+    block: FeatureBlock,
+    truth: np.ndarray,
+    current: Pointer,
+    back: Pointer,
 ) -> HealthReport:
     """Breach: the lower 95 % bound of the red team's APCER is over the ceiling and going back would let fewer through."""
     if not len(block):
@@ -63,7 +69,9 @@ def _judge(
         wrong, was_wrong = int((served[mine] != label).sum()), int((before[mine] != label).sum())
         low = float(clopper_pearson(np.array([wrong]), np.array([max(int(mine.sum()), 1)]))[0][0])
         if low > limit and wrong > was_wrong:
-            reasons.append(f"red team {name} {wrong} of {int(mine.sum())} (before: {was_wrong}), lower95 {low:.1%}, limit {limit:.1%}")
+            reasons.append(
+                f"red team {name} {wrong} of {int(mine.sum())} (before: {was_wrong}), lower95 {low:.1%}, limit {limit:.1%}"
+            )
             breach, failing = breach or label == 0, True
     return HealthReport(health="failing" if failing else "ok", breach=breach, reasons=tuple(reasons))
 

@@ -28,7 +28,13 @@ def import_corpus(config: Config, terminal: Terminal, *, kind: str, root: Path |
         made = corpora.import_corpus(kind, root, out, domain=name, size=config.data.size, progress=advance)
     rows = [[split, made.rows[split], made.bona_fide[split], made.rows[split] - made.bona_fide[split], len(made.species[split])]
             for split in made.rows]  # fmt: skip
-    shown = table(f"{name} ({kind}, {made.size} px) in {out}", ["split", "samples", "bona fide", "attacks", "species"], rows)
-    refused = f"{made.rejected} items refused; reasons in {out / 'quarantine.parquet'}" if made.rejected else "nothing refused"
+    shown = table(
+        f"{name} ({kind}, {made.size} px) in {out}", ["split", "samples", "bona fide", "attacks", "species"], rows
+    )
+    refused = (
+        f"{made.rejected} items refused; reasons in {out / 'quarantine.parquet'}"
+        if made.rejected
+        else "nothing refused"
+    )
     terminal.result({"domain": name, "path": str(out), **vars(made)}, shown, refused)
     return Exit.DONE

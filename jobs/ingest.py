@@ -34,7 +34,9 @@ def ingest_step(config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal
     next_offset = {row.site: row.ingested for row in ledger.sites()}
     found = cluster_ingest.find(config.data, ledger.known_segments(), lambda site: next_offset.get(site, 0))
     if not found.sites:
-        raise ValueError(f"data.captures: {config.data.captures} holds no site folder with segments; expected <site>/segment-*.parquet")
+        raise ValueError(
+            f"data.captures: {config.data.captures} holds no site folder with segments; expected <site>/segment-*.parquet"
+        )
     new_sites = ledger.register_sites({site: {} for site in found.sites}, now=now())
     for stray in found.strays:
         terminal.say(f"warning: {stray}")
@@ -61,7 +63,9 @@ def ingest_step(config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal
 
 def show(terminal: Terminal, ledger: Ledger, cycle: Cycle, summary: dict[str, object]) -> None:
     """Counts, and why rows were refused."""
-    reasons = Counter((q.site, q.segment if q.row < 0 else "rows", q.reason) for q in ledger.quarantined(cycle=cycle.id))
+    reasons = Counter(
+        (q.site, q.segment if q.row < 0 else "rows", q.reason) for q in ledger.quarantined(cycle=cycle.id)
+    )
     rows = [[site, where, n, reason] for (site, where, reason), n in reasons.most_common(20)]
     said = "{samples} samples of {sites} sites in {segments} segments, {quarantined} refused".format(**summary)
     parts = [table("refused", ["site", "where", "count", "reason"], rows)] if rows else []

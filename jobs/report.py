@@ -19,7 +19,16 @@ from pipeline.data.blobs import BadBlob
 from pipeline.data.features import mask_to_bool
 from pipeline.metrics import det_curve, far_frr
 from pipeline.report import (
-    CycleReport, Det, DetCurve, FleetTotals, PadSummary, PseudoLabels, QuarantineRow, RolloutEvent, RolloutReport, SiteReport,
+    CycleReport,
+    Det,
+    DetCurve,
+    FleetTotals,
+    PadSummary,
+    PseudoLabels,
+    QuarantineRow,
+    RolloutEvent,
+    RolloutReport,
+    SiteReport,
     WaveReport,
 )  # fmt: skip
 from pipeline.report.page import write
@@ -174,7 +183,9 @@ def _thin(values: np.ndarray) -> np.ndarray:
 
 
 def _det(joined: list[Scored], threshold: float) -> Det | None:
-    labelled = [(j.label[j.label >= 0], j.before[j.label >= 0], j.after[j.label >= 0]) for j in joined if (j.label >= 0).any()]
+    labelled = [
+        (j.label[j.label >= 0], j.before[j.label >= 0], j.after[j.label >= 0]) for j in joined if (j.label >= 0).any()
+    ]
     if not labelled:
         return None
     label, before, after = (np.concatenate(parts) for parts in zip(*labelled, strict=True))
@@ -193,7 +204,8 @@ def _quarantine(ledger: Ledger) -> tuple[QuarantineRow, ...]:
     for q in ledger.quarantined():
         grouped.setdefault((q.site, q.segment, q.reason), []).append(q.row)
     return tuple(
-        QuarantineRow(site, segment, None if min(rows) < 0 else min(rows), text, len(rows)) for (site, segment, text), rows in grouped.items()
+        QuarantineRow(site, segment, None if min(rows) < 0 else min(rows), text, len(rows))
+        for (site, segment, text), rows in grouped.items()
     )
 
 

@@ -27,7 +27,9 @@ def plan(config: Config, terminal: Terminal) -> int:
     ledger = open_ledger(config, create=False)
     busy = next((r for r in ledger.rollouts() if Status(r.status) not in machine.TERMINAL), None)
     if busy and Status(busy.status) != Status.PLANNED:
-        raise ValueError(f"{busy.id} is {busy.status}; let it end, or `palisade rollout abort` it, before planning the next")
+        raise ValueError(
+            f"{busy.id} is {busy.status}; let it end, or `palisade rollout abort` it, before planning the next"
+        )
     if busy:
         _save(ledger, busy, machine.supersede(_load(busy), by="a newer plan", now=now()), "superseded by a newer plan")
     release = f"release-{len(ledger.rollouts()) + 1:05d}"
@@ -54,11 +56,21 @@ def diff(config: Config, terminal: Terminal) -> int:
         for wave, w in enumerate(current.plan.waves) for site in w.sites
         if (target := current.plan.targets[site]).to != _pointer(ledger, serving.get(site))
     ]  # fmt: skip
-    parts = [table(f"{rows[0].id} against what is served: {len(changes)} sites change", ["site", "serves", "would serve", "wave"], changes)]
+    parts = [
+        table(
+            f"{rows[0].id} against what is served: {len(changes)} sites change",
+            ["site", "serves", "would serve", "wave"],
+            changes,
+        )
+    ]
     against = machine.diff(_load(rows[1]).plan, current.plan).model_dump() if len(rows) > 1 else None
     if against:
         parts.append(
-            table(f"against {rows[1].id}", ["", "sites"], [[k, ", ".join(map(str, v)) or None] for k, v in against.items()])
+            table(
+                f"against {rows[1].id}",
+                ["", "sites"],
+                [[k, ", ".join(map(str, v)) or None] for k, v in against.items()],
+            )
         )
     listed = [dict(zip(("site", "serves", "would_serve", "wave"), c, strict=True)) for c in changes]
     terminal.result({"release": rows[0].id, "changes": listed, "previous": against}, *parts)
@@ -70,7 +82,9 @@ def apply(config: Config, terminal: Terminal, *, plan_hash: str, watch: bool) ->
     ledger = open_ledger(config, create=False)
     row = _newest(ledger)[0]
     if len(plan_hash) < 8 or not row.plan_hash.startswith(plan_hash):
-        raise ValueError(f"plan hash {plan_hash!r}: the newest plan is {row.plan_hash[:8]} ({row.id}); look at `palisade rollout diff`, then apply that")
+        raise ValueError(
+            f"plan hash {plan_hash!r}: the newest plan is {row.plan_hash[:8]} ({row.id}); look at `palisade rollout diff`, then apply that"
+        )
     current = _load(row)
     who = getpass.getuser()
     if current.status == Status.PLANNED:
@@ -97,7 +111,9 @@ def pause(config: Config, terminal: Terminal, *, reason: str) -> int:
     """Stop before the next wave."""
     ledger = open_ledger(config, create=False)
     row = _newest(ledger)[0]
-    row = _save(ledger, row, machine.pause(_load(row), reason=reason, now=now()), f"paused by {getpass.getuser()}: {reason}")
+    row = _save(
+        ledger, row, machine.pause(_load(row), reason=reason, now=now()), f"paused by {getpass.getuser()}: {reason}"
+    )
     return _show_status(terminal, ledger, row)
 
 
@@ -113,7 +129,10 @@ def abort(config: Config, terminal: Terminal, *, reason: str) -> int:
 def rollback(config: Config, terminal: Terminal, *, reason: str) -> int:
     """Undo the newest rollout that promoted anything."""
     ledger = open_ledger(config, create=False)
-    row = next((r for r in _newest(ledger) if Status(r.status) not in {Status.SUPERSEDED, Status.EXPIRED, Status.PLANNED}), None)
+    row = next(
+        (r for r in _newest(ledger) if Status(r.status) not in {Status.SUPERSEDED, Status.EXPIRED, Status.PLANNED}),
+        None,
+    )
     if row is None:
         raise ValueError("no rollout has promoted anything; see `palisade rollout status`")
     if Status(row.status) == Status.ROLLED_BACK:
@@ -131,7 +150,7 @@ def tick_running(config: Config, ledger: Ledger, terminal: Terminal) -> None:
 def _facts(config: Config, ledger: Ledger) -> dict[str, SiteFacts]:
     """What the plan needs of each site; a verdict counts only if its evidence passes under today's limits as well."""
     latest, serving = ledger.latest_verdicts(), ledger.serving()
-    done = {r.id for r in ledger.rollouts() if r.status == Status.COMPLETED}
+    good = ledger.served_by([r.id for r in ledger.rollouts() if r.status == Status.COMPLETED])
     rows = ledger.sites()
     controls = set(machine.choose_controls({r.site: r.tags for r in rows}, config.rollout))
     champion = ledger.source().version
@@ -149,10 +168,10 @@ def _facts(config: Config, ledger: Ledger) -> dict[str, SiteFacts]:
             here = Pointer(state_id=None, source_version=champion)
             candidate = Candidate(to=here, verdict_id=verdict.id, outcome=verdict.verdict.outcome, reason=why(verdict))
             candidate = candidate if verdict.verdict.outcome != "pass" else None
-        good = [s for s in ledger.served(row.site) if s.rollout in done and s.kind == "promote"]
+        last_good = good.get(row.site)
         facts[row.site] = SiteFacts(
             serving=_pointer(ledger, served), candidate=candidate, control=row.site in controls,
-            last_good=_pointer(ledger, good[-1]) if good else None,
+            last_good=_pointer(ledger, last_good) if last_good else None,
         )  # fmt: skip
     return facts
 
@@ -177,7 +196,9 @@ def _tick(config: Config, ledger: Ledger, row: RolloutRow, terminal: Terminal) -
 def _go_back(ledger: Ledger, terminal: Terminal, row: RolloutRow, reason: str) -> int:
     """Abort and roll back at once: reads no health, waits for nothing."""
     who = getpass.getuser()
-    row = _save(ledger, row, machine.abort(_load(row), reason=f"{who}: {reason}", now=now()), f"aborted by {who}: {reason}")
+    row = _save(
+        ledger, row, machine.abort(_load(row), reason=f"{who}: {reason}", now=now()), f"aborted by {who}: {reason}"
+    )
     while _load(row).status in {Status.ABORTING, Status.ROLLING_BACK}:
         current = _load(row)
         new, actions = machine.advance(current, WaveEvidence(serving=_serving(ledger, current)), now())
@@ -250,8 +271,17 @@ def _name(pointer: Pointer) -> str:
 
 def _show_plan(terminal: Terminal, r: Rollout) -> None:
     p = r.plan
-    waves = [[i + 1, f"{w.share:.0%}", len(w.sites), w.abort_at, ", ".join(w.sites[:4]) + (" …" if len(w.sites) > 4 else "")] for i, w in enumerate(p.waves)]
-    parts = [table(f"{p.release}: {len(p.targets)} sites in {len(p.waves)} waves", ["wave", "up to", "sites", "aborts at", ""], waves)]
+    waves = [
+        [i + 1, f"{w.share:.0%}", len(w.sites), w.abort_at, ", ".join(w.sites[:4]) + (" …" if len(w.sites) > 4 else "")]
+        for i, w in enumerate(p.waves)
+    ]
+    parts = [
+        table(
+            f"{p.release}: {len(p.targets)} sites in {len(p.waves)} waves",
+            ["wave", "up to", "sites", "aborts at", ""],
+            waves,
+        )
+    ]
     if p.excluded:
         parts.append(table("in no wave", ["site", "why"], [[s, e.reason] for s, e in p.excluded.items()][:20]))
     terminal.result(

@@ -63,7 +63,12 @@ def scored(config: Config, source: SourceRow, verdicts: Sequence[VerdictRow]) ->
     outcomes = [blobs.get(config.place("outcomes"), str(v.counters["outcomes"])) for v in parts]
     o = {name: np.concatenate([part[name].numpy() for part in outcomes]) for name in outcomes[0]}
     block = read_features(
-        config.place("features"), source.trunk, site, start=int(o["offset"].min()), end=int(o["offset"].max()) + 1, features=features
+        config.place("features"),
+        source.trunk,
+        site,
+        start=int(o["offset"].min()),
+        end=int(o["offset"].max()) + 1,
+        features=features,
     )
     rows = np.searchsorted(block.offset, o["offset"])
     labels = labels_of(config.data.sealed, site)

@@ -24,7 +24,9 @@ def list_sites(config: Config, terminal: Terminal) -> int:
     for row in ledger.sites():
         verdict, served = latest.get(row.site), serving.get(row.site)
         outcome = verdict.verdict.outcome if verdict else None
-        rows.append([row.site, row.status, row.learned, outcome, serving_name(ledger, served), served.wave if served else None])
+        rows.append(
+            [row.site, row.status, row.learned, outcome, serving_name(ledger, served), served.wave if served else None]
+        )
         listed.append({"site": row.site, "status": row.status, "reason": row.reason, "offset": row.learned, "verdict": outcome,
                        "serving": serving_name(ledger, served), "wave": served.wave if served else None})  # fmt: skip
     terminal.result({"sites": listed}, table("sites", ["site", "status", "offset", "verdict", "serves", "wave"], rows))
@@ -66,19 +68,37 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
     if state:
         verdict = ledger.verdicts(ids=[state.id])[0]
         steps += [
-            ("window", f"offsets {state.offset_from}–{state.offset_to}, {verdict.counters['samples']} samples, cycle {state.cycle}"),
-            ("candidate", f"{state.id} by {state.method}, blob {state.blob[:12]} slot {state.slot}, parent {state.parent or 'source'}"),
+            (
+                "window",
+                f"offsets {state.offset_from}–{state.offset_to}, {verdict.counters['samples']} samples, cycle {state.cycle}",
+            ),
+            (
+                "candidate",
+                f"{state.id} by {state.method}, blob {state.blob[:12]} slot {state.slot}, parent {state.parent or 'source'}",
+            ),
             ("verdict", f"{verdict.verdict.outcome} at {verdict.at:%Y-%m-%d %H:%M:%S} UTC: {_findings(verdict)}"),
         ]
     if served:
         steps.append(("wave", _wave(ledger, served)))
     last = ledger.verdicts(site=site)[-1:]
     if last and (state is None or last[0].state != state.id):
-        steps.append(("newest", f"candidate of {last[0].cycle}: {last[0].verdict.outcome}: {reason(last[0]) or 'not released yet'}"))
+        steps.append(
+            (
+                "newest",
+                f"candidate of {last[0].cycle}: {last[0].verdict.outcome}: {reason(last[0]) or 'not released yet'}",
+            )
+        )
     elif not last:
         steps.append(("newest", "no cycle has adapted this site yet"))
-    history = [f"release {s.counter}: {s.kind} to {s.state or f'source v{s.source_version}'} by {s.rollout} wave {s.wave}" for s in ledger.served(site)]
-    terminal.result({"site": site, **dict(steps), "history": history}, table(f"why {site} serves what it serves", ["", ""], steps), *history)
+    history = [
+        f"release {s.counter}: {s.kind} to {s.state or f'source v{s.source_version}'} by {s.rollout} wave {s.wave}"
+        for s in ledger.served(site)
+    ]
+    terminal.result(
+        {"site": site, **dict(steps), "history": history},
+        table(f"why {site} serves what it serves", ["", ""], steps),
+        *history,
+    )
     return Exit.DONE
 
 

@@ -52,7 +52,12 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
         run.artifact(path, folder="model")
         facts = model.manifest.model_dump(mode="json")
         version = ledger.add_source(
-            model.manifest.digest, trunk=model.manifest.trunk_digest, path=str(path), manifest=facts, lineage=run.id, now=now()
+            model.manifest.digest,
+            trunk=model.manifest.trunk_digest,
+            path=str(path),
+            manifest=facts,
+            lineage=run.id,
+            now=now(),
         )
         _seal_anchor(config, ledger, model, folders, terminal)
         registered = lineage.register_source(
@@ -68,7 +73,9 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
 
 def _seal_anchor(config: Config, ledger: Ledger, model: SourceModel, folders: list[Path], terminal: Terminal) -> None:
     """Featurise the labelled anchor samples with the new trunk and pin their digest."""
-    sets = [read_corpus(Path(config.data.anchor))] if config.data.anchor else [read_corpus(p, ("test",)) for p in folders]
+    sets = (
+        [read_corpus(Path(config.data.anchor))] if config.data.anchor else [read_corpus(p, ("test",)) for p in folders]
+    )
     frames = torch.from_numpy(np.concatenate([c.frame for c in sets]))
     present = torch.from_numpy(mask_to_bool(np.concatenate([c.present for c in sets])))
     species = tuple(str(s) for c in sets for s in c.pai)

@@ -33,11 +33,22 @@ def tune(config: Config, terminal: Terminal) -> int:
     streams: list[Stream] = []
     for site in config.search.sites:
         row = ledger.site(site)
-        block = read_features(config.place("features"), source.trunk, site, start=0, end=row.ingested, features=config.model.trunk.features)
+        block = read_features(
+            config.place("features"),
+            source.trunk,
+            site,
+            start=0,
+            end=row.ingested,
+            features=config.model.trunk.features,
+        )
         labels = labels_of(config.data.sealed, site)
         if not labels or not len(block):
-            raise ValueError(f"search.sites: {site} has {len(block)} ingested samples and {len(labels)} sealed labels; both are needed")
-        streams.append(Stream(site, features_of(block), np.array([labels.get(s, (-1, ""))[0] for s in block.sample_id])))
+            raise ValueError(
+                f"search.sites: {site} has {len(block)} ingested samples and {len(labels)} sealed labels; both are needed"
+            )
+        streams.append(
+            Stream(site, features_of(block), np.array([labels.get(s, (-1, ""))[0] for s in block.sample_id]))
+        )
     with connected(config.cluster), terminal.progress("tune", "trials") as advance:
         trials = search(config, streams, model_path=source.path, on_progress=advance)
     best = trials[0]
@@ -45,7 +56,11 @@ def tune(config: Config, terminal: Terminal) -> int:
     path = config.place("tune", f"{now():%Y%m%dT%H%M%S}.yaml")
     write_atomic(path, lambda tmp: tmp.write_text(fragment))
     lineage = Lineage.open(config.lineage, code_revision=code_revision())
-    tags = {"fingerprint": config.fingerprint(), "source.version": source.version, "sites": ",".join(config.search.sites)}
+    tags = {
+        "fingerprint": config.fingerprint(),
+        "source.version": source.version,
+        "sites": ",".join(config.search.sites),
+    }
     with lineage.run("tune", path.stem, params=flat(config.model_dump(mode="json")), tags=tags) as parent:
         parent.metrics({"best_online_hter": best.hter})
         parent.artifact(path)
@@ -53,7 +68,10 @@ def tune(config: Config, terminal: Terminal) -> int:
             params = {f"site.{k}": v for k, v in trial.settings.items()}
             with lineage.run("tune", f"trial-{i:03d}", params=flat(params), tags={}, parent=parent.id) as run:
                 run.metrics({"online_hter": trial.hter, "rungs": trial.rungs})
-    rows = [[i + 1, percent(t.hter), t.rungs, ", ".join(f"{k}={_short(v)}" for k, v in t.settings.items())] for i, t in enumerate(trials)]
+    rows = [
+        [i + 1, percent(t.hter), t.rungs, ", ".join(f"{k}={_short(v)}" for k, v in t.settings.items())]
+        for i, t in enumerate(trials)
+    ]
     terminal.result(
         {"best": best.settings, "online_hter": best.hter, "fragment": str(path), "trials": [vars(t) for t in trials]},
         table(f"online HTER on {', '.join(config.search.sites)}", ["", "HTER %", "rungs", "settings"], rows),
@@ -64,13 +82,19 @@ def tune(config: Config, terminal: Terminal) -> int:
 
 def _check(config: Config) -> None:
     if not config.search.space:
-        raise ValueError("search.space: empty; declare dimensions, e.g. search: {space: {lr: {loguniform: [1e-4, 1e-2]}}}")
+        raise ValueError(
+            "search.space: empty; declare dimensions, e.g. search: {space: {lr: {loguniform: [1e-4, 1e-2]}}}"
+        )
     if not config.search.sites or not config.data.sealed:
-        raise ValueError("search.sites and data.sealed: name development sites with sealed labels; targets are never tuned on")
+        raise ValueError(
+            "search.sites and data.sealed: name development sites with sealed labels; targets are never tuned on"
+        )
     allowed = method_config("site", str(config.site.model_dump()["kind"])).model_fields
     for name in config.search.space:
         if name not in allowed or name == "kind":
-            raise ValueError(f"search.space.{name}: no such setting of {config.site.model_dump()['kind']}; allowed: {', '.join(k for k in allowed if k != 'kind')}")
+            raise ValueError(
+                f"search.space.{name}: no such setting of {config.site.model_dump()['kind']}; allowed: {', '.join(k for k in allowed if k != 'kind')}"
+            )
 
 
 def _short(value: object) -> str:

@@ -10,7 +10,7 @@ import json
 import pkgutil
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 PLUGGED = {"source": "rise", "site": "danet"}  # sections whose `kind` is a module, and the default kind
 RESULT_SECTIONS = ("data", "model", "source", "site", "guards")
-PLACES = {"data": {"corpora", "anchor", "captures", "sealed", "redteam", "retention"}}  # where things are, not what comes out
+PLACES = {
+    "data": {"corpora", "anchor", "captures", "sealed", "redteam", "retention"}
+}  # where things are, not what comes out
 
 
 class ConfigError(ValueError):
@@ -244,5 +246,3 @@ def _fields(cls: type[Section], path: Sequence[str]) -> list[str]:
 def _hint(given: str, allowed: Sequence[str]) -> str:
     close = get_close_matches(given, allowed, 1)
     return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(allowed)}"
-
-

@@ -76,7 +76,10 @@ def test_unstack_inverts_stack():
 
 
 def test_pad_marks_what_it_added():
-    parts = [Features(torch.ones(n, 3, F), torch.ones(n, 3, dtype=torch.bool), torch.ones(n, dtype=torch.bool)) for n in (0, 2, B)]
+    parts = [
+        Features(torch.ones(n, 3, F), torch.ones(n, 3, dtype=torch.bool), torch.ones(n, dtype=torch.bool))
+        for n in (0, 2, B)
+    ]
     padded = bank.pad(parts, B)
     assert padded.z.shape == (3, B, 3, F)
     assert padded.valid.sum(1).tolist() == [0, 2, B]
@@ -111,7 +114,9 @@ def test_run_scores_every_sample_once_whatever_the_slots():
 
 def test_run_in_two_windows_is_run_in_one():
     g = torch.Generator().manual_seed(10)
-    whole = Features(torch.randn(32, 3, F, generator=g), torch.ones(32, 3, dtype=torch.bool), torch.ones(32, dtype=torch.bool))
+    whole = Features(
+        torch.randn(32, 3, F, generator=g), torch.ones(32, 3, dtype=torch.bool), torch.ones(32, dtype=torch.bool)
+    )
     start = bank.stack([METHOD.init(SOURCE)])
     once, trace = bank.run(METHOD, SOURCE, start, [whole], batch=B, slots=2)
     half, one = bank.run(METHOD, SOURCE, start, [Features(*(t[:16] for t in whole))], batch=B, slots=2)

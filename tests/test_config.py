@@ -85,5 +85,5 @@ def test_a_config_error_needs_no_torch():
     code = "import jobs.__main__ as m, sys; c = m.main(['train', 'site.lr=fast']); t = sys.modules.get('torch');"
     code += "print(c, 'ray' in sys.modules, type(t).__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["2", "False", "_LazyModule"]
+    assert done.stdout.split() == ["2", "False", "Later"]
     assert "site.lr" in done.stderr

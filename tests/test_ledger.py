@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import ledger as module
 from pipeline.guards import Cell, Evidence, GuardsConfig, assess
 from pipeline.ledger import (
     CycleBusy,
@@ -23,6 +22,8 @@ from pipeline.ledger import (
     ShardRow,
     StaleGeneration,
     UnknownSite,
+    state_id,
+    verdicts,
 )
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -127,20 +128,20 @@ def test_a_failed_candidate_is_kept_but_not_learned_from(ledger):
 @pytest.mark.parametrize("broken", ["_moved", "_verdict_values"])
 def test_a_crash_before_the_commit_leaves_nothing(ledger, monkeypatch, broken):
     cycle = begin(ledger)
-    real = getattr(module, broken)
+    real = getattr(verdicts, broken)
 
     def crash(row, *rest):
         if row.site == "s1":
             raise KeyboardInterrupt
         return real(row, *rest)
 
-    monkeypatch.setattr(module, broken, crash)
+    monkeypatch.setattr(verdicts, broken, crash)
     with pytest.raises(KeyboardInterrupt):
         ledger.commit_shard(cycle, [shard(), shard("s1", slot=1)], now=T0)
     monkeypatch.undo()
     assert ledger.site("s0").learned == 0
     assert ledger.verdicts() == []
-    assert ledger.states([module.state_id(cycle.id, "s0")]) == {}
+    assert ledger.states([state_id(cycle.id, "s0")]) == {}
     assert ledger.commit_shard(cycle, [shard(), shard("s1", slot=1)], now=T0) == []
 
 
@@ -194,6 +195,23 @@ def test_the_release_counter_only_grows(ledger):
         (1, "promote", state), (2, "rollback", None), (3, "promote", state)]  # fmt: skip
     assert ledger.serving(["s0", "s1"]) == {"s0": ledger.served("s0")[-1]}
     assert ledger.serving(["s1"] * 3000) == {}
+
+
+def test_the_newest_promotion_under_some_rollouts(ledger):
+    ledger.commit_shard(begin(ledger), [shard(), shard("s1", slot=1), shard("s2", slot=2)], now=T0)
+    learner = {s.site: s.learner for s in ledger.sites()}
+    for rollout, kind, names in (
+        ("r1", "promote", ["s0", "s1"]),
+        ("r2", "promote", ["s0"]),
+        ("r2", "rollback", ["s0"]),
+        ("r3", "promote", ["s0", "s2"]),
+    ):
+        changes = {s: (learner[s] if kind == "promote" else None, 1) for s in names}
+        ledger.serve(changes, rollout=rollout, wave=1, kind=kind, reason="", now=T0)
+    assert {s: (r.rollout, r.counter) for s, r in ledger.served_by({"r1", "r2"}).items()} == {
+        "s0": ("r2", 2), "s1": ("r1", 1)}  # fmt: skip
+    assert ledger.served_by(["r1"])["s0"] == ledger.served("s0")[0]
+    assert ledger.served_by([]) == {}
 
 
 def test_a_rollout_is_saved_by_one_writer(ledger):
@@ -289,7 +307,7 @@ def test_two_processes_write_the_same_file(url, tmp_path):
     script = tmp_path / "writer.py"
     script.write_text(WRITER)
     command = [sys.executable, str(script), url]
-    root = str(Path(module.__file__).parents[1])
+    root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root}
     running = [subprocess.Popen([*command, me], env=environment, stderr=subprocess.PIPE, text=True) for me in "ab"]
     for process in running:

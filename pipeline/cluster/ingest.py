@@ -83,7 +83,9 @@ def find(limits: DataConfig, known: dict[str, set[str]], next_offset: Callable[[
     return Found(tuple(listing.segments), tuple(new), tuple(refused), tuple(listing.rejected))
 
 
-def run(config: Config, new: Sequence[NewSegment], *, checkpoint: Path, on_progress: Callable[[int, int], None]) -> Ingested:
+def run(
+    config: Config, new: Sequence[NewSegment], *, checkpoint: Path, on_progress: Callable[[int, int], None]
+) -> Ingested:
     """Featurise ``new`` with the trunk in ``checkpoint``; needs a connected Ray."""
     if not new:
         return Ingested((), (), ())
@@ -125,7 +127,9 @@ def _collect(new: Sequence[NewSegment], done: Sequence[dict[str, object]]) -> In
         if s.site in failed:
             continue
         bad = [QuarantineRow(s.site, s.name, row, sample, reason) for row, sample, reason in result["bad"]]  # pyright: ignore
-        segments.append(SegmentRow(s.site, s.name, str(result["sha256"]), s.rows, s.base_offset, s.rows - len(bad), len(bad)))
+        segments.append(
+            SegmentRow(s.site, s.name, str(result["sha256"]), s.rows, s.base_offset, s.rows - len(bad), len(bad))
+        )
         quarantined += bad
     return Ingested(tuple(segments), tuple(quarantined), tuple(failed.items()))
 
@@ -154,7 +158,9 @@ def ingest_segment(segment: NewSegment, limits: DataConfig, model: SourceModel, 
         blocks.append(block)
         bad += worse
     if sum(map(len, blocks)):
-        whole = FeatureBlock(*(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__))
+        whole = FeatureBlock(
+            *(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__)
+        )
         write_features(features, model.manifest.trunk_digest, segment.site, whole)
     return {"bad": sorted(bad), "sha256": _digest(path, limits.max_bytes), "error": ""}
 
@@ -184,7 +190,9 @@ def _featurise(
     pixels = torch.from_numpy(np.stack(frames) if frames else np.zeros((0, 5, size, size), np.uint8))
     z = features_of(model.trunk, pixels, torch.from_numpy(mask_to_bool(present))).numpy().astype(np.float16)
     fine = np.isfinite(z).all(axis=(1, 2))
-    bad += [(c["row"], c["sample_id"], "its features are not finite") for c, ok in zip(kept, fine, strict=True) if not ok]
+    bad += [
+        (c["row"], c["sample_id"], "its features are not finite") for c, ok in zip(kept, fine, strict=True) if not ok
+    ]
     block = FeatureBlock(
         offset=segment.base_offset + np.array([c["row"] for c in kept], np.int64),
         sample_id=np.array([c["sample_id"] for c in kept], dtype=object),

@@ -70,11 +70,15 @@ def search(
         results = tuner.fit()
     if results.errors:
         raise RuntimeError(f"every trial must replay; one did not: {' '.join(str(results.errors[0]).split())[-300:]}")
-    trials = [Trial(dict(r.config or {}), float(r.metrics[METRIC]), int(r.metrics["rung"])) for r in results if r.metrics]
+    trials = [
+        Trial(dict(r.config or {}), float(r.metrics[METRIC]), int(r.metrics["rung"])) for r in results if r.metrics
+    ]
     return sorted(trials, key=lambda t: (-t.rungs, t.hter))
 
 
-def replay(config: Config, settings: Mapping[str, object], streams: Sequence[Stream], *, model_path: str) -> list[float]:
+def replay(
+    config: Config, settings: Mapping[str, object], streams: Sequence[Stream], *, model_path: str
+) -> list[float]:
     """Mean online HTER of the development sites after each rung, every sample scored before it is used.
 
     A generator would do; the list keeps the trial's loop trivial and a stream is short.
@@ -82,9 +86,11 @@ def replay(config: Config, settings: Mapping[str, object], streams: Sequence[Str
     return list(_replay(config, settings, streams, model_path))
 
 
-def _replay(config: Config, settings: Mapping[str, object], streams: Sequence[Stream], model_path: str):  # noqa: ANN202
+def _replay(config: Config, settings: Mapping[str, object], streams: Sequence[Stream], model_path: str):
     model = checkpoint.load(Path(model_path))
-    method = method_config("site", str(config.site.model_dump()["kind"])).model_validate({**config.site.model_dump(), **settings})
+    method = method_config("site", str(config.site.model_dump()["kind"])).model_validate(
+        {**config.site.model_dump(), **settings}
+    )
     states = bank.stack([method.init(model.tail) for _ in streams])
     scores: list[list[np.ndarray]] = [[] for _ in streams]
     rungs = config.search.rungs
@@ -129,6 +135,6 @@ class _Counted(tune.Callback):
     def __init__(self, advance: Callable[[int, int], None], total: int) -> None:
         self.advance, self.total, self.done = advance, total, 0
 
-    def on_trial_complete(self, iteration, trials, trial, **info) -> None:  # noqa: ANN001, ANN003
+    def on_trial_complete(self, iteration, trials, trial, **info) -> None:
         self.done += 1
         self.advance(self.done, self.total)

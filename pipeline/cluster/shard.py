@@ -107,22 +107,36 @@ def _learn_and_judge(config: Config, model: SourceModel, job: ShardJob, windows:
     judged = judge(config, model, open_sealed(config.place("anchors"), job.anchor), windows, states, traces)
     rows: list[ShardRow] = []
     for k, (w, (evidence, verdict)) in enumerate(zip(windows, judged, strict=True)):
-        after = bank.scores(model.tail, {n: t[k : k + 1] for n, t in states.items()}, streams[k].z, streams[k].present)[0]
+        after = bank.scores(model.tail, {n: t[k : k + 1] for n, t in states.items()}, streams[k].z, streams[k].present)[
+            0
+        ]
         before = bank.scores(model.tail, bank.stack([w.stable]), streams[k].z, streams[k].present)[0]
         outcomes = blobs.put(config.place("outcomes"), _outcomes(w.block, traces[k], before, after))
         rows.append(
             ShardRow(
-                site=w.row.site, offset_from=w.row.learned, offset_to=w.row.ingested, source_version=job.source_version,
-                method=method.kind, blob=blob if len(w.block) else None, slot=k, parent=w.parent,
+                site=w.row.site,
+                offset_from=w.row.learned,
+                offset_to=w.row.ingested,
+                source_version=job.source_version,
+                method=method.kind,
+                blob=blob if len(w.block) else None,
+                slot=k,
+                parent=w.parent,
                 counters={"samples": len(w.block), "outcomes": outcomes, **_counters(w.block, traces[k])},
-                verdict=verdict, evidence=evidence,
+                verdict=verdict,
+                evidence=evidence,
             )  # fmt: skip
         )
     return rows
 
 
 def judge(
-    config: Config, model: SourceModel, anchor: AnchorSet, windows: Sequence[Window], states: State, traces: Sequence[bank.Trace]
+    config: Config,
+    model: SourceModel,
+    anchor: AnchorSet,
+    windows: Sequence[Window],
+    states: State,
+    traces: Sequence[bank.Trace],
 ) -> list[tuple[Evidence, Verdict]]:
     """Replay the anchor set against every candidate and champion under every missing-modality pattern, then assess."""
     patterns, present = anchor.replayed()

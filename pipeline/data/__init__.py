@@ -14,7 +14,9 @@ class DataConfig(Section):
 
     corpora: str = Field(default="run/corpora", description="imported labelled corpora, one folder per domain")
     domains: tuple[str, ...] = Field(default=(), description="domains to train on; empty = every imported corpus")
-    anchor: str | None = Field(default=None, description="corpus sealed as anchor set; null = test splits of the domains")
+    anchor: str | None = Field(
+        default=None, description="corpus sealed as anchor set; null = test splits of the domains"
+    )
     captures: str = Field(default="run/captures", description="site captures: <site>/segment-*.parquet")
     sealed: str | None = Field(default=None, description="folder of <site>-labels.parquet, only ever used for scoring")
     redteam: str | None = Field(default=None, description="folder of <site>-labels.parquet of red-team presentations")

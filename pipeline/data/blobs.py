@@ -42,7 +42,9 @@ def verified(path: Path, digest: str) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise BadBlob(f"{path}: missing, though a record points to it; restore it from a backup or run the cycle again") from None
+        raise BadBlob(
+            f"{path}: missing, though a record points to it; restore it from a backup or run the cycle again"
+        ) from None
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
         raise BadBlob(f"{path}: sha256 is {found[:12]}, the record says {digest[:12]}; the file was changed or torn")

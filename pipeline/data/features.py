@@ -91,7 +91,9 @@ def _read(path: Path, features: int) -> FeatureBlock:
         table = pq.read_table(path, partitioning=None)
         column = table["z"].combine_chunks()
     except (OSError, pa.ArrowException, KeyError) as e:
-        raise BadBlob(f"{path}: not a readable feature file ({' '.join(str(e).split())[:120]}); ingest the segment again") from None
+        raise BadBlob(
+            f"{path}: not a readable feature file ({' '.join(str(e).split())[:120]}); ingest the segment again"
+        ) from None
     width = M * features * 2
     if column.type != pa.binary(width):
         raise BadBlob(f"{path}: features are {column.type}, this trunk gives {width} bytes a sample; ingest again")

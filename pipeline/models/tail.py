@@ -27,7 +27,17 @@ FUSED = MODALITIES
 GATE_INIT = 0.1  # how much a complement adds to a modality that is there
 SYNERGY_INIT = 0.1
 MOVABLE = ("site.gamma", "site.beta", "site.down", "site.up", "gate", "log_rho")
-NO_DECAY = ("fuse.out", "head.out", "log_rho", "gate", "synergy_gain", "site.gamma", "site.beta", "site.down", "site.up")
+NO_DECAY = (
+    "fuse.out",
+    "head.out",
+    "log_rho",
+    "gate",
+    "synergy_gain",
+    "site.gamma",
+    "site.beta",
+    "site.down",
+    "site.up",
+)
 
 
 class Completed(NamedTuple):

@@ -32,7 +32,9 @@ class Config(Section):
     """Settings of ``danet``; the three ``use_*`` switches are for ablation."""
 
     kind: Literal["danet"] = "danet"
-    mode: Literal["tta", "da"] = Field(default="tta", description="tta: stream only; da: labelled source features stay in the loss")
+    mode: Literal["tta", "da"] = Field(
+        default="tta", description="tta: stream only; da: labelled source features stay in the loss"
+    )
     lr: float = Field(default=1e-3, gt=0)
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
     confidence_bona_fide: float = Field(default=0.9, ge=0.5, le=1, description="vote a bona fide pseudo label needs")
@@ -53,7 +55,9 @@ class Config(Section):
     def init(self, tail: Params) -> State:
         """Movable tensors, their last good copy, Adam moments, reservoir and stability statistics."""
         if self.mode == "da" and "replay.z" not in tail:
-            raise ValueError("site.mode: 'da' needs a source model with stored source features; train it again or use tta")
+            raise ValueError(
+                "site.mode: 'da' needs a source model with stored source features; train it again or use tta"
+            )
         own = {k: v.clone() for k, v in tails.movable(tail).items()}
         shape = tail["site.gamma"].shape
         return {

@@ -19,14 +19,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SIZE = 16
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
 
 
 def config(tmp: Path, *overrides: str) -> Config:
-    small = ("source.kind=rise", "source.steps=24", "source.batch=16", f"data.size={SIZE}", "model.trunk.kind=tiny", "model.trunk.width=4",
-             "model.trunk.features=8", "model.tail.width=8", "cluster.train_workers=2", "cluster.cpus=4",
-             f"ledger.artifacts={tmp / 'artifacts'}")  # fmt: skip
-    return load(None, [*small, *overrides])
+    small = {
+        "source": {"kind": "rise", "steps": 24, "batch": 16},
+        "data": {"size": SIZE},
+        "model": {"trunk": {"kind": "tiny", "width": 4, "features": 8}, "tail": {"width": 8}},
+        "cluster": {"train_workers": 2, "cpus": 4},
+        "ledger": {"artifacts": str(tmp / "artifacts")},
+    }
+    (tmp / "c.yaml").write_text(json.dumps(small))
+    return load(tmp / "c.yaml", overrides)
 
 
 def rows(seed: int, *, live_only: bool = False) -> Iterator[Row]:

@@ -82,7 +82,9 @@ def test_killed_shards_lose_and_repeat_nothing(deployment, tmp_path):
 def test_a_replaced_driver_cannot_write(deployment):
     assert deployment.run("ingest") == 0
     ledger, config = deployment.ledger, deployment.config
-    old = ledger.begin_cycle("adapt", config.fingerprint(), "{}", holder="elsewhere:1:1", dead=lambda _: False, now=now())
+    old = ledger.begin_cycle(
+        "adapt", config.fingerprint(), "{}", holder="elsewhere:1:1", dead=lambda _: False, now=now()
+    )
     new = ledger.begin_cycle("adapt", config.fingerprint(), "{}", holder="here:1:1", dead=lambda _: True, now=now())
     assert new.resumed and new.generation == old.generation + 1
     before = ledger.sites()
@@ -98,4 +100,6 @@ def test_one_damaged_site_does_not_stop_the_others(deployment):
     failed = adapt(deployment)
     assert list(failed) == ["lobby-north"]
     assert "ingest" in failed["lobby-north"]
-    assert {v.site for v in deployment.ledger.verdicts()} == {s.site for s in deployment.ledger.sites()} - {"lobby-north"}
+    assert {v.site for v in deployment.ledger.verdicts()} == {s.site for s in deployment.ledger.sites()} - {
+        "lobby-north"
+    }

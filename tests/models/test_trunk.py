@@ -60,7 +60,9 @@ def test_folded_equals_unfolded() -> None:
     assert torch.allclose(features(trunk, x, present), features(folded, x, present), atol=1e-4)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     assert not any(p.requires_grad for p in folded.parameters())
-    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in trunk.modules()), "the trunk that is trained keeps its norms"
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in trunk.modules()), (
+        "the trunk that is trained keeps its norms"
+    )
 
 
 def test_absent_rows_do_not_teach_the_norms() -> None:
@@ -88,7 +90,9 @@ def test_prepare_forgets_gain_and_background() -> None:
     black = x.clone()
     black[:, :, :8] = 0
     assert bool((prepare(black)[:, :, :8] == 0).all())
-    assert torch.allclose(prepare(black)[:, :, 8:], ready[:, :, 8:], atol=0.2), "removing background must not shift a face"
+    assert torch.allclose(prepare(black)[:, :, 8:], ready[:, :, 8:], atol=0.2), (
+        "removing background must not shift a face"
+    )
 
 
 def test_prepare_takes_each_frame_by_itself_and_survives_flat_ones() -> None:

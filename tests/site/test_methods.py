@@ -112,7 +112,9 @@ def test_bona_fide_needs_more_than_attack():
     present = torch.ones(2, 3, dtype=torch.bool)
     p = torch.tensor([[0.85] * 4, [0.15] * 4])  # equally sure, on both sides
     vote, disagreement = danet._vote(p, present)
-    _, used = method._reliable(p, vote, disagreement, Features(torch.zeros(2, 3, F), present, torch.ones(2, dtype=torch.bool)))
+    _, used = method._reliable(
+        p, vote, disagreement, Features(torch.zeros(2, 3, F), present, torch.ones(2, dtype=torch.bool))
+    )
     assert used.tolist() == [0.0, 1.0]
 
 
@@ -172,7 +174,9 @@ def test_reservoir_remembers_evenly(source):
     method = danet.Config()
     state = method.init(source)
     for i in range(200):
-        b = Features(torch.full((B, 3, F), float(i)), torch.ones(B, 3, dtype=torch.bool), torch.ones(B, dtype=torch.bool))
+        b = Features(
+            torch.full((B, 3, F), float(i)), torch.ones(B, 3, dtype=torch.bool), torch.ones(B, dtype=torch.bool)
+        )
         state = danet._remember(state, b, torch.zeros(B))
     ages = state["reservoir.z"][:, 0, 0]
     assert int(state["seen"]) == 1600

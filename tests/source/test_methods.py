@@ -171,7 +171,9 @@ def test_irm_penalty_is_the_product_of_the_two_slopes() -> None:
 
     def slope(rows: torch.Tensor) -> torch.Tensor:
         w = torch.ones((), requires_grad=True)
-        sides = [torch.nn.functional.softplus(-w * s * logit[rows & (b.label == y)]).mean() for y, s in ((0, -1), (1, 1))]
+        sides = [
+            torch.nn.functional.softplus(-w * s * logit[rows & (b.label == y)]).mean() for y, s in ((0, -1), (1, 1))
+        ]
         return torch.autograd.grad(0.5 * (sides[0] + sides[1]), w)[0]
 
     even = torch.arange(24) % 2 == 0

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 KIND = "synth"
 MIX = {  # attack species of each domain; D is all paper, C has no display and no bent or cut print
     "A": ("print_flat", "replay", "mask_rigid", "mask_silicone", "partial_glasses"),
-    "B": ("print_flat", "print_bent", "replay", "mask_rigid"),
+    "B": ("print_flat", "print_bent", "replay", "mask_rigid", "mask_silicone"),
     "C": ("print_flat", "mask_rigid", "mask_silicone", "partial_glasses", "partial_eyes"),
     "D": ("print_flat", "print_bent", "print_cutout"),
 }

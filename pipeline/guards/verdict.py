@@ -1,8 +1,4 @@
-"""May a candidate serve? Pure rules over counted evidence; this file holds the section ``guards``.
-
-Evidence is what was counted on the sealed anchor set (with labels) and on the site's own stream (without). Evidence
-without labels may stop or hold a candidate, never approve it: a pass needs anchor counts for every pattern that a guard
-applies to. ``assess`` on stored evidence gives the stored verdict again. Bounds are one-sided 95 %.
+"""The guards: pure rules over counted evidence.
 
 Ceiling: Clopper-Pearson upper bound of the candidate's APCER per PAI species and pattern, and of its BPCER.
 Non-inferiority: upper bound of the paired difference (worse - better) / n on the same anchor items: the Wald interval
@@ -13,113 +9,27 @@ unlike plain Wald it keeps a width without discordant items. A cell too small to
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, Field
 
-from pipeline.metrics import BONA_FIDE, MIN_SPECIES, clopper_pearson, merge_small
+from pipeline.guards.evidence import REAL, Cell, Evidence, Measured
+from pipeline.metrics import clopper_pearson
 from pipeline.types import Section
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
+
+    from pipeline.guards.limits import GuardsConfig, TrustRegion
 
     Floats = NDArray[np.float64]
 
-REAL = "bona_fide"  # the row of a pattern whose errors are bona fide presentations called attack
 ATTACKS = "all attacks"  # the sum of a pattern's species
 Z95 = 1.6448536269514722
-CLIP = 1e-6  # scores nearer to 0 or 1 have no larger margin
 
 Call = Literal["pass", "fail", "hold"]
-
-
-# None = not measured; NaN and infinity become None, so that JSON holds everything
-Measured = Annotated[
-    float | None, BeforeValidator(lambda v: None if isinstance(v, float) and not math.isfinite(v) else v)
-]
-
-
-class PatternLimit(Section):
-    """Highest upper bounds of one missing-modality pattern."""
-
-    apcer: float = Field(default=0.07, gt=0, le=1)
-    bpcer: float = Field(default=0.15, gt=0, le=1)
-
-
-class Ceiling(PatternLimit):
-    """Guard ``ceiling``: bounds on the candidate alone. Default APCER: NIST SP 800-63A-4, IAPAR < 0.07."""
-
-    advisory: bool = False
-    apcer_target: float | None = Field(default=0.02, description="exceeding it is reported, never decisive")
-    patterns: tuple[str, ...] = Field(default=(), description="patterns it applies to; empty = all")
-    per_pattern: dict[str, PatternLimit] = Field(default={}, description="other limits for these patterns")
-
-
-class NonInferiority(Section):
-    """Guard ``noninferiority``: how much worse than the champion a candidate may be, in shares of presentations."""
-
-    advisory: bool = False
-    attacks: float = Field(default=0.005, gt=0, le=1, description="all attacks of a pattern together")
-    worst_species: float = Field(default=0.01, gt=0, le=1)
-    bona_fide: float = Field(default=0.01, gt=0, le=1)
-    patterns: tuple[str, ...] = Field(default=(), description="patterns it applies to; empty = all")
-    under_resolved: Literal["floor", "hold"] = Field(default="floor", description="cells too small for the margin")
-
-
-class TrustRegion(Section):
-    """Guard ``trust``: how far adaptation may move a site."""
-
-    advisory: bool = False
-    rho: float = Field(default=0.1, gt=0, description="|theta_c - theta_0| / |theta_0|")
-    margin: float = Field(default=0.5, gt=0, description="fall of the mean attack margin of any species, logits")
-
-
-class NoData(Section):
-    """Guard ``no_data``: what is missing holds. It cannot be advisory."""
-
-    n_min: int = Field(default=100, ge=0, description="samples of the stream behind a candidate")
-    anchor_min: int = Field(default=30, ge=1, description="anchor presentations per species and pattern")
-    stale_seconds: float = Field(default=86_400, gt=0)
-    max_holds: int = Field(default=2, ge=0, description="more holds in a row than this abort")
-
-
-class GuardsConfig(Section):
-    """Section ``guards``."""
-
-    ceiling: Ceiling = Ceiling()
-    noninferiority: NonInferiority = NonInferiority()
-    trust: TrustRegion = TrustRegion()
-    no_data: NoData = NoData()
-
-
-class Cell(Section):
-    """Counts of one pattern and species on the anchor set; worse = candidate wrong where the champion is right."""
-
-    pattern: str
-    species: str  # REAL for bona fide
-    n: int
-    errors: int
-    worse: int
-    better: int
-
-
-class Evidence(Section):
-    """Everything ``assess`` looks at."""
-
-    cells: tuple[Cell, ...]
-    trust_ratio: Measured  # without labels
-    margin_drop: Measured  # logits, worst species and pattern
-    stream_n: int
-    age_seconds: Measured  # of the newest stream sample or of the anchor replay, the older one
-    finite: bool  # every score and state tensor
-    holds_before: int = 0  # holds in a row before this one
-    merged: tuple[str, ...] = ()  # species counted together as "other"
-    labels: str = "anchor"  # where the attack labels come from
 
 
 class Reason(Section):
@@ -154,53 +64,6 @@ def assess(limits: GuardsConfig, evidence: Evidence) -> Verdict:
     outcome: Call = "fail" if "fail" in calls else "hold" if "hold" in calls else "pass"
     abort = outcome == "hold" and evidence.holds_before + 1 > limits.no_data.max_holds
     return Verdict(outcome=outcome, reasons=tuple(reasons), abort=abort, labels=evidence.labels)
-
-
-def evidence_of(
-    candidate: ArrayLike, stable: ArrayLike, label: ArrayLike, species: Sequence[str], patterns: Sequence[str],
-    threshold: float, *, trust_ratio: float, stream_n: int, age_seconds: float, stable_threshold: float | None = None,
-    stream_finite: bool = True, valid: ArrayLike | None = None, holds_before: int = 0, merge_below: int = MIN_SPECIES,
-) -> Evidence:  # fmt: skip
-    """Count the anchor scores [P, N] of candidate and champion; label and species are per anchor item [N].
-
-    ``valid`` [P, N] leaves out items that a pattern cannot show. A score that is not finite clears ``finite``.
-    """
-    c, s = np.asarray(candidate, np.float64), np.asarray(stable, np.float64)
-    y = np.ascontiguousarray(label, np.int8)
-    if not c.shape == s.shape == (len(patterns), len(y)) or len(species) != len(y):
-        want = f"[{len(patterns)} patterns, {len(y)} items] and one species per item"
-        raise ValueError(f"anchor scores {c.shape} and {s.shape}, {len(species)} species: {want} are needed")
-    ok = np.ones(c.shape, np.bool_) if valid is None else np.asarray(valid, np.bool_)
-    names, member, merged = _groups(y.tobytes(), tuple(species), merge_below)
-    good_c, good_s = np.isfinite(c), np.isfinite(s)
-    wrong_c = ((c >= threshold) != (y == BONA_FIDE)) | ~good_c
-    wrong_s = ((s >= (threshold if stable_threshold is None else stable_threshold)) != (y == BONA_FIDE)) | ~good_s
-    flags = np.stack([ok, wrong_c & ok, wrong_c & ~wrong_s & ok, wrong_s & ~wrong_c & ok])
-    n, errors, worse, better = np.rint(flags.astype(np.float64) @ member).astype(int).tolist()  # each [P][species]
-    finite = bool(stream_finite and (good_c & good_s | ~ok).all())
-    return Evidence(
-        cells=tuple(Cell(pattern=p, species=j, n=n[i][k], errors=errors[i][k], worse=worse[i][k], better=better[i][k])
-                    for i, p in enumerate(patterns) for k, j in enumerate(names) if n[i][k]),
-        trust_ratio=float(trust_ratio), margin_drop=_margin_drop(c, s, ok, member[:, 1:]) if finite else None,
-        stream_n=int(stream_n), age_seconds=float(age_seconds), finite=finite, holds_before=holds_before, merged=merged,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=8)  # the anchor set is the same for all candidates of a shard
-def _groups(label: bytes, species: tuple[str, ...], merge_below: int) -> tuple[list[str], Floats, tuple[str, ...]]:
-    y = np.frombuffer(label, np.int8)
-    merged_names, merged = merge_small(species, y, merge_below)
-    attacks = [str(a) for a in np.unique(merged_names[y != BONA_FIDE])]
-    columns = [y == BONA_FIDE] + [(merged_names == a) & (y != BONA_FIDE) for a in attacks]
-    return [REAL, *attacks], np.stack(columns, axis=1).astype(np.float64), merged
-
-
-def _margin_drop(c: Floats, s: Floats, ok: NDArray[np.bool_], member: Floats) -> float | None:
-    """Largest rise of the mean attack logit over species and patterns; the threshold cancels out."""
-    c, s = np.clip(c, CLIP, 1 - CLIP), np.clip(s, CLIP, 1 - CLIP)
-    rise = np.where(ok, np.log(c * (1 - s) / ((1 - c) * s)), 0.0)
-    n = ok.astype(np.float64) @ member
-    return float(((rise @ member)[n > 0] / n[n > 0]).max()) if (n > 0).any() else None
 
 
 def _no_data(limits: GuardsConfig, e: Evidence) -> Iterator[Reason]:

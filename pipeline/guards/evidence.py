@@ -1,0 +1,100 @@
+"""What a verdict is decided on, counted on the sealed anchor set (with labels) and on the site's own stream (without)."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+from pydantic import BeforeValidator
+
+from pipeline.metrics import BONA_FIDE, MIN_SPECIES, merge_small
+from pipeline.types import Section
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+    Floats = NDArray[np.float64]
+
+REAL = "bona_fide"  # the row of a pattern whose errors are bona fide presentations called attack
+CLIP = 1e-6  # scores nearer to 0 or 1 have no larger margin
+
+# None = not measured; NaN and infinity become None, so that JSON holds everything
+Measured = Annotated[
+    float | None, BeforeValidator(lambda v: None if isinstance(v, float) and not math.isfinite(v) else v)
+]
+
+
+class Cell(Section):
+    """Counts of one pattern and species on the anchor set; worse = candidate wrong where the champion is right."""
+
+    pattern: str
+    species: str  # REAL for bona fide
+    n: int
+    errors: int
+    worse: int
+    better: int
+
+
+class Evidence(Section):
+    """Everything ``assess`` looks at."""
+
+    cells: tuple[Cell, ...]
+    trust_ratio: Measured  # without labels
+    margin_drop: Measured  # logits, worst species and pattern
+    stream_n: int
+    age_seconds: Measured  # of the newest stream sample or of the anchor replay, the older one
+    finite: bool  # every score and state tensor
+    holds_before: int = 0  # holds in a row before this one
+    merged: tuple[str, ...] = ()  # species counted together as "other"
+    labels: str = "anchor"  # where the attack labels come from
+
+
+def evidence_of(
+    candidate: ArrayLike, stable: ArrayLike, label: ArrayLike, species: Sequence[str], patterns: Sequence[str],
+    threshold: float, *, trust_ratio: float, stream_n: int, age_seconds: float, stable_threshold: float | None = None,
+    stream_finite: bool = True, valid: ArrayLike | None = None, holds_before: int = 0, merge_below: int = MIN_SPECIES,
+) -> Evidence:  # fmt: skip
+    """Count the anchor scores [P, N] of candidate and champion; label and species are per anchor item [N].
+
+    ``valid`` [P, N] leaves out items that a pattern cannot show. A score that is not finite clears ``finite``.
+    """
+    c, s = np.asarray(candidate, np.float64), np.asarray(stable, np.float64)
+    y = np.ascontiguousarray(label, np.int8)
+    if not c.shape == s.shape == (len(patterns), len(y)) or len(species) != len(y):
+        want = f"[{len(patterns)} patterns, {len(y)} items] and one species per item"
+        raise ValueError(f"anchor scores {c.shape} and {s.shape}, {len(species)} species: {want} are needed")
+    ok = np.ones(c.shape, np.bool_) if valid is None else np.asarray(valid, np.bool_)
+    names, member, merged = _groups(y.tobytes(), tuple(species), merge_below)
+    good_c, good_s = np.isfinite(c), np.isfinite(s)
+    wrong_c = ((c >= threshold) != (y == BONA_FIDE)) | ~good_c
+    wrong_s = ((s >= (threshold if stable_threshold is None else stable_threshold)) != (y == BONA_FIDE)) | ~good_s
+    flags = np.stack([ok, wrong_c & ok, wrong_c & ~wrong_s & ok, wrong_s & ~wrong_c & ok])
+    n, errors, worse, better = np.rint(flags.astype(np.float64) @ member).astype(int).tolist()  # each [P][species]
+    finite = bool(stream_finite and (good_c & good_s | ~ok).all())
+    return Evidence(
+        cells=tuple(Cell(pattern=p, species=j, n=n[i][k], errors=errors[i][k], worse=worse[i][k], better=better[i][k])
+                    for i, p in enumerate(patterns) for k, j in enumerate(names) if n[i][k]),
+        trust_ratio=float(trust_ratio), margin_drop=_margin_drop(c, s, ok, member[:, 1:]) if finite else None,
+        stream_n=int(stream_n), age_seconds=float(age_seconds), finite=finite, holds_before=holds_before, merged=merged,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=8)  # the anchor set is the same for all candidates of a shard
+def _groups(label: bytes, species: tuple[str, ...], merge_below: int) -> tuple[list[str], Floats, tuple[str, ...]]:
+    y = np.frombuffer(label, np.int8)
+    merged_names, merged = merge_small(species, y, merge_below)
+    attacks = [str(a) for a in np.unique(merged_names[y != BONA_FIDE])]
+    columns = [y == BONA_FIDE] + [(merged_names == a) & (y != BONA_FIDE) for a in attacks]
+    return [REAL, *attacks], np.stack(columns, axis=1).astype(np.float64), merged
+
+
+def _margin_drop(c: Floats, s: Floats, ok: NDArray[np.bool_], member: Floats) -> float | None:
+    """Largest rise of the mean attack logit over species and patterns; the threshold cancels out."""
+    c, s = np.clip(c, CLIP, 1 - CLIP), np.clip(s, CLIP, 1 - CLIP)
+    rise = np.where(ok, np.log(c * (1 - s) / ((1 - c) * s)), 0.0)
+    n = ok.astype(np.float64) @ member
+    return float(((rise @ member)[n > 0] / n[n > 0]).max()) if (n > 0).any() else None

@@ -1,0 +1,127 @@
+"""What sites serve, and the rollouts that changed it. A promotion needs the stored passing verdict on that very state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from pipeline.ledger.rows import LedgerError, RolloutRow, ServingRow, StaleGeneration
+from pipeline.ledger.store import Store
+from pipeline.ledger.tables import CHUNK, iso, make_row, named, rollouts, served, verdicts
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from datetime import datetime
+
+    from sqlalchemy.engine import Connection
+
+
+class Releases(Store):
+    """Champion pointers and rollouts."""
+
+    def serving(self, names: Sequence[str] | None = None) -> dict[str, ServingRow]:
+        """What sites serve, of all or of ``names``; a site without a row serves the champion source model as it is."""
+        with self._read() as c:
+            return newest_served(c, names)
+
+    def served(self, site: str) -> list[ServingRow]:
+        """Everything the site has served, oldest first."""
+        with self._read() as c:
+            rows = c.execute(sa.select(served).where(served.c.site == site).order_by(served.c.counter))
+            return [make_row(ServingRow, r) for r in rows]
+
+    def served_by(self, rollouts: Collection[str]) -> dict[str, ServingRow]:
+        """The newest promotion of each site under these rollouts; a site that they did not promote is left out."""
+        chosen = sa.and_(served.c.kind == "promote", served.c.rollout.in_(list(rollouts)))
+        last = sa.select(served.c.site, sa.func.max(served.c.counter).label("n")).where(chosen).group_by(served.c.site)
+        newest = last.subquery()
+        query = sa.select(served).join(newest, sa.and_(served.c.site == newest.c.site, served.c.counter == newest.c.n))
+        with self._read() as c:
+            return {r.site: make_row(ServingRow, r) for r in c.execute(query)}
+
+    def serve(
+        self,
+        changes: Mapping[str, tuple[str | None, int]],
+        *,
+        rollout: str,
+        wave: int,
+        kind: str,
+        reason: str,
+        now: datetime,
+    ) -> None:
+        """Point sites at (state, source version), all in one transaction with one audit row; counters only grow.
+
+        ``kind`` promote needs the stored passing verdict on that very state of that very site.
+        """
+        if not changes:
+            return
+        with self._write() as c:
+            if kind == "promote":
+                _check_verdicts(c, changes)
+            current = newest_served(c, list(changes))
+            rows = [
+                {"site": s, "counter": current[s].counter + 1 if s in current else 1, "state": state,
+                 "source_version": version, "rollout": rollout, "wave": wave, "kind": kind, "since": iso(now)}
+                for s, (state, version) in changes.items()
+            ]  # fmt: skip
+            c.execute(served.insert(), rows)
+            pointers = {r["site"]: [r["counter"], r["state"], r["source_version"]] for r in rows}
+            self._append(c, kind, {"rollout": rollout, "wave": wave, "reason": reason, "sites": pointers}, now)
+
+    def save_rollout(
+        self,
+        rollout: str,
+        *,
+        plan_hash: str,
+        status: str,
+        body: str,
+        revision: int,
+        event: Mapping[str, object],
+        now: datetime,
+    ) -> int:
+        """Store a rollout's state if nobody did since ``revision`` (0 = new) → the new revision; audits ``event``."""
+        with self._write() as c:
+            values = {
+                "plan_hash": plan_hash,
+                "status": status,
+                "body": body,
+                "revision": revision + 1,
+                "updated_at": iso(now),
+            }
+            if revision == 0:
+                c.execute(rollouts.insert(), {"id": rollout, "created_at": iso(now), **values})
+            else:
+                same = sa.and_(rollouts.c.id == rollout, rollouts.c.revision == revision)
+                if c.execute(rollouts.update().where(same).values(values)).rowcount != 1:
+                    raise StaleGeneration(
+                        f"rollout {rollout}: somebody else moved it on; look at `palisade rollout status`"
+                    )
+            self._append(c, "rollout", {"rollout": rollout, "status": status, **event}, now)
+        return revision + 1
+
+    def rollouts(self) -> list[RolloutRow]:
+        """Every rollout, newest first."""
+        with self._read() as c:
+            rows = list(c.execute(sa.select(rollouts).order_by(rollouts.c.created_at.desc(), rollouts.c.id.desc())))
+        return [make_row(RolloutRow, r) for r in rows]
+
+
+def newest_served(c: Connection, names: Sequence[str] | None) -> dict[str, ServingRow]:
+    """The newest row of each site, of all or of ``names``."""
+    newest = sa.select(served.c.site, sa.func.max(served.c.counter).label("n")).group_by(served.c.site)
+    newest = newest.where(served.c.site.in_(list(names))) if names is not None and len(names) <= CHUNK else newest
+    last = newest.subquery()
+    query = sa.select(served).join(last, sa.and_(served.c.site == last.c.site, served.c.counter == last.c.n))
+    wanted = None if names is None else set(names)
+    return {r.site: make_row(ServingRow, r) for r in c.execute(query) if wanted is None or r.site in wanted}
+
+
+def _check_verdicts(c: Connection, changes: Mapping[str, tuple[str | None, int]]) -> None:
+    query = sa.select(verdicts.c.site, verdicts.c.state).where(verdicts.c.outcome == "pass")
+    passed = {(r.site, r.state) for r in named(c, query, verdicts.c.state, [s for s, _ in changes.values() if s])}
+    for site, (state, _) in changes.items():
+        if (site, state) not in passed:
+            raise LedgerError(
+                f"site {site}: no stored verdict passes state {state or 'of the source model'}; nothing was promoted"
+            )

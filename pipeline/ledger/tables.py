@@ -1,0 +1,113 @@
+"""The tables, and how values are written to and read from their columns: JSON as canonical text, times as ISO text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from datetime import datetime
+from typing import TYPE_CHECKING, TypeVar
+
+import sqlalchemy as sa
+
+from pipeline.guards import Evidence, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sqlalchemy.engine import Connection, Row
+
+T = TypeVar("T")
+CHUNK = 1000  # names in one IN (...)
+meta = sa.MetaData()
+
+
+def _table(name: str, *columns: sa.Column[object] | sa.Index) -> sa.Table:
+    return sa.Table(name, meta, *columns)
+
+
+def _text(name: str, **options: bool) -> sa.Column[object]:
+    return sa.Column(name, sa.Text, nullable=options.pop("nullable", False), **options)  # pyright: ignore
+
+
+def _int(name: str, **options: bool) -> sa.Column[object]:
+    return sa.Column(name, sa.BigInteger, nullable=options.pop("nullable", False), **options)  # pyright: ignore
+
+
+facts = _table("meta", _text("key", primary_key=True), _text("value"))
+sites = _table(
+    "sites", _text("site", primary_key=True), _text("tags"), _text("status"), _text("reason"), _text("registered_at"),
+    _int("ingested"), _int("learned"), _text("learner", nullable=True), _int("holds"),
+)  # fmt: skip
+segments = _table(
+    "segments", _text("site", primary_key=True), _text("name", primary_key=True), _text("sha256"), _int("rows"),
+    _int("base_offset"), _int("good"), _int("quarantined"), _text("cycle"), _text("ingested_at"),
+)  # fmt: skip
+quarantine = _table(
+    "quarantine", sa.Column("id", sa.Integer, primary_key=True), _text("site"), _text("segment"), _int("row"),
+    _text("sample_id", nullable=True), _text("reason"), _text("cycle"), sa.Index("quarantine_site", "site"),
+)  # fmt: skip
+states = _table(
+    "states", _text("id", primary_key=True), _text("site"), _text("cycle"), _int("source_version"), _text("method"),
+    _text("blob"), _int("slot"), _int("offset_from"), _int("offset_to"), _text("parent", nullable=True),
+    _text("created_at"), sa.Index("states_site", "site"),
+)  # fmt: skip
+verdicts = _table(
+    "verdicts", _text("id", primary_key=True), _text("site"), _text("cycle"), _text("state", nullable=True),
+    _text("outcome"), _text("verdict"), _text("evidence"), _text("counters"), _int("offset_from"), _int("offset_to"),
+    _text("at"),
+    sa.Index("verdicts_site", "site"), sa.Index("verdicts_cycle", "cycle"),
+)  # fmt: skip
+cycles = _table(
+    "cycles", _text("id", primary_key=True), _text("kind"), _int("generation"), _text("status"), _text("fingerprint"),
+    _text("config"), _text("holder"), _text("lease_until"), _text("started"), _text("finished", nullable=True),
+    _text("summary"),
+)  # fmt: skip
+anchors = _table("anchors", _text("digest", primary_key=True), _text("trunk"), _text("summary"), _text("sealed_at"))
+sources = _table(
+    "sources", sa.Column("version", sa.Integer, primary_key=True), _text("digest"), _text("trunk"), _text("path"),
+    _text("manifest"), _text("lineage"), _text("created_at"),
+)  # fmt: skip
+served = _table(
+    "served", _text("site", primary_key=True), _int("counter", primary_key=True), _text("state", nullable=True),
+    _int("source_version"), _text("rollout"), _int("wave"), _text("kind"), _text("since"),
+)  # fmt: skip
+rollouts = _table(
+    "rollouts", _text("id", primary_key=True), _text("plan_hash"), _text("status"), _text("body"), _int("revision"),
+    _text("created_at"), _text("updated_at"),
+)  # fmt: skip
+audit = _table(
+    "audit", sa.Column("seq", sa.Integer, primary_key=True), _text("at"), _text("kind"), _text("payload"),
+    _text("prev_hash"), _text("hash"),
+)  # fmt: skip
+
+
+READ: dict[str, Callable[[str], object]] = {
+    **dict.fromkeys(("registered_at", "created_at", "updated_at", "since", "at"), datetime.fromisoformat),
+    **dict.fromkeys(("tags", "manifest", "counters"), json.loads),
+    "verdict": Verdict.model_validate_json, "evidence": Evidence.model_validate_json,
+}  # fmt: skip
+
+
+def named(
+    c: Connection, query: sa.Select[*tuple[object, ...]], column: sa.Column[object], names: Sequence[str]
+) -> list[Row[*tuple[object, ...]]]:
+    """Rows whose ``column`` is one of ``names``; databases bound how many values a statement may have."""
+    parts = (names[i : i + CHUNK] for i in range(0, len(names), CHUNK))
+    return [r for part in parts for r in c.execute(query.where(column.in_(part)))]
+
+
+def make_row(row: Callable[..., T], r: Row[*tuple[object, ...]]) -> T:
+    """A row class from the columns of the same names."""
+    values = r._mapping
+    return row(**{f.name: READ[f.name](values[f.name]) if f.name in READ else values[f.name] for f in fields(row)})  # pyright: ignore
+
+
+def dump(value: object) -> str:
+    """Canonical JSON: the audit chain hashes it."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def iso(at: datetime) -> str:
+    """Of one width, so that text sorts like time."""
+    assert at.tzinfo is not None, "times are in UTC"
+    return at.isoformat(timespec="microseconds")
