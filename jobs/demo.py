@@ -124,7 +124,8 @@ def _show(terminal: Terminal, report: CycleReport, page: Path, *, seconds: float
                      _change(s.before, s.after, "bpcer"), s.verdict, s.wave, why[:60]])  # fmt: skip
     columns = ["site", "samples", "HTER %", "max APCER %", "BPCER %", "verdict", "wave", "why"]
     listed = [{"site": s.site, "verdict": s.verdict, "wave": s.wave, "samples": s.samples,
-               "before": vars(s.before) if s.before else None, "after": vars(s.after) if s.after else None} for s in report.sites]  # fmt: skip
+               "before": vars(s.before) if s.before else None, "after": vars(s.after) if s.after else None}
+              for s in report.sites]  # fmt: skip
     terminal.result(
         {"seconds": seconds, "report": str(page), "sites": listed},
         table(f"day 1 of the fleet, source model → candidate ({report.exit_summary})", columns, rows),

@@ -56,7 +56,7 @@ def _corpora(config: Config, terminal: Terminal, source: SourceRow) -> int:
             results[folder.name] = {"role": role, **_numbers(pad)}
             advance(i + 1, len(found))
     m = model.manifest
-    title = f"source v{source.version} ({m.method} on {', '.join(m.domains)}), test splits, threshold {m.threshold:.4f} from source validation"
+    title = f"source v{source.version} ({m.method} on {', '.join(m.domains)}), test splits, threshold from source validation"
     terminal.result(
         {"version": source.version, "method": m.method, "threshold": m.threshold, "domains": results},
         table(title, ["domain", "role", "HTER % [95 %]", *COLUMNS[1:]], rows),
@@ -89,7 +89,7 @@ def _streams(config: Config, terminal: Terminal, ledger: Ledger, source: SourceR
     columns = ["site", "labelled", "HTER % before", "online", "after", "max APCER % before → online", "species",
                "BPCER % before → online", "AUC %"]  # fmt: skip
     mean = {k: float(np.mean([r[k]["hter"] for r in results.values()])) for k in ("before", "online", "after")}  # pyright: ignore
-    said = "mean HTER {before:.1%} before, {online:.1%} online (each sample scored before it was used), {after:.1%} by the candidates".format(
+    said = "mean HTER {before:.1%} before, {online:.1%} online (scored before it was used), {after:.1%} by the candidates".format(
         **mean
     )
     terminal.result(

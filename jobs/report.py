@@ -38,7 +38,7 @@ from pipeline.rollout import Rollout
 if TYPE_CHECKING:
     from jobs import Terminal
     from pipeline.config import Config
-    from pipeline.ledger import Ledger, SiteRow, SourceRow, VerdictRow
+    from pipeline.ledger import Ledger, ServingRow, SiteRow, SourceRow, VerdictRow
 
 BINS = 48  # of the availability strip
 STEPS = 200  # points of a curve over time
@@ -79,14 +79,15 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
     counts = {s.site: sum(q.site == s.site for q in refused) for s in sites}
     return CycleReport(
         cycle_id=cycle, started=datetime.fromisoformat(row.started), finished=datetime.fromisoformat(row.finished),
-        source_version=f"v{source.version}", source_digest=source.digest, fingerprint=row.fingerprint, code_revision=code_revision(),
+        source_version=f"v{source.version}", source_digest=source.digest, fingerprint=row.fingerprint,
+        code_revision=code_revision(),
         config_name=ran.lineage.experiment, method=getattr(ran.site, "kind", ""), threshold=threshold,
         ceiling=ran.guards.ceiling.apcer, exit_code=int(exit_code(list(verdicts.values()))),
         exit_summary=f"{summary.get('pass', 0)} pass, {summary.get('hold', 0)} hold, {summary.get('fail', 0)} fail",
-        digests=(("anchor set", ledger.anchor(source.trunk)), ("trunk", source.trunk), ("MLflow run of the source", source.lineage)),
+        digests=(("anchor set", ledger.anchor(source.trunk)), ("trunk", source.trunk),
+                 ("MLflow run of the source", source.lineage)),
         sites=tuple(
-            _site(s, verdicts.get(s.site), joined.get(s.site), threshold, counts[s.site], serving_name(ledger, serving.get(s.site)),
-                  release, promoted=bool((served := serving.get(s.site)) and (v := verdicts.get(s.site)) and served.state == v.state))
+            _site(s, verdicts.get(s.site), joined.get(s.site), threshold, counts[s.site], release, ledger, serving.get(s.site))
             for s in sites
         ),
         det=_det([j for j in joined.values() if j], threshold),
@@ -112,8 +113,8 @@ def _joined(config: Config, source: SourceRow, verdict: VerdictRow) -> Scored | 
 
 
 def _site(
-    row: SiteRow, v: VerdictRow | None, joined: Scored | None, threshold: float, refused: int, serving: str,
-    release: Rollout | None, *, promoted: bool,
+    row: SiteRow, v: VerdictRow | None, joined: Scored | None, threshold: float, refused: int,
+    release: Rollout | None, ledger: Ledger, served: ServingRow | None,
 ) -> SiteReport:  # fmt: skip
     waves = {s: i + 1 for i, w in enumerate(release.plan.waves) for s in w.sites} if release else {}
     samples = int(str(v.counters["samples"])) if v else 0
@@ -129,7 +130,8 @@ def _site(
         omega=_thin(joined.omega) if joined else np.zeros(0), instability=_thin(joined.instability) if joined else np.zeros(0),
         restores=int(str(v.counters["restores"])) if v else 0, verdict=outcome,
         reasons=tuple([f"cluster: {row.reason}"] if row.reason else []) + (_reasons(v) if v else ()),
-        wave=waves.get(row.site), promoted=promoted, serving=serving,
+        wave=waves.get(row.site), promoted=bool(served and v and v.state and served.state == v.state),
+        serving=serving_name(ledger, served),
     )  # fmt: skip
 
 

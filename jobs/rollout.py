@@ -1,4 +1,4 @@
-"""``palisade rollout``: carry out what ``pipeline.rollout`` decides. Nothing here needs Ray; rolling back needs nothing but the ledger."""
+"""``palisade rollout``: carry out what ``pipeline.rollout`` decides; rolling back needs nothing but the ledger."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from jobs import Exit, table
 from jobs.adapt import reason as why
 from jobs.deployment import now, open_ledger
+from jobs.waves import name_of, show_plan, show_status
 from pipeline import rollout as machine
 from pipeline.guards import assess
 from pipeline.rollout import Candidate, HealthReport, Pointer, Rollout, SiteFacts, Status, WaveEvidence
@@ -42,7 +43,7 @@ def plan(config: Config, terminal: Terminal) -> int:
         release, plan_hash=started.plan_hash, status=started.status, body=started.model_dump_json(), revision=0,
         event={"event": "planned", "sites": len(made.targets)}, now=now(),
     )  # fmt: skip
-    _show_plan(terminal, started)
+    show_plan(terminal, started)
     return Exit.DONE
 
 
@@ -52,7 +53,7 @@ def diff(config: Config, terminal: Terminal) -> int:
     rows = _newest(ledger)
     current, serving = _load(rows[0]), ledger.serving()
     changes = [
-        [site, _name(_pointer(ledger, serving.get(site))), _name(target.to), wave + 1]
+        [site, name_of(_pointer(ledger, serving.get(site))), name_of(target.to), wave + 1]
         for wave, w in enumerate(current.plan.waves) for site in w.sites
         if (target := current.plan.targets[site]).to != _pointer(ledger, serving.get(site))
     ]  # fmt: skip
@@ -83,7 +84,8 @@ def apply(config: Config, terminal: Terminal, *, plan_hash: str, watch: bool) ->
     row = _newest(ledger)[0]
     if len(plan_hash) < 8 or not row.plan_hash.startswith(plan_hash):
         raise ValueError(
-            f"plan hash {plan_hash!r}: the newest plan is {row.plan_hash[:8]} ({row.id}); look at `palisade rollout diff`, then apply that"
+            f"plan hash {plan_hash!r}: the newest plan is {row.plan_hash[:8]} ({row.id}); "
+            "look at `palisade rollout diff`, then apply that"
         )
     current = _load(row)
     who = getpass.getuser()
@@ -97,14 +99,14 @@ def apply(config: Config, terminal: Terminal, *, plan_hash: str, watch: bool) ->
     while watch and _load(row).status in RUNNING:
         time.sleep(POLL_SECONDS)
         row = _tick(config, ledger, row, terminal)
-    code = _show_status(terminal, ledger, row)
+    code = _show(terminal, ledger, row)
     return Exit.GUARD_FAILED if Status(row.status) in {Status.ROLLING_BACK, Status.ROLLED_BACK} else code
 
 
 def status(config: Config, terminal: Terminal) -> int:
     """Where the newest rollout stands."""
     ledger = open_ledger(config, create=False)
-    return _show_status(terminal, ledger, _newest(ledger)[0])
+    return _show(terminal, ledger, _newest(ledger)[0])
 
 
 def pause(config: Config, terminal: Terminal, *, reason: str) -> int:
@@ -114,7 +116,7 @@ def pause(config: Config, terminal: Terminal, *, reason: str) -> int:
     row = _save(
         ledger, row, machine.pause(_load(row), reason=reason, now=now()), f"paused by {getpass.getuser()}: {reason}"
     )
-    return _show_status(terminal, ledger, row)
+    return _show(terminal, ledger, row)
 
 
 def abort(config: Config, terminal: Terminal, *, reason: str) -> int:
@@ -136,7 +138,7 @@ def rollback(config: Config, terminal: Terminal, *, reason: str) -> int:
     if row is None:
         raise ValueError("no rollout has promoted anything; see `palisade rollout status`")
     if Status(row.status) == Status.ROLLED_BACK:
-        return _show_status(terminal, ledger, row)
+        return _show(terminal, ledger, row)
     return _go_back(ledger, terminal, row, reason)
 
 
@@ -204,7 +206,7 @@ def _go_back(ledger: Ledger, terminal: Terminal, row: RolloutRow, reason: str) -
         new, actions = machine.advance(current, WaveEvidence(serving=_serving(ledger, current)), now())
         _perform(ledger, row.id, new, actions)
         row = _save(ledger, row, new, _said(current, new)) if new != current else row
-    return _show_status(terminal, ledger, row)
+    return _show(terminal, ledger, row)
 
 
 def _perform(ledger: Ledger, release: str, r: Rollout, actions: tuple[machine.Action, ...]) -> None:
@@ -265,52 +267,6 @@ def _said(before: Rollout, after: Rollout) -> str:
     return f"{after.status}{where}{reason}"
 
 
-def _name(pointer: Pointer) -> str:
-    return f"state {pointer.state_id}" if pointer.state_id else f"source v{pointer.source_version}"
-
-
-def _show_plan(terminal: Terminal, r: Rollout) -> None:
-    p = r.plan
-    waves = [
-        [i + 1, f"{w.share:.0%}", len(w.sites), w.abort_at, ", ".join(w.sites[:4]) + (" …" if len(w.sites) > 4 else "")]
-        for i, w in enumerate(p.waves)
-    ]
-    parts = [
-        table(
-            f"{p.release}: {len(p.targets)} sites in {len(p.waves)} waves",
-            ["wave", "up to", "sites", "aborts at", ""],
-            waves,
-        )
-    ]
-    if p.excluded:
-        parts.append(table("in no wave", ["site", "why"], [[s, e.reason] for s, e in p.excluded.items()][:20]))
-    terminal.result(
-        {"release": p.release, "plan_hash": r.plan_hash, **p.model_dump(mode="json", include={"waves", "excluded", "controls"}),
-         "duration_seconds": p.duration_seconds, "rollback_seconds": p.rollback_seconds},
-        *parts,
-        f"controls, kept on the source model: {', '.join(p.controls) or 'none'}",
-        f"takes {p.duration_seconds:.0f} s when nothing holds; a rollback reaches every site within {p.rollback_seconds:.0f} s",
-        f"plan hash {r.plan_hash[:8]}; look at `palisade rollout diff`, then `palisade rollout apply {r.plan_hash[:8]}`",
-    )  # fmt: skip
-
-
-def _show_status(terminal: Terminal, ledger: Ledger, row: RolloutRow) -> int:
-    r = _load(row)
-    serving = _serving(ledger, r)
-    rows: list[list[object]] = []
-    for i, w in enumerate(r.plan.waves):
-        on = sum(serving[s] == r.plan.targets[s].to for s in w.sites)
-        rows.append([i + 1, f"{w.share:.0%}", len(w.sites), on, sum(s in r.failed for s in w.sites)])
-    next_step = {
-        Status.PLANNED: f"`palisade rollout apply {r.plan_hash[:8]}` starts it",
-        Status.PAUSED: f"`palisade rollout apply {r.plan_hash[:8]}` goes on, `palisade rollout abort` goes back",
-        Status.HOLD: "waits for data; it pauses for a person after rollout.hold_seconds",
-        Status.BAKING: "the next `palisade rollout apply` or `palisade cycle` moves it on",
-    }.get(r.status, "")
-    said = f"{row.id} is {r.status}{f': {r.reason}' if r.reason else ''}{f'; {next_step}' if next_step else ''}"
-    listed = [dict(zip(("wave", "share", "sites", "promoted", "failed"), x, strict=True)) for x in rows]
-    terminal.result(
-        {"release": row.id, "status": r.status, "reason": r.reason, "plan_hash": r.plan_hash, "waves": listed},
-        table(row.id, ["wave", "up to", "sites", "serving it", "failed"], rows), said,
-    )  # fmt: skip
-    return Exit.HOLD if r.status in {Status.HOLD, Status.PAUSED} else Exit.DONE
+def _show(terminal: Terminal, ledger: Ledger, row: RolloutRow) -> Exit:
+    current = _load(row)
+    return show_status(terminal, row.id, current, _serving(ledger, current))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jobs import Exit, table
 from jobs.adapt import reason
 from jobs.deployment import open_ledger
+from pipeline.models.checkpoint import Manifest
 
 if TYPE_CHECKING:
     from jobs import Terminal
@@ -39,17 +40,20 @@ def show(config: Config, terminal: Terminal, *, site: str) -> int:
     row = ledger.site(site)
     segments, verdicts, refused = ledger.segments(site), ledger.verdicts(site=site), ledger.quarantined(site)
     reasons = Counter(q.reason for q in refused)
-    head = f"{site}: {row.status}{': ' + row.reason if row.reason else ''}; stream at offset {row.ingested}, adapted to {row.learned}"
+    status = f"{row.status}: {row.reason}" if row.reason else row.status
+    head = f"{site}: {status}; stream at offset {row.ingested}, adapted to {row.learned}"
     terminal.result(
         {"site": site, "status": row.status, "reason": row.reason, "ingested": row.ingested, "learned": row.learned,
          "segments": [vars(s) for s, _ in segments], "quarantine": dict(reasons),
          "verdicts": [{"cycle": v.cycle, "outcome": v.verdict.outcome, "reason": reason(v)} for v in verdicts]},
         head,
         table("segments", ["segment", "offsets", "good", "refused", "ingested"],
-              [[s.name, f"{s.base_offset}–{s.base_offset + s.rows}", s.good, s.quarantined, f"{at:%Y-%m-%d %H:%M}"] for s, at in segments]),
+              [[s.name, f"{s.base_offset}–{s.base_offset + s.rows}", s.good, s.quarantined, f"{at:%Y-%m-%d %H:%M}"]
+               for s, at in segments]),
         *([table("refused", ["reason", "count"], [[r, n] for r, n in reasons.most_common()])] if reasons else []),
         table("verdicts", ["cycle", "offsets", "samples", "verdict", "why"],
-              [[v.cycle, f"{v.offset_from}–{v.offset_to}", v.counters["samples"], v.verdict.outcome, reason(v)] for v in verdicts]),
+              [[v.cycle, f"{v.offset_from}–{v.offset_to}", v.counters["samples"], v.verdict.outcome, reason(v)]
+               for v in verdicts]),
     )  # fmt: skip
     return Exit.DONE
 
@@ -60,9 +64,12 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
     ledger.site(site)
     served = ledger.serving([site]).get(site)
     source = ledger.source(served.source_version if served else None)
+    made = Manifest.model_validate(source.manifest)
+    since = f" since {served.since:%Y-%m-%d %H:%M:%S} UTC, release {served.counter}" if served else ""
     steps: list[tuple[str, str]] = [
-        ("serves", f"{serving_name(ledger, served)}{f' since {served.since:%Y-%m-%d %H:%M:%S} UTC, release {served.counter}' if served else ''}"),
-        ("source", f"v{source.version} {source.digest[:12]} ({source.manifest['method']} on {', '.join(source.manifest['domains'])}), MLflow run {source.lineage}"),  # pyright: ignore
+        ("serves", serving_name(ledger, served) + since),
+        ("source", f"v{source.version} {source.digest[:12]} ({made.method} on {', '.join(made.domains)})"),
+        ("lineage", f"MLflow run {source.lineage}"),
     ]  # fmt: skip
     state = ledger.state(served.state) if served else None
     if state:

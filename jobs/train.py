@@ -93,7 +93,8 @@ def _show(terminal: Terminal, model: SourceModel, row: SourceRow, *, champion: b
     rows = [[name, percent(value)] for name, value in sorted(m.metrics.items())]
     role = "champion" if champion else "challenger"
     terminal.result(
-        {"version": row.version, "role": role, "path": row.path, "digest": m.digest, "threshold": m.threshold, "metrics": m.metrics},
+        {"version": row.version, "role": role, "path": row.path, "digest": m.digest, "threshold": m.threshold,
+         "metrics": m.metrics},
         table(f"source v{row.version} ({role}): {m.method} on {', '.join(m.domains)}", ["source validation", "%"], rows),
         f"threshold {m.threshold:.4f} at the source-validation EER; model in {row.path}",
     )  # fmt: skip

@@ -89,11 +89,12 @@ def _check(config: Config) -> None:
         raise ValueError(
             "search.sites and data.sealed: name development sites with sealed labels; targets are never tuned on"
         )
-    allowed = method_config("site", str(config.site.model_dump()["kind"])).model_fields
+    kind = str(config.site.model_dump()["kind"])
+    allowed = method_config("site", kind).model_fields
     for name in config.search.space:
         if name not in allowed or name == "kind":
             raise ValueError(
-                f"search.space.{name}: no such setting of {config.site.model_dump()['kind']}; allowed: {', '.join(k for k in allowed if k != 'kind')}"
+                f"search.space.{name}: no such setting of {kind}; allowed: {', '.join(k for k in allowed if k != 'kind')}"
             )
 
 

@@ -10,7 +10,7 @@ import json
 import pkgutil
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError
@@ -96,7 +96,7 @@ class Uniform(Section):
 class SearchConfig(Section):
     """Section ``search``: ASHA over replayed features; keys of ``space`` are dotted names in section ``site``."""
 
-    space: dict[str, Choice | LogUniform | Uniform] = {}
+    space: dict[str, Choice | LogUniform | Uniform] = Field(default={})
     sites: tuple[str, ...] = Field(default=(), description="development sites with sealed labels; never a target")
     samples: int = Field(default=8, ge=1)
     rungs: int = Field(default=3, ge=1, description="times a trial reports while it replays")
@@ -171,12 +171,13 @@ def _read(path: Path) -> dict[str, dict[str, object]]:
 
 def _mapping(text: str, where: str) -> dict[str, dict[str, object]]:
     try:
-        raw = yaml.safe_load(text) or {}
+        raw: object = yaml.safe_load(text) or {}
     except yaml.YAMLError as e:
         raise ConfigError(f"{where}: not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(raw, dict) or not all(isinstance(v, dict) for v in raw.values()):
+    sections = cast("dict[str, object]", raw) if isinstance(raw, dict) else {"": raw}
+    if not all(isinstance(v, dict) for v in sections.values()):
         raise ConfigError(f"{where}: must be sections of keys, e.g. 'site: {{lr: 1e-3}}'")
-    return raw
+    return cast("dict[str, dict[str, object]]", sections)
 
 
 def _override(raw: dict[str, dict[str, object]], item: str, given_in: dict[str, str]) -> None:
@@ -205,9 +206,11 @@ def _compose(raw: Mapping[str, Mapping[str, object]], where: str, given_in: Mapp
         values = dict(raw.get(name) or {})
         try:
             cls = _section_class(name, values, field.annotation)
-            sections[name] = cls.model_validate(values)
         except ConfigError as e:
             mistakes.append(f"{given_in.get(f'{name}.kind', where)}: {e}")
+            continue
+        try:
+            sections[name] = cls.model_validate(values)
         except ValidationError as e:
             mistakes += [_line(name, error, where, given_in, cls) for error in e.errors()]
     if mistakes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -11,6 +11,8 @@ from pipeline.cluster.shard import Shard, ShardJob
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from ray.actor import ActorClass, ActorHandle, ActorProxy
 
 RETRIES = 5  # of a chunk whose actor died; a chunk that kills its actor every time is taken apart
 
@@ -28,11 +30,11 @@ def adapt(
     ``on_shards`` is told the process ids. A chunk that breaks is tried site by site, so that one site cannot hide others.
     """
     todo = [list(sites[i : i + chunk]) for i in range(0, len(sites), chunk)]
-    remote = ray.remote(Shard).options(num_cpus=cpus, max_restarts=-1, max_task_retries=RETRIES)
+    remote = cast("ActorClass", ray.remote(Shard)).options(num_cpus=cpus, max_restarts=-1, max_task_retries=RETRIES)
     idle = [remote.remote(job) for _ in range(min(shards, max(len(todo), 1)))]
     if on_shards:
         on_shards(ray.get([a.pid.remote() for a in idle]))
-    running: dict[ray.ObjectRef, tuple[ray.actor.ActorHandle, list[str]]] = {}
+    running: dict[ray.ObjectRef, tuple[ActorProxy[Shard], list[str]]] = {}
     failed: dict[str, str] = {}
     done = 0
     on_progress(0, len(sites))
@@ -56,7 +58,7 @@ def adapt(
         idle.append(actor)
         on_progress(done, len(sites))
     for actor in idle:
-        ray.kill(actor)
+        ray.kill(cast("ActorHandle", actor))
     return failed
 
 

@@ -96,7 +96,7 @@ def run(
     items = [{"segment": json.dumps(vars(s))} for s in new]
     blocks = min(len(items), 4 * config.cluster.ingest_workers)
     dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
-        _ingest_batch,
+        _ingest_batch,  # pyright: ignore[reportArgumentType]: what reaches it is the numpy batch format
         batch_size=1,
         compute=ray.data.TaskPoolStrategy(size=config.cluster.ingest_workers),
         num_cpus=config.cluster.cpus / config.cluster.ingest_workers / 2 if config.cluster.address == "local" else 1,
@@ -189,7 +189,7 @@ def _featurise(
     present = np.array(masks, np.uint8)
     pixels = torch.from_numpy(np.stack(frames) if frames else np.zeros((0, 5, size, size), np.uint8))
     z = features_of(model.trunk, pixels, torch.from_numpy(mask_to_bool(present))).numpy().astype(np.float16)
-    fine = np.isfinite(z).all(axis=(1, 2))
+    fine = np.asarray(np.isfinite(z).all(axis=(1, 2)))
     bad += [
         (c["row"], c["sample_id"], "its features are not finite") for c, ok in zip(kept, fine, strict=True) if not ok
     ]

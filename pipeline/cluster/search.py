@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import ray
 import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from pipeline import bank, metrics
 from pipeline.config import Choice, Config, LogUniform, SearchConfig, method_config, parse
@@ -20,6 +21,7 @@ from pipeline.models import checkpoint
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from pipeline.site import SiteMethod
     from pipeline.types import Features
 
 METRIC = "online_hter"
@@ -62,7 +64,7 @@ def search(
             param_space=space,
             tune_config=tune.TuneConfig(
                 metric=METRIC, mode="min", num_samples=config.search.samples, max_concurrent_trials=config.search.concurrent,
-                scheduler=_asha(config.search), search_alg=tune.search.BasicVariantGenerator(random_state=config.search.seed),
+                scheduler=_asha(config.search), search_alg=BasicVariantGenerator(random_state=config.search.seed),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(storage_path=storage, verbose=0, callbacks=[_Counted(on_progress, config.search.samples)]),
@@ -88,9 +90,8 @@ def replay(
 
 def _replay(config: Config, settings: Mapping[str, object], streams: Sequence[Stream], model_path: str):
     model = checkpoint.load(Path(model_path))
-    method = method_config("site", str(config.site.model_dump()["kind"])).model_validate(
-        {**config.site.model_dump(), **settings}
-    )
+    own = config.site.model_dump()
+    method = cast("SiteMethod", method_config("site", str(own["kind"])).model_validate({**own, **settings}))
     states = bank.stack([method.init(model.tail) for _ in streams])
     scores: list[list[np.ndarray]] = [[] for _ in streams]
     rungs = config.search.rungs

@@ -125,7 +125,7 @@ def _learn_and_judge(config: Config, model: SourceModel, job: ShardJob, windows:
                 counters={"samples": len(w.block), "outcomes": outcomes, **_counters(w.block, traces[k])},
                 verdict=verdict,
                 evidence=evidence,
-            )  # fmt: skip
+            )
         )
     return rows
 

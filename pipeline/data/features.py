@@ -88,7 +88,7 @@ def read_features(root: Path, trunk: str, site: str, *, start: int, end: int, fe
 
 def _read(path: Path, features: int) -> FeatureBlock:
     try:
-        table = pq.read_table(path, partitioning=None)
+        table = pq.ParquetFile(path).read()
         column = table["z"].combine_chunks()
     except (OSError, pa.ArrowException, KeyError) as e:
         raise BadBlob(

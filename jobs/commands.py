@@ -1,0 +1,297 @@
+"""The commands of ``palisade`` and their options. A job's module is imported by the command that needs it, after the
+configuration was read: ``--help`` and a mistake in a YAML are answered at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs import Terminal
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+EVERYWHERE = "Every command also takes --config FILE, --json and overrides such as site.lr=1e-4."
+
+app = typer.Typer(
+    name="palisade",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+rollout_app = typer.Typer(
+    no_args_is_help=True, help="Waves over the fleet: plan, diff, apply, status, pause, abort, rollback."
+)
+site_app = typer.Typer(no_args_is_help=True, help="Sites: list, show, explain.")
+app.add_typer(rollout_app, name="rollout")
+app.add_typer(site_app, name="site")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the global options say."""
+
+    path: Path | None
+    overrides: tuple[str, ...]
+    terminal: Terminal
+
+    @cached_property
+    def config(self) -> Config:
+        """The deployment's configuration, read when a command first needs it."""
+        from pipeline.config import load
+
+        default = Path("palisade.yaml")
+        return load(self.path or (default if default.exists() else None), self.overrides)
+
+
+@app.callback(epilog="Exit codes: 0 done, 2 usage or config, 3 hold, 4 guard failed, 5 infrastructure.")
+def palisade(
+    ctx: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Deployment YAML (default ./palisade.yaml).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value; --set may be left out.")
+    ] = None,
+) -> None:
+    """Face anti-spoofing models that stay good while a fleet of sites drifts.
+
+    --config, --json and overrides such as site.lr=1e-4 may stand anywhere on the line.
+    """
+    ctx.obj = Call(config, tuple(override or ()), Terminal(as_json))
+
+
+@app.command(epilog=EVERYWHERE)
+def demo(
+    ctx: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder of the demo; an earlier demo there is replaced.")] = Path("demo"),
+) -> int:
+    """Run the whole loop on a simulated fleet: nothing to download, a few minutes."""
+    from jobs.demo import demo
+
+    return demo(ctx.obj.path, ctx.obj.overrides, ctx.obj.terminal, out=out)
+
+
+@app.command(epilog=EVERYWHERE)
+def doctor(ctx: typer.Context) -> int:
+    """Check this machine and deployment."""
+    config = ctx.obj.config
+    from jobs.doctor import doctor
+
+    return doctor(config, ctx.obj.terminal)
+
+
+@app.command("import", epilog=EVERYWHERE)
+def import_(
+    ctx: typer.Context,
+    kind: Annotated[str, typer.Argument(help="wmca, cefa, surf, padisi or synth")],
+    root: Annotated[Path | None, typer.Argument(help="The data set's folder (synth needs none).")] = None,
+    domain: Annotated[str | None, typer.Option(help="Name of the domain; default: the kind.")] = None,
+) -> int:
+    """Import a labelled corpus into data.corpora."""
+    config = ctx.obj.config
+    from jobs.imports import import_corpus
+
+    return import_corpus(config, ctx.obj.terminal, kind=kind, root=root, domain=domain)
+
+
+@app.command(epilog=EVERYWHERE)
+def train(
+    ctx: typer.Context,
+    champion: Annotated[bool, typer.Option(help="Serve the new version as the fleet's source model.")] = False,
+) -> int:
+    """Fit a source model on data.domains with source.kind; resumes by itself."""
+    config = ctx.obj.config
+    from jobs.train import train
+
+    return train(config, ctx.obj.terminal, champion=champion)
+
+
+@app.command(epilog=EVERYWHERE)
+def evaluate(
+    ctx: typer.Context,
+    version: Annotated[int | None, typer.Option(help="Source model version; default: the champion.")] = None,
+    streams: Annotated[
+        bool, typer.Option(help="Score the sites' streams against data.sealed, before and after.")
+    ] = False,
+) -> int:
+    """Score a source model on test splits, or the sites before and after adaptation."""
+    config = ctx.obj.config
+    from jobs.evaluate import evaluate
+
+    return evaluate(config, ctx.obj.terminal, version=version, streams=streams)
+
+
+@app.command(epilog=EVERYWHERE)
+def ingest(ctx: typer.Context) -> int:
+    """Read the sites' new capture segments into the feature store."""
+    config = ctx.obj.config
+    from jobs.ingest import ingest
+
+    return ingest(config, ctx.obj.terminal)
+
+
+@app.command(epilog=EVERYWHERE)
+def adapt(
+    ctx: typer.Context,
+    site: Annotated[list[str] | None, typer.Option(help="Only this site; may be repeated.")] = None,
+) -> int:
+    """Adapt every site on what was ingested and judge the candidates."""
+    config = ctx.obj.config
+    from jobs.adapt import adapt
+
+    return adapt(config, ctx.obj.terminal, sites=site or [])
+
+
+@app.command(epilog=EVERYWHERE)
+def cycle(ctx: typer.Context) -> int:
+    """Ingest, adapt, judge, report, and move a running rollout on; safe to repeat, resumes by itself."""
+    config = ctx.obj.config
+    from jobs.cycle import cycle
+
+    return cycle(config, ctx.obj.terminal)
+
+
+@app.command(epilog=EVERYWHERE)
+def report(
+    ctx: typer.Context,
+    cycle: Annotated[str | None, typer.Option(help="Cycle id; default: the last one.")] = None,
+) -> int:
+    """Write the HTML report of a cycle."""
+    config = ctx.obj.config
+    from jobs.report import report
+
+    return report(config, ctx.obj.terminal, cycle=cycle)
+
+
+@app.command(epilog=EVERYWHERE)
+def tune(ctx: typer.Context) -> int:
+    """Search site hyper-parameters by replaying the features of search.sites."""
+    config = ctx.obj.config
+    from jobs.tune import tune
+
+    return tune(config, ctx.obj.terminal)
+
+
+@rollout_app.command("plan", epilog=EVERYWHERE)
+def rollout_plan(ctx: typer.Context) -> int:
+    """Plan a release of all passing candidates in waves."""
+    config = ctx.obj.config
+    from jobs.rollout import plan
+
+    return plan(config, ctx.obj.terminal)
+
+
+@rollout_app.command("diff", epilog=EVERYWHERE)
+def rollout_diff(ctx: typer.Context) -> int:
+    """What the planned release would change, site by site."""
+    config = ctx.obj.config
+    from jobs.rollout import diff
+
+    return diff(config, ctx.obj.terminal)
+
+
+@rollout_app.command("apply", epilog=EVERYWHERE)
+def rollout_apply(
+    ctx: typer.Context,
+    plan_hash: Annotated[str, typer.Argument(help="The hash that plan printed (the first 8 digits are enough).")],
+    watch: Annotated[bool, typer.Option(help="Stay until the rollout ends or waits for a person.")] = False,
+) -> int:
+    """Approve the plan with this hash and move it on as far as it can go now."""
+    config = ctx.obj.config
+    from jobs.rollout import apply
+
+    return apply(config, ctx.obj.terminal, plan_hash=plan_hash, watch=watch)
+
+
+@rollout_app.command("status", epilog=EVERYWHERE)
+def rollout_status(ctx: typer.Context) -> int:
+    """Where the rollout stands."""
+    config = ctx.obj.config
+    from jobs.rollout import status
+
+    return status(config, ctx.obj.terminal)
+
+
+@rollout_app.command("pause", epilog=EVERYWHERE)
+def rollout_pause(ctx: typer.Context, reason: Annotated[str, typer.Option(help="Why; kept in the audit log.")]) -> int:
+    """Stop before the next wave; apply goes on."""
+    config = ctx.obj.config
+    from jobs.rollout import pause
+
+    return pause(config, ctx.obj.terminal, reason=reason)
+
+
+@rollout_app.command("abort", epilog=EVERYWHERE)
+def rollout_abort(ctx: typer.Context, reason: Annotated[str, typer.Option(help="Why; kept in the audit log.")]) -> int:
+    """End the running rollout and roll every promoted site back."""
+    config = ctx.obj.config
+    from jobs.rollout import abort
+
+    return abort(config, ctx.obj.terminal, reason=reason)
+
+
+@rollout_app.command("rollback", epilog=EVERYWHERE)
+def rollout_rollback(
+    ctx: typer.Context, reason: Annotated[str, typer.Option(help="Why; kept in the audit log.")]
+) -> int:
+    """Undo the last rollout, running or completed. Needs neither MLflow nor Ray; may be repeated."""
+    config = ctx.obj.config
+    from jobs.rollout import rollback
+
+    return rollback(config, ctx.obj.terminal, reason=reason)
+
+
+@site_app.command("list", epilog=EVERYWHERE)
+def site_list(ctx: typer.Context) -> int:
+    """All sites with their last verdict and what they serve."""
+    config = ctx.obj.config
+    from jobs.site import list_sites
+
+    return list_sites(config, ctx.obj.terminal)
+
+
+@site_app.command("show", epilog=EVERYWHERE)
+def site_show(ctx: typer.Context, site: str) -> int:
+    """One site: registration, stream position, quarantine, verdicts."""
+    config = ctx.obj.config
+    from jobs.site import show
+
+    return show(config, ctx.obj.terminal, site=site)
+
+
+@site_app.command("explain", epilog=EVERYWHERE)
+def site_explain(ctx: typer.Context, site: str) -> int:
+    """Why the site serves what it serves: source version, stream window, candidate, verdict, wave."""
+    config = ctx.obj.config
+    from jobs.site import explain
+
+    return explain(config, ctx.obj.terminal, site=site)
+
+
+@app.command(epilog=EVERYWHERE)
+def submit(
+    ctx: typer.Context,
+    job: Annotated[list[str] | None, typer.Argument(help="A palisade command with its arguments, e.g. cycle.")] = None,
+    address: Annotated[str, typer.Option(help="Ray Jobs server.")] = "http://127.0.0.1:8265",
+    submission_id: Annotated[
+        str | None, typer.Option("--id", help="Submission id; default: from job, config and day.")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the log and end with the job's exit code.")] = False,
+    render: Annotated[Path | None, typer.Option(help="Write the KubeRay manifests to this folder instead.")] = None,
+) -> int:
+    """Run any job on a Ray cluster through the Jobs API, once per submission id; or render the manifests."""
+    config = ctx.obj.config
+    from jobs.submit import submit
+
+    return submit(
+        config, ctx.obj.terminal, job=job or [], address=address, submission_id=submission_id, wait=wait, render=render
+    )  # fmt: skip
