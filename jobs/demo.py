@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import Exit, percent, table
-from jobs.adapt import adapt
+from jobs.adapt import adapt, reason
 from jobs.cycle import cycle
 from jobs.deployment import open_ledger
 from jobs.ingest import ingest
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
     from jobs import Terminal
     from pipeline.config import Config
+    from pipeline.ledger import VerdictRow
     from pipeline.report import CycleReport, PadSummary
 
 MARK = ".palisade-demo"
 CONF = Path("conf/demo.yaml")
 SAMPLES = 300  # per domain
 TAMPERED = "terminal-gate"  # its candidate is spoilt on purpose
-RECKLESS = ("site.kind=tent", "site.lr=0.05")
+RECKLESS = ("site.kind=tent", "site.lr=0.5")
 LOOSE = tuple(f"guards.{g}.advisory=true" for g in ("ceiling", "noninferiority", "trust"))
 
 
@@ -83,7 +84,8 @@ def demo(path: Path | None, overrides: Sequence[str], terminal: Terminal, *, out
             bad = apply(config, quiet, plan_hash=ledger.rollouts()[0].plan_hash, watch=True)
     report = gather(config, ledger, first)
     page = write_report(config, ledger, first)
-    _show(terminal, report, page, seconds=time.monotonic() - started, base=CONF if path is None else path)
+    spoilt = ledger.verdicts(site=TAMPERED)[0]
+    _show(terminal, report, page, spoilt=spoilt, seconds=time.monotonic() - started, base=path or CONF)
     expected = (held, good, bad) == (Exit.GUARD_FAILED, Exit.DONE, Exit.GUARD_FAILED)
     return Exit.DONE if expected else Exit.GUARD_FAILED
 
@@ -116,10 +118,16 @@ def _chapter(terminal: Terminal, number: int, title: str) -> Iterator[None]:
     terminal.say(f"      {time.monotonic() - started:.1f} s")
 
 
-def _show(terminal: Terminal, report: CycleReport, page: Path, *, seconds: float, base: Path) -> None:
+def _show(
+    terminal: Terminal, report: CycleReport, page: Path, *, spoilt: VerdictRow, seconds: float, base: Path
+) -> None:
+    """The fleet's table; the spoilt candidate's site shows the verdict on that candidate."""
     rows: list[list[object]] = []
     for s in report.sites:
         why = s.reasons[0] if s.verdict != "pass" and s.reasons else ""
+        if s.site == TAMPERED:
+            s = replace(s, samples=int(str(spoilt.counters["samples"])), verdict=spoilt.verdict.outcome)
+            why = f"spoilt on purpose: {reason(spoilt)}"
         rows.append([s.site, s.samples, _change(s.before, s.after, "hter"), _change(s.before, s.after, "max_apcer"),
                      _change(s.before, s.after, "bpcer"), s.verdict, s.wave, why[:60]])  # fmt: skip
     columns = ["site", "samples", "HTER %", "max APCER %", "BPCER %", "verdict", "wave", "why"]

@@ -96,7 +96,7 @@ def apply(config: Config, terminal: Terminal, *, plan_hash: str, watch: bool) ->
     elif current.status in machine.TERMINAL:
         raise ValueError(f"{row.id} is {row.status}; plan a new release")
     row = _tick(config, ledger, row, terminal)
-    while watch and _load(row).status in RUNNING:
+    while watch and _load(row).status in RUNNING - {Status.HOLD}:
         time.sleep(POLL_SECONDS)
         row = _tick(config, ledger, row, terminal)
     code = _show(terminal, ledger, row)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Report = Callable[["Fit", dict[str, float]], None]
 
 CLIP = 5.0  # largest gradient norm
+REPLAY = 64  # labelled source features that travel with the model
 WARMUP = 0.05  # share of the steps in which the rate rises
 FROZEN_TAIL = "site."  # the site adapter is the identity in a source model
 TENSORS, STATE = "fit.safetensors", "fit.json"
@@ -219,6 +220,7 @@ def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> Sourc
         fingerprint=task.fingerprint, revision=task.revision,
         architecture=cast("TinyTrunk | VitTrunk", objective.trunk).architecture(),
     )  # fmt: skip
+    tail |= replay(trunk, corpora)
     score = tails.score(tail, z, present).numpy()
     threshold = metrics.eer_threshold(score, label)
     names = [c.domain for c in corpora]
@@ -244,6 +246,20 @@ def scores(model: SourceModel, z: Tensor, present: Tensor) -> Tensor:
     """[N] P(bona fide) of features [N, M, F]."""
     with torch.no_grad():
         return tails.score(model.tail, z, present)
+
+
+def replay(trunk: nn.Module, corpora: Sequence[Corpus]) -> Params:
+    """A few labelled training features, equal per domain x class, for site methods that keep the source in their loss."""
+    cells = stratify(corpora)
+    each = max(REPLAY // len(cells), 1)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for cell in cells:
+        rows = cell.rows[np.linspace(0, len(cell.rows) - 1, min(each, len(cell.rows))).astype(int)]
+        present = torch.from_numpy(mask_to_bool(np.asarray(corpora[cell.domain].present)[rows]))
+        z = features(trunk, torch.from_numpy(corpora[cell.domain].frame[rows]), present)
+        parts.append((z, present, torch.full((len(rows),), float(cell.label))))
+    z, present, label = (torch.cat(p) for p in zip(*parts, strict=True))
+    return {"replay.z": z, "replay.present": present, "replay.label": label}
 
 
 def _validation(trunk: nn.Module, corpora: Sequence[Corpus]) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:

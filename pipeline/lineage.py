@@ -127,7 +127,8 @@ class Lineage:
     @classmethod
     def open(cls, config: LineageConfig, *, code_revision: str) -> Lineage:
         """Connect; create database, experiment and artifact root where there are none. LineageError = out of reach."""
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        for chatty in ("alembic", "mlflow"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         file = Path(config.uri.removeprefix(SQLITE)).resolve() if config.uri.startswith(SQLITE) else None
         uri = f"{SQLITE}{file}" if file else config.uri
         probe(uri)

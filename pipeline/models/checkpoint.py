@@ -180,6 +180,7 @@ def _checked_tail(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest)
     config = manifest.config
     wanted = tails.init_tail(config.tail, config.trunk.features, generator=torch.Generator())
     tail = {n.removeprefix(TAIL): t for n, t in tensors.items() if n.startswith(TAIL)}
+    memory = {n: tail.pop(n) for n in tails.REPLAY if n in tail}
     if odd := sorted(wanted.keys() ^ tail.keys()):
         raise BadCheckpoint(f"{path / WEIGHTS}: tail tensor {odd[0]} is missing or unknown")
     for name, t in tail.items():
@@ -187,7 +188,10 @@ def _checked_tail(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest)
             raise BadCheckpoint(
                 f"{path / WEIGHTS}: tail tensor {name}: shape {tuple(t.shape)} or a value is not as configured"
             )
-    return tail
+    shapes = [tuple(t.shape[1:]) for t in memory.values()]
+    if memory and shapes != [(tails.MODALITIES, config.trunk.features), (tails.MODALITIES,), ()]:
+        raise BadCheckpoint(f"{path / WEIGHTS}: the source features {', '.join(tails.REPLAY)} are not whole")
+    return {**tail, **memory}
 
 
 def _read(path: Path, limit: int | None) -> bytes:

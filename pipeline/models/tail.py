@@ -27,6 +27,11 @@ FUSED = MODALITIES
 GATE_INIT = 0.1  # how much a complement adds to a modality that is there
 SYNERGY_INIT = 0.1
 MOVABLE = ("site.gamma", "site.beta", "site.down", "site.up", "gate", "log_rho")
+REPLAY = (
+    "replay.z",
+    "replay.present",
+    "replay.label",
+)  # labelled source features a trained tail carries; no parameters
 NO_DECAY = (
     "fuse.out",
     "head.out",
