@@ -145,4 +145,5 @@ def _show(
 def _change(before: PadSummary | None, after: PadSummary | None, name: str) -> str | None:
     if before is None or after is None:
         return None
-    return f"{percent(getattr(before, name))} → {percent(getattr(after, name))}"
+    values = [percent(getattr(p, name)) for p in (before, after)]
+    return " → ".join(v for v in values if v) or None

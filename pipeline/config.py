@@ -196,6 +196,10 @@ def _override(raw: dict[str, dict[str, object]], item: str, given_in: dict[str, 
     except yaml.YAMLError:
         raise ConfigError(f"override {item!r}: {text!r} is not a YAML value") from None
     given_in[name] = f"override {item}"
+    if name in (f"{section}.kind" for section in PLUGGED) and node["kind"] in methods(parts[0]):
+        allowed = method_config(parts[0], str(node["kind"])).model_fields
+        for key in [k for k in node if k not in allowed and f"{parts[0]}.{k}" not in given_in]:
+            del node[key]  # the file's settings of another method do not apply to this one
 
 
 def _compose(raw: Mapping[str, Mapping[str, object]], where: str, given_in: Mapping[str, str]) -> Config:

@@ -64,6 +64,14 @@ def test_overrides_win_over_the_file(tmp_path):
     assert load(path, ["site.lr=1e-4"]).model_dump()["site"]["lr"] == 1e-4
 
 
+def test_another_kind_drops_the_settings_it_does_not_know_and_keeps_the_others(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("site: {kind: danet, mode: da, lr: 0.5}\n")
+    assert load(path, ["site.kind=tent"]).model_dump()["site"]["lr"] == 0.5
+    with pytest.raises(ConfigError, match="site.mode"):
+        load(path, ["site.mode=tta", "site.kind=tent"])
+
+
 def test_fingerprint_covers_results_and_no_paths():
     base = load(None).fingerprint()
     assert load(None, ["data.captures=elsewhere", "cluster.shards=7", "lineage.uri=x"]).fingerprint() == base
