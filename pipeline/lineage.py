@@ -1,7 +1,6 @@
 """MLflow: one run per training, cycle, rollout or search; source models as registered versions. Drivers only.
 
-The only ``import mlflow``. It is a projection for people: the ledger is the record, and an alias has no history.
-A checkpoint is a folder of safetensors + JSON; no flavour is used, nothing is pickled.
+The only ``import mlflow``. A projection for people: the ledger is the record. No flavour is used, nothing is pickled.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # default true: a pyfunc would run code when loaded
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow is imported
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default keeps a job waiting for minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -127,8 +127,7 @@ class Lineage:
     @classmethod
     def open(cls, config: LineageConfig, *, code_revision: str) -> Lineage:
         """Connect; create database, experiment and artifact root where there are none. LineageError = out of reach."""
-        for chatty in ("alembic", "mlflow"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
         file = Path(config.uri.removeprefix(SQLITE)).resolve() if config.uri.startswith(SQLITE) else None
         uri = f"{SQLITE}{file}" if file else config.uri
         probe(uri)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from contextlib import contextmanager
@@ -52,11 +53,13 @@ def connected(config: ClusterConfig) -> Iterator[None]:
                 include_dashboard=False,
                 object_store_memory=config.object_store_mb * 2**20,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 _temp_dir=tempfile.mkdtemp(prefix="plsd-"),
             )
         else:
-            ray.init(address=config.address, namespace=config.namespace, log_to_driver=False, logging_level="ERROR")
+            ray.init(
+                address=config.address, namespace=config.namespace, log_to_driver=False, logging_level=logging.ERROR
+            )
     except (ConnectionError, OSError, RuntimeError, ValueError) as e:
         raise ClusterError(f"Ray at {config.address!r}: {' '.join(str(e).split())[:200]}; check cluster.address") from e
     try:
