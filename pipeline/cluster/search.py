@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +71,8 @@ def search(
             ),
             run_config=tune.RunConfig(storage_path=storage, verbose=0, callbacks=[_Counted(on_progress, config.search.samples)]),
         )  # fmt: skip
-        results = tuner.fit()
+        with contextlib.redirect_stdout(io.StringIO()):  # Tune prints tables whatever its verbosity
+            results = tuner.fit()
     if results.errors:
         raise RuntimeError(f"every trial must replay; one did not: {' '.join(str(results.errors[0]).split())[-300:]}")
     trials = [
@@ -130,11 +133,19 @@ def _asha(search: SearchConfig) -> ASHAScheduler:
     return ASHAScheduler(time_attr="rung", max_t=search.rungs, grace_period=1, reduction_factor=search.reduction)
 
 
+def _nobody(done: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
 class _Counted(tune.Callback):
     """Counts finished trials for the progress bar."""
 
     def __init__(self, advance: Callable[[int, int], None], total: int) -> None:
         self.advance, self.total, self.done = advance, total, 0
+
+    def __getstate__(self) -> dict[str, object]:
+        """Tune stores its callbacks; a terminal cannot be stored."""
+        return {"advance": _nobody, "total": self.total, "done": self.done}
 
     def on_trial_complete(self, iteration, trials, trial, **info) -> None:
         self.done += 1
