@@ -88,23 +88,17 @@ def exit_code(verdicts: Sequence[VerdictRow]) -> Exit:
     return Exit.GUARD_FAILED if "fail" in outcomes else Exit.HOLD
 
 
-def reason(verdict: VerdictRow) -> str:
-    """The finding that decided, in one line."""
-    decisive = [r for r in verdict.verdict.reasons if r.call == verdict.verdict.outcome and not r.advisory]
-    return f"{decisive[0].guard}: {decisive[0].text}" if decisive else ""
-
-
 def show(terminal: Terminal, cycle: Cycle, summary: dict[str, object], verdicts: Sequence[VerdictRow]) -> None:
     """One line per site, worst first."""
     order = {"fail": 0, "hold": 1, "pass": 2}
     worst = sorted(verdicts, key=lambda v: (order[v.verdict.outcome], v.site))
     rows = [
-        [v.site, v.counters["samples"], v.verdict.outcome, "" if v.verdict.outcome == "pass" else reason(v)]
+        [v.site, v.counters["samples"], v.verdict.outcome, "" if v.verdict.outcome == "pass" else v.verdict.decisive]
         for v in worst[:SHOWN]
     ]
     more = f"and {len(worst) - SHOWN} more; see `palisade site list`" if len(worst) > SHOWN else ""
     listed = [
-        {"site": v.site, "outcome": v.verdict.outcome, "reason": reason(v), "samples": v.counters["samples"]}
+        {"site": v.site, "outcome": v.verdict.outcome, "reason": v.verdict.decisive, "samples": v.counters["samples"]}
         for v in worst
     ]
     terminal.result(
@@ -116,5 +110,6 @@ def show(terminal: Terminal, cycle: Cycle, summary: dict[str, object], verdicts:
 
 def _row(v: VerdictRow) -> dict[str, object]:
     kept = {k: c for k, c in v.counters.items() if k != "outcomes"}
-    return {"site": v.site, "state": v.state, "outcome": v.verdict.outcome, "reason": reason(v), "offset_from": v.offset_from,
+    return {"site": v.site, "state": v.state, "outcome": v.verdict.outcome, "reason": v.verdict.decisive,
+            "offset_from": v.offset_from,
             "offset_to": v.offset_to, "trust_ratio": v.evidence.trust_ratio, **kept}  # fmt: skip

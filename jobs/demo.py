@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import Exit, percent, table
-from jobs.adapt import adapt, reason
+from jobs.adapt import adapt
 from jobs.cycle import cycle
 from jobs.deployment import open_ledger
 from jobs.ingest import ingest
@@ -127,7 +127,7 @@ def _show(
         why = s.reasons[0] if s.verdict != "pass" and s.reasons else ""
         if s.site == TAMPERED:
             s = replace(s, samples=int(str(spoilt.counters["samples"])), verdict=spoilt.verdict.outcome)
-            why = f"spoilt on purpose: {reason(spoilt)}"
+            why = f"spoilt on purpose: {spoilt.verdict.decisive}"
         rows.append([s.site, s.samples, _change(s.before, s.after, "hter"), _change(s.before, s.after, "max_apcer"),
                      _change(s.before, s.after, "bpcer"), s.verdict, s.wave, why[:60]])  # fmt: skip
     columns = ["site", "samples", "HTER %", "max APCER %", "BPCER %", "verdict", "wave", "why"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jobs import Exit
-from jobs.adapt import exit_code, reason
+from jobs.adapt import exit_code
 from jobs.deployment import open_ledger
 from jobs.scoring import Scored, scored
 from jobs.site import serving_name
@@ -36,9 +36,12 @@ from pipeline.revision import code_revision
 from pipeline.rollout import Rollout
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jobs import Terminal
     from pipeline.config import Config
     from pipeline.ledger import Ledger, ServingRow, SiteRow, SourceRow, VerdictRow
+    from pipeline.ledger import QuarantineRow as Refused
 
 BINS = 48  # of the availability strip
 STEPS = 200  # points of a curve over time
@@ -74,7 +77,7 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
     verdicts = {v.site: v for v in ledger.verdicts(cycle=cycle)}
     sites = [s for s in ledger.sites() if s.site in verdicts or s.status == "failed"]
     joined = {site: _joined(config, source, v) for site, v in verdicts.items()}
-    refused = ledger.quarantined()
+    refused = _refused(ledger, cycle)
     serving, release = ledger.serving(), _release(ledger, verdicts)
     counts = {s.site: sum(q.site == s.site for q in refused) for s in sites}
     return CycleReport(
@@ -91,7 +94,7 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
             for s in sites
         ),
         det=_det([j for j in joined.values() if j], threshold),
-        quarantine=_quarantine(ledger),
+        quarantine=_quarantine(refused),
         rollout=_rollout(ledger, release),
         totals=FleetTotals(
             registered=len(ledger.sites()), idle=sum(not v.counters["samples"] for v in verdicts.values()),
@@ -136,7 +139,7 @@ def _site(
 
 
 def _reasons(v: VerdictRow) -> tuple[str, ...]:
-    first = reason(v)
+    first = v.verdict.decisive
     every = [f"{r.guard}: {r.text}{' (advisory)' if r.advisory else ''}" for r in v.verdict.reasons]
     return tuple(dict.fromkeys([first, *every] if first else every))
 
@@ -201,9 +204,17 @@ def _det(joined: list[Scored], threshold: float) -> Det | None:
     return Det(curves[0], curves[1], len(labelled), int((label == 0).sum()), int((label == 1).sum()))
 
 
-def _quarantine(ledger: Ledger) -> tuple[QuarantineRow, ...]:
+def _refused(ledger: Ledger, cycle: str) -> list[Refused]:
+    """What was refused since the full cycle before this one."""
+    rows = ledger.cycles()
+    own = next(c for c in rows if c.id == cycle)
+    before = max((c.started for c in rows if c.kind == "cycle" and c.started < own.started), default="")
+    return [q for c in reversed(rows) if before < c.started <= own.started for q in ledger.quarantined(cycle=c.id)]
+
+
+def _quarantine(refused: Sequence[Refused]) -> tuple[QuarantineRow, ...]:
     grouped: dict[tuple[str, str, str], list[int]] = {}
-    for q in ledger.quarantined():
+    for q in refused:
         grouped.setdefault((q.site, q.segment, q.reason), []).append(q.row)
     return tuple(
         QuarantineRow(site, segment, None if min(rows) < 0 else min(rows), text, len(rows))

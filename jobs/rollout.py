@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING
 
 from jobs import Exit, table
-from jobs.adapt import reason as why
 from jobs.deployment import now, open_ledger
 from jobs.waves import name_of, show_plan, show_status
 from pipeline import rollout as machine
@@ -165,10 +164,12 @@ def _facts(config: Config, ledger: Ledger) -> dict[str, SiteFacts]:
             again = assess(config.guards, verdict.evidence)
             outcome = again.outcome if verdict.verdict.outcome == "pass" else verdict.verdict.outcome
             to = Pointer(state_id=verdict.state, source_version=champion)
-            candidate = Candidate(to=to, verdict_id=verdict.id, outcome=outcome, reason=why(verdict))
+            candidate = Candidate(to=to, verdict_id=verdict.id, outcome=outcome, reason=verdict.verdict.decisive)
         elif verdict:
             here = Pointer(state_id=None, source_version=champion)
-            candidate = Candidate(to=here, verdict_id=verdict.id, outcome=verdict.verdict.outcome, reason=why(verdict))
+            candidate = Candidate(
+                to=here, verdict_id=verdict.id, outcome=verdict.verdict.outcome, reason=verdict.verdict.decisive
+            )
             candidate = candidate if verdict.verdict.outcome != "pass" else None
         last_good = good.get(row.site)
         facts[row.site] = SiteFacts(

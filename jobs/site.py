@@ -6,7 +6,6 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from jobs import Exit, table
-from jobs.adapt import reason
 from jobs.deployment import open_ledger
 from pipeline.models.checkpoint import Manifest
 
@@ -45,14 +44,14 @@ def show(config: Config, terminal: Terminal, *, site: str) -> int:
     terminal.result(
         {"site": site, "status": row.status, "reason": row.reason, "ingested": row.ingested, "learned": row.learned,
          "segments": [vars(s) for s, _ in segments], "quarantine": dict(reasons),
-         "verdicts": [{"cycle": v.cycle, "outcome": v.verdict.outcome, "reason": reason(v)} for v in verdicts]},
+         "verdicts": [{"cycle": v.cycle, "outcome": v.verdict.outcome, "reason": v.verdict.decisive} for v in verdicts]},
         head,
         table("segments", ["segment", "offsets", "good", "refused", "ingested"],
               [[s.name, f"{s.base_offset}–{s.base_offset + s.rows}", s.good, s.quarantined, f"{at:%Y-%m-%d %H:%M}"]
                for s, at in segments]),
         *([table("refused", ["reason", "count"], [[r, n] for r, n in reasons.most_common()])] if reasons else []),
         table("verdicts", ["cycle", "offsets", "samples", "verdict", "why"],
-              [[v.cycle, f"{v.offset_from}–{v.offset_to}", v.counters["samples"], v.verdict.outcome, reason(v)]
+              [[v.cycle, f"{v.offset_from}–{v.offset_to}", v.counters["samples"], v.verdict.outcome, v.verdict.decisive]
                for v in verdicts]),
     )  # fmt: skip
     return Exit.DONE
@@ -92,7 +91,7 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
         steps.append(
             (
                 "newest",
-                f"candidate of {last[0].cycle}: {last[0].verdict.outcome}: {reason(last[0]) or 'not released yet'}",
+                f"candidate of {last[0].cycle}: {last[0].verdict.outcome}: {last[0].verdict.decisive or 'not released yet'}",
             )
         )
     elif not last:

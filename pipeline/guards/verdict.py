@@ -52,6 +52,12 @@ class Verdict(Section):
     abort: bool = False  # too many holds in a row
     labels: str = "anchor"
 
+    @property
+    def decisive(self) -> str:
+        """The first finding that decided, in one line."""
+        found = (r for r in self.reasons if r.call == self.outcome and not r.advisory)
+        return next((f"{r.guard}: {r.text}" for r in found), "")
+
 
 def assess(limits: GuardsConfig, evidence: Evidence) -> Verdict:
     """The verdict on one candidate. fail before hold before pass; scores that are not finite can only hold."""

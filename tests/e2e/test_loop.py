@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -37,7 +39,10 @@ def test_from_captures_to_a_rollout_and_back(deployment, capsys):
         assert told[step]
     assert "pass" in told["verdict"]
 
-    assert d.run("rollout", "rollback", "--reason", "drill") == 0
+    code = "import sys; from jobs.__main__ import main; c = main(sys.argv[1:]); print(c, 'mlflow' in sys.modules, 'ray' in sys.modules)"
+    words = ["rollout", "rollback", "--reason", "drill", "lineage.uri=http://127.0.0.1:9", "--config", d.yaml]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False False", "a rollback waits on nothing"
     assert d.ledger.rollouts()[0].status == "rolled_back"
     assert all(r.state is None and r.counter == 2 for r in d.ledger.serving().values())
     assert d.ledger.broken_audit() is None
