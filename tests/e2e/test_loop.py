@@ -39,7 +39,8 @@ def test_from_captures_to_a_rollout_and_back(deployment, capsys):
         assert told[step]
     assert "pass" in told["verdict"]
 
-    code = "import sys; from jobs.__main__ import main; c = main(sys.argv[1:]); print(c, 'mlflow' in sys.modules, 'ray' in sys.modules)"
+    code = "import sys; from jobs.__main__ import main; code = main(sys.argv[1:]);"
+    code += "print(code, 'mlflow' in sys.modules, 'ray' in sys.modules)"
     words = ["rollout", "rollback", "--reason", "drill", "lineage.uri=http://127.0.0.1:9", "--config", d.yaml]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 False False", "a rollback waits on nothing"
