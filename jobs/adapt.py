@@ -32,10 +32,10 @@ def adapt(config: Config, terminal: Terminal, *, sites: Sequence[str]) -> int:
     with lease(config, ledger, "adapt") as cycle:
         summary = adapt_step(config, ledger, cycle, terminal, sites=sites)
         ledger.finish_cycle(cycle, summary=summary, now=now())
-        record(config, ledger, cycle, summary)
+    record(config, ledger, cycle, summary)
     verdicts = ledger.verdicts(cycle=cycle.id)
     show(terminal, cycle, summary, verdicts)
-    return exit_code(verdicts)
+    return exit_code(verdicts, failed=int(str(summary["failed_sites"])))
 
 
 def adapt_step(
@@ -80,9 +80,11 @@ def record(config: Config, ledger: Ledger, cycle: Cycle, summary: dict[str, obje
         run.table("sites", pa.Table.from_pylist([_row(v) for v in verdicts]))
 
 
-def exit_code(verdicts: Sequence[VerdictRow]) -> Exit:
+def exit_code(verdicts: Sequence[VerdictRow], *, failed: int) -> Exit:
     """DONE when any candidate passed; else what kept all of them from it."""
     outcomes = {v.verdict.outcome for v in verdicts}
+    if not outcomes and failed:
+        return Exit.INFRASTRUCTURE
     if "pass" in outcomes or not outcomes:
         return Exit.DONE
     return Exit.GUARD_FAILED if "fail" in outcomes else Exit.HOLD

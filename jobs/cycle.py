@@ -22,20 +22,22 @@ def cycle(config: Config, terminal: Terminal) -> int:
 
     ledger = open_ledger(config)
     source_model(ledger)
-    with lease(config, ledger, "cycle") as held:
-        if held.resumed:
-            terminal.say(f"{held.id} was not finished; going on")
-        with connected(config.cluster):
-            started = time.monotonic()
-            taken = ingest_step(config, ledger, held, terminal)
-            ingested = time.monotonic()
-            summary: dict[str, object] = {**taken, **adapt_step(config, ledger, held, terminal)}
-        summary |= {"ingest_seconds": ingested - started, "adapt_seconds": time.monotonic() - ingested}
-        ledger.finish_cycle(held, summary=summary, now=now())
-    record(config, ledger, held, summary)
-    tick_running(config, ledger, terminal)
+    try:
+        with lease(config, ledger, "cycle") as held:
+            if held.resumed:
+                terminal.say(f"{held.id} was not finished; going on")
+            with connected(config.cluster):
+                started = time.monotonic()
+                taken = ingest_step(config, ledger, held, terminal)
+                ingested = time.monotonic()
+                summary: dict[str, object] = {**taken, **adapt_step(config, ledger, held, terminal)}
+            summary |= {"ingest_seconds": ingested - started, "adapt_seconds": time.monotonic() - ingested}
+            ledger.finish_cycle(held, summary=summary, now=now())
+    finally:  # a release that does harm goes back whatever became of the cycle
+        tick_running(config, ledger, terminal)
     path = write_report(config, ledger, held.id)
+    record(config, ledger, held, summary)
     verdicts = ledger.verdicts(cycle=held.id)
     show(terminal, held, {**summary, "report": str(path)}, verdicts)
     terminal.say(f"report: {path}")
-    return exit_code(verdicts)
+    return exit_code(verdicts, failed=int(str(summary["failed_sites"])))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from pipeline.data.corpus import read_manifest
-from pipeline.ledger import Ledger, LedgerError
+from pipeline.ledger import Ledger, LedgerError, LedgerUnavailable, StaleGeneration
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,6 +53,12 @@ def corpora(config: Config) -> list[Path]:
     return found
 
 
+def check_size(config: Config, source: SourceRow) -> None:
+    """Frames of another size would give features that only look right."""
+    if (size := int(str(source.manifest["size"]))) != config.data.size:
+        raise ValueError(f"data.size: {config.data.size}, but source v{source.version} was trained at {size}")
+
+
 def source_model(ledger: Ledger, version: int | None = None) -> SourceRow:
     """A source version (default: the champion) whose folder is there."""
     row = ledger.source(version)
@@ -79,7 +85,12 @@ def lease(config: Config, ledger: Ledger, kind: str) -> Iterator[Cycle]:
 
     def keep() -> None:
         while not ended.wait(RENEW_SECONDS):
-            ledger.renew(cycle, now=now())
+            try:
+                ledger.renew(cycle, now=now())
+            except LedgerUnavailable:
+                continue  # the lease lasts longer than a hiccup
+            except StaleGeneration:
+                return  # the next commit says so
 
     thread = threading.Thread(target=keep, daemon=True)
     thread.start()

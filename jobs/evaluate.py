@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from jobs import Exit, percent, table
-from jobs.deployment import open_ledger, source_model
+from jobs.deployment import check_size, open_ledger, source_model
 from jobs.scoring import scored
 from pipeline import metrics
 from pipeline.data.corpus import read_corpus
@@ -32,6 +32,7 @@ def evaluate(config: Config, terminal: Terminal, *, version: int | None, streams
     """Score test splits, or with ``streams`` the sites before and after adaptation."""
     ledger = open_ledger(config, create=False)
     source = source_model(ledger, version)
+    check_size(config, source)
     return _streams(config, terminal, ledger, source) if streams else _corpora(config, terminal, source)
 
 
@@ -71,7 +72,9 @@ def _streams(config: Config, terminal: Terminal, ledger: Ledger, source: SourceR
     rows: list[list[object]] = []
     results: dict[str, object] = {}
     for row in ledger.sites():
-        mine = [v for v in ledger.verdicts(site=row.site) if v.offset_to > v.offset_from]
+        judged = ledger.verdicts(site=row.site)
+        made = ledger.states([v.state for v in judged])
+        mine = [v for v in judged if v.state and made[v.state].source_version == source.version]
         joined = scored(config, source, mine)
         if joined is None or (before := joined.pad("before", threshold)) is None:
             rows.append([row.site, *["-"] * 8])

@@ -11,6 +11,8 @@ import torch
 from jobs.deployment import source_model
 from jobs.scoring import labels_of
 from pipeline.cluster.shard import features_of, load_state
+from pipeline.data.blobs import BadBlob
+from pipeline.data.captures import BadSegment
 from pipeline.data.features import FeatureBlock, read_features
 from pipeline.metrics import clopper_pearson
 from pipeline.models import checkpoint, tail
@@ -28,24 +30,35 @@ def replay_red_team(
     config: Config, ledger: Ledger, sites: Mapping[str, tuple[Pointer, Pointer]]
 ) -> dict[str, HealthReport]:
     """A report for every site with data; ``sites`` maps to (what it serves, what a rollback would give it)."""
-    model = checkpoint.load(Path(source_model(ledger).path))
+    source = source_model(ledger)
+    version, model = source.version, checkpoint.load(Path(source.path))
     ingested = {r.site: r for r in ledger.sites_named(list(sites))}
     serving = ledger.serving(list(sites))
     reports: dict[str, HealthReport] = {}
     for site, (current, back) in sites.items():
         fresh = sum(s.good for s, at in ledger.segments(site) if site in serving and at > serving[site].since)
-        if fresh < config.rollout.health_samples:
+        if fresh < config.rollout.health_samples or current.source_version != version:
             continue  # silence holds
-        block = read_features(
-            config.place("features"), model.manifest.trunk_digest, site,
-            start=0, end=ingested[site].ingested, features=model.manifest.config.trunk.features,
-        )  # fmt: skip
-        labels = labels_of(config.data.redteam, site)
-        known = np.array([s in labels for s in block.sample_id], bool)
-        block = block.rows(known)
-        truth = np.array([labels[s][0] for s in block.sample_id], np.int64)
-        reports[site] = _judge(config, model, ledger, block, truth, current, back)
+        try:
+            reports[site] = _replay(config, model, ledger, site, ingested[site].ingested, current, back)
+        except (BadBlob, BadSegment, OSError):
+            continue  # what cannot be read is no data
     return reports
+
+
+def _replay(
+    config: Config, model: SourceModel, ledger: Ledger, site: str, end: int, current: Pointer, back: Pointer
+) -> HealthReport:
+    """One site's recorded red-team presentations."""
+    block = read_features(
+        config.place("features"), model.manifest.trunk_digest, site,
+        start=0, end=end, features=model.manifest.config.trunk.features,
+    )  # fmt: skip
+    labels = labels_of(config.data.redteam, site)
+    known = np.array([s in labels for s in block.sample_id], bool)
+    block = block.rows(known)
+    truth = np.array([labels[s][0] for s in block.sample_id], np.int64)
+    return _judge(config, model, ledger, block, truth, current, back)
 
 
 def _judge(

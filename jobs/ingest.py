@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import Exit, table
-from jobs.deployment import lease, now, open_ledger, source_model
+from jobs.deployment import check_size, lease, now, open_ledger, source_model
 from pipeline.cluster import connected
 from pipeline.cluster import ingest as cluster_ingest
 
@@ -31,6 +31,7 @@ def ingest(config: Config, terminal: Terminal) -> int:
 def ingest_step(config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal) -> dict[str, object]:
     """Find, featurise, commit → counts. The same step serves ``cycle``."""
     source = source_model(ledger)
+    check_size(config, source)
     next_offset = {row.site: row.ingested for row in ledger.sites()}
     found = cluster_ingest.find(config.data, ledger.known_segments(), lambda site: next_offset.get(site, 0))
     if not found.sites:
@@ -78,4 +79,4 @@ def _forget(new: tuple[cluster_ingest.NewSegment, ...], done: cluster_ingest.Ing
     clean = {(s.site, s.name) for s in done.segments if not s.quarantined}
     for segment in new:
         if (segment.site, segment.name) in clean:
-            Path(segment.path).unlink()
+            Path(segment.path).unlink(missing_ok=True)

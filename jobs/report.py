@@ -16,6 +16,7 @@ from jobs.scoring import Scored, scored
 from jobs.site import serving_name
 from pipeline.config import parse
 from pipeline.data.blobs import BadBlob
+from pipeline.data.captures import BadSegment
 from pipeline.data.features import mask_to_bool
 from pipeline.metrics import det_curve, far_frr
 from pipeline.report import (
@@ -85,12 +86,14 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
         source_version=f"v{source.version}", source_digest=source.digest, fingerprint=row.fingerprint,
         code_revision=code_revision(),
         config_name=ran.lineage.experiment, method=getattr(ran.site, "kind", ""), threshold=threshold,
-        ceiling=ran.guards.ceiling.apcer, exit_code=int(exit_code(list(verdicts.values()))),
+        ceiling=ran.guards.ceiling.apcer,
+        exit_code=int(exit_code(list(verdicts.values()), failed=int(summary.get("failed_sites", 0)))),
         exit_summary=f"{summary.get('pass', 0)} pass, {summary.get('hold', 0)} hold, {summary.get('fail', 0)} fail",
         digests=(("anchor set", ledger.anchor(source.trunk)), ("trunk", source.trunk),
                  ("MLflow run of the source", source.lineage)),
         sites=tuple(
-            _site(s, verdicts.get(s.site), joined.get(s.site), threshold, counts[s.site], release, ledger, serving.get(s.site))
+            _site(s, verdicts.get(s.site), joined.get(s.site), threshold, counts[s.site], release, ledger,
+                  serving.get(s.site))
             for s in sites
         ),
         det=_det([j for j in joined.values() if j], threshold),
@@ -111,7 +114,7 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
 def _joined(config: Config, source: SourceRow, verdict: VerdictRow) -> Scored | None:
     try:
         return scored(config, source, [verdict])
-    except BadBlob:  # the page of an old cycle outlives its features
+    except (BadBlob, BadSegment):  # the page of an old cycle outlives its features
         return None
 
 

@@ -11,6 +11,7 @@ from jobs.deployment import now, open_ledger
 from jobs.waves import name_of, show_plan, show_status
 from pipeline import rollout as machine
 from pipeline.guards import assess
+from pipeline.ledger import StaleGeneration
 from pipeline.rollout import Candidate, HealthReport, Pointer, Rollout, SiteFacts, Status, WaveEvidence
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 RUNNING = machine.FLYING | {Status.APPROVED, Status.ABORTING, Status.ROLLING_BACK}
 POLL_SECONDS = 0.5
+OVERTAKEN = 5  # times that a rollback tries again after a tick that was faster
 
 
 def plan(config: Config, terminal: Terminal) -> int:
@@ -30,13 +32,13 @@ def plan(config: Config, terminal: Terminal) -> int:
         raise ValueError(
             f"{busy.id} is {busy.status}; let it end, or `palisade rollout abort` it, before planning the next"
         )
-    if busy:
-        _save(ledger, busy, machine.supersede(_load(busy), by="a newer plan", now=now()), "superseded by a newer plan")
     release = f"release-{len(ledger.rollouts()) + 1:05d}"
     made = machine.plan(release, _facts(config, ledger), ledger.source().version, config.rollout)
     if not made.targets:
         reasons = "; ".join(sorted({e.reason for e in made.excluded.values()})[:3]) or "no site is registered"
         raise ValueError(f"nothing to release: {reasons}; run `palisade cycle` first")
+    if busy:
+        _save(ledger, busy, machine.supersede(_load(busy), by="a newer plan", now=now()), "superseded by a newer plan")
     started = machine.start(made, now())
     ledger.save_rollout(
         release, plan_hash=started.plan_hash, status=started.status, body=started.model_dump_json(), revision=0,
@@ -86,6 +88,8 @@ def apply(config: Config, terminal: Terminal, *, plan_hash: str, watch: bool) ->
             f"plan hash {plan_hash!r}: the newest plan is {row.plan_hash[:8]} ({row.id}); "
             "look at `palisade rollout diff`, then apply that"
         )
+    if Status(row.status) == Status.PLANNED:
+        row = _tick(config, ledger, row, terminal)  # it may have expired
     current = _load(row)
     who = getpass.getuser()
     if current.status == Status.PLANNED:
@@ -98,6 +102,7 @@ def apply(config: Config, terminal: Terminal, *, plan_hash: str, watch: bool) ->
     while watch and _load(row).status in RUNNING - {Status.HOLD}:
         time.sleep(POLL_SECONDS)
         row = _tick(config, ledger, row, terminal)
+    _record(config, ledger, row, terminal)
     code = _show(terminal, ledger, row)
     return Exit.GUARD_FAILED if Status(row.status) in {Status.ROLLING_BACK, Status.ROLLED_BACK} else code
 
@@ -136,16 +141,14 @@ def rollback(config: Config, terminal: Terminal, *, reason: str) -> int:
     )
     if row is None:
         raise ValueError("no rollout has promoted anything; see `palisade rollout status`")
-    if Status(row.status) == Status.ROLLED_BACK:
-        return _show(terminal, ledger, row)
     return _go_back(ledger, terminal, row, reason)
 
 
 def tick_running(config: Config, ledger: Ledger, terminal: Terminal) -> None:
-    """Move the running rollout on, if there is one; ``cycle`` calls it."""
+    """Move the running rollout on, if there is one; ``cycle`` calls it. A paused one may still have to be rolled back."""
     for row in ledger.rollouts():
-        if Status(row.status) in RUNNING:
-            _tick(config, ledger, row, terminal)
+        if Status(row.status) in RUNNING | {Status.PAUSED}:
+            _record(config, ledger, _tick(config, ledger, row, terminal), terminal)
 
 
 def _facts(config: Config, ledger: Ledger) -> dict[str, SiteFacts]:
@@ -187,7 +190,7 @@ def _tick(config: Config, ledger: Ledger, row: RolloutRow, terminal: Terminal) -
         serving = _serving(ledger, current)
         evidence = WaveEvidence(serving=serving, health=_health(config, ledger, current, serving))
         new, actions = machine.advance(current, evidence, at)
-        _perform(ledger, row.id, new, actions)
+        _perform(ledger, row, new, actions)
         if new != current:
             row = _save(ledger, row, new, _said(current, new))
             terminal.say(f"{row.id}: {_said(current, new)}")
@@ -197,20 +200,42 @@ def _tick(config: Config, ledger: Ledger, row: RolloutRow, terminal: Terminal) -
 
 
 def _go_back(ledger: Ledger, terminal: Terminal, row: RolloutRow, reason: str) -> int:
-    """Abort and roll back at once: reads no health, waits for nothing."""
+    """Abort and roll back at once: reads no health, waits for nothing, and comes back when a tick got in between."""
     who = getpass.getuser()
-    row = _save(
-        ledger, row, machine.abort(_load(row), reason=f"{who}: {reason}", now=now()), f"aborted by {who}: {reason}"
-    )
-    while _load(row).status in {Status.ABORTING, Status.ROLLING_BACK}:
-        current = _load(row)
-        new, actions = machine.advance(current, WaveEvidence(serving=_serving(ledger, current)), now())
-        _perform(ledger, row.id, new, actions)
-        row = _save(ledger, row, new, _said(current, new)) if new != current else row
+    for _ in range(OVERTAKEN):
+        try:
+            row = _save(
+                ledger, row, machine.abort(_load(row), reason=f"{who}: {reason}", now=now()), f"aborted by {who}"
+            )
+            while _load(row).status in {Status.ABORTING, Status.ROLLING_BACK}:
+                current = _load(row)
+                new, actions = machine.advance(current, WaveEvidence(serving=_serving(ledger, current)), now())
+                _perform(ledger, row, new, actions)
+                row = _save(ledger, row, new, _said(current, new)) if new != current else row
+            break
+        except StaleGeneration:
+            row = next(r for r in ledger.rollouts() if r.id == row.id)
     return _show(terminal, ledger, row)
 
 
-def _perform(ledger: Ledger, release: str, r: Rollout, actions: tuple[machine.Action, ...]) -> None:
+def _record(config: Config, ledger: Ledger, row: RolloutRow, terminal: Terminal) -> None:
+    """The ended rollout's run in MLflow; that it is out of reach costs the run, never the rollout."""
+    if Status(row.status) not in machine.TERMINAL:
+        return
+    from pipeline.lineage import Lineage, LineageError
+    from pipeline.revision import code_revision
+
+    r = _load(row)
+    tags = {"plan": row.plan_hash, "status": row.status, "reason": r.reason, "source.version": ledger.source().version}
+    try:
+        lineage = Lineage.open(config.lineage, code_revision=code_revision())
+        with lineage.run("rollout", row.id, params={}, tags=tags, key=row.id) as run:
+            run.metrics({"sites": len(r.plan.targets), "failed": len(r.failed), "waves": len(r.plan.waves)})
+    except LineageError as e:
+        terminal.say(f"warning: {e}")
+
+
+def _perform(ledger: Ledger, row: RolloutRow, r: Rollout, actions: tuple[machine.Action, ...]) -> None:
     """Move the champion pointers of all actions of a kind in one transaction."""
     wave_of = {s: i + 1 for i, w in enumerate(r.plan.waves) for s in w.sites}
     for kind in ("promote", "rollback"):
@@ -219,7 +244,8 @@ def _perform(ledger: Ledger, release: str, r: Rollout, actions: tuple[machine.Ac
             if a.kind == kind and a.kind != "notify":
                 by_wave.setdefault(wave_of[a.site], {})[a.site] = (a.to.state_id, a.to.source_version)
         for wave, changes in by_wave.items():
-            ledger.serve(changes, rollout=release, wave=wave, kind=kind, reason=r.reason, now=now())
+            ledger.serve(changes, rollout=row.id, wave=wave, kind=kind, reason=r.reason, now=now(),
+                         revision=row.revision)  # fmt: skip
 
 
 def _health(config: Config, ledger: Ledger, r: Rollout, serving: dict[str, Pointer]) -> dict[str, HealthReport]:

@@ -70,6 +70,8 @@ def scored(config: Config, source: SourceRow, verdicts: Sequence[VerdictRow]) ->
         end=int(o["offset"].max()) + 1,
         features=features,
     )
+    if not np.isin(o["offset"], block.offset).all():
+        raise blobs.BadBlob(f"{site}: features of a judged window are gone or belong to another source model")
     rows = np.searchsorted(block.offset, o["offset"])
     labels = labels_of(config.data.sealed, site)
     known = [labels.get(s, (-1, "unknown")) for s in block.sample_id[rows]]

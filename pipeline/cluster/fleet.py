@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 RETRIES = 5  # of a chunk whose actor died; a chunk that kills its actor every time is taken apart
 
 
-class FleetError(RuntimeError):
-    """Adaptation cannot go on at all: every chunk fails for the same reason."""
-
-
 def adapt(
     job: ShardJob, sites: Sequence[str], *, shards: int, cpus: float, chunk: int,
     on_progress: Callable[[int, int], None], on_shards: Callable[[list[int]], None] | None = None,

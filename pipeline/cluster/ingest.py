@@ -20,7 +20,7 @@ import torch
 from pipeline.data import DataConfig
 from pipeline.data.captures import BadSegment, Capture, check_segment, list_segments, read_segment
 from pipeline.data.decode import BadImage, decode
-from pipeline.data.features import FeatureBlock, mask_to_bool, pseudonym, write_features
+from pipeline.data.features import FeatureBlock, forget_range, mask_to_bool, pseudonym, write_features
 from pipeline.ledger import QuarantineRow, SegmentRow
 from pipeline.models import checkpoint as checkpoint_io
 from pipeline.models.trunk import features as features_of
@@ -74,7 +74,7 @@ def find(limits: DataConfig, known: dict[str, set[str]], next_offset: Callable[[
         for path in (p for p in paths if p.name not in known.get(site, set())):
             try:
                 rows = check_segment(path, site=site, limits=limits)
-            except BadSegment as e:
+            except (BadSegment, OSError) as e:
                 row = SegmentRow(site, path.name, _digest(path, limits.max_bytes), 0, base, 0, 0)
                 refused.append((row, QuarantineRow(site, path.name, -1, None, str(e))))
                 continue
@@ -157,6 +157,8 @@ def ingest_segment(segment: NewSegment, limits: DataConfig, model: SourceModel, 
         block, worse = _featurise(read.good[start : start + CHUNK], segment, limits.size, model)
         blocks.append(block)
         bad += worse
+    end = segment.base_offset + segment.rows
+    forget_range(features, model.manifest.trunk_digest, segment.site, start=segment.base_offset, end=end)
     if sum(map(len, blocks)):
         whole = FeatureBlock(
             *(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__)
@@ -211,11 +213,14 @@ def _informative(frame: np.ndarray) -> int:
 
 
 def _digest(path: Path, limit: int) -> str:
-    """sha256 of a segment; empty when it is too large to be read at all."""
-    if path.stat().st_size > limit:
+    """sha256 of a segment; empty when it is no file, too large to be read at all, or cannot be read."""
+    try:
+        if not path.is_file() or path.stat().st_size > limit:
+            return ""
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError:
         return ""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 @lru_cache(maxsize=2)

@@ -21,7 +21,7 @@ from pipeline.config import Choice, Config, LogUniform, SearchConfig, method_con
 from pipeline.models import checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pipeline.site import SiteMethod
     from pipeline.types import Features
@@ -74,7 +74,9 @@ def search(
         with contextlib.redirect_stdout(io.StringIO()):  # Tune prints tables whatever its verbosity
             results = tuner.fit()
     if results.errors:
-        raise RuntimeError(f"every trial must replay; one did not: {' '.join(str(results.errors[0]).split())[-300:]}")
+        raise ValueError(
+            f"search: every trial must replay; one did not: {' '.join(str(results.errors[0]).split())[-300:]}"
+        )
     trials = [
         Trial(dict(r.config or {}), float(r.metrics[METRIC]), int(r.metrics["rung"])) for r in results if r.metrics
     ]
@@ -83,15 +85,8 @@ def search(
 
 def replay(
     config: Config, settings: Mapping[str, object], streams: Sequence[Stream], *, model_path: str
-) -> list[float]:
-    """Mean online HTER of the development sites after each rung, every sample scored before it is used.
-
-    A generator would do; the list keeps the trial's loop trivial and a stream is short.
-    """
-    return list(_replay(config, settings, streams, model_path))
-
-
-def _replay(config: Config, settings: Mapping[str, object], streams: Sequence[Stream], model_path: str):
+) -> Iterator[float]:
+    """Mean online HTER of the development sites after each rung, every sample scored before it is used."""
     model = checkpoint.load(Path(model_path))
     own = config.site.model_dump()
     method = cast("SiteMethod", method_config("site", str(own["kind"])).model_validate({**own, **settings}))

@@ -84,6 +84,11 @@ def _windows(
                 config.place("features"), model.manifest.trunk_digest, site,
                 start=row.learned, end=row.ingested, features=model.manifest.config.trunk.features,
             )  # fmt: skip
+            want = sum(s.good for s, _ in ledger.segments(site) if row.learned <= s.base_offset < row.ingested)
+            if len(block) != want:
+                raise blobs.BadBlob(
+                    f"{len(block)} of {want} ingested samples have features of this source model; ingest again"
+                )
             own = stored.get(row.learner) if row.learner else None
             own = own if own and own.source_version == job.source_version else None
             stable = stored.get(served.state) if served and served.state else None

@@ -74,6 +74,14 @@ def write_features(root: Path, trunk: str, site: str, block: FeatureBlock) -> Pa
     return path
 
 
+def forget_range(root: Path, trunk: str, site: str, *, start: int, end: int) -> None:
+    """Remove what an ingest that never counted left in a range of offsets that is being assigned again."""
+    for path in _folder(root, trunk, site).glob("[0-9]*-*.parquet"):
+        first, last = (int(x) for x in path.stem.split("-"))
+        if last > start and first < end:
+            path.unlink(missing_ok=True)
+
+
 def read_features(root: Path, trunk: str, site: str, *, start: int, end: int, features: int) -> FeatureBlock:
     """Every stored sample of ``site`` with ``start <= offset < end``, ascending; F = ``features``. Raises BadBlob."""
     blocks = [_empty(features)]

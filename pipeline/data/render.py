@@ -277,7 +277,7 @@ def _silicone(head: Map, s: Shape, victim: Shape, rng: np.random.Generator, wave
     red, green, blue = (
         float(c) for c in (1 - tone) * np.array([0.8, 0.58, 0.47]) + tone * np.array([0.34, 0.21, 0.15])
     )
-    nir = (0.76 if wavelength < 900 else 0.74) * rng.uniform(0.95, 1.08)  # no water in it: 940 nm comes back
+    nir = (0.84 if wavelength < 900 else 0.82) * rng.uniform(0.95, 1.08)  # no water in it: 940 nm comes back
     paint(head, skin, (red, green, blue), nir, keep=0.12)
     paint(head, skin * disc(0, s["mouth_y"], s["mouth"], 7.5, 3), (red * 0.85, green * 0.55, blue * 0.57), nir * 0.99)
     brows = disc(s["eye_x"], s["eye_y"] - 17, 12, 3) + disc(-s["eye_x"], s["eye_y"] - 17, 12, 3)

@@ -49,14 +49,20 @@ class Releases(Store):
         kind: str,
         reason: str,
         now: datetime,
+        revision: int | None = None,
     ) -> None:
         """Point sites at (state, source version), all in one transaction with one audit row; counters only grow.
 
-        ``kind`` promote needs the stored passing verdict on that very state of that very site.
+        ``kind`` promote needs the stored passing verdict on that very state of that very site. With ``revision``, nothing
+        moves unless the rollout is still at that revision: a tick that was overtaken must not undo a rollback.
         """
         if not changes:
             return
         with self._write() as c:
+            if revision is not None:
+                same = sa.and_(rollouts.c.id == rollout, rollouts.c.revision == revision)
+                if c.scalar(sa.select(rollouts.c.id).where(same).with_for_update()) is None:
+                    raise StaleGeneration(f"{rollout}: somebody else moved it on; see `palisade rollout status`")
             if kind == "promote":
                 _check_verdicts(c, changes)
             current = newest_served(c, list(changes))

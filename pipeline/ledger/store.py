@@ -52,7 +52,12 @@ class Store:
             if not create and not path.exists():
                 raise LedgerUnavailable(f"{path}: no ledger there yet; run `palisade train` or `palisade ingest` first")
             path.parent.mkdir(parents=True, exist_ok=True)
-        engine = sa.create_engine(url, connect_args={"timeout": 30} if sqlite else {})
+        try:
+            engine = sa.create_engine(url, connect_args={"timeout": 30} if sqlite else {})
+        except (ArgumentError, ModuleNotFoundError) as e:
+            raise LedgerUnavailable(
+                f"ledger.url {_shown(url)}: {e}; Postgres needs `pip install palisade[fleet]`"
+            ) from None
         if sqlite:
             event.listen(engine, "connect", _sqlite_connect)
             event.listen(engine, "begin", _sqlite_begin)
@@ -102,7 +107,7 @@ class Store:
         try:
             with self.engine.begin() as c:
                 yield c
-        except OperationalError as e:
+        except DatabaseError as e:
             raise LedgerUnavailable(
                 f"ledger {_shown(str(self.engine.url))}: {' '.join(str(e.orig).split())[:160]}"
             ) from None

@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
 pytestmark = pytest.mark.e2e
+
+
+def kinds(d) -> dict[str, int]:
+    """MLflow runs by kind."""
+    from pipeline.lineage import Lineage
+
+    lineage = Lineage.open(d.config.lineage, code_revision="test")
+    return dict(Counter(r.data.tags["palisade.kind"] for r in lineage.client.search_runs([lineage.experiment_id])))
 
 
 def test_from_captures_to_a_rollout_and_back(deployment, capsys):
@@ -27,6 +36,7 @@ def test_from_captures_to_a_rollout_and_back(deployment, capsys):
     assert d.run("rollout", "diff") == 0
     assert d.run("rollout", "apply", "00000000") == 2
     assert d.run("rollout", "apply", row.plan_hash[:8], "--watch") == 0
+    assert kinds(d) == {"train": 1, "cycle": 1, "rollout": 1}
     assert d.ledger.rollouts()[0].status == "completed"
     promoted = {s for s, o in outcomes.items() if o == "pass"}
     assert {s for s, r in d.ledger.serving().items() if r.state} == promoted
