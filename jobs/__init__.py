@@ -77,10 +77,12 @@ class Terminal:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A result table; the first column is left-aligned, numbers belong right."""
+    """A result table: words to the left, columns of numbers to the right."""
     made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for i, name in enumerate(columns):
-        made.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        cells = [str(row[i]) for row in rows if row[i] is not None]
+        numbers = i > 0 and all(cell[:1].isdigit() or cell == "-" for cell in cells)
+        made.add_column(name, justify="right" if numbers else "left", no_wrap=i == 0)
     for row in rows:
         made.add_row(*("-" if cell is None else str(cell) for cell in row))
     return made
