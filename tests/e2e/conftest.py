@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import sqlite3
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,6 +58,11 @@ class Deployment:
         return main([*words, "--config", self.yaml])
 
 
+def copy(root: Path, to: Path) -> None:
+    """Copy a deployment by another process: closing a second handle on an open SQLite file here would drop its locks."""
+    subprocess.run(["cp", "-r", str(root), str(to)], check=True)
+
+
 def fresh(root: Path) -> Deployment:
     (root / "palisade.yaml").write_text(YAML.format(root=root))
     return Deployment(root)
@@ -77,11 +83,9 @@ def trained(tmp_path_factory, ray_local) -> Deployment:
 def deployment(trained, tmp_path) -> Deployment:
     """A copy of its own for each test."""
     root = tmp_path / "d"
-    shutil.copytree(trained.root, root)
+    copy(trained.root, root)
     d = fresh(root)
     moved = str(trained.root), str(root)
-    import sqlite3
-
     with sqlite3.connect(root / "ledger.db") as c:
         c.execute("update sources set path = replace(path, ?, ?)", moved)
     return d

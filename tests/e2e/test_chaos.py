@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 import time
@@ -17,6 +16,7 @@ from pipeline.cluster import fleet
 from pipeline.cluster.shard import ShardJob
 from pipeline.data import blobs
 from pipeline.ledger import StaleGeneration
+from tests.e2e.conftest import copy
 
 pytestmark = pytest.mark.e2e
 
@@ -44,8 +44,8 @@ def states(d) -> dict[str, dict[str, torch.Tensor]]:
 def killer(d, pids: list[int]) -> None:
     """One shard at once, every shard that is alive once the first chunk is committed."""
     os.kill(pids[0], signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while not d.ledger.verdicts() and time.monotonic() < deadline:
+    ledger, deadline = d.ledger, time.monotonic() + 60
+    while not ledger.verdicts() and time.monotonic() < deadline:
         time.sleep(0.05)
     for pid in pids[1:]:
         if psutil.pid_exists(pid):
@@ -55,7 +55,7 @@ def killer(d, pids: list[int]) -> None:
 def test_killed_shards_lose_and_repeat_nothing(deployment, tmp_path):
     assert deployment.run("ingest") == 0
     undisturbed = type(deployment)(tmp_path / "copy")
-    shutil.copytree(deployment.root, undisturbed.root)
+    copy(deployment.root, undisturbed.root)
     text = (deployment.root / "palisade.yaml").read_text().replace(str(deployment.root), str(undisturbed.root))
     (undisturbed.root / "palisade.yaml").write_text(text)
     assert adapt(undisturbed) == {}
