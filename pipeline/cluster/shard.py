@@ -109,7 +109,7 @@ def _learn_and_judge(config: Config, model: SourceModel, job: ShardJob, windows:
     slots = max(config.bank.sites, len(windows))
     states, traces = bank.run(method, model.tail, start, streams, batch=config.bank.batch, slots=slots)
     blob = blobs.put(config.place("states"), states)
-    judged = judge(config, model, open_sealed(config.place("anchors"), job.anchor), windows, states, traces)
+    judged = judge(config, model, _anchor(config.place("anchors"), job.anchor), windows, states, traces)
     rows: list[ShardRow] = []
     for k, (w, (evidence, verdict)) in enumerate(zip(windows, judged, strict=True)):
         after = bank.scores(model.tail, {n: t[k : k + 1] for n, t in states.items()}, streams[k].z, streams[k].present)[
@@ -221,6 +221,11 @@ def _model(path: str) -> SourceModel:
 @lru_cache(maxsize=2)
 def _ledger(url: str) -> Ledger:
     return Ledger.open(url)
+
+
+@lru_cache(maxsize=2)
+def _anchor(root: Path, digest: str) -> AnchorSet:
+    return open_sealed(root, digest)
 
 
 @lru_cache(maxsize=64)
