@@ -7,18 +7,17 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline import metrics
-from pipeline.data.features import mask_to_bool
+from pipeline.calibrate import calibrated, replay, validation
 from pipeline.models import ModelConfig
 from pipeline.models import tail as tails
 from pipeline.models.checkpoint import Manifest, SourceModel, seal
-from pipeline.models.trunk import build_trunk, features, fold
-from pipeline.sampler import FitError, check_validation, draw, stratify
+from pipeline.models.trunk import build_trunk, fold
+from pipeline.sampler import FitError, ahead, batch, check_validation, draw, stratify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,13 +27,13 @@ if TYPE_CHECKING:
 
     from pipeline.data.corpus import Corpus
     from pipeline.models.trunk import TinyTrunk, VitTrunk
-    from pipeline.source.erm import Batch, SourceMethod
+    from pipeline.sampler import Draw
+    from pipeline.source import Batch, SourceMethod
 
     Params = dict[str, Tensor]
     Report = Callable[["Fit", dict[str, float]], None]
 
 CLIP = 5.0  # largest gradient norm
-REPLAY = 64  # labelled source features that travel with the model
 WARMUP = 0.05  # share of the steps in which the rate rises
 FROZEN_TAIL = "site."  # the site adapter is the identity in a source model
 TENSORS, STATE = "fit.safetensors", "fit.json"
@@ -88,7 +87,9 @@ class Objective(nn.Module):
         return {_dotted(n): p for n, p in self._extra.items()}
 
     def trunk_features(self, frames: Tensor, present: Tensor) -> Tensor:
-        return self.trunk(frames, present)
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=_halved(self.method.precision, frames.device)):
+            z = self.trunk(frames, present)
+        return z.float()
 
     def forward(self, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         return self.method.losses(self, batch, generator)
@@ -111,21 +112,23 @@ def run(
     world: int = 1,
     report: Report | None = None,
     every: int = 100,
+    draws: Callable[[int], Draw] | None = None,
 ) -> SourceModel:
     """Take ``state`` from where it is to the end of its schedule, as one of ``world`` workers.
 
-    ``report`` is called after each ``every`` steps, and after the last, with the mean loss terms since the call before.
+    ``draws`` may hand out the samples of a step that were drawn before, for another method. ``report`` is called after each ``every`` steps, and after the last, with the mean loss terms since the call before.
     """
     cells = stratify(corpora)
     check_validation(corpora)
+    method = state.task.method
+    draws = draws or (lambda at: draw(method, corpora, cells, step=at, rank=rank, world=world))
     sums: dict[str, float] = {}
     since = 0
-    while state.step < state.task.method.steps:
-        batch, generator = draw(state.task.method, corpora, cells, step=state.step, rank=rank, world=world)
-        for name, value in step(state, batch, generator).items():
+    for at, drawn in ahead(draws, range(state.step, method.steps)):
+        for name, value in step(state, *batch(method, drawn, step=at, rank=rank)).items():
             sums[name] = sums.get(name, 0.0) + value
         since += 1
-        if report is not None and (state.step % every == 0 or state.step == state.task.method.steps):
+        if report is not None and (state.step % every == 0 or state.step == method.steps):
             report(state, {name: total / since for name, total in sums.items()})
             sums, since = {}, 0
     return finish(state.task, state.objective, corpora)
@@ -145,13 +148,20 @@ def begin(task: Task, *, domains: int, wrap: Callable[[nn.Module], nn.Module] | 
     return Fit(task, objective, module, optimizer)
 
 
-def step(state: Fit, batch: Batch, generator: Generator) -> dict[str, float]:
-    """One optimizer step in place; returns the loss terms before it. The only ``backward()`` there is."""
+def step(
+    state: Fit, given: Batch, generator: Generator, *, lap: Callable[[str], None] | None = None
+) -> dict[str, float]:
+    """One optimizer step in place; returns the loss terms before it. The only ``backward()`` of a fit.
+
+    ``lap`` is told when the forward and the backward pass are done.
+    """
     method = state.task.method
     device = next(state.objective.parameters()).device
-    batch = batch._replace(**{n: t.to(device) for n, t in batch._asdict().items() if isinstance(t, torch.Tensor)})
-    terms: dict[str, Tensor] = state.module(batch, generator)
+    given = given._replace(**{n: t.to(device) for n, t in given._asdict().items() if isinstance(t, torch.Tensor)})
+    terms: dict[str, Tensor] = state.module(given, generator)
     total = torch.stack(list(terms.values())).sum()
+    if lap:
+        lap("forward")
     if not bool(torch.isfinite(total)):
         odd = ", ".join(f"{n}={float(t.detach()):.3g}" for n, t in terms.items())
         raise FitError(f"step {state.step}: the loss is not finite ({odd}); lower source.lr (now {method.lr:g})")
@@ -159,6 +169,8 @@ def step(state: Fit, batch: Batch, generator: Generator) -> dict[str, float]:
         group["lr"] = method.lr * schedule(state.step, method.steps)
     state.optimizer.zero_grad(set_to_none=True)
     total.backward()
+    if lap:
+        lap("backward")
     nn.utils.clip_grad_norm_(state.objective.parameters(), CLIP)
     state.optimizer.step()
     method.after_step(state.objective.extra)
@@ -212,8 +224,8 @@ def restore(state: Fit, folder: Path) -> None:
 def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> SourceModel:
     """Fold the trunk, put each head's radius and the threshold at the EER of the pooled validation, and seal."""
     trunk, tail = fold(objective.trunk).cpu(), objective.final_tail()
-    domain, label, z, present = _validation(trunk, corpora)
-    tail["log_rho"] = calibrated(tail, z, present, label)
+    domain, label, z, present = validation(trunk, corpora)
+    tail |= calibrated(tail, z, present, label)
     manifest = Manifest(
         config=task.model, size=task.size, threshold=0.5, method=task.method.kind,
         domains=tuple(c.domain for c in corpora), data=task.data, parents=task.parents,
@@ -231,48 +243,10 @@ def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> Sourc
     return seal(trunk, tail, manifest.model_copy(update={"threshold": threshold, "metrics": found}))
 
 
-def calibrated(tail: Params, z: Tensor, present: Tensor, label: np.ndarray) -> Tensor:
-    """log rho [V] at which a head's validation errors are equal: 0.5 then means the same for every head."""
-    radius = tails.read(tail, z, present).radius.double().numpy()
-    log_rho = tail["log_rho"].clone()
-    for v in range(tails.HEADS):
-        seen = np.ones(len(label), bool) if v == tails.FUSED else present[:, v].numpy()
-        if len(set(label[seen].tolist())) == 2:
-            log_rho[v] = math.log(max(-metrics.eer_threshold(-radius[seen, v], label[seen]), 1e-3))
-    return log_rho
-
-
 def scores(model: SourceModel, z: Tensor, present: Tensor) -> Tensor:
     """[N] P(bona fide) of features [N, M, F]."""
     with torch.no_grad():
         return tails.score(model.tail, z, present)
-
-
-def replay(trunk: nn.Module, corpora: Sequence[Corpus]) -> Params:
-    """A few labelled training features, equal per domain x class, for site methods that keep the source in their loss."""
-    cells = stratify(corpora)
-    each = max(REPLAY // len(cells), 1)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for cell in cells:
-        rows = cell.rows[np.linspace(0, len(cell.rows) - 1, min(each, len(cell.rows))).astype(int)]
-        present = torch.from_numpy(mask_to_bool(np.asarray(corpora[cell.domain].present)[rows]))
-        z = features(trunk, torch.from_numpy(corpora[cell.domain].frame[rows]), present)
-        parts.append((z, present, torch.full((len(rows),), float(cell.label))))
-    z, present, label = (torch.cat(p) for p in zip(*parts, strict=True))
-    return {"replay.z": z, "replay.present": present, "replay.label": label}
-
-
-def _validation(trunk: nn.Module, corpora: Sequence[Corpus]) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
-    parts = []
-    for e, corpus in enumerate(corpora):
-        rows = np.flatnonzero((np.asarray(corpus.split) == "val") & (np.asarray(corpus.present) > 0))
-        if len(rows) == 0:
-            continue
-        present = torch.from_numpy(mask_to_bool(np.asarray(corpus.present)[rows]))
-        z = features(trunk, torch.from_numpy(corpus.frame[rows]), present)
-        parts.append((np.full(len(rows), e), np.asarray(corpus.label)[rows].astype(np.int64), z, present))
-    domain, label, z, present = zip(*parts, strict=True)
-    return np.concatenate(domain), np.concatenate(label), torch.cat(z), torch.cat(present)
 
 
 def _groups(objective: Objective, decay: float) -> list[dict[str, object]]:
@@ -288,6 +262,15 @@ def _groups(objective: Objective, decay: float) -> list[dict[str, object]]:
         {"params": [p for n, p in named if decays(n, p)], "weight_decay": decay},
         {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
     ]
+
+
+def _halved(precision: str, device: torch.device) -> bool:
+    """Whether the trunk computes in bfloat16; without hardware for it that is four times as slow as float32."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def _plain(name: str) -> str:

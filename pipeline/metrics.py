@@ -4,17 +4,21 @@ A score is P(bona fide); a presentation is called bona fide iff ``score >= thres
 APCER of a PAI species: share of its attack presentations that are called bona fide; species are never pooled under that
 name, the figure of a system is the worst species. BPCER: share of bona fide presentations called attack.
 FAR pools all attacks; it is used for the EER threshold and for HTER only. Comparisons are made in float64.
+BPCER10, 20, 100: BPCER where the worst species has APCER 10, 5, 1 %; ``*_oracle`` chooses that on the measured data itself.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from pipeline.intervals import Interval, MetricError, auc_interval, calls, hter_interval
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -27,10 +31,6 @@ MIN_SPECIES = 30  # presentations below which a species' rate says little; such 
 ABOVE = 1e-6  # a threshold this far above the top score rejects it in float32 too
 
 
-class MetricError(ValueError):
-    """The arrays cannot give the number that was asked for."""
-
-
 class Rate(NamedTuple):
     """Errors of n with one-sided 95 % Clopper-Pearson bounds; ``rate`` is NaN when n is 0."""
 
@@ -41,11 +41,12 @@ class Rate(NamedTuple):
     upper95: float
 
 
-class Interval(NamedTuple):
-    """A 95 % percentile bootstrap interval."""
+class Dev(NamedTuple):
+    """Development (source-validation) scores, on which thresholds may be chosen."""
 
-    low: float
-    high: float
+    score: ArrayLike  # [n]
+    label: ArrayLike  # [n]
+    pai: Names  # [n]
 
 
 class Det(NamedTuple):
@@ -72,9 +73,12 @@ class PadReport:
     bona_fide: Rate
     species: dict[str, Rate]
     merged: tuple[str, ...]  # species with too few presentations, counted together as "other"
-    bpcer10_oracle: float  # BPCER where the worst species has APCER 10 %
-    bpcer20_oracle: float  # 5 %
-    bpcer100_oracle: float  # 1 %
+    bpcer10: float  # NaN without development scores
+    bpcer20: float
+    bpcer100: float
+    bpcer10_oracle: float
+    bpcer20_oracle: float
+    bpcer100_oracle: float
     tpr_at_fpr_1e2: float
     tpr_at_fpr_1e3: float
     hter_interval: Interval | None  # bootstrap over groups, 95 %
@@ -83,11 +87,11 @@ class PadReport:
 
 def report(
     score: ArrayLike, label: ArrayLike, pai: Names, threshold: float, *,
-    groups: Names | None = None, min_species: int = MIN_SPECIES, samples: int = 200, seed: int = 0,
+    dev: Dev | None = None, groups: Names | None = None, min_species: int = MIN_SPECIES, samples: int = 1000, seed: int = 0,
 ) -> PadReport:  # fmt: skip
     """Everything of one evaluation at ``threshold``; ``groups`` (video or subject per sample) adds bootstrap intervals.
 
-    Numbers that a missing class makes undefined are NaN.
+    ``dev`` adds BPCER10, 20 and 100. Numbers that a missing class makes undefined are NaN.
     """
     s, y = _checked(score, label)
     names, merged = merge_small(pai, y, min_species)
@@ -97,14 +101,20 @@ def report(
     both = 0 < bona_fide.n < len(y)
     hters = aucs = None
     if groups is not None and both:
-        hters = bootstrap(lambda i: hter(s[i], y[i], threshold), groups, samples=samples, seed=seed)
-        aucs = bootstrap(lambda i: auc(s[i], y[i]), groups, samples=samples, seed=seed)
-    at = {a: bpcer_at_apcer(s, y, names, a) if both else float("nan") for a in (0.1, 0.05, 0.01)}
+        hters = hter_interval(calls(s, y, groups, threshold), samples=samples, seed=seed)
+        aucs = auc_interval(s, y, groups, samples=samples, seed=seed)
+    limits = (0.1, 0.05, 0.01)
+    oracle = [bpcer_at_apcer(s, y, names, a) if both else math.nan for a in limits]
+    honest = [math.nan] * len(limits)
+    if dev is not None:
+        species, _ = merge_small(dev.pai, dev.label, min_species)
+        honest = [bpcer_at_dev(s, y, dev.score, dev.label, species, a) for a in limits]
     return PadReport(
         threshold=float(threshold), n_bona_fide=bona_fide.n, n_attack=len(y) - bona_fide.n,
         hter=hter(s, y, threshold), auc=auc(s, y), eer=eer(s, y), bpcer=bona_fide.rate, max_apcer=top,
         worst_species=worst, bona_fide=bona_fide, species=by_species, merged=merged,
-        bpcer10_oracle=at[0.1], bpcer20_oracle=at[0.05], bpcer100_oracle=at[0.01],
+        bpcer10=honest[0], bpcer20=honest[1], bpcer100=honest[2],
+        bpcer10_oracle=oracle[0], bpcer20_oracle=oracle[1], bpcer100_oracle=oracle[2],
         tpr_at_fpr_1e2=tpr_at_fpr(s, y, 1e-2), tpr_at_fpr_1e3=tpr_at_fpr(s, y, 1e-3),
         hter_interval=hters, auc_interval=aucs,
     )  # fmt: skip
@@ -124,7 +134,7 @@ def clopper_pearson(errors: ArrayLike, n: ArrayLike, *, confidence: float = 0.95
 def rate(errors: int, n: int) -> Rate:
     """A Rate with its bounds."""
     lower, upper = clopper_pearson(errors, n)
-    return Rate(int(errors), int(n), errors / n if n else float("nan"), float(lower), float(upper))
+    return Rate(int(errors), int(n), errors / n if n else math.nan, float(lower), float(upper))
 
 
 def merge_small(pai: Names, label: ArrayLike, minimum: int = MIN_SPECIES) -> tuple[NDArray[np.str_], tuple[str, ...]]:
@@ -153,7 +163,7 @@ def apcer_by_species(score: ArrayLike, label: ArrayLike, pai: Names, threshold: 
 def max_apcer(species: dict[str, Rate]) -> tuple[str, float]:
     """The worst species and its APCER; ("", NaN) without attacks."""
     worst = max(species, key=lambda name: species[name].rate, default="")
-    return worst, species[worst].rate if worst else float("nan")
+    return worst, species[worst].rate if worst else math.nan
 
 
 def bpcer(score: ArrayLike, label: ArrayLike, threshold: float) -> Rate:
@@ -207,7 +217,7 @@ def eer(score: ArrayLike, label: ArrayLike) -> float:
     try:
         curve = det_curve(score, label)
     except MetricError:
-        return float("nan")
+        return math.nan
     i = _eer_index(curve)
     return float((curve.far[i] + curve.frr[i]) / 2)
 
@@ -234,13 +244,25 @@ def bpcer_at_apcer(score: ArrayLike, label: ArrayLike, pai: Names, apcer: float)
     return bpcer(score, label, apcer_threshold(score, label, pai, apcer)).rate
 
 
+def bpcer_at_dev(
+    score: ArrayLike, label: ArrayLike, dev_score: ArrayLike, dev_label: ArrayLike, dev_pai: Names, apcer: float
+) -> float:
+    """BPCER where the worst species of the development set has APCER <= ``apcer`` there; NaN if it has no attack.
+
+    APCER of the measured data may be higher: unseen species do not keep what was tuned on others.
+    """
+    if not (np.asarray(dev_label) != BONA_FIDE).any():
+        return math.nan
+    return bpcer(score, label, apcer_threshold(dev_score, dev_label, dev_pai, apcer)).rate
+
+
 def auc(score: ArrayLike, label: ArrayLike) -> float:
     """P(bona fide score > attack score) + half of the ties, by mid-ranks; NaN for a missing class or a NaN score."""
     s, y = _checked(score, label)
     real = y == BONA_FIDE
     n, m = int(real.sum()), int((~real).sum())
     if not n or not m or np.isnan(s).any():
-        return float("nan")
+        return math.nan
     _, index, count = np.unique(s, return_inverse=True, return_counts=True)
     rank = (np.cumsum(count) - (count - 1) / 2)[index]
     return float((rank[real].sum() - n * (n + 1) / 2) / (n * m))
@@ -251,28 +273,8 @@ def tpr_at_fpr(score: ArrayLike, label: ArrayLike, fpr: float) -> float:
     try:
         curve = det_curve(score, label)
     except MetricError:
-        return float("nan")
+        return math.nan
     return float(1 - curve.frr[curve.far <= fpr + 1e-12].min())
-
-
-def bootstrap(
-    statistic: Callable[[NDArray[np.intp]], float], groups: Names, *, samples: int = 200, seed: int = 0
-) -> Interval:
-    """95 % percentile interval of ``statistic(sample indices)`` over draws of whole groups.
-
-    Frames of a video are not independent, so groups are videos or subjects. Draws without one class (NaN) are left out.
-    """
-    _, index = np.unique(np.asarray(groups, dtype=np.str_), return_inverse=True)
-    order = np.argsort(index, kind="stable")
-    members: list[NDArray[np.intp]] = np.split(order, np.cumsum(np.bincount(index))[:-1])
-    rng = np.random.default_rng(seed)
-    picks = (rng.integers(len(members), size=len(members)) for _ in range(samples))
-    draws = np.array([statistic(np.concatenate([members[int(g)] for g in pick])) for pick in picks])
-    draws = draws[~np.isnan(draws)]
-    if not len(draws):
-        return Interval(float("nan"), float("nan"))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(float(low), float(high))
 
 
 def _checked(score: ArrayLike, label: ArrayLike) -> tuple[Floats, NDArray[np.int64]]:
@@ -285,7 +287,7 @@ def _checked(score: ArrayLike, label: ArrayLike) -> tuple[Floats, NDArray[np.int
 
 
 def _mean(values: NDArray[np.bool_]) -> float:
-    return float(values.mean()) if len(values) else float("nan")
+    return float(values.mean()) if len(values) else math.nan
 
 
 def _eer_index(curve: Det) -> int:

@@ -5,6 +5,7 @@ So a fit that is resumed sees what it would have seen. Frames stay uint8 in memo
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,15 +14,16 @@ import torch
 from pipeline.data.augment import augment
 from pipeline.data.features import mask_to_bool
 from pipeline.models.trunk import prepare
-from pipeline.source.erm import Batch
+from pipeline.source import Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from concurrent.futures import Future
 
-    from torch import Generator
+    from torch import Generator, Tensor
 
     from pipeline.data.corpus import Corpus
-    from pipeline.source.erm import SourceMethod
+    from pipeline.source import SourceMethod
 
 
 class FitError(ValueError):
@@ -64,10 +66,19 @@ def check_validation(corpora: Sequence[Corpus]) -> None:
         )
 
 
+class Draw(NamedTuple):
+    """What one step sees, in the eight bits that a sensor gives: small enough to keep for the next method."""
+
+    frames: Tensor  # uint8 [B, 5, S, S], augmented
+    present: Tensor  # [B, M] bool
+    label: Tensor  # [B]
+    domain: Tensor  # [B]
+
+
 def draw(
     method: SourceMethod, corpora: Sequence[Corpus], cells: Sequence[Cell], *, step: int, rank: int, world: int
-) -> tuple[Batch, Generator]:
-    """The batch of one step on one rank, equal counts per cell, and the generator for what the method draws."""
+) -> Draw:
+    """The samples of one step on one rank, equal counts per cell; of the method only the schedule's fields matter."""
     random = np.random.default_rng([method.seed, step, rank])
     generator = torch.Generator().manual_seed(int(random.integers(2**62)))
     share = max(2, method.batch // world)
@@ -76,7 +87,29 @@ def draw(
     picked = [(c, random.choice(c.rows, n, replace=n > len(c.rows))) for c, n in zip(order, counts, strict=True) if n]
     frames = torch.from_numpy(np.concatenate([corpora[c.domain].frame[rows] for c, rows in picked]))
     bits = np.concatenate([np.asarray(corpora[c.domain].present)[rows] for c, rows in picked])
+    if method.augment:
+        frames = augment(frames.float() / 255, generator).mul_(255).round_().to(torch.uint8)
     label = torch.tensor([c.label for c, rows in picked for _ in rows])
     domain = torch.tensor([c.domain for c, rows in picked for _ in rows])
-    ready = prepare(255 * augment(frames.float() / 255, generator)) if method.augment else prepare(frames)
-    return Batch(ready, torch.from_numpy(mask_to_bool(bits)), label, domain, step / method.steps), generator
+    return Draw(frames, torch.from_numpy(mask_to_bool(bits)), label, domain)
+
+
+def batch(method: SourceMethod, drawn: Draw, *, step: int, rank: int) -> tuple[Batch, Generator]:
+    """``drawn`` made ready for the trunk, and the generator for what the method itself draws."""
+    random = np.random.default_rng([method.seed, step, rank, 1])
+    generator = torch.Generator().manual_seed(int(random.integers(2**62)))
+    ready = prepare(drawn.frames)
+    return Batch(ready, drawn.present, drawn.label, drawn.domain, step / method.steps), generator
+
+
+def ahead(draws: Callable[[int], Draw], steps: Iterable[int]) -> Iterator[tuple[int, Draw]]:
+    """(step, its samples), the next ones being drawn while the caller works on these."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: list[tuple[int, Future[Draw]]] = []
+        for at in steps:
+            waiting.append((at, pool.submit(draws, at)))
+            if len(waiting) > 1:
+                step, drawn = waiting.pop(0)
+                yield step, drawn.result()
+        for step, drawn in waiting:
+            yield step, drawn.result()

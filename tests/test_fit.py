@@ -13,9 +13,8 @@ from pipeline.models import ModelConfig, TailConfig, TinyConfig
 from pipeline.models import checkpoint as cp
 from pipeline.models import tail as tails
 from pipeline.models.trunk import features
-from pipeline.sampler import FitError, draw, stratify
-from pipeline.source import erm, rise
-from pipeline.source.erm import Batch
+from pipeline.sampler import FitError, batch, draw, stratify
+from pipeline.source import Batch, erm, rise
 
 SIZE = 16
 MODEL = ModelConfig(trunk=TinyConfig(width=4, features=8), tail=TailConfig(width=8, rank=2))
@@ -83,7 +82,9 @@ def test_a_resumed_fit_ends_where_an_unbroken_one_does(kind: str, tmp_path: Path
 
     def go(state: fits.Fit, until: int) -> None:
         while state.step < until:
-            fits.step(state, *draw(state.task.method, corpora(), cells, step=state.step, rank=0, world=1))
+            method, at = state.task.method, state.step
+            drawn = draw(method, corpora(), cells, step=at, rank=0, world=1)
+            fits.step(state, *batch(method, drawn, step=at, rank=0))
 
     go(whole, 5)
     fits.save(whole, tmp_path)
@@ -111,12 +112,12 @@ def test_batches_are_stratified_repeatable_and_different_per_rank() -> None:
     data = corpora()
     cells = stratify(data)
     method = task().method
-    first, _ = draw(method, data, cells, step=3, rank=0, world=1)
-    again, _ = draw(method, data, cells, step=3, rank=0, world=1)
+    first = draw(method, data, cells, step=3, rank=0, world=1)
+    again = draw(method, data, cells, step=3, rank=0, world=1)
     assert torch.equal(first.frames, again.frames)
     counts = torch.bincount(2 * first.domain + first.label, minlength=6)
     assert counts.tolist() == [3] * 6
-    ranks = [draw(method, data, cells, step=3, rank=r, world=2)[0] for r in range(2)]
+    ranks = [draw(method, data, cells, step=3, rank=r, world=2) for r in range(2)]
     assert [len(b.label) for b in ranks] == [9, 9]
     assert not torch.equal(ranks[0].frames, ranks[1].frames)
 
@@ -127,7 +128,7 @@ def test_odd_counts_rotate_over_the_cells() -> None:
     method = task(batch=8).method
     total = torch.zeros(6, dtype=torch.long)
     for step in range(6):
-        b, _ = draw(method, data, cells, step=step, rank=0, world=1)
+        b = draw(method, data, cells, step=step, rank=0, world=1)
         assert len(b.label) == 8
         total += torch.bincount(2 * b.domain + b.label, minlength=6)
     assert total.tolist() == [8] * 6

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import balanced_accuracy_score, det_curve, roc_auc_score, roc_curve
 
 from pipeline import metrics
 
@@ -121,11 +121,50 @@ def test_report_of_one_class_is_nan_where_undefined():
     assert got.worst_species == ""
 
 
-def test_bootstrap_keeps_groups_whole():
-    groups = ["a"] * 5 + ["b"] * 5
-    seen = set()
-    metrics.bootstrap(lambda i: seen.add(tuple(np.bincount(i, minlength=10) % 11)) or 0.0, groups, samples=50)
-    assert seen == {(2,) * 5 + (0,) * 5, (0,) * 5 + (2,) * 5, (1,) * 10}
+@given(scored(), st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+def test_hter_and_det_agree_with_sklearn(data, threshold):
+    score, label = data
+    assert metrics.hter(score, label, threshold) == pytest.approx(
+        1 - balanced_accuracy_score(label, score >= threshold)
+    )
+    far, frr, at = det_curve(label, score)  # sklearn leaves out what is not on the hull of the steps
+    ours = metrics.det_curve(score, label)
+    known = {t: (a, r) for t, a, r in zip(*ours, strict=True)}
+    for t, a, r in zip(at, far, frr, strict=True):
+        if t in known:
+            assert known[t] == pytest.approx((a, r))
+
+
+@given(scored(), scored(), st.sampled_from([0.01, 0.05, 0.1, 0.5]))
+def test_bpcer_at_dev_chooses_nothing_on_what_it_measures(data, dev, limit):
+    score, label = data
+    dev_score, dev_label = dev
+    pai = ["bona_fide" if y else "ab"[i % 2] for i, y in enumerate(dev_label)]
+    got = metrics.bpcer_at_dev(score, label, dev_score, dev_label, pai, limit)
+    t = metrics.apcer_threshold(dev_score, dev_label, pai, limit)
+    assert got == np.mean(score[label == 1] < t)
+    kept = label == 1  # the attacks of the measured data have no say
+    assert metrics.bpcer_at_dev(score[kept], label[kept], dev_score, dev_label, pai, limit) == got
+    own = metrics.bpcer_at_dev(dev_score, dev_label, dev_score, dev_label, pai, limit)
+    assert own == metrics.bpcer_at_apcer(dev_score, dev_label, pai, limit)
+
+
+def test_bpcer_at_dev_is_unknown_without_development_attacks():
+    assert math.isnan(metrics.bpcer_at_dev([0.5], [1], [0.5], [1], ["bona_fide"], 0.05))
+
+
+def test_report_merges_rare_species_of_the_development_set():
+    label = np.repeat([1, 0], [100, 100])
+    score = np.linspace(1, 0, 200)
+    pai = ["bona_fide"] * 100 + ["print"] * 99 + ["rare"]
+    dev = metrics.Dev(np.where(np.arange(200) == 199, 0.9, score), label, pai)  # one rare attack that scores high
+    got = metrics.report(score, label, pai, 0.5, dev=dev, min_species=30)
+    alone = metrics.report(score, label, pai, 0.5, dev=dev, min_species=1)
+    assert got.bpcer10 == alone.bpcer10 > got.bpcer10_oracle  # a species of one still counts, as "other"
+    many = metrics.report(score, label, pai, 0.5, dev=dev._replace(pai=["bona_fide"] * 100 + ["print"] * 100))
+    assert many.bpcer10 < got.bpcer10
+    assert many.bpcer10 <= many.bpcer20 <= many.bpcer100
+    assert math.isnan(metrics.report(score, label, pai, 0.5).bpcer20)
 
 
 @pytest.mark.parametrize("score, label, message", [

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pipeline.config import Config
-    from pipeline.source.erm import SourceMethod
+    from pipeline.source import SourceMethod
 
 EVERY = 100  # steps between checkpoints: a report costs a poll of the controller
 MAX_FAILURES = 3

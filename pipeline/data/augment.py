@@ -21,30 +21,45 @@ BLUR_SHARE = 0.3  # of samples, per modality: half resolution
 INVERT_SHARE = 0.3  # of samples: depth with near and far exchanged
 FLIP_SHARE = 0.5
 SHIFT = 1 / 16  # of the side
+SCALE = 0.22  # factor in e^±: sets and sites crop faces differently
+ASPECT = 0.12  # factor in e^± on the width, and its inverse on the height
+TURN = 0.15  # radians
 DEPTH = 3
 CHANNEL_MODALITY = (0, 0, 0, 1, 2)
 
 
 def augment(frames: Tensor, generator: Generator) -> Tensor:
     """One draw of everything for every sample; the input is left as it is."""
-    moved = shift_and_flip(frames, generator)
+    moved = move(frames, generator)
     no_return = moved[:, DEPTH : DEPTH + 1] == 0
     seen = sense(invert_depth(moved, generator), generator)
     seen[:, DEPTH : DEPTH + 1].masked_fill_(no_return, 0.0)
     return seen
 
 
-def shift_and_flip(frames: Tensor, generator: Generator) -> Tensor:
-    """Horizontal flip and a small shift, the same for all modalities: they look at one face. Borders repeat."""
-    count, channels, side = frames.shape[0], frames.shape[1], frames.shape[-1]
-    reach = max(1, round(side * SHIFT))
-    by = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator)
-    flip = torch.rand(count, 1, generator=generator) < FLIP_SHARE
-    at = torch.arange(side)
-    rows, columns = (at + by[0]).clamp(0, side - 1), (at + by[1]).clamp(0, side - 1)
-    columns = torch.where(flip, columns.flip(1), columns)
-    sample, channel = torch.arange(count)[:, None, None, None], torch.arange(channels)[None, :, None, None]
-    return frames[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+def move(frames: Tensor, generator: Generator) -> Tensor:
+    """Flip, scale, stretch, turn and shift: another crop, the same for all modalities, as they look at one face.
+
+    Borders repeat. Depth is averaged over its returns alone, so that an edge does not become a surface half way.
+    """
+    count = frames.shape[0]
+
+    def draw(spread: float) -> Tensor:
+        return spread * (2 * torch.rand(count, generator=generator) - 1)
+
+    scale, aspect, angle = torch.exp(draw(SCALE)), torch.exp(draw(ASPECT)), draw(TURN)
+    across, down = draw(2 * SHIFT), draw(2 * SHIFT)
+    mirrored = torch.where(torch.rand(count, generator=generator) < FLIP_SHARE, -1.0, 1.0)
+    cosine, sine = scale * torch.cos(angle), scale * torch.sin(angle)
+    first = torch.stack([mirrored * aspect * cosine, -aspect * sine, across], dim=1)
+    second = torch.stack([mirrored * sine / aspect, cosine / aspect, down], dim=1)
+    to = list(frames.shape)
+    grid = torch.nn.functional.affine_grid(torch.stack([first, second], dim=1), to, align_corners=False)
+    returned = (frames[:, DEPTH : DEPTH + 1] > 0).float()
+    moved = _sampled(torch.cat([frames, returned], dim=1), grid)
+    weight = moved[:, -1:]
+    depth = torch.where(weight > 0.5, moved[:, DEPTH : DEPTH + 1] / weight.clamp(min=0.5), 0.0)
+    return torch.cat([moved[:, :DEPTH], depth, moved[:, DEPTH + 1 : -1]], dim=1).clamp_(0, 1)
 
 
 def invert_depth(frames: Tensor, generator: Generator) -> Tensor:
@@ -71,3 +86,7 @@ def sense(frames: Tensor, generator: Generator) -> Tensor:
     planes[blurred] = torch.nn.functional.interpolate(small, size=(side, side), mode="bilinear")[:, 0]
     noise = torch.randn(frames.shape, generator=generator).mul_(draw(NOISE / 2) + NOISE / 2)
     return noise.add_(x).clamp_(0, 1)
+
+
+def _sampled(planes: Tensor, grid: Tensor) -> Tensor:
+    return torch.nn.functional.grid_sample(planes, grid, padding_mode="border", align_corners=False)

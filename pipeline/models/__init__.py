@@ -10,10 +10,10 @@ from pipeline.types import Section
 
 
 class TinyConfig(Section):
-    """Depthwise CNN of about 0.1 M parameters per modality; trains on a CPU."""
+    """CNN of about 60 thousand parameters per modality; trains on a CPU."""
 
     kind: Literal["tiny"] = "tiny"
-    width: int = Field(default=24, ge=4, le=256)
+    width: int = Field(default=16, ge=4, le=256)
     features: int = Field(default=64, ge=8, le=1024, description="F, length of a modality's feature vector")
 
 
@@ -28,6 +28,7 @@ class VitConfig(Section):
 class TailConfig(Section):
     """Widths of the tail (``methods.md`` §1)."""
 
+    head: Literal["radial", "linear"] = Field(default="radial", description="linear: what the sphere is compared to")
     width: int = Field(default=32, ge=4, le=512, description="D, head width")
     rank: int = Field(default=8, ge=1, le=64, description="r, site adapter rank")
 

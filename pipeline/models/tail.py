@@ -26,6 +26,7 @@ HEADS = MODALITIES + 1
 FUSED = MODALITIES
 GATE_INIT = 0.1  # how much a complement adds to a modality that is there
 SYNERGY_INIT = 0.1
+BOUNDARY = ("log_rho", "linear")  # what decides between the classes, of which a domain may own a copy during a fit
 MOVABLE = ("site.gamma", "site.beta", "site.down", "site.up", "gate", "log_rho")
 REPLAY = (
     "replay.z",
@@ -56,7 +57,7 @@ class Read(NamedTuple):
     """What the tail makes of a batch."""
 
     logit: Tensor  # [B, V] kappa * (rho - radius); P(bona fide) = sigmoid
-    radius: Tensor  # [B, V]
+    radius: Tensor  # [B, V] or, of linear heads, the coordinate across their plane
     hidden: Tensor  # [B, D] fused feature; its direction never enters the score
     intrinsic: Tensor  # [B, M, D]
     synergy: Tensor  # [B, M, D]
@@ -66,6 +67,7 @@ class Read(NamedTuple):
 def init_tail(config: TailConfig, features: int, *, generator: torch.Generator) -> Params:
     """Fresh tail for F = ``features``; the site adapter in it is the identity."""
     m, f, d, r = MODALITIES, features, config.width, config.rank
+    linear = {"linear": torch.randn(HEADS, d, generator=generator) / math.sqrt(d)} if config.head == "linear" else {}
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator) / math.sqrt(shape[-1])
@@ -92,6 +94,8 @@ def init_tail(config: TailConfig, features: int, *, generator: torch.Generator) 
         "head.bias": torch.zeros(m, d),
         "head.out": normal(m, d, d),
         "log_rho": torch.zeros(HEADS),
+        "pattern": torch.zeros(2**m),
+        **linear,
     }
 
 
@@ -105,12 +109,17 @@ def moved(tail: Params, state: Params) -> Params:
     return {**tail, **{name: state[name] for name in MOVABLE}}
 
 
-def read(params: Params, z: Tensor, present: Tensor) -> Read:
-    """Score a batch. A row's score depends on that row alone and on no value of an absent modality."""
+def read(params: Params, z: Tensor, present: Tensor, *, substitute: bool = True) -> Read:
+    """Score a batch. A row's score depends on that row alone and on no value of an absent modality.
+
+    Without ``substitute`` an absent modality is zeros: what the complement is compared to.
+    """
     completed = complete(params, adapt(params, z, present), present)
+    if not substitute:
+        completed = completed._replace(z=torch.where(present[..., None], completed.z, 0.0))
     intrinsic, synergy = split(params, completed.z)
     hidden, radius = radii(params, intrinsic, synergy)
-    return Read(logit(params, radius), radius, hidden, intrinsic, synergy, completed.complement)
+    return Read(logit(params, radius, present), radius, hidden, intrinsic, synergy, completed.complement)
 
 
 def score(params: Params, z: Tensor, present: Tensor) -> Tensor:
@@ -160,12 +169,19 @@ def radii(params: Params, intrinsic: Tensor, synergy: Tensor) -> tuple[Tensor, T
     hidden = torch.relu(joint @ params["fuse.in"].T + params["fuse.bias"]) @ params["fuse.out"].T
     low = torch.relu(torch.einsum("bmd,med->bme", intrinsic, params["head.in"]) + params["head.bias"])
     single = torch.einsum("bme,mde->bmd", low, params["head.out"])
-    return hidden, torch.cat([norm(single), norm(hidden)[..., None]], dim=-1)
+    every = torch.cat([single, hidden[..., None, :]], dim=-2)
+    return hidden, -(every * params["linear"]).sum(dim=-1) if "linear" in params else norm(every)
 
 
-def logit(params: Params, radius: Tensor) -> Tensor:
-    """kappa (rho - r) per head: inside the sphere is bona fide."""
-    return KAPPA * (torch.exp(params["log_rho"]) - radius)
+def logit(params: Params, radius: Tensor, present: Tensor) -> Tensor:
+    """kappa (rho - r) per head: inside the sphere is bona fide. The fused head has a radius per set of modalities."""
+    rho = params["log_rho"] + torch.nn.functional.pad(params["pattern"][bits(present)][..., None], (FUSED, 0))
+    return KAPPA * ((rho if "linear" in params else torch.exp(rho)) - radius)
+
+
+def bits(present: Tensor) -> Tensor:
+    """[B] which modalities are there, as a number: bit m = modality m."""
+    return (present.long() << torch.arange(MODALITIES, device=present.device)).sum(dim=-1)
 
 
 def norm(x: Tensor) -> Tensor:

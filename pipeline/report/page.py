@@ -23,8 +23,6 @@ from pipeline.types import Modality
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jinja2 import Template
-
     from pipeline.report import CycleReport, PadSummary, SiteReport
 
 HARM = 0.01  # a promoted site whose HTER or max APCER rose by more than this was harmed
@@ -68,34 +66,62 @@ def render(report: CycleReport) -> str:
     """The whole page; sites come worst first, and what is left out for length is said on the page."""
     rows = _rows(report)
     measured = [r for r in rows if r.site.before and r.site.after]
-    return _template().render(
-        report=report,
-        answer=_answer(rows),
-        figures=_figures(report, rows),
-        rows=rows[:ROWS],
-        detailed=rows[:DETAILS],
-        bells=_bells(measured[:DETAILS], report.ceiling),
-        measured=len(measured),
-        unserved=[r for r in rows if r.site.status != "ok" or r.harmed],
-        causes=Counter(_cause(r.site) for r in rows if r.site.status != "ok").most_common(),
-        quarantine=sorted(report.quarantine, key=lambda q: -q.count)[:LISTED],
-        put_aside=_by_reason(report),
-        limits={"details": DETAILS, "rows": ROWS, "listed": LISTED, "scrolls": SCROLLS, "omega": OMEGA},
+    return (
+        environment()
+        .get_template("cycle.html.j2")
+        .render(
+            report=report,
+            answer=_answer(rows),
+            figures=_figures(report, rows),
+            rows=rows[:ROWS],
+            detailed=rows[:DETAILS],
+            bells=_bells(measured[:DETAILS], report.ceiling),
+            measured=len(measured),
+            unserved=[r for r in rows if r.site.status != "ok" or r.harmed],
+            causes=Counter(_cause(r.site) for r in rows if r.site.status != "ok").most_common(),
+            quarantine=sorted(report.quarantine, key=lambda q: -q.count)[:LISTED],
+            put_aside=_by_reason(report),
+            limits={"details": DETAILS, "rows": ROWS, "listed": LISTED, "scrolls": SCROLLS, "omega": OMEGA},
+            modalities=MODALITIES,
+            tones=TONES,
+            marks=MARKS,
+        )
     )
 
 
 def write(report: CycleReport, path: Path) -> None:
-    """Render to ``path``; a reader sees the old page or the new one, never a part."""
+    """Render to ``path``."""
+    publish(render(report), path)
+
+
+def publish(html: str, path: Path) -> None:
+    """Put ``html`` at ``path``; a reader sees the old page or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
-            file.write(render(report))
+            file.write(html)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1)
+def environment() -> Environment:
+    """Templates of all pages: everything is escaped, and what cannot be seen is spelled out."""
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_spoken,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {"percent": plots.percent, "number": plots.number, "when": _when, "digest": _digest}
+    env.globals |= {"plots": plots}
+    return env
 
 
 def _rows(report: CycleReport) -> list[Row]:
@@ -250,18 +276,3 @@ def _spoken(value: object) -> object:
 def _digest(text: str) -> str:
     """How a content security policy names an inline script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-@lru_cache(maxsize=1)
-def _template() -> Template:
-    env = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_spoken,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters |= {"percent": plots.percent, "number": plots.number, "when": _when, "digest": _digest}
-    env.globals |= {"plots": plots, "modalities": MODALITIES, "tones": TONES, "marks": MARKS}
-    return env.get_template("cycle.html.j2")

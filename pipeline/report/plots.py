@@ -6,6 +6,7 @@ which must stay square, scales as a whole. Every chart carries its content in wo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pipeline.report import DetCurve
+    from pipeline.report.source import RadiusPanel
 
 LONGEST = 1000  # characters of one untrusted string
 SPARK_BINS, LINE_BINS, DET_POINTS = 28, 120, 400
 DET_TICKS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
 DET_SIDE, DET_LEFT, DET_TOP = 320.0, 58.0, 10.0
+RADIUS_BINS, POINTS = 40, 250  # points of a class in one scatter
 
 _STRETCHED = Markup(
     '<svg class="{}" role="img" aria-label="{}" viewBox="0 0 100 100" preserveAspectRatio="none">{}</svg>'
@@ -99,24 +102,105 @@ def dumbbell(before: float, after: float, *, name: str, top: float, limit: float
     )
 
 
+def whisker(value: float, low: float, high: float, oracle: float, *, name: str, top: float) -> Markup:
+    """One row on [0, top]: filled is the honest error with its interval, hollow what an oracle threshold would give."""
+    at = [f"{100 * min(v / top, 1):.2f}%" if np.isfinite(v) else None for v in (value, low, high, oracle)]
+    marks = [
+        Markup('<line class="grid" x1="{0}%" x2="{0}%" y1="0" y2="100%"/>').format(t) for t in (0, 25, 50, 75, 100)
+    ]
+    for kind, start, end in (("shift", at[3], at[0]), ("span", at[1], at[2])):
+        if start and end:
+            marks.append(Markup('<line class="{}" x1="{}" x2="{}" y1="50%" y2="50%"/>').format(kind, start, end))
+    for kind, x, radius in (("before", at[3], 4), ("after", at[0], 4.5)):
+        if x:
+            marks.append(Markup('<circle class="{}" cx="{}" cy="50%" r="{}"/>').format(kind, x, radius))
+    label = f"{name}: {percent(value)}, 95 % interval {percent(low)} to {percent(high)}, oracle EER {percent(oracle)}"
+    return Markup('<svg class="bell" role="img" aria-label="{}">{}</svg>').format(label, Markup("").join(marks))
+
+
 def det(before: DetCurve, after: DetCurve) -> Markup:
     """Detection error trade-off before (dashed) and after (solid) on normal deviate axes, 0.1 % to 60 %."""
-    ticks = Markup("").join(_tick(t) for t in DET_TICKS)
     inner = Markup("").join(_curve(c, kind) for c, kind in ((before, "before"), (after, "after")))
     label = "; ".join(
         f"{kind}: at the deployed threshold {percent(c.at[0])} of attacks and {percent(c.at[1])} of bona fide are wrong"
         for c, kind in ((before, "before"), (after, "after"))
         if c.at
     )
+    return _axes(f"DET curves. {label}", inner)
+
+
+def dets(curves: Sequence[tuple[str, DetCurve]], name: str, kinds: dict[str, str]) -> Markup:
+    """Several methods' trade-offs; ``kinds`` gives a method's look ("before", "after"), all others are thin and behind."""
+    front = [*kinds]
+    order = sorted(curves, key=lambda c: front.index(c[0]) if c[0] in kinds else -1)
+    inner = Markup("").join(
+        Markup("<g><title>{}</title>{}</g>").format(
+            clean(m), _curve(c if m in kinds else replace(c, at=None), kinds.get(m, "other"))
+        )
+        for m, c in order
+    )
+    said = [f"{clean(m)} {percent(c.at[0])} and {percent(c.at[1])}" for m, c in curves if c.at]
+    wrong = "; ".join(said) or "not known"
+    return _axes(f"DET curves on {clean(name)}. Attacks and bona fide that are wrong at the threshold: {wrong}", inner)
+
+
+def sphere(panel: RadiusPanel, *, top: float) -> Markup:
+    """Radius from the centre over the angle, the boundary as circle; bona fide are dots and attacks crosses.
+
+    Samples beyond ``top`` sit on the rim.
+    """
+    rings = Markup("").join(Markup('<circle class="ring" r="{}"/>').format(r) for r in (50, 100))
+    dots, crosses = (
+        Markup("").join(Markup(mark).format(x, y) for x, y in _polar(radius, angle, top))
+        for mark, radius, angle in (
+            ("M{:.1f} {:.1f}h.01", panel.bona_fide, panel.bona_fide_angle),
+            ("M{:.1f} {:.1f}m-2-2l4 4m0-4l-4 4", panel.attack, panel.attack_angle),
+        )
+    )
+    edge = Markup("")
+    if np.isfinite(panel.rho):
+        edge = Markup('<circle class="edge" r="{:.1f}"/>').format(100 * panel.rho / top)
+    label = (
+        f"{clean(panel.domain)}: {percent(panel.outside)} of bona fide are outside the boundary {number(panel.rho)}, "
+        f"{percent(panel.inside)} of attacks inside"
+    )
     return Markup(
-        '<svg class="det" role="img" aria-label="DET curves. {label}" viewBox="0 0 390 384">{ticks}'
-        '<svg x="{x}" y="{y}" width="{side}" height="{side}" viewBox="0 0 {side} {side}">{inner}</svg>'
-        '<rect class="frame" x="{x}" y="{y}" width="{side}" height="{side}"/>'
-        '<text class="axis" x="{mid}" y="376" text-anchor="middle">attacks accepted, species pooled, %</text>'
-        '<text class="axis" transform="translate(13 {low}) rotate(-90)" text-anchor="middle">'
-        "bona fide rejected (BPCER), %</text></svg>"
-    ).format(label=label, ticks=ticks, inner=inner, x=DET_LEFT, y=DET_TOP, side=DET_SIDE,
-             mid=DET_LEFT + DET_SIDE / 2, low=DET_TOP + DET_SIDE / 2)  # fmt: skip
+        '<svg class="sphere" role="img" aria-label="{}" viewBox="-106 -106 212 212">{}<path class="attack" d="{}"/>'
+        '<path class="bona-fide" d="{}"/>{}</svg>'
+    ).format(label, rings, crosses, dots, edge)
+
+
+def radii(panel: RadiusPanel, *, top: float) -> Markup:
+    """Shares of samples by radius on [0, top], bona fide upwards and attacks downwards, with the boundary."""
+    bins = np.linspace(0, top, RADIUS_BINS + 1)
+    shares: list[np.ndarray] = []
+    for radius in (panel.bona_fide, panel.attack):
+        finite = radius[np.isfinite(radius)]
+        shares.append(np.histogram(np.clip(finite, 0, top), bins)[0] / max(1, len(finite)))
+    most = max(float(s.max()) for s in shares) or 1.0
+    areas = Markup("").join(
+        Markup('<path class="area {}" d="M0 50{}V50Z"/>').format(
+            kind, "".join(f"V{50 + sign * 48 * s / most:.1f}H{x:.4g}" for s, x in zip(share, 100 * bins[1:] / top))
+        )
+        for kind, sign, share in (("bona-fide", -1, shares[0]), ("attack", 1, shares[1]))
+    )
+    edge = Markup("")
+    if np.isfinite(panel.rho):
+        edge = Markup('<path class="edge" d="M{:.2f} 0V100"/>').format(100 * panel.rho / top)
+    label = f"{clean(panel.domain)}: bona fide radius {_quartiles(panel.bona_fide)}; attack radius {_quartiles(panel.attack)}"
+    return _STRETCHED.format("radii", label, areas + Markup('<path class="grid" d="M0 50H100"/>') + edge)
+
+
+def bar(parts: Sequence[float], names: Sequence[str], *, top: float) -> Markup:
+    """``parts`` of a whole end to end on [0, top], in order, darkest first."""
+    known = np.nan_to_num(np.asarray(parts, dtype=float)).clip(0) * 100 / (top or 1.0)
+    start = np.concatenate([[0], np.cumsum(known)])
+    shapes = Markup("").join(
+        Markup('<rect class="p{}" x="{:.2f}%" width="{:.2f}%" height="100%"/>').format(i, start[i], w)
+        for i, w in enumerate(known)
+    )
+    label = ", ".join(f"{n} {number(1000 * p)} ms" for n, p in zip(names, parts, strict=True))
+    return Markup('<svg class="bar" role="img" aria-label="{}">{}</svg>').format(label, shapes)
 
 
 def scale(values: Sequence[float], floor: float) -> float:
@@ -166,6 +250,18 @@ def _deviate(rate: float) -> float:
     return DET_SIDE * (NormalDist().inv_cdf(min(max(rate, 1e-5), 1 - 1e-5)) - low) / (high - low)
 
 
+def _axes(label: str, inner: Markup) -> Markup:
+    return Markup(
+        '<svg class="det" role="img" aria-label="{label}" viewBox="0 0 390 384">{ticks}'
+        '<svg x="{x}" y="{y}" width="{side}" height="{side}" viewBox="0 0 {side} {side}">{inner}</svg>'
+        '<rect class="frame" x="{x}" y="{y}" width="{side}" height="{side}"/>'
+        '<text class="axis" x="{mid}" y="376" text-anchor="middle">attacks accepted, species pooled, %</text>'
+        '<text class="axis" transform="translate(13 {low}) rotate(-90)" text-anchor="middle">'
+        "bona fide rejected (BPCER), %</text></svg>"
+    ).format(label=label, ticks=Markup("").join(_tick(t) for t in DET_TICKS), inner=inner, x=DET_LEFT, y=DET_TOP,
+             side=DET_SIDE, mid=DET_LEFT + DET_SIDE / 2, low=DET_TOP + DET_SIDE / 2)  # fmt: skip
+
+
 def _tick(rate: float) -> Markup:
     at = _deviate(rate)
     return Markup(
@@ -186,3 +282,19 @@ def _curve(curve: DetCurve, kind: str) -> Markup:
         x, y = _deviate(curve.at[0]), DET_SIDE - _deviate(curve.at[1])
         out += Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(kind, x, y)
     return out
+
+
+def _polar(radius: np.ndarray, angle: np.ndarray, top: float) -> list[tuple[float, float]]:
+    """Points on a disc of radius 100, evenly thinned."""
+    known = np.flatnonzero(np.isfinite(radius) & np.isfinite(angle))
+    pick = known[np.linspace(0, len(known) - 1, min(len(known), POINTS)).astype(int)]
+    r = 100 * np.clip(radius[pick] / top, 0, 1)
+    return list(zip((r * np.cos(angle[pick])).tolist(), (-r * np.sin(angle[pick])).tolist(), strict=True))
+
+
+def _quartiles(values: np.ndarray) -> str:
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return "not measured"
+    low, mid, high = np.quantile(finite, [0.25, 0.5, 0.75])
+    return f"median {mid:.2g}, half of them between {low:.2g} and {high:.2g}"

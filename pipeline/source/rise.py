@@ -15,13 +15,22 @@ import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source import Schedule
-from pipeline.source.erm import drop_modalities, heads_seen, masked_mean
+from pipeline.source import (
+    Schedule,
+    domain_boundaries,
+    drop_modalities,
+    head_risks,
+    irm_penalty,
+    masked_mean,
+    pull_together,
+    sup_con,
+    with_boundaries,
+)
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from pipeline.source.erm import Batch, Model, Params
+    from pipeline.source import Batch, Model, Params
 
 
 class Config(Schedule):
@@ -32,7 +41,6 @@ class Config(Schedule):
     margin: float = Field(
         default=0.1, ge=0, le=0.9, description="mu: bona fide inside rho - mu, attacks outside rho + mu"
     )
-    heads: float = Field(default=0.3, ge=0, description="weight of the single-modality heads")
     compact: float = Field(default=0.1, ge=0)
     angle: float = Field(default=0.1, ge=0)
     synergy: float = Field(default=0.1, ge=0, description="weight of MMSD")
@@ -46,86 +54,38 @@ class Config(Schedule):
     irm: float = Field(default=1.0, ge=0, description="irmv1: penalty weight after the first half of the schedule")
 
     def extra(self, domains: int, tail: Params) -> Params:
-        """``pgirm``: log rho of every head for each domain, [E, V]. The model gets their mean in the end."""
-        if self.invariance != "pgirm":
-            return {}
-        return {"log_rho": tail["log_rho"].detach().expand(domains, -1).clone()}
+        """``pgirm``: the boundary of every head for each domain. The model gets their mean in the end."""
+        return domain_boundaries(domains, tail) if self.invariance == "pgirm" else {}
 
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        tail = with_boundaries(model, batch)
         z = model.trunk_features(batch.frames, batch.present)
-        full = tails.read(model.tail, z, batch.present)
-        log_rho = model.extra["log_rho"][batch.domain] if self.invariance == "pgirm" else model.tail["log_rho"]
-        rho = torch.exp(log_rho).expand(len(z), -1)
-        seen = heads_seen(batch.present)
-        risk = [domain_risk(full.radius[:, v], rho[:, v], batch, seen[:, v], self.margin) for v in range(tails.HEADS)]
-        terms = {"risk": risk[tails.FUSED], "heads": self.heads * torch.stack(risk[: tails.FUSED]).sum()}
+        full = tails.read(tail, z, batch.present)
+        risk = head_risks(full.logit, batch, batch.present, self.margin)
+        terms = {"risk": risk[tails.FUSED], "heads": self.heads * risk[: tails.FUSED].sum()}
         if self.compact:
-            terms["compact"] = self.compact * compactness(full.radius, rho, batch.label, self.margin)
+            terms["compact"] = self.compact * compactness(full.logit[:, tails.FUSED], batch.label, self.margin)
         if self.invariance == "irmv1" and self.irm:
             weight = self.irm * min(1.0, 2 * batch.progress)
-            terms["irm"] = weight * irm_penalty(tails.KAPPA * (rho - full.radius)[:, tails.FUSED], batch)
+            terms["irm"] = weight * irm_penalty(full.logit[:, tails.FUSED], batch)
         if self.angle:
             terms["angle"] = self.angle * sup_con(full.hidden, 2 * batch.domain + batch.label, self.temperature)
         if self.synergy:
-            own, decorrelated = synergy_terms(model.tail, z, batch.present, full, self.temperature, generator)
+            own, decorrelated = synergy_terms(tail, z, batch.present, full, self.temperature, generator)
             terms["synergy"] = self.synergy * (own + self.decorrelate * decorrelated)
         if self.complement:
-            reconstruct, kl = complement_terms(model.tail, z, batch.present, full, rho, generator)
+            reconstruct, kl = complement_terms(tail, z, batch.present, full, generator)
             terms["complement"] = self.complement * (reconstruct + self.consistency * kl)
         return terms
 
     def after_step(self, extra: Params) -> None:
-        """PG-IRM: pull each domain's log rho to the one farthest from it, so that one radius comes to serve all."""
-        if self.invariance != "pgirm" or len(extra["log_rho"]) < 2:
-            return
-        with torch.no_grad():
-            beta = extra["log_rho"]  # [E, V]
-            farthest = (beta[:, None] - beta[None]).abs().argmax(dim=1)
-            beta.copy_(self.alpha * beta + (1 - self.alpha) * beta.gather(0, farthest))
+        """PG-IRM: one radius comes to serve all domains."""
+        pull_together(extra, self.alpha)
 
 
-def domain_risk(radius: Tensor, rho: Tensor, batch: Batch, used: Tensor, margin: float) -> Tensor:
-    """Mean over domains of (mean over bona fide + mean over attacks) / 2, so that no class or domain size matters."""
-    inside = torch.nn.functional.softplus(tails.KAPPA * (radius - (rho - margin)))
-    outside = torch.nn.functional.softplus(tails.KAPPA * (rho + margin - radius))
-    loss = torch.where(batch.label == 1, inside, outside)
-    cells = [(used & (batch.domain == e) & (batch.label == y)) for e in batch.domain.unique() for y in (0, 1)]
-    return torch.stack([masked_mean(loss, c) for c in cells]).sum() / max(1, sum(bool(c.any()) for c in cells))
-
-
-def compactness(radius: Tensor, rho: Tensor, label: Tensor, margin: float) -> Tensor:
+def compactness(logit: Tensor, label: Tensor, margin: float) -> Tensor:
     """Bona fide samples outside the inner sphere, squared; attacks are asked for nothing but to be outside."""
-    over = torch.relu(radius - (rho - margin))[:, tails.FUSED] ** 2
-    return masked_mean(over, label == 1)
-
-
-def irm_penalty(logit: Tensor, batch: Batch) -> Tensor:
-    """IRMv1 on the fused head: gradients of a domain's risk by a scale w = 1 of the logit on two halves, multiplied.
-
-    The product is the unbiased estimate of the squared gradient. In closed form: DDP knows no double backward.
-    """
-    signed = torch.where(batch.label == 1, logit, -logit)
-    slope = -signed * torch.sigmoid(-signed)  # d softplus(-w signed) / dw at w = 1
-    half = torch.arange(len(logit), device=logit.device) % 2 == 0
-    terms = []
-    for e in batch.domain.unique():
-        sides = []
-        for part in (half, ~half):
-            means = [masked_mean(slope, part & (batch.domain == e) & (batch.label == y)) for y in (0, 1)]
-            sides.append(0.5 * torch.stack(means).sum())
-        terms.append(sides[0] * sides[1])
-    return torch.stack(terms).mean()
-
-
-def sup_con(hidden: Tensor, group: Tensor, temperature: float) -> Tensor:
-    """Supervised contrast of directions by (domain, class): the angle may keep domain cues, the radius need not."""
-    u = torch.nn.functional.normalize(hidden, dim=1)
-    itself = torch.eye(len(u), dtype=torch.bool, device=u.device)
-    similarity = (u @ u.T / temperature).masked_fill(itself, -1e9)
-    log_p = similarity - torch.logsumexp(similarity, dim=1, keepdim=True)
-    same = (group[:, None] == group[None]) & ~itself
-    per_row = -torch.where(same, log_p, 0.0).sum(dim=1) / same.sum(dim=1).clamp(min=1)
-    return masked_mean(per_row, same.any(dim=1))
+    return masked_mean(torch.relu(margin - logit / tails.KAPPA) ** 2, label == 1)
 
 
 def synergy_terms(
@@ -180,20 +140,20 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def complement_terms(
-    tail: Params, z: Tensor, present: Tensor, full: tails.Read, rho: Tensor, generator: Generator
+    tail: Params, z: Tensor, present: Tensor, full: tails.Read, generator: Generator
 ) -> tuple[Tensor, Tensor]:
     """Predict what is there from the others, and judge a sample with modalities taken away as if it were complete.
 
     The full score is the teacher (stop-gradient): learning to do without a sensor must not spoil the verdict with it.
     """
     dropped = drop_modalities(present, 1.0, generator)
-    part = tails.read(tail, z, dropped)
+    fixed = {n: t.detach() if n in tails.BOUNDARY else t for n, t in tail.items()}
+    part = tails.read(fixed, z, dropped)
     gap = 1 - torch.nn.functional.cosine_similarity(part.complement, z.detach(), dim=-1)  # [B, M]
     known = present & (dropped.sum(dim=1, keepdim=True) - dropped.long() > 0)  # someone else is left to predict it
     reconstruct = torch.stack([masked_mean(gap[:, m], known[:, m]) for m in range(tails.MODALITIES)]).sum()
-    teacher = (tails.KAPPA * (rho - full.radius))[:, tails.FUSED].detach()
-    student = (tails.KAPPA * (rho.detach() - part.radius))[:, tails.FUSED]
-    log_t, log_s = torch.nn.functional.logsigmoid, torch.nn.functional.logsigmoid
+    teacher, student = full.logit[:, tails.FUSED].detach(), part.logit[:, tails.FUSED]
+    log = torch.nn.functional.logsigmoid
     p = torch.sigmoid(teacher)
-    kl = p * (log_t(teacher) - log_s(student)) + (1 - p) * (log_t(-teacher) - log_s(-student))
+    kl = p * (log(teacher) - log(student)) + (1 - p) * (log(-teacher) - log(-student))
     return reconstruct, masked_mean(kl, (dropped != present).any(dim=1))

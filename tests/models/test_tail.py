@@ -36,7 +36,8 @@ def test_direction_cannot_change_the_score() -> None:
 def test_the_score_falls_with_the_radius_and_is_half_on_the_sphere() -> None:
     p = params()
     rho = torch.exp(p["log_rho"])
-    at = tails.logit(p, torch.stack([rho - 0.1, rho, rho + 0.1]))
+    radius = torch.stack([rho - 0.1, rho, rho + 0.1])
+    at = tails.logit(p, radius, torch.ones(3, 3, dtype=torch.bool))
     assert torch.allclose(torch.sigmoid(at[1]), torch.tensor(0.5))
     assert bool((at[0] > at[1]).all())
     assert bool((at[1] > at[2]).all())

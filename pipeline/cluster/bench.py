@@ -1,0 +1,142 @@
+"""Many small fits on Ray, each stored as soon as it is done: an interrupted benchmark goes on where it was.
+
+Fits on the same domains with the same seed share a task, so that what they see is drawn and augmented once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import ray
+import torch
+
+import pipeline
+from pipeline import fit as fits
+from pipeline.config import method_config
+from pipeline.data.blobs import write_atomic
+from pipeline.data.corpus import read_corpus, read_manifest
+from pipeline.holdout import fit_and_score, to_arrays
+from pipeline.models import ModelConfig
+from pipeline.sampler import draw, stratify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pipeline.sampler import Draw
+    from pipeline.source import SourceMethod
+
+POLL = 1.0  # seconds between looks at what is done
+CODE = ("holdout.py", "fit.py", "sampler.py", "calibrate.py", "data/augment.py", "data/protocols.py", "models/*.py",
+        "source/__init__.py")  # fmt: skip  # what a stored result depends on, besides the method's own file
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fit of a benchmark: a method, the domains it learns from and those it is tested on."""
+
+    name: str  # the method, or the cell of an ablation
+    source: str  # JSON of the method's Config, seed included
+    model: str  # JSON of the ModelConfig
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+
+    @property
+    def seed(self) -> int:
+        return int(json.loads(self.source)["seed"])
+
+
+def run(
+    jobs: Sequence[Job],
+    corpora: Mapping[str, Path],
+    *,
+    place: Path,
+    workers: int,
+    on_progress: Callable[[int, int], None],
+) -> dict[Job, Path | str]:
+    """Do what is not stored in ``place`` yet; every job's result file, or why it has none. Ray must be initialised."""
+    place.mkdir(parents=True, exist_ok=True)
+    digests = {domain: read_manifest(path).digest for domain, path in corpora.items()}
+    paths = {job: place / f"{key(job, digests)}.npz" for job in jobs}
+    groups: dict[tuple[object, ...], list[Job]] = defaultdict(list)
+    for job in jobs:
+        if not paths[job].exists():
+            drawn_alike = {
+                k: v for k, v in json.loads(job.source).items() if k in ("batch", "seed", "steps", "augment")
+            }
+            groups[(job.sources, json.dumps(drawn_alike))].append(job)
+    task = ray.remote(num_cpus=1, max_retries=2)(_group)
+    folders = {domain: str(path.resolve()) for domain, path in corpora.items()}
+    waiting = [
+        task.remote([(job, str(paths[job])) for job in group], folders) for group in _shared_out(groups, workers)
+    ]
+    failed: dict[Job, str] = {}
+    while waiting:
+        done, waiting = ray.wait(waiting, timeout=POLL)
+        for ref in done:
+            failed |= cast("dict[Job, str]", ray.get(ref))
+        on_progress(sum(p.exists() for p in set(paths.values())), len(set(paths.values())))
+    return {job: failed.get(job, path) for job, path in paths.items()}
+
+
+def key(job: Job, digests: Mapping[str, str]) -> str:
+    """Names a result by all that it depends on: method, model, data and code."""
+    kind = json.loads(job.source)["kind"]
+    data = [[digests[d] for d in job.sources], [digests[d] for d in job.targets]]
+    given = [json.loads(job.source), json.loads(job.model), data, _code(kind)]
+    return f"{kind}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:20]}"
+
+
+def _code(kind: str) -> str:
+    root = Path(pipeline.__file__).parent
+    files = sorted({p for pattern in (*CODE, f"source/{kind}.py") for p in root.glob(pattern)})
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
+
+
+def _shared_out(groups: Mapping[tuple[object, ...], list[Job]], workers: int) -> list[list[Job]]:
+    """Long groups first; where there are fewer groups than workers, they are halved."""
+    parts = sorted(groups.values(), key=len, reverse=True)
+    while parts and len(parts) < workers and len(parts[0]) > 1:
+        whole = parts.pop(0)
+        parts += [whole[0::2], whole[1::2]]
+        parts.sort(key=len, reverse=True)
+    return parts
+
+
+def _group(jobs: Sequence[tuple[Job, str]], folders: Mapping[str, str]) -> dict[Job, str]:
+    """Fit one after another on one thread; a fit that breaks says why and stops no other."""
+    torch.set_num_threads(1)
+    first = jobs[0][0]
+    sources = [read_corpus(Path(folders[d]), ("train", "val")) for d in first.sources]
+    cells = stratify(sources)
+    kept: dict[int, Draw] = {}
+    failed: dict[Job, str] = {}
+    for job, path in jobs:
+        given = json.loads(job.source)
+        method = cast("SourceMethod", method_config("source", given["kind"]).model_validate(given))
+
+        def draws(step: int, method: SourceMethod = method) -> Draw:
+            if step not in kept:
+                kept[step] = draw(method, sources, cells, step=step, rank=0, world=1)
+            return kept[step]
+
+        task = fits.Task(method, ModelConfig.model_validate_json(job.model), sources[0].frame.shape[-1])
+        targets = [read_corpus(Path(folders[d]), ("test",)) for d in job.targets]
+        try:
+            result = fit_and_score(task, sources, targets, draws=draws)
+        except ValueError as e:
+            failed[job] = str(e)
+            continue
+        arrays = to_arrays(result)
+        write_atomic(Path(path), lambda tmp, arrays=arrays: _store(tmp, arrays))
+    return failed
+
+
+def _store(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as f:
+        np.savez_compressed(f, **arrays)

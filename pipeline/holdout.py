@@ -1,0 +1,141 @@
+"""Fit on some domains, score the others: what every comparison of source methods is made of.
+
+Thresholds are not chosen here. A result holds the scores of the sources' pooled validation beside those of the held-out
+test splits, under every pattern of missing modalities, with the complement and with zeros in its place.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline import fit as fits
+from pipeline import metrics
+from pipeline.data.features import mask_to_bool
+from pipeline.data.protocols import FULL, PATTERNS, drop, usable
+from pipeline.models import tail as tails
+from pipeline.models.trunk import features
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from pipeline.data.corpus import Corpus
+    from pipeline.fit import Task
+    from pipeline.models.checkpoint import SourceModel
+    from pipeline.sampler import Draw
+
+FILLS = ("complement", "zero-fill")  # what stands in for an absent modality
+FORMAT = 1
+
+
+class Split(NamedTuple):
+    """Samples and what one model makes of them; N samples, P patterns in the order of PATTERNS, V heads."""
+
+    domain: NDArray[np.str_]  # [N]
+    label: NDArray[np.int8]  # [N]
+    pai: NDArray[np.str_]  # [N]
+    subject: NDArray[np.str_]  # [N] unique over domains; a subject's videos are not independent
+    logit: NDArray[np.float32]  # [N, P, 2] of the fused head; NaN where no modality is left
+    heads: NDArray[np.float32]  # [N, V] logits with everything that is there
+    hidden: NDArray[np.float32]  # [N, D] fused feature: its length decides, its direction does not
+
+
+@dataclass(frozen=True)
+class Result:
+    """One fit: the sources' validation (where thresholds come from), the held-out tests, and the training species."""
+
+    dev: Split
+    test: Split
+    known: tuple[str, ...]  # PAI species in the sources' train splits
+    radius: float  # of the fused head
+    seconds: float  # wall time of the fit
+
+    def threshold(self, pattern: str = "full", fill: str = "complement") -> float:
+        """Logit at the equal error rate of the pooled source validation under the same pattern and fill."""
+        return metrics.eer_threshold(*self.scores("dev", pattern, fill))
+
+    def scores(self, split: str, pattern: str = "full", fill: str = "complement") -> tuple[np.ndarray, np.ndarray]:
+        """(logit, label) of ``dev`` or ``test`` where any modality is left."""
+        s = self.dev if split == "dev" else self.test
+        logit = s.logit[:, list(PATTERNS).index(pattern), FILLS.index(fill)]
+        kept = np.isfinite(logit)
+        return logit[kept], s.label[kept]
+
+
+def fit_and_score(
+    task: Task, sources: Sequence[Corpus], targets: Sequence[Corpus], *, draws: Callable[[int], Draw] | None = None
+) -> Result:
+    """Learn ``task`` on ``sources`` and score their val splits and the targets' test splits."""
+    began = time.perf_counter()
+    state = fits.begin(task, domains=len(sources))
+    model = fits.run(state, sources, draws=draws)
+    seconds = time.perf_counter() - began
+    known = {str(s) for c in sources for s, p in zip(c.pai, c.split, strict=True) if p == "train"}
+    dev = merged([score(model, c, "val") for c in sources])
+    test = merged([score(model, c, "test") for c in targets])
+    radius = float(torch.exp(model.tail["log_rho"][tails.FUSED]))
+    return Result(dev, test, tuple(sorted(known)), radius, seconds)
+
+
+def score(model: SourceModel, corpus: Corpus, split: str) -> Split:
+    """Every sample of one split under every pattern."""
+    rows = np.flatnonzero((np.asarray(corpus.split) == split) & usable(np.asarray(corpus.present)))
+    bits = np.asarray(corpus.present)[rows]
+    present = torch.from_numpy(mask_to_bool(bits))
+    z = features(model.trunk, torch.from_numpy(corpus.frame[rows]), present)
+    logit = np.full((len(rows), len(PATTERNS), len(FILLS)), np.nan, np.float32)
+    with torch.no_grad():
+        whole = tails.read(model.tail, z, present)
+        for p, mask in enumerate(PATTERNS.values()):
+            left = drop(bits, mask)
+            kept = usable(left)
+            there = torch.from_numpy(mask_to_bool(left))
+            for f, fill in enumerate(FILLS):
+                if mask == FULL and f:
+                    logit[:, p, f] = logit[:, p, 0]
+                    continue
+                read = tails.read(model.tail, z[kept], there[kept], substitute=fill == "complement")
+                logit[kept, p, f] = read.logit[:, tails.FUSED].numpy()
+    subject = np.char.add(f"{corpus.domain}/", np.asarray(corpus.subject, np.str_)[rows])
+    return Split(np.full(len(rows), corpus.domain), np.asarray(corpus.label)[rows].astype(np.int8),
+                 np.asarray(corpus.pai, np.str_)[rows], subject, logit,
+                 whole.logit.numpy(), whole.hidden.numpy())  # fmt: skip
+
+
+def merged(splits: Sequence[Split]) -> Split:
+    """One Split after the other."""
+    return Split(*(np.concatenate(parts) for parts in zip(*splits, strict=True)))
+
+
+def to_arrays(result: Result) -> dict[str, np.ndarray]:
+    """``result`` as plain arrays, for an .npz file without pickle."""
+    facts = np.array([FORMAT, result.radius, result.seconds])
+    splits = {"dev": result.dev, "test": result.test}
+    named = {f"{name}.{field}": array for name, s in splits.items() for field, array in s._asdict().items()}
+    return {"facts": facts, "known": np.array(result.known, np.str_), **named}
+
+
+def from_file(path: Path) -> Result:
+    """What ``to_arrays`` stored; ValueError for anything else."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return _from_arrays({name: stored[name] for name in stored.files})
+    except (OSError, KeyError, ValueError, EOFError) as e:
+        raise ValueError(
+            f"{path}: not a stored result of this version ({' '.join(str(e).split())}); delete it"
+        ) from None
+
+
+def _from_arrays(arrays: Mapping[str, np.ndarray]) -> Result:
+    form, radius, seconds = arrays["facts"].tolist()
+    if form != FORMAT:
+        raise ValueError(f"format {form:g}, allowed {FORMAT}")
+    dev, test = (Split(*(arrays[f"{name}.{field}"] for field in Split._fields)) for name in ("dev", "test"))
+    return Result(dev, test, tuple(str(s) for s in arrays["known"]), radius, seconds)

@@ -1,0 +1,130 @@
+"""How fast a fit is: where a step's time goes, and its samples per second beside a bare PyTorch loop on the same data."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline import fit as fits
+from pipeline.data.augment import augment
+from pipeline.data.features import mask_to_bool
+from pipeline.models.trunk import prepare
+from pipeline.sampler import ahead, batch, draw, stratify
+from pipeline.source import Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from pipeline.data.corpus import Corpus
+    from pipeline.fit import Task
+
+WARM, BLOCK, BLOCKS = 5, 10, 4  # steps before the clock starts; steps in a row; blocks of each loop, in turns
+
+
+class Speed(NamedTuple):
+    """Seconds of one step, one after the other, and samples per second with loading ahead."""
+
+    load: float
+    forward: float
+    backward: float
+    optimizer: float
+    samples: float  # per second of a fit
+    bare: float  # per second of the bare loop
+
+
+def measure(task: Task, corpora: Sequence[Corpus], *, workers: int = 1) -> Speed:
+    """Time ``task`` on ``corpora`` in this process; the two loops take turns, so that both meet the same machine."""
+    parts = _split(task, corpora)
+    ours, bare = _fitted(task, corpora), _bare(task, corpora, workers)
+    seconds = {"ours": 0.0, "bare": 0.0}
+    for loop in (ours, bare):
+        for _ in range(WARM):
+            next(loop)
+    for _ in range(BLOCKS):
+        for name, loop in (("ours", ours), ("bare", bare)):
+            began = time.perf_counter()
+            for _ in range(BLOCK):
+                next(loop)
+            seconds[name] += time.perf_counter() - began
+    seen = BLOCKS * BLOCK * task.method.batch
+    return Speed(**parts, samples=seen / seconds["ours"], bare=seen / seconds["bare"])
+
+
+def _split(task: Task, corpora: Sequence[Corpus]) -> dict[str, float]:
+    """Mean seconds of each part of a step when nothing overlaps."""
+    state, cells, method = fits.begin(task, domains=len(corpora)), stratify(corpora), task.method
+    spent = dict.fromkeys(("load", "forward", "backward", "optimizer"), 0.0)
+    last = 0.0
+
+    def lap(part: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        spent[part] += now - last
+        last = now
+
+    for at in range(WARM + BLOCK):
+        if at == WARM:
+            spent = dict.fromkeys(spent, 0.0)
+        last = time.perf_counter()
+        drawn = batch(method, draw(method, corpora, cells, step=at, rank=0, world=1), step=at, rank=0)
+        lap("load")
+        fits.step(state, *drawn, lap=lap)
+        lap("optimizer")
+    return {part: total / BLOCK for part, total in spent.items()}
+
+
+def _fitted(task: Task, corpora: Sequence[Corpus]) -> Iterator[None]:
+    state, cells, method = fits.begin(task, domains=len(corpora)), stratify(corpora), task.method
+    steps = range(WARM + BLOCKS * BLOCK)
+    for at, drawn in ahead(lambda at: draw(method, corpora, cells, step=at, rank=0, world=1), steps):
+        fits.step(state, *batch(method, drawn, step=at, rank=0))
+        yield
+
+
+def _bare(task: Task, corpora: Sequence[Corpus], workers: int) -> Iterator[None]:
+    """What one would write by hand: a shuffling DataLoader that augments in its workers, loss, backward, step."""
+    state = fits.begin(task, domains=len(corpora))
+    generator = torch.Generator().manual_seed(task.method.seed)
+    loader = DataLoader(
+        _Rows(corpora), batch_size=task.method.batch, shuffle=True, drop_last=True, num_workers=workers,
+        persistent_workers=workers > 0, collate_fn=_collate, generator=generator,
+    )  # fmt: skip
+    while True:
+        for given in loader:
+            state.optimizer.zero_grad(set_to_none=True)
+            terms: dict[str, Tensor] = state.module(given, generator)
+            torch.stack(list(terms.values())).sum().backward()
+            torch.nn.utils.clip_grad_norm_(state.objective.parameters(), fits.CLIP)
+            state.optimizer.step()
+            task.method.after_step(state.objective.extra)
+            yield
+
+
+class _Rows(Dataset[tuple[np.ndarray, int, int, int]]):
+    """(frame, present, label, domain) of every training row."""
+
+    def __init__(self, corpora: Sequence[Corpus]) -> None:
+        self.corpora = corpora
+        self.at = [(e, int(i)) for e, c in enumerate(corpora) for i in np.flatnonzero(np.asarray(c.split) == "train")]
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int, int, int]:
+        e, i = self.at[index]
+        c = self.corpora[e]
+        return c.frame[i], int(c.present[i]), int(c.label[i]), e
+
+
+def _collate(rows: list[tuple[np.ndarray, int, int, int]]) -> Batch:
+    frame, present, label, domain = zip(*rows, strict=True)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    frames = augment(torch.from_numpy(np.stack(frame)).float() / 255, generator).mul_(255).round_().to(torch.uint8)
+    there = torch.from_numpy(mask_to_bool(np.array(present, np.uint8)))
+    return Batch(prepare(frames), there, torch.tensor(label), torch.tensor(domain), 0.5)
