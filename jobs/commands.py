@@ -4,7 +4,7 @@ configuration was read: ``--help`` and a mistake in a YAML are answered at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +30,8 @@ rollout_app = typer.Typer(
     no_args_is_help=True, help="Waves over the fleet: plan, diff, apply, status, pause, abort, rollback."
 )
 site_app = typer.Typer(no_args_is_help=True, help="Sites: list, show, explain.")
+bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: figures against their targets, exit 0 or 3.")
+app.add_typer(bench_app, name="bench")
 app.add_typer(rollout_app, name="rollout")
 app.add_typer(site_app, name="site")
 
@@ -49,6 +51,14 @@ class Call:
 
         default = Path("palisade.yaml")
         return load(self.path or (default if default.exists() else None), self.overrides)
+
+    @property
+    def benchmark(self) -> Config:
+        """The same for ``bench``, whose default is the benchmark's own file."""
+        bench = Path("conf/bench.yaml")
+        if self.path is None and bench.exists():
+            return replace(self, path=bench).config
+        return self.config
 
 
 @app.callback(epilog="Exit codes: 0 done, 2 usage or config, 3 hold, 4 guard failed, 5 infrastructure.")
@@ -179,6 +189,22 @@ def tune(ctx: typer.Context) -> int:
     from jobs.tune import tune
 
     return tune(config, ctx.obj.terminal)
+
+
+@bench_app.command("source", epilog=EVERYWHERE)
+def bench_source(
+    ctx: typer.Context,
+    quick: Annotated[bool, typer.Option(help="erm and rise, one seed, short fits: minutes, and no evidence.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds per method; default: bench.seeds.")] = None,
+) -> int:
+    """Compare all source methods over domains left out, missing modalities and few sources; resumes by itself.
+
+    Uses conf/bench.yaml where no --config is given.
+    """
+    config = ctx.obj.benchmark
+    from jobs.bench_source import bench_source
+
+    return bench_source(config, ctx.obj.terminal, quick=quick, seeds=seeds)
 
 
 @rollout_app.command("plan", epilog=EVERYWHERE)

@@ -10,6 +10,7 @@ from jobs import Exit, table
 if TYPE_CHECKING:
     from jobs import Terminal
     from pipeline.config import Config
+    from pipeline.data.corpus import CorpusManifest
 
 
 def import_corpus(config: Config, terminal: Terminal, *, kind: str, root: Path | None, domain: str | None) -> int:
@@ -24,8 +25,7 @@ def import_corpus(config: Config, terminal: Terminal, *, kind: str, root: Path |
     out = Path(config.data.corpora) / name
     if out.exists():
         raise ValueError(f"{out}: exists; choose another --domain or remove the folder")
-    with terminal.progress(f"import {name}", "items") as advance:
-        made = corpora.import_corpus(kind, root, out, domain=name, size=config.data.size, progress=advance)
+    made = import_into(config, terminal, kind=kind, root=root, name=name)
     rows = [[split, made.rows[split], made.bona_fide[split], made.rows[split] - made.bona_fide[split], len(made.species[split])]
             for split in made.rows]  # fmt: skip
     shown = table(
@@ -38,3 +38,12 @@ def import_corpus(config: Config, terminal: Terminal, *, kind: str, root: Path |
     )
     terminal.result({"domain": name, "path": str(out), **vars(made)}, shown, refused)
     return Exit.DONE
+
+
+def import_into(config: Config, terminal: Terminal, *, kind: str, root: Path | None, name: str) -> CorpusManifest:
+    """Import ``root`` as the domain ``name`` with a progress bar."""
+    from pipeline.data import corpora
+
+    out = Path(config.data.corpora) / name
+    with terminal.progress(f"import {name}", "items") as advance:
+        return corpora.import_corpus(kind, root, out, domain=name, size=config.data.size, progress=advance)

@@ -105,6 +105,15 @@ class SearchConfig(Section):
     seed: int = 0
 
 
+class BenchConfig(Section):
+    """Section ``bench``: what ``palisade bench`` measures on. Nothing of a deployment reads it."""
+
+    root: str | None = Field(default=None, description="folder of data sets in their own layouts, imported when needed")
+    sets: dict[str, str] = Field(default={}, description="domain (and subfolder of root) → kind of corpus")
+    seeds: int = Field(default=3, ge=1)
+    quick_steps: int = Field(default=150, ge=1, description="optimizer steps of a fit with --quick")
+
+
 class Config(Section):
     """The deployment. ``source`` and ``site`` hold the Config of the method that their ``kind`` names."""
 
@@ -119,6 +128,7 @@ class Config(Section):
     cluster: ClusterConfig
     ledger: LedgerConfig
     lineage: LineageConfig
+    bench: BenchConfig
 
     def place(self, *parts: str) -> Path:
         """Absolute path below ``ledger.artifacts``."""

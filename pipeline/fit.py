@@ -116,7 +116,8 @@ def run(
 ) -> SourceModel:
     """Take ``state`` from where it is to the end of its schedule, as one of ``world`` workers.
 
-    ``draws`` may hand out the samples of a step that were drawn before, for another method. ``report`` is called after each ``every`` steps, and after the last, with the mean loss terms since the call before.
+    ``draws`` may hand out the samples of a step that were drawn before, for another method. ``report`` is called after
+    each ``every`` steps, and after the last, with the mean loss terms since the call before.
     """
     cells = stratify(corpora)
     check_validation(corpora)

@@ -95,14 +95,14 @@ def score(model: SourceModel, corpus: Corpus, split: str) -> Split:
         whole = tails.read(model.tail, z, present)
         for p, mask in enumerate(PATTERNS.values()):
             left = drop(bits, mask)
-            kept = usable(left)
+            kept = torch.from_numpy(np.flatnonzero(usable(left)))
             there = torch.from_numpy(mask_to_bool(left))
             for f, fill in enumerate(FILLS):
                 if mask == FULL and f:
                     logit[:, p, f] = logit[:, p, 0]
                     continue
                 read = tails.read(model.tail, z[kept], there[kept], substitute=fill == "complement")
-                logit[kept, p, f] = read.logit[:, tails.FUSED].numpy()
+                logit[kept.numpy(), p, f] = read.logit[:, tails.FUSED].numpy()
     subject = np.char.add(f"{corpus.domain}/", np.asarray(corpus.subject, np.str_)[rows])
     return Split(np.full(len(rows), corpus.domain), np.asarray(corpus.label)[rows].astype(np.int8),
                  np.asarray(corpus.pai, np.str_)[rows], subject, logit,

@@ -59,7 +59,7 @@ def measure(task: Task, corpora: Sequence[Corpus], *, workers: int = 1) -> Speed
 def _split(task: Task, corpora: Sequence[Corpus]) -> dict[str, float]:
     """Mean seconds of each part of a step when nothing overlaps."""
     state, cells, method = fits.begin(task, domains=len(corpora)), stratify(corpora), task.method
-    spent = dict.fromkeys(("load", "forward", "backward", "optimizer"), 0.0)
+    spent: dict[str, float] = dict.fromkeys(("load", "forward", "backward", "optimizer"), 0.0)
     last = 0.0
 
     def lap(part: str) -> None:

@@ -139,4 +139,4 @@ def _group(jobs: Sequence[tuple[Job, str]], folders: Mapping[str, str]) -> dict[
 
 def _store(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with path.open("wb") as f:
-        np.savez_compressed(f, **arrays)
+        np.savez_compressed(f, allow_pickle=False, **arrays)

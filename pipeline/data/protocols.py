@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,6 +27,21 @@ PATTERNS: dict[str, int] = {  # modalities that are left
     "no-rgb": FULL & ~(1 << Modality.RGB),
 }
 CHANNELS: dict[Modality, slice] = {Modality.RGB: slice(0, 3), Modality.DEPTH: slice(3, 4), Modality.IR: slice(4, 5)}
+
+
+INSTRUMENTS: tuple[tuple[str, str], ...] = (  # pattern of a set's own species name → kind of attack instrument
+    (r"cloth_.*|print|print_flat|print_bent|paper|m502..", "print"),
+    (r"0[1-6]_(e|en|enm)_[sb]|print_cutout|partial_eyes", "cut-out print"),
+    (r"screen|replay", "replay"),
+    (r"paper_mask", "paper mask"),
+    (r"mask_3d.*|mask_rigid|rigid_mask|half_mask|m504..", "rigid mask"),
+    (r"fake_head|mannequin.*|m503..", "mannequin"),
+    (r"silicone.*|mask_silicone|flexible_mask|m507..", "silicone mask"),
+    (r"m505..", "transparent mask"),
+    (r"glasses|partial_glasses|m50[18]..", "glasses"),
+    (r"makeup|m506..", "make-up"),
+    (r"tattoo|m509..", "tattoo"),
+)  # fmt: skip
 
 
 class Protocol(NamedTuple):
@@ -64,6 +80,11 @@ def limited_source(domains: Sequence[str], keep: int = 2) -> list[LimitedProtoco
         targets = tuple(d for d in ordered if d not in sources)
         protocols.append(LimitedProtocol(sources, targets, _name(sources, targets)))
     return protocols
+
+
+def instrument(species: str) -> str:
+    """Kind of instrument that a species belongs to, comparable between sets; an unknown species is its own kind."""
+    return next((kind for form, kind in INSTRUMENTS if re.fullmatch(form, species)), species)
 
 
 def pattern(name: str) -> int:

@@ -149,7 +149,6 @@ def sphere(panel: RadiusPanel, *, top: float) -> Markup:
 
     Samples beyond ``top`` sit on the rim.
     """
-    rings = Markup("").join(Markup('<circle class="ring" r="{}"/>').format(r) for r in (50, 100))
     dots, crosses = (
         Markup("").join(Markup(mark).format(x, y) for x, y in _polar(radius, angle, top))
         for mark, radius, angle in (
@@ -165,9 +164,10 @@ def sphere(panel: RadiusPanel, *, top: float) -> Markup:
         f"{percent(panel.inside)} of attacks inside"
     )
     return Markup(
-        '<svg class="sphere" role="img" aria-label="{}" viewBox="-106 -106 212 212">{}<path class="attack" d="{}"/>'
+        '<svg class="sphere" role="img" aria-label="{}" viewBox="-106 -106 212 212">'
+        '<circle class="ring" r="100"/><path class="attack" d="{}"/>'
         '<path class="bona-fide" d="{}"/>{}</svg>'
-    ).format(label, rings, crosses, dots, edge)
+    ).format(label, crosses, dots, edge)
 
 
 def radii(panel: RadiusPanel, *, top: float) -> Markup:

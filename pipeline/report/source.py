@@ -130,6 +130,11 @@ class SpeedRow:
         """In the order of the page's columns."""
         return self.load, self.forward, self.backward, self.optimizer
 
+    @property
+    def total(self) -> float:
+        """Sum of the parts that were measured."""
+        return float(np.nansum(self.parts))
+
 
 @dataclass(frozen=True)
 class SourceBench:
@@ -166,7 +171,7 @@ def render(report: SourceBench) -> str:
         tops={target: _top(panels) for target, panels in report.radii.items()},
         columns=lambda table: _keys(table.values()),
         judged=_keys(r.apcer for r in report.unseen),
-        longest=max((float(np.nansum(r.parts)) for r in report.speed), default=0.0),
+        longest=max((r.total for r in report.speed), default=0.0),
         ours=OURS, baseline=BASELINE, described=METHODS, drawn=plots.POINTS,
         shade=_shade, lowest=_lowest, span=_span, points=_points,
         why={s: report.left_out.get(s, "Not part of this run.") for s in SECTIONS},

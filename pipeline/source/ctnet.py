@@ -32,7 +32,7 @@ class Config(Schedule):
     kind: Literal["ctnet"] = "ctnet"  # pyright: ignore[reportIncompatibleVariableOverride]
     consistency: float = Field(default=0.3, ge=0, description="weight of equal transitions among bona fide")
     inconsistency: float = Field(default=0.3, ge=0, description="weight of other transitions in attacks")
-    margin: float = Field(default=0.5, ge=0, le=2, description="cosine distance of attacks from the live transition")
+    margin: float = Field(default=0.5, ge=0, le=1, description="cosine distance of attacks from the live transition")
     auxiliary: float = Field(default=0.3, ge=0, description="weight of infrared and depth features from RGB")
 
     def extra(self, domains: int, tail: Params) -> Params:
@@ -71,9 +71,8 @@ def transition_terms(intrinsic: Tensor, batch: Batch, margin: float) -> tuple[Te
         mean = over_domains(step, batch, live[..., None])  # [P, D]
         centre = torch.nn.functional.normalize(mean, dim=-1)
     distance = 1 - (step * centre).sum(dim=-1)  # [B, P]
-    known = live.any(dim=0)
     consistent = over_domains(distance, batch, live)
-    inconsistent = over_domains(torch.relu(margin - distance), batch, there & ~live & known)
+    inconsistent = over_domains(torch.relu(margin - distance), batch, there & ~live)
     return consistent.mean(), inconsistent.mean()
 
 

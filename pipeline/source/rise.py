@@ -9,7 +9,7 @@ Khosla et al. 2020.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ from pipeline.models import tail as tails
 from pipeline.source import (
     Schedule,
     domain_boundaries,
+    domain_risks,
     drop_modalities,
     head_risks,
     irm_penalty,
@@ -44,6 +45,7 @@ class Config(Schedule):
     compact: float = Field(default=0.1, ge=0)
     angle: float = Field(default=0.1, ge=0)
     synergy: float = Field(default=0.1, ge=0, description="weight of MMSD")
+    mixed: float = Field(default=0.5, ge=0, description="risk of samples whose modalities come from two")
     decorrelate: float = Field(default=0.1, ge=0, description="weight of the disentanglement inside MMSD")
     complement: float = Field(default=0.3, ge=0)
     consistency: float = Field(default=0.5, ge=0, description="weight of full-to-dropped KL inside the complement term")
@@ -70,9 +72,16 @@ class Config(Schedule):
             terms["irm"] = weight * irm_penalty(full.logit[:, tails.FUSED], batch)
         if self.angle:
             terms["angle"] = self.angle * sup_con(full.hidden, 2 * batch.domain + batch.label, self.temperature)
-        if self.synergy:
-            own, decorrelated = synergy_terms(tail, z, batch.present, full, self.temperature, generator)
-            terms["synergy"] = self.synergy * (own + self.decorrelate * decorrelated)
+        if self.synergy or self.mixed:
+            mixed = mix(batch, generator)
+            intrinsic, synergy = mixed_read(tail, z, mixed)
+            if self.synergy:
+                own, decorrelated = synergy_terms(intrinsic, synergy, full, batch.present, mixed, self.temperature)
+                terms["synergy"] = self.synergy * (own + self.decorrelate * decorrelated)
+            if self.mixed:
+                logit = tails.logit(tail, tails.radii(tail, intrinsic, synergy)[1], mixed.present)[:, tails.FUSED]
+                genuine = batch._replace(label=mixed.label)
+                terms["mixed"] = self.mixed * domain_risks(logit, genuine, mixed.present.any(dim=1), self.margin).mean()
         if self.complement:
             reconstruct, kl = complement_terms(tail, z, batch.present, full, generator)
             terms["complement"] = self.complement * (reconstruct + self.consistency * kl)
@@ -88,37 +97,55 @@ def compactness(logit: Tensor, label: Tensor, margin: float) -> Tensor:
     return masked_mean(torch.relu(margin - logit / tails.KAPPA) ** 2, label == 1)
 
 
-def synergy_terms(
-    tail: Params, z: Tensor, present: Tensor, full: tails.Read, temperature: float, generator: Generator
-) -> tuple[Tensor, Tensor]:
-    """MMSD without a label: mix modalities of two samples, find each intrinsic feature's owner, decorrelate synergy.
+class Mixed(NamedTuple):
+    """Samples that have some modalities from another sample."""
+
+    owner: Tensor  # [B, M] whose modality it is
+    present: Tensor  # [B, M]
+    label: Tensor  # [B] bona fide only where every owner is: a mask with one genuine modality is an attack
+
+
+def mix(batch: Batch, generator: Generator) -> Mixed:
+    """Take some (not none, not all) modalities of every sample from another, across domains and classes.
 
     The trunk reads modalities apart, so mixing its features is mixing the images, without another image pass.
     """
-    owner, mixed_present = mix(present, generator)
-    modality = torch.arange(tails.MODALITIES, device=z.device)
-    mixed = tails.complete(tail, tails.adapt(tail, z[owner, modality], mixed_present), mixed_present)
-    intrinsic, synergy = tails.split(tail, mixed.z)
-    own = [
-        retrieve(
-            intrinsic[:, m], full.intrinsic[:, m].detach(), owner[:, m], mixed_present[:, m], present[:, m], temperature
-        )
-        for m in range(tails.MODALITIES)
-    ]
-    apart = [correlation(intrinsic[:, m], synergy[:, m]).square().mean() for m in range(tails.MODALITIES)]
-    return torch.stack(own).mean(), torch.stack(apart).mean()
-
-
-def mix(present: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Owner [B, M] of every modality after some (not none, not all) come from another sample, and who is there then."""
-    count = present.shape[0]
+    present = batch.present.cpu()
+    count = len(present)
     order = torch.randperm(count, generator=generator)
     other = torch.empty_like(order)
     other[order] = order.roll(1)  # one cycle: no sample is its own partner
     taken = torch.randint(1, 2**tails.MODALITIES - 1, (count,), generator=generator)
     swap = (taken[:, None] >> torch.arange(tails.MODALITIES)) & 1 == 1
-    owner = torch.where(swap, other[:, None], torch.arange(count)[:, None]).to(present.device)
-    return owner, present.gather(0, owner)
+    owner = torch.where(swap, other[:, None], torch.arange(count)[:, None]).to(batch.label.device)
+    there = batch.present.gather(0, owner)
+    return Mixed(owner, there, torch.where(there, batch.label[owner], 1).amin(dim=1))
+
+
+def mixed_read(tail: Params, z: Tensor, mixed: Mixed) -> tuple[Tensor, Tensor]:
+    """(intrinsic, synergy) [B, M, D] of the mixed samples."""
+    modality = torch.arange(tails.MODALITIES, device=z.device)
+    own = tails.adapt(tail, z[mixed.owner, modality], mixed.present)
+    return tails.split(tail, tails.complete(tail, own, mixed.present).z)
+
+
+def synergy_terms(
+    intrinsic: Tensor, synergy: Tensor, full: tails.Read, present: Tensor, mixed: Mixed, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """MMSD without a label: find each intrinsic feature's owner, keep intrinsic and synergy features uncorrelated."""
+    own = [
+        retrieve(
+            intrinsic[:, m],
+            full.intrinsic[:, m].detach(),
+            mixed.owner[:, m],
+            mixed.present[:, m],
+            present[:, m],
+            temperature,
+        )
+        for m in range(tails.MODALITIES)
+    ]
+    apart = [correlation(intrinsic[:, m], synergy[:, m]).square().mean() for m in range(tails.MODALITIES)]
+    return torch.stack(own).mean(), torch.stack(apart).mean()
 
 
 def retrieve(

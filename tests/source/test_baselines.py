@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from pipeline.models import TailConfig
 from pipeline.models import tail as tails
-from pipeline.source import PAIRS, Batch, ctnet, dadm, irm, mmdg, vrex
+from pipeline.source import PAIRS, Batch, ctnet, dadm, irm, logistic, mmdg, over_domains, sup_con, vrex, with_boundaries
 
 F, D, B = 16, 8, 24
 HEADS = ("radial", "linear")
@@ -153,10 +153,25 @@ def test_certainty_is_one_for_a_head_that_dropout_cannot_move() -> None:
     assert bool((certain[:2] < 0.99).all() and (certain >= 0).all())
 
 
+def test_certainty_is_what_is_left_of_the_mean_deviation_over_the_samples_that_have_the_modality() -> None:
+    model, present = Stored(mmdg.Config()), EVERY.clone()
+    present[10:, 1] = False
+    with torch.no_grad():
+        read = tails.read(model.tail, batch().frames, present)
+        certain = mmdg.certainty(model.tail, read, present, 0.3, 2, generator())
+        p = []
+        for kept in torch.rand(2, B, 3, D, generator=generator()) >= 0.3:
+            radius = tails.radii(model.tail, kept * read.intrinsic / 0.7, read.synergy)[1]
+            p.append(torch.sigmoid(tails.logit(model.tail, radius, present)))
+    half = (p[0] - p[1]).abs()[:, :3] / 2  # the deviation of two numbers
+    assert torch.allclose(certain, 1 - 2 * torch.stack([half[:, 0].mean(), half[:10, 1].mean(), half[:, 2].mean()]))
+
+
 def test_prototypes_begin_at_the_first_mean_and_move_a_fifth_of_the_way() -> None:
     group, zero = torch.arange(B) % 2, torch.zeros(3, 3, D)
     a, b = (torch.randn(B, 3, D, generator=generator(s)) for s in (0, 1))
-    first = mmdg.follow(zero, a, group, EVERY)
+    first = mmdg.follow(zero, a.requires_grad_(), group, EVERY)
+    assert not first.requires_grad
     assert torch.allclose(first[1, 1], a[group == 1, 1].mean(dim=0), atol=1e-6)
     assert not bool(first[:, 2].any()), "a group that was never seen"
     second = mmdg.follow(first, b, group, EVERY)
@@ -220,6 +235,25 @@ def test_weights_are_shared_among_those_there_and_one_for_a_modality_alone() -> 
     assert torch.equal(weight[:8, 0], torch.ones(8))
     assert torch.allclose(weight[8:16, 1:], torch.ones(8, 2)), "two that are compared to each other alone are equal"
     assert torch.allclose((weight * present).sum(dim=1), present.sum(dim=1).float())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_dadm_weighs_the_modality_heads_and_widens_angles_where_a_modality_is_there(head: str) -> None:
+    config = dadm.Config()
+    model, present = Stored(config, head), EVERY.clone()
+    present[5:, 1] = False
+    b = batch(present)
+    terms = config.losses(model, b, generator())
+    read = tails.read(with_boundaries(model, b), b.frames, b.present)
+    _, weight = dadm.alignment(read.intrinsic, present, config.temperature)
+    loss = weight * logistic(read.logit, b.label[:, None])[:, :3]
+    wanted = config.heads * over_domains(loss, b, present).sum()
+    assert float(terms["heads"].detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    angles = [
+        sup_con(read.intrinsic[seen, m], b.label[seen], config.temperature, margin=config.margin)
+        for m, seen in enumerate(present.unbind(dim=1))
+    ]
+    assert float(terms["angle"].detach()) == pytest.approx(float(0.1 * sum(angles).detach() / 3), rel=1e-4)
 
 
 def test_absent_rows_do_not_enter_the_bound() -> None:
