@@ -14,23 +14,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 
 from jobs import percent, table
 from jobs.bench import Figure, conclude, context
 from jobs.imports import import_into
+from jobs.pretrain import pretrained
 from pipeline import fit as fits
 from pipeline import speed
 from pipeline.cluster import connected
 from pipeline.config import method_config, methods
 from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.data.protocols import leave_one_domain_out, limited_source
-from pipeline.holdout import fit_and_score, from_file
+from pipeline.holdout import degenerate, from_file
 from pipeline.report import compare
 from pipeline.report import source as report
-from pipeline.sampler import FitError
-from pipeline.source import Batch, Schedule
+from pipeline.source import Schedule
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,7 +52,7 @@ BOUNDARIES: dict[str, tuple[str, dict[str, object]]] = {  # row of the ablation 
     "without angle": ("radial", {"angle": 0.0}),
 }
 SYNERGY: dict[str, dict[str, object]] = {  # column → settings of rise
-    "no MMSD": {"synergy": 0.0, "mixed": 0.0},
+    "no MMSD": {"synergy": 0.0},
     "mixing only": {"decorrelate": 0.0},
     "full": {},
 }
@@ -76,7 +75,11 @@ def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int 
     started = time.monotonic()
     folders = _corpora(config, terminal)
     count = 1 if quick else seeds or config.bench.seeds
-    planned = plan(config, sorted(folders), seeds=count, quick=quick)
+    if config.bench.pretrain:
+        start = config.source.model_copy(update={"start": str(pretrained(config, terminal))})
+        config = config.model_copy(update={"source": start})
+    domains = sorted(set(folders) - set(config.bench.beside))
+    planned = plan(config, domains, seeds=count, quick=quick)
     with connected(config.cluster), terminal.progress("bench source", "fits") as advance:
         found = bench.run(
             [p.job for p in planned], folders, place=config.place("bench", "source"), workers=config.cluster.cpus,
@@ -91,9 +94,10 @@ def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int 
             per = runs[p.table].setdefault(p.row, defaultdict(list))
             per[p.column].append(from_file(cast("Path", found[p.job])))
     terminal.say("timing a training step beside a bare DataLoader loop")
-    corpora = [read_corpus(path, ("train", "val")) for path in folders.values()]
-    timed, borne = _speed(config, corpora), degenerate(config, corpora)
-    made = _report(runs, timed, quick=quick)
+    corpora = [read_corpus(folders[d], ("train", "val")) for d in domains]
+    task = fits.Task(cast("SourceMethod", config.source), config.model, config.data.size)
+    timed, borne = _speed(task, config.cluster.cpus, corpora), degenerate(task, corpora)
+    made = _report(config, runs, timed, quick=quick)
     decided = figures(made, timed, borne, seconds=time.monotonic() - started, quick=quick)
     facts = context(
         started, seeds=list(range(count)), quick=quick, steps=config.bench.quick_steps if quick else config.source.steps,
@@ -143,86 +147,56 @@ def _job(
     given = {**shared, **settings, "kind": kind, "seed": seed, "steps": steps}
     method = method_config("source", kind).model_validate(given)
     model = config.model.model_copy(update={"tail": config.model.tail.model_copy(update={"head": head})})
-    return Job(kind, method.model_dump_json(), model.model_dump_json(), sources, targets)
+    return Job(kind, method.model_dump_json(), model.model_dump_json(), (*sources, *config.bench.beside), targets)
 
 
 def _corpora(config: Config, terminal: Terminal) -> dict[str, Path]:
-    """Domain → folder; what ``bench.sets`` names and is not there yet is imported from ``bench.root``."""
-    root = Path(config.data.corpora)
-    missing = [d for d in config.bench.sets if not (root / d / "manifest.json").exists()]
-    if missing and not (config.bench.root and Path(config.bench.root).is_dir()):
+    """Domain → folder; what the section bench names and is not there yet is imported from its root, or rendered."""
+    root, wanted = Path(config.data.corpora), config.bench
+    missing = [d for d in wanted.sets if not (root / d / "manifest.json").exists()]
+    if missing and not (wanted.root and Path(wanted.root).is_dir()):
         raise ValueError(
-            f"bench.root: {config.bench.root} is not there; set it to the folder that holds {', '.join(missing)}, "
+            f"bench.root: {wanted.root} is not there; set it to the folder that holds {', '.join(missing)}, "
             f"or run `palisade import KIND FOLDER --domain {missing[0]}`"
         )
     for domain in missing:
-        import_into(
-            config, terminal, kind=config.bench.sets[domain], root=Path(str(config.bench.root)) / domain, name=domain
-        )
+        import_into(config, terminal, kind=wanted.sets[domain], root=Path(str(wanted.root)) / domain, name=domain)
+    for domain in (d for d in wanted.beside if not (root / d / "manifest.json").exists()):
+        import_into(config, terminal, kind="rendered", root=None, name=domain)
     found = {p.parent.name: p.parent for p in sorted(root.glob("*/manifest.json"))}
-    wanted = {d: p for d, p in found.items() if not config.bench.sets or d in config.bench.sets}
-    if len(wanted) < 3:
-        raise ValueError(f"data.corpora: {root} holds {len(wanted)} domains; leaving one out needs at least 3")
-    for domain, path in wanted.items():
+    used = {d: p for d, p in found.items() if not wanted.sets or d in wanted.sets or d in wanted.beside}
+    if len(used) - len(wanted.beside) < 3:
+        raise ValueError(
+            f"data.corpora: {root} holds {', '.join(used) or 'nothing'}; leaving one out needs at least 3 domains"
+        )
+    for domain, path in used.items():
         if (size := read_manifest(path).size) != config.data.size:
             raise ValueError(f"data.size: {config.data.size}, but {domain} in {path} was imported at {size}")
-    return wanted
+    return used
 
 
-def _speed(config: Config, corpora: list[Corpus]) -> speed.Speed:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.cluster.cpus)
+def _speed(task: fits.Task, threads: int, corpora: list[Corpus]) -> speed.Speed:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        return speed.measure(fits.Task(cast("SourceMethod", config.source), config.model, config.data.size), corpora)
+        return speed.measure(task, corpora)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
-def degenerate(config: Config, corpora: list[Corpus]) -> dict[str, str]:
-    """Corpora that no fit should be given → "finite", the error's one line, or "silent NaN"."""
-    method = cast("SourceMethod", config.source.model_copy(update={"steps": 4}))
-    task = fits.Task(method, config.model, config.data.size)
-
-    def kept(c: Corpus, rows: np.ndarray) -> Corpus:
-        return replace(c, **{k: np.asarray(v)[rows] for k, v in vars(c).items() if k != "domain"})
-
-    first = corpora[0]
-    train = np.asarray(first.split) == "train"
-    three = np.flatnonzero(train)[np.linspace(0, train.sum() - 1, 3).astype(int)]
-    cases = {
-        "one class missing": [kept(c, np.asarray(c.label) == 1) for c in corpora],
-        "one class missing in one domain": [kept(first, np.asarray(first.label) == 1), *corpora[1:]],
-        "three samples in a domain": [kept(first, np.union1d(three, np.flatnonzero(~train))), *corpora[1:]],
-        "a single domain": corpora[:1],
-    }
-    found: dict[str, str] = {}
-    for name, given in cases.items():
-        try:
-            result = fit_and_score(task, given, [replace(c, split=np.full(len(c), "test")) for c in given])
-            found[name] = "finite" if np.isfinite(result.test.logit).all() else "silent NaN"
-        except ValueError as e:
-            found[name] = str(e)
-    state = fits.begin(task, domains=1)
-    frames = torch.full((4, 5, config.data.size, config.data.size), torch.nan)
-    sick = Batch(
-        frames, torch.ones(4, 3, dtype=torch.bool), torch.tensor([0, 1, 0, 1]), torch.zeros(4, dtype=torch.long), 0.0
-    )
-    try:
-        fits.step(state, sick, torch.Generator())
-        found["NaN features"] = "silent NaN"
-    except FitError as e:
-        found["NaN features"] = str(e)
-    return found
-
-
-def _report(runs: dict[str, Runs], timed: speed.Speed, *, quick: bool) -> SourceBench:
+def _report(config: Config, runs: dict[str, Runs], timed: speed.Speed, *, quick: bool) -> SourceBench:
     ours = runs["main"].get(OURS, {})
     aside = "Left out with --quick." if quick else "Not measured."
     left_out = {name: aside for name in ("ablation", "limited") if not runs[name]}
     bare = report.SpeedRow("bare loop with a DataLoader", *[float("nan")] * 4, samples_per_second=timed.bare)
+    beside = (
+        f"All methods begin from a fit on rendered presentations: {config.bench.pretrain}; rendered domains beside the sources "
+        f"in every batch: {', '.join(config.bench.beside) or 'none'}. They are in no threshold and no error rate."
+    )
     return report.SourceBench(
         title="Source methods", created=datetime.now(UTC),
         notes=("RiSe is a reconstruction from its abstract, and so are DADM and CTNet: none of these numbers is their authors'.",
+               beside,
                "Trunk, tail, augmentation, sampler, schedule and threshold rule are the same for all."),
         figures=(), methods=compare.method_rows(runs["main"], OURS), det=dict(compare.det_panels(runs["main"])),
         radii=dict(compare.radius_panels(ours)), ablation=compare.ablation(runs["ablation"]), missing=compare.missing_grid(ours),

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs import Terminal
+from jobs.commands_rollout import EVERYWHERE, rollout_app
 
 if TYPE_CHECKING:
     from pipeline.config import Config
 
-EVERYWHERE = "Every command also takes --config FILE, --json and overrides such as site.lr=1e-4."
 
 app = typer.Typer(
     name="palisade",
@@ -25,9 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-)
-rollout_app = typer.Typer(
-    no_args_is_help=True, help="Waves over the fleet: plan, diff, apply, status, pause, abort, rollback."
 )
 site_app = typer.Typer(no_args_is_help=True, help="Sites: list, show, explain.")
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: figures against their targets, exit 0 or 3.")
@@ -102,8 +99,8 @@ def doctor(ctx: typer.Context) -> int:
 @app.command("import", epilog=EVERYWHERE)
 def import_(
     ctx: typer.Context,
-    kind: Annotated[str, typer.Argument(help="wmca, cefa, surf, padisi or synth")],
-    root: Annotated[Path | None, typer.Argument(help="The data set's folder (synth needs none).")] = None,
+    kind: Annotated[str, typer.Argument(help="wmca, cefa, surf, padisi, synth or rendered")],
+    root: Annotated[Path | None, typer.Argument(help="The data set's folder (synth and rendered need none).")] = None,
     domain: Annotated[str | None, typer.Option(help="Name of the domain; default: the kind.")] = None,
 ) -> int:
     """Import a labelled corpus into data.corpora."""
@@ -111,6 +108,15 @@ def import_(
     from jobs.imports import import_corpus
 
     return import_corpus(config, ctx.obj.terminal, kind=kind, root=root, domain=domain)
+
+
+@app.command(epilog=EVERYWHERE)
+def pretrain(ctx: typer.Context) -> int:
+    """Fit on rendered presentations: a start for train (source.start)."""
+    config = ctx.obj.config
+    from jobs.pretrain import pretrain
+
+    return pretrain(config, ctx.obj.terminal)
 
 
 @app.command(epilog=EVERYWHERE)
@@ -183,12 +189,17 @@ def report(
 
 
 @app.command(epilog=EVERYWHERE)
-def tune(ctx: typer.Context) -> int:
-    """Search site hyper-parameters by replaying the features of search.sites."""
+def tune(
+    ctx: typer.Context,
+    what: Annotated[
+        str, typer.Argument(help="site: replay search.sites. source: hold out each domain in turn.")
+    ] = "site",
+) -> int:
+    """Search hyper-parameters of section site or source, never on a target."""
     config = ctx.obj.config
     from jobs.tune import tune
 
-    return tune(config, ctx.obj.terminal)
+    return tune(config, ctx.obj.terminal, what=what)
 
 
 @bench_app.command("source", epilog=EVERYWHERE)
@@ -205,75 +216,6 @@ def bench_source(
     from jobs.bench_source import bench_source
 
     return bench_source(config, ctx.obj.terminal, quick=quick, seeds=seeds)
-
-
-@rollout_app.command("plan", epilog=EVERYWHERE)
-def rollout_plan(ctx: typer.Context) -> int:
-    """Plan a release of all passing candidates in waves."""
-    config = ctx.obj.config
-    from jobs.rollout import plan
-
-    return plan(config, ctx.obj.terminal)
-
-
-@rollout_app.command("diff", epilog=EVERYWHERE)
-def rollout_diff(ctx: typer.Context) -> int:
-    """What the planned release would change, site by site."""
-    config = ctx.obj.config
-    from jobs.rollout import diff
-
-    return diff(config, ctx.obj.terminal)
-
-
-@rollout_app.command("apply", epilog=EVERYWHERE)
-def rollout_apply(
-    ctx: typer.Context,
-    plan_hash: Annotated[str, typer.Argument(help="The hash that plan printed (the first 8 digits are enough).")],
-    watch: Annotated[bool, typer.Option(help="Stay until the rollout ends or waits for a person.")] = False,
-) -> int:
-    """Approve the plan with this hash and move it on as far as it can go now."""
-    config = ctx.obj.config
-    from jobs.rollout import apply
-
-    return apply(config, ctx.obj.terminal, plan_hash=plan_hash, watch=watch)
-
-
-@rollout_app.command("status", epilog=EVERYWHERE)
-def rollout_status(ctx: typer.Context) -> int:
-    """Where the rollout stands."""
-    config = ctx.obj.config
-    from jobs.rollout import status
-
-    return status(config, ctx.obj.terminal)
-
-
-@rollout_app.command("pause", epilog=EVERYWHERE)
-def rollout_pause(ctx: typer.Context, reason: Annotated[str, typer.Option(help="Why; kept in the audit log.")]) -> int:
-    """Stop before the next wave; apply goes on."""
-    config = ctx.obj.config
-    from jobs.rollout import pause
-
-    return pause(config, ctx.obj.terminal, reason=reason)
-
-
-@rollout_app.command("abort", epilog=EVERYWHERE)
-def rollout_abort(ctx: typer.Context, reason: Annotated[str, typer.Option(help="Why; kept in the audit log.")]) -> int:
-    """End the running rollout and roll every promoted site back."""
-    config = ctx.obj.config
-    from jobs.rollout import abort
-
-    return abort(config, ctx.obj.terminal, reason=reason)
-
-
-@rollout_app.command("rollback", epilog=EVERYWHERE)
-def rollout_rollback(
-    ctx: typer.Context, reason: Annotated[str, typer.Option(help="Why; kept in the audit log.")]
-) -> int:
-    """Undo the last rollout, running or completed. Needs neither MLflow nor Ray; may be repeated."""
-    config = ctx.obj.config
-    from jobs.rollout import rollback
-
-    return rollback(config, ctx.obj.terminal, reason=reason)
 
 
 @site_app.command("list", epilog=EVERYWHERE)

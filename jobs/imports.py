@@ -19,7 +19,7 @@ def import_corpus(config: Config, terminal: Terminal, *, kind: str, root: Path |
 
     if kind not in corpora.kinds():
         raise ValueError(f"kind: {kind!r}; allowed: {', '.join(corpora.kinds())}")
-    if root is None and kind != "synth":
+    if root is None and kind not in corpora.RENDERED:
         raise ValueError(f"import {kind}: the folder of the data set is missing; write `palisade import {kind} FOLDER`")
     name = domain or kind
     out = Path(config.data.corpora) / name

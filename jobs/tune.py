@@ -1,4 +1,7 @@
-"""``palisade tune``: search site hyper-parameters on development sites; the winner is a YAML fragment, the trials MLflow runs."""
+"""``palisade tune``: search hyper-parameters, of sites on development sites, of the source on held-out source domains.
+
+The winner is a YAML fragment, the trials are MLflow runs.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,65 @@ import numpy as np
 import yaml
 
 from jobs import Exit, percent, table
-from jobs.deployment import now, open_ledger, source_model
+from jobs.deployment import corpora, now, open_ledger, source_model
 from jobs.scoring import labels_of
 from pipeline.cluster import connected
 from pipeline.config import method_config
 from pipeline.data.blobs import write_atomic
+from pipeline.data.corpus import read_manifest
 from pipeline.data.features import read_features
 from pipeline.lineage import Lineage, flat
 from pipeline.revision import code_revision
 
 if TYPE_CHECKING:
     from jobs import Terminal
+    from pipeline.cluster.search import Trial
     from pipeline.config import Config
 
+SEARCHED = {  # section → what a trial is judged by, and how its table is headed
+    "site": ("online_hter", "online HTER on"),
+    "source": ("worst_held_out_hter", "HTER of the worst held-out domain of"),
+}
 
-def tune(config: Config, terminal: Terminal) -> int:
-    """Replay the development sites under sampled settings, ASHA stops the poor ones early."""
+
+def tune(config: Config, terminal: Terminal, *, what: str) -> int:
+    """Search one section's settings; ASHA stops the poor ones early."""
+    if what not in SEARCHED:
+        raise ValueError(f"tune {what!r}: allowed are {', '.join(SEARCHED)}")
+    _check(config, what)
+    trials, tags = _source_trials(config, terminal) if what == "source" else _site_trials(config, terminal)
+    metric, on = SEARCHED[what]
+    best = trials[0]
+    kind = getattr(config, what).model_dump()["kind"]
+    fragment = yaml.safe_dump({what: {"kind": kind, **best.settings}}, sort_keys=False)
+    path = config.place("tune", f"{what}-{now():%Y%m%dT%H%M%S}.yaml")
+    write_atomic(path, lambda tmp: tmp.write_text(fragment))
+    lineage = Lineage.open(config.lineage, code_revision=code_revision())
+    tags = {"fingerprint": config.fingerprint(), **tags}
+    with lineage.run("tune", path.stem, params=flat(config.model_dump(mode="json")), tags=tags) as parent:
+        parent.metrics({f"best_{metric}": best.hter})
+        parent.artifact(path)
+        for i, trial in enumerate(trials):
+            params = {f"{what}.{k}": v for k, v in trial.settings.items()}
+            with lineage.run("tune", f"trial-{i:03d}", params=flat(params), tags={}, parent=parent.id) as run:
+                run.metrics({metric: trial.hter, "rungs": trial.rungs})
+    rows = [
+        [i + 1, percent(t.hter), t.rungs, ", ".join(f"{k}={_short(v)}" for k, v in t.settings.items())]
+        for i, t in enumerate(trials)
+    ]
+    terminal.result(
+        {"best": best.settings, metric: best.hter, "fragment": str(path), "trials": [vars(t) for t in trials]},
+        table(f"{on} {', '.join(_on(config, what))}", ["", "HTER %", "rungs", "settings"], rows),
+        f"winner: {path}; merge it into the deployment YAML",
+    )
+    return Exit.DONE
+
+
+def _site_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[str, object]]:
+    """Replay the development sites under sampled settings."""
     from pipeline.cluster.search import Stream, search
     from pipeline.cluster.shard import features_of
 
-    _check(config)
     ledger = open_ledger(config, create=False)
     source = source_model(ledger)
     streams: list[Stream] = []
@@ -49,52 +91,41 @@ def tune(config: Config, terminal: Terminal) -> int:
         streams.append(
             Stream(site, features_of(block), np.array([labels.get(s, (-1, ""))[0] for s in block.sample_id]))
         )
-    with connected(config.cluster), terminal.progress("tune", "trials") as advance:
+    with connected(config.cluster), terminal.progress("tune site", "trials") as advance:
         trials = search(config, streams, model_path=source.path, on_progress=advance)
-    best = trials[0]
-    fragment = yaml.safe_dump({"site": {"kind": config.site.model_dump()["kind"], **best.settings}}, sort_keys=False)
-    path = config.place("tune", f"{now():%Y%m%dT%H%M%S}.yaml")
-    write_atomic(path, lambda tmp: tmp.write_text(fragment))
-    lineage = Lineage.open(config.lineage, code_revision=code_revision())
-    tags = {
-        "fingerprint": config.fingerprint(),
-        "source.version": source.version,
-        "sites": ",".join(config.search.sites),
-    }
-    with lineage.run("tune", path.stem, params=flat(config.model_dump(mode="json")), tags=tags) as parent:
-        parent.metrics({"best_online_hter": best.hter})
-        parent.artifact(path)
-        for i, trial in enumerate(trials):
-            params = {f"site.{k}": v for k, v in trial.settings.items()}
-            with lineage.run("tune", f"trial-{i:03d}", params=flat(params), tags={}, parent=parent.id) as run:
-                run.metrics({"online_hter": trial.hter, "rungs": trial.rungs})
-    rows = [
-        [i + 1, percent(t.hter), t.rungs, ", ".join(f"{k}={_short(v)}" for k, v in t.settings.items())]
-        for i, t in enumerate(trials)
-    ]
-    terminal.result(
-        {"best": best.settings, "online_hter": best.hter, "fragment": str(path), "trials": [vars(t) for t in trials]},
-        table(f"online HTER on {', '.join(config.search.sites)}", ["", "HTER %", "rungs", "settings"], rows),
-        f"winner: {path}; merge it into the deployment YAML",
-    )
-    return Exit.DONE
+    return trials, {"source.version": source.version, "sites": ",".join(config.search.sites)}
 
 
-def _check(config: Config) -> None:
-    if not config.search.space:
+def _source_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[str, object]]:
+    """Fit under sampled settings, every domain held out in turn."""
+    folders = corpora(config)
+    with connected(config.cluster), terminal.progress("tune source", "trials") as advance:
+        from pipeline.cluster.search import search_source
+
+        trials = search_source(config, folders, storage=config.place("tune", "runs"), on_progress=advance)
+    return trials, {f"data.{p.name}": read_manifest(p).digest for p in folders}
+
+
+def _on(config: Config, what: str) -> list[str]:
+    return [p.name for p in corpora(config)] if what == "source" else list(config.search.sites)
+
+
+def _check(config: Config, what: str) -> None:
+    space, key = (config.search.source, "source") if what == "source" else (config.search.space, "space")
+    if not space:
         raise ValueError(
-            "search.space: empty; declare dimensions, e.g. search: {space: {lr: {loguniform: [1e-4, 1e-2]}}}"
+            f"search.{key}: empty; declare dimensions, e.g. search: {{{key}: {{lr: {{loguniform: [1e-4, 1e-2]}}}}}}"
         )
-    if not config.search.sites or not config.data.sealed:
+    if what == "site" and not (config.search.sites and config.data.sealed):
         raise ValueError(
             "search.sites and data.sealed: name development sites with sealed labels; targets are never tuned on"
         )
-    kind = str(config.site.model_dump()["kind"])
-    allowed = method_config("site", kind).model_fields
-    for name in config.search.space:
+    kind = str(getattr(config, what).model_dump()["kind"])
+    allowed = method_config(what, kind).model_fields
+    for name in space:
         if name not in allowed or name == "kind":
             raise ValueError(
-                f"search.space.{name}: no such setting of {kind}; allowed: {', '.join(k for k in allowed if k != 'kind')}"
+                f"search.{key}.{name}: no such setting of {kind}; allowed: {', '.join(k for k in allowed if k != 'kind')}"
             )
 
 

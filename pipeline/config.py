@@ -94,12 +94,13 @@ class Uniform(Section):
 
 
 class SearchConfig(Section):
-    """Section ``search``: ASHA over replayed features; keys of ``space`` are dotted names in section ``site``."""
+    """Section ``search``: ASHA over replayed features of sites, or over source training."""
 
-    space: dict[str, Choice | LogUniform | Uniform] = Field(default={})
+    space: dict[str, Choice | LogUniform | Uniform] = Field(default={}, description="dimensions in section site")
+    source: dict[str, Choice | LogUniform | Uniform] = Field(default={}, description="dimensions in section source")
     sites: tuple[str, ...] = Field(default=(), description="development sites with sealed labels; never a target")
     samples: int = Field(default=8, ge=1)
-    rungs: int = Field(default=3, ge=1, description="times a trial reports while it replays")
+    rungs: int = Field(default=3, ge=1, description="times a trial reports on its way")
     reduction: int = Field(default=3, ge=2)
     concurrent: int = Field(default=2, ge=1)
     seed: int = 0
@@ -110,6 +111,8 @@ class BenchConfig(Section):
 
     root: str | None = Field(default=None, description="folder of data sets in their own layouts, imported when needed")
     sets: dict[str, str] = Field(default={}, description="domain (and subfolder of root) → kind of corpus")
+    beside: tuple[str, ...] = Field(default=(), description="rendered domains that every fit has beside its sources")
+    pretrain: bool = Field(default=True, description="every fit begins from the one that palisade pretrain makes")
     seeds: int = Field(default=3, ge=1)
     quick_steps: int = Field(default=150, ge=1, description="optimizer steps of a fit with --quick")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,7 +23,6 @@ from pipeline.sampler import FitError, ahead, batch, check_validation, draw, str
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from torch import Generator, Tensor
 
@@ -37,6 +38,7 @@ CLIP = 5.0  # largest gradient norm
 WARMUP = 0.05  # share of the steps in which the rate rises
 FROZEN_TAIL = "site."  # the site adapter is the identity in a source model
 TENSORS, STATE = "fit.safetensors", "fit.json"
+TRUNK, TAIL = "model.trunk.", "model._tail."
 
 
 @dataclass(frozen=True)
@@ -99,40 +101,38 @@ class Objective(nn.Module):
         return {n: t.detach().cpu().clone() for n, t in tail.items()}
 
 
-def fit(task: Task, corpora: Sequence[Corpus], *, report: Report | None = None, every: int = 100) -> SourceModel:
-    """Learn ``task`` in this process from the train split of ``corpora``; the threshold comes from their val split."""
-    return run(begin(task, domains=len(corpora)), corpora, report=report, every=every)
-
-
-def run(
-    state: Fit,
-    corpora: Sequence[Corpus],
-    *,
-    rank: int = 0,
-    world: int = 1,
-    report: Report | None = None,
-    every: int = 100,
+def fit(
+    task: Task, corpora: Sequence[Corpus], *, report: Report | None = None, every: int = 100,
     draws: Callable[[int], Draw] | None = None,
-) -> SourceModel:
-    """Take ``state`` from where it is to the end of its schedule, as one of ``world`` workers.
+) -> SourceModel:  # fmt: skip
+    """Learn ``task`` in this process from the train split of ``corpora``; the threshold comes from their val split."""
+    check_validation(corpora)
+    state = begin(task, domains=len(corpora))
+    advance(state, corpora, until=task.method.steps, report=report, every=every, draws=draws)
+    return finish(task, state.objective, corpora)
+
+
+def advance(
+    state: Fit, corpora: Sequence[Corpus], *, until: int, rank: int = 0, world: int = 1, report: Report | None = None,
+    every: int = 100, draws: Callable[[int], Draw] | None = None,
+) -> None:  # fmt: skip
+    """Take ``state`` from where it is to step ``until``, as one of ``world`` workers.
 
     ``draws`` may hand out the samples of a step that were drawn before, for another method. ``report`` is called after
     each ``every`` steps, and after the last, with the mean loss terms since the call before.
     """
     cells = stratify(corpora)
-    check_validation(corpora)
     method = state.task.method
     draws = draws or (lambda at: draw(method, corpora, cells, step=at, rank=rank, world=world))
     sums: dict[str, float] = {}
     since = 0
-    for at, drawn in ahead(draws, range(state.step, method.steps)):
+    for at, drawn in ahead(draws, range(state.step, until)):
         for name, value in step(state, *batch(method, drawn, step=at, rank=rank)).items():
             sums[name] = sums.get(name, 0.0) + value
         since += 1
         if report is not None and (state.step % every == 0 or state.step == method.steps):
             report(state, {name: total / since for name, total in sums.items()})
             sums, since = {}, 0
-    return finish(state.task, state.objective, corpora)
 
 
 def begin(task: Task, *, domains: int, wrap: Callable[[nn.Module], nn.Module] | None = None) -> Fit:
@@ -142,6 +142,8 @@ def begin(task: Task, *, domains: int, wrap: Callable[[nn.Module], nn.Module] | 
         torch.manual_seed(task.method.seed)
         trunk = build_trunk(task.model.trunk, task.size)
     tail = tails.init_tail(task.model.tail, task.model.trunk.features, generator=generator)
+    if task.method.start:
+        _take_over(Path(task.method.start), trunk, tail)
     objective = Objective(task.method, trunk, tail, domains=domains)
     objective.train()
     module = wrap(objective) if wrap else objective
@@ -248,6 +250,21 @@ def scores(model: SourceModel, z: Tensor, present: Tensor) -> Tensor:
     """[N] P(bona fide) of features [N, M, F]."""
     with torch.no_grad():
         return tails.score(model.tail, z, present)
+
+
+def _take_over(start: Path, trunk: nn.Module, tail: Params) -> None:
+    """Trunk and tail of the fit that ``save`` left in ``start``; a head that it does not have stays as it is."""
+    try:
+        stored = load_file(start / TENSORS)
+        trunk.load_state_dict({n.removeprefix(TRUNK): t for n, t in stored.items() if n.startswith(TRUNK)})
+    except (OSError, SafetensorError, RuntimeError) as e:
+        raise FitError(
+            f"source.start: {start} is no fit of this model.trunk: {' '.join(str(e).split())[:120]}"
+        ) from None
+    for name in tail:
+        there = stored.get(f"{TAIL}{_plain(name)}")
+        if there is not None and there.shape == tail[name].shape:
+            tail[name] = there
 
 
 def _groups(objective: Objective, decay: float) -> list[dict[str, object]]:

@@ -7,8 +7,8 @@ test splits, under every pattern of missing modalities, with the complement and 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from pipeline.data.features import mask_to_bool
 from pipeline.data.protocols import FULL, PATTERNS, drop, usable
 from pipeline.models import tail as tails
 from pipeline.models.trunk import features
+from pipeline.sampler import FitError
+from pipeline.source import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.fit import Task
     from pipeline.models.checkpoint import SourceModel
     from pipeline.sampler import Draw
+    from pipeline.source import Schedule, SourceMethod
 
 FILLS = ("complement", "zero-fill")  # what stands in for an absent modality
 FORMAT = 1
@@ -74,8 +77,7 @@ def fit_and_score(
 ) -> Result:
     """Learn ``task`` on ``sources`` and score their val splits and the targets' test splits."""
     began = time.perf_counter()
-    state = fits.begin(task, domains=len(sources))
-    model = fits.run(state, sources, draws=draws)
+    model = fits.fit(task, sources, draws=draws)
     seconds = time.perf_counter() - began
     known = {str(s) for c in sources for s, p in zip(c.pai, c.split, strict=True) if p == "train"}
     dev = merged([score(model, c, "val") for c in sources])
@@ -139,3 +141,40 @@ def _from_arrays(arrays: Mapping[str, np.ndarray]) -> Result:
         raise ValueError(f"format {form:g}, allowed {FORMAT}")
     dev, test = (Split(*(arrays[f"{name}.{field}"] for field in Split._fields)) for name in ("dev", "test"))
     return Result(dev, test, tuple(str(s) for s in arrays["known"]), radius, seconds)
+
+
+def degenerate(task: Task, corpora: Sequence[Corpus]) -> dict[str, str]:
+    """Corpora that no fit should be given → "finite", the error's one line, or "silent NaN"."""
+    method = cast("Schedule", task.method).model_copy(update={"steps": 4})
+    task = replace(task, method=cast("SourceMethod", method))
+
+    def kept(c: Corpus, rows: np.ndarray) -> Corpus:
+        return replace(c, **{k: np.asarray(v)[rows] for k, v in vars(c).items() if k != "domain"})
+
+    first = corpora[0]
+    train = np.asarray(first.split) == "train"
+    three = np.flatnonzero(train)[np.linspace(0, train.sum() - 1, 3).astype(int)]
+    cases = {
+        "one class missing": [kept(c, np.asarray(c.label) == 1) for c in corpora],
+        "one class missing in one domain": [kept(first, np.asarray(first.label) == 1), *corpora[1:]],
+        "three samples in a domain": [kept(first, np.union1d(three, np.flatnonzero(~train))), *corpora[1:]],
+        "a single domain": corpora[:1],
+    }
+    found: dict[str, str] = {}
+    for name, given in cases.items():
+        try:
+            result = fit_and_score(task, given, [replace(c, split=np.full(len(c), "test")) for c in given])
+            found[name] = "finite" if np.isfinite(result.test.logit).all() else "silent NaN"
+        except ValueError as e:
+            found[name] = str(e)
+    state = fits.begin(task, domains=1)
+    frames = torch.full((4, 5, task.size, task.size), torch.nan)
+    sick = Batch(
+        frames, torch.ones(4, 3, dtype=torch.bool), torch.tensor([0, 1, 0, 1]), torch.zeros(4, dtype=torch.long), 0.0
+    )
+    try:
+        fits.step(state, sick, torch.Generator())
+        found["NaN features"] = "silent NaN"
+    except FitError as e:
+        found["NaN features"] = str(e)
+    return found

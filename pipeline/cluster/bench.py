@@ -85,11 +85,14 @@ def run(
 
 
 def key(job: Job, digests: Mapping[str, str]) -> str:
-    """Names a result by all that it depends on: method, model, data and code."""
-    kind = json.loads(job.source)["kind"]
+    """Names a result by all that it depends on: method, model, data, start and code."""
+    source = json.loads(job.source)
+    source["start"] = (
+        source["start"] and hashlib.sha256((Path(source["start"]) / fits.TENSORS).read_bytes()).hexdigest()
+    )
     data = [[digests[d] for d in job.sources], [digests[d] for d in job.targets]]
-    given = [json.loads(job.source), json.loads(job.model), data, _code(kind)]
-    return f"{kind}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:20]}"
+    given = [source, json.loads(job.model), data, _code(source["kind"])]
+    return f"{source['kind']}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:20]}"
 
 
 def _code(kind: str) -> str:

@@ -1,4 +1,7 @@
-"""Ray Tune over replayed features: ASHA on the online HTER of development sites. Nothing here decides what may serve."""
+"""Ray Tune: ASHA on the online HTER of development sites, replayed, or on the HTER of the worst held-out source domain.
+
+Nothing here decides what may serve, and no target domain is ever read.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,32 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import ray
+import ray.train
+import ray.train.torch
 import torch
 from ray import tune
+from ray.train.torch import TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from pipeline import bank, metrics
+from pipeline import fit as fits
 from pipeline.config import Choice, Config, LogUniform, SearchConfig, method_config, parse
+from pipeline.data.corpus import read_corpus
+from pipeline.holdout import score
 from pipeline.models import checkpoint
+from pipeline.sampler import check_validation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pipeline.site import SiteMethod
+    from pipeline.source import SourceMethod
     from pipeline.types import Features
 
-METRIC = "online_hter"
+METRIC, WORST = "online_hter", "worst_held_out_hter"
+SHARE = 0.5  # CPUs of a trial that only waits for its Train run, and of that run's worker
 
 
 @dataclass(frozen=True)
@@ -60,25 +73,85 @@ def search(
         for rung, hter in enumerate(replay(parse(text, "search"), settings, ray.get(data), model_path=model_path)):
             tune.report({METRIC: hter, "rung": rung + 1})
 
+    share = config.cluster.cpus / config.search.concurrent / 2
     with tempfile.TemporaryDirectory() as storage:
-        tuner = tune.Tuner(
-            tune.with_resources(trial, {"cpu": config.cluster.cpus / config.search.concurrent / 2}),
-            param_space=space,
-            tune_config=tune.TuneConfig(
-                metric=METRIC, mode="min", num_samples=config.search.samples, max_concurrent_trials=config.search.concurrent,
-                scheduler=_asha(config.search), search_alg=BasicVariantGenerator(random_state=config.search.seed),
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(storage_path=storage, verbose=0, callbacks=[_Counted(on_progress, config.search.samples)]),
-        )  # fmt: skip
-        with contextlib.redirect_stdout(io.StringIO()):  # Tune prints tables whatever its verbosity
-            results = tuner.fit()
+        return _tuned(config.search, trial, space, metric=METRIC, share=share, storage=storage, on_progress=on_progress)
+
+
+def search_source(
+    config: Config, corpora: Sequence[Path], *, storage: Path, on_progress: Callable[[int, int], None]
+) -> list[Trial]:
+    """Try ``search.samples`` settings of ``search.source`` → trials, best first. Needs a connected Ray.
+
+    A trial is a Ray Train run: it fits once per domain of ``corpora`` on the others and is judged by the domain that
+    comes out worst, at the threshold of the others' validation. At least three domains.
+    """
+    if len(corpora) < 3:
+        raise ValueError(f"data.domains: {len(corpora)} for tune source; holding one out needs at least 3")
+    given = {"config": config.model_dump_json(), "corpora": [str(p.resolve()) for p in corpora]}
+
+    def trial(settings: dict[str, object]) -> None:
+        TorchTrainer(
+            held_out, train_loop_config={**given, "settings": settings},
+            scaling_config=ray.train.ScalingConfig(num_workers=1, use_gpu=config.cluster.train_gpu,
+                                                   resources_per_worker={"CPU": SHARE}),
+            run_config=ray.train.RunConfig(name=f"trial-{tune.get_context().get_trial_id()}", storage_path=str(storage),
+                                           callbacks=[TuneReportCallback()]),
+        ).fit()  # fmt: skip
+
+    storage.mkdir(parents=True, exist_ok=True)
+    space = {name: _dimension(d) for name, d in config.search.source.items()}
+    # a trial and its worker must fit together, or both wait for ever
+    search = config.search.model_copy(
+        update={"concurrent": min(config.search.concurrent, int(config.cluster.cpus / 2 / SHARE))}
+    )
+    return _tuned(search, trial, space, metric=WORST, share=SHARE, storage=str(storage), on_progress=on_progress)
+
+
+def held_out(given: dict[str, object]) -> None:
+    """One Train worker: after each rung, the HTER of every domain by the model that has not seen it."""
+    config = parse(str(given["config"]), "search")
+    torch.set_num_threads(max(1, config.cluster.cpus // config.search.concurrent))
+    own = config.source.model_dump()
+    settings = cast("dict[str, object]", given["settings"])
+    method = cast("SourceMethod", method_config("source", str(own["kind"])).model_validate({**own, **settings}))
+    corpora = [read_corpus(Path(p), ("train", "val")) for p in cast("list[str]", given["corpora"])]
+    task = fits.Task(method, config.model, config.data.size)
+    others = [[c for c in corpora if c is not held] for held in corpora]
+    for part in others:
+        check_validation(part)
+    states = [fits.begin(task, domains=len(part), wrap=ray.train.torch.prepare_model) for part in others]
+    for rung in range(config.search.rungs):
+        hters: dict[str, float] = {}
+        for held, part, state in zip(corpora, others, states, strict=True):
+            fits.advance(state, part, until=method.steps * (rung + 1) // config.search.rungs)
+            seen = score(fits.finish(task, state.objective, part), held, "val")
+            hters[held.domain] = metrics.hter(seen.logit[:, 0, 0], seen.label, 0.0)
+        ray.train.report({WORST: max(hters.values()), "rung": rung + 1, **{f"hter_{d}": h for d, h in hters.items()}})
+
+
+def _tuned(
+    search: SearchConfig, trial: Callable[[dict[str, object]], None], space: dict[str, object], *, metric: str,
+    share: float, storage: str, on_progress: Callable[[int, int], None],
+) -> list[Trial]:  # fmt: skip
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"cpu": share}),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric=metric, mode="min", num_samples=search.samples, max_concurrent_trials=search.concurrent,
+            scheduler=_asha(search), search_alg=BasicVariantGenerator(random_state=search.seed),
+            reuse_actors=metric == METRIC,
+        ),
+        run_config=tune.RunConfig(storage_path=storage, verbose=0, callbacks=[_Counted(on_progress, search.samples)]),
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):  # Tune prints tables whatever its verbosity
+        results = tuner.fit()
     if results.errors:
         raise ValueError(
-            f"search: every trial must replay; one did not: {' '.join(str(results.errors[0]).split())[-300:]}"
+            f"search: every trial must end; one did not: {' '.join(str(results.errors[0]).split())[-300:]}"
         )
     trials = [
-        Trial(dict(r.config or {}), float(r.metrics[METRIC]), int(r.metrics["rung"])) for r in results if r.metrics
+        Trial(dict(r.config or {}), float(r.metrics[metric]), int(r.metrics["rung"])) for r in results if r.metrics
     ]
     return sorted(trials, key=lambda t: (-t.rungs, t.hter))
 

@@ -25,7 +25,7 @@ from pipeline.config import parse
 from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.models import checkpoint
 from pipeline.revision import code_revision
-from pipeline.sampler import FitError
+from pipeline.sampler import FitError, check_validation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -145,6 +145,7 @@ def _fit(given: dict[str, object], folder: Path) -> None:
     torch.set_num_threads(max(1, config.cluster.cpus // world))
     places = [Path(p) for p in cast("list[str]", given["corpora"])]
     corpora = [read_corpus(p, ("train", "val")) for p in places]
+    check_validation(corpora)
     task = fits.Task(
         method=cast("SourceMethod", config.source),
         model=config.model,
@@ -166,8 +167,9 @@ def _fit(given: dict[str, object], folder: Path) -> None:
         state = fits.begin(task, domains=len(corpora), wrap=ray.train.torch.prepare_model)
         if saved:
             fits.restore(state, Path(saved))
-    model = fits.run(state, corpora, rank=rank, world=world, report=report, every=cast("int", given["every"]))
-    _report(rank, state, model)
+    every, until = cast("int", given["every"]), task.method.steps
+    fits.advance(state, corpora, until=until, rank=rank, world=world, report=report, every=every)
+    _report(rank, state, fits.finish(task, state.objective, corpora))
 
 
 def _report(rank: int, state: fits.Fit, model: checkpoint.SourceModel | None) -> None:

@@ -41,6 +41,9 @@ class Schedule(Section):
     lr: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
     seed: int = 0
+    start: str | None = Field(
+        default=None, description="folder of a stored fit to begin from; palisade pretrain makes one"
+    )
     augment: bool = Field(default=True, description="geometry, gamma, gain, offset, noise, blur, depth flip")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the trunk in training; auto: bfloat16 where the processor multiplies it"
@@ -77,6 +80,7 @@ class SourceMethod(Protocol):
     lr: float
     weight_decay: float
     seed: int
+    start: str | None
     augment: bool
     precision: Literal["auto", "float32", "bfloat16"]
 

@@ -18,7 +18,6 @@ from pipeline.models import tail as tails
 from pipeline.source import (
     Schedule,
     domain_boundaries,
-    domain_risks,
     drop_modalities,
     head_risks,
     irm_penalty,
@@ -45,7 +44,6 @@ class Config(Schedule):
     compact: float = Field(default=0.1, ge=0)
     angle: float = Field(default=0.1, ge=0)
     synergy: float = Field(default=0.1, ge=0, description="weight of MMSD")
-    mixed: float = Field(default=0.5, ge=0, description="risk of samples whose modalities come from two")
     decorrelate: float = Field(default=0.1, ge=0, description="weight of the disentanglement inside MMSD")
     complement: float = Field(default=0.3, ge=0)
     consistency: float = Field(default=0.5, ge=0, description="weight of full-to-dropped KL inside the complement term")
@@ -72,16 +70,11 @@ class Config(Schedule):
             terms["irm"] = weight * irm_penalty(full.logit[:, tails.FUSED], batch)
         if self.angle:
             terms["angle"] = self.angle * sup_con(full.hidden, 2 * batch.domain + batch.label, self.temperature)
-        if self.synergy or self.mixed:
+        if self.synergy:
             mixed = mix(batch, generator)
             intrinsic, synergy = mixed_read(tail, z, mixed)
-            if self.synergy:
-                own, decorrelated = synergy_terms(intrinsic, synergy, full, batch.present, mixed, self.temperature)
-                terms["synergy"] = self.synergy * (own + self.decorrelate * decorrelated)
-            if self.mixed:
-                logit = tails.logit(tail, tails.radii(tail, intrinsic, synergy)[1], mixed.present)[:, tails.FUSED]
-                genuine = batch._replace(label=mixed.label)
-                terms["mixed"] = self.mixed * domain_risks(logit, genuine, mixed.present.any(dim=1), self.margin).mean()
+            own, decorrelated = synergy_terms(intrinsic, synergy, full, batch.present, mixed, self.temperature)
+            terms["synergy"] = self.synergy * (own + self.decorrelate * decorrelated)
         if self.complement:
             reconstruct, kl = complement_terms(tail, z, batch.present, full, generator)
             terms["complement"] = self.complement * (reconstruct + self.consistency * kl)
@@ -102,7 +95,6 @@ class Mixed(NamedTuple):
 
     owner: Tensor  # [B, M] whose modality it is
     present: Tensor  # [B, M]
-    label: Tensor  # [B] bona fide only where every owner is: a mask with one genuine modality is an attack
 
 
 def mix(batch: Batch, generator: Generator) -> Mixed:
@@ -110,16 +102,14 @@ def mix(batch: Batch, generator: Generator) -> Mixed:
 
     The trunk reads modalities apart, so mixing its features is mixing the images, without another image pass.
     """
-    present = batch.present.cpu()
-    count = len(present)
+    count = len(batch.label)
     order = torch.randperm(count, generator=generator)
     other = torch.empty_like(order)
     other[order] = order.roll(1)  # one cycle: no sample is its own partner
     taken = torch.randint(1, 2**tails.MODALITIES - 1, (count,), generator=generator)
     swap = (taken[:, None] >> torch.arange(tails.MODALITIES)) & 1 == 1
     owner = torch.where(swap, other[:, None], torch.arange(count)[:, None]).to(batch.label.device)
-    there = batch.present.gather(0, owner)
-    return Mixed(owner, there, torch.where(there, batch.label[owner], 1).amin(dim=1))
+    return Mixed(owner, batch.present.gather(0, owner))
 
 
 def mixed_read(tail: Params, z: Tensor, mixed: Mixed) -> tuple[Tensor, Tensor]:

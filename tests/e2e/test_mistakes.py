@@ -30,7 +30,7 @@ def said(capsys) -> str:
         (["cycle", "site.lrr=1"], 2, "did you mean lr"),
         (["report", "--cycle", "x"], 2, "no finished cycle"),
         (["tune", "search.sites=[]"], 2, "search.sites"),
-        (["import", "wmcaa", "x"], 2, "allowed: cefa, padisi, surf, synth, wmca"),
+        (["import", "wmcaa", "x"], 2, "allowed: cefa, padisi, rendered, surf, synth, wmca"),
         (["import", "wmca", "nowhere"], 2, "nowhere"),
         (["train", "data.domains=[A,Z]"], 2, "'Z' is not imported"),
         (["train", "data.size=64"], 2, "imported at 32"),

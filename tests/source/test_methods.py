@@ -15,7 +15,7 @@ from pipeline.source import Batch, Schedule, erm, rise
 
 F, D, DOMAINS = 16, 8, 3
 HEADS = ("radial", "linear")
-DRAWN = {"synergy", "mixed", "complement"}  # terms that depend on which samples and modalities were drawn
+DRAWN = {"synergy", "complement"}  # terms that depend on which samples and modalities were drawn
 PRIOR_FREE = {"risk", "heads", "variance", "consistency", "inconsistency", "rebalance"}
 
 
@@ -312,7 +312,7 @@ def test_dropping_modalities_never_leaves_nothing() -> None:
     assert torch.equal(source.drop_modalities(present, 0.0, generator()), present)
 
 
-@pytest.mark.parametrize("name", ["compact", "angle", "synergy", "mixed", "complement"])
+@pytest.mark.parametrize("name", ["compact", "angle", "synergy", "complement"])
 def test_a_term_of_rise_falls_when_it_alone_is_learned(name: str) -> None:
     config = rise.Config()
     model = Fake(config)
@@ -330,7 +330,7 @@ def test_a_term_of_rise_falls_when_it_alone_is_learned(name: str) -> None:
 
 
 def test_a_weight_of_zero_switches_a_term_off() -> None:
-    bare = rise.Config(compact=0, angle=0, synergy=0, mixed=0, complement=0, invariance="none")
+    bare = rise.Config(compact=0, angle=0, synergy=0, complement=0, invariance="none")
     assert set(bare.losses(Fake(bare), batch(), generator())) == {"risk", "heads"}
 
 
@@ -348,15 +348,6 @@ def test_mixing_takes_some_but_not_all_from_somebody_else() -> None:
     assert bool(foreign.any(dim=1).all())
     assert not bool(foreign.all(dim=1).any())
     assert torch.equal(mixed.present, b.present[mixed.owner, torch.arange(3)])
-
-
-def test_a_mixed_sample_is_bona_fide_only_where_every_modality_in_it_is() -> None:
-    b = batch()._replace(present=torch.rand(36, 3, generator=generator()) < 0.7)
-    mixed = rise.mix(b, generator())
-    for i in range(36):
-        seen = {int(b.label[o]) for o, there in zip(mixed.owner[i], mixed.present[i], strict=True) if there}
-        assert int(mixed.label[i]) == (0 if 0 in seen else 1)
-    assert 0 < int(mixed.label.sum()) < int(b.label.sum())
 
 
 def test_retrieval_is_easy_for_the_owner_and_hard_for_a_stranger() -> None:

@@ -56,6 +56,7 @@ __all__ = [
 FRAMES = 3  # per video: the published lists use frames 12, 24 and 36 of 50; more would only repeat a presentation
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+RENDERED = ("synth", "rendered")  # kinds that read nothing from disk
 NAMES: tuple[Name, Name, Name] = ("rgb", "depth", "ir")
 
 Item = TypeVar("Item")

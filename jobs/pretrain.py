@@ -1,0 +1,69 @@
+"""``palisade pretrain``: rendered presentations → a fit that source training may begin from (``source.start``).
+
+What pre-training on photographs is to a large trunk, rendered faces are to the small one: it sees every species of attack
+under a thousand rigs before it meets the labelled domains. Nothing real is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from jobs import Exit
+from jobs.imports import import_into
+from pipeline import fit as fits
+from pipeline.config import method_config
+from pipeline.data.corpus import read_corpus, read_manifest
+from pipeline.source import Schedule
+
+if TYPE_CHECKING:
+    from jobs import Terminal
+    from pipeline.config import Config
+
+DOMAIN = "rendered"
+STEPS = 800
+EVERY = 20  # steps between two looks of the progress bar
+
+
+def pretrain(config: Config, terminal: Terminal) -> int:
+    """Make the fit, or find it made."""
+    path = pretrained(config, terminal)
+    terminal.result({"start": str(path)}, f"{path}\nbegin from it: palisade train source.start={path}")
+    return Exit.DONE
+
+
+def pretrained(config: Config, terminal: Terminal) -> Path:
+    """The folder of the fit for this model, frame size and schedule."""
+    folder = Path(config.data.corpora) / DOMAIN
+    if not (folder / "manifest.json").exists():
+        import_into(config, terminal, kind="rendered", root=None, name=DOMAIN)
+    shared = {k: v for k, v in config.source.model_dump().items() if k in Schedule.model_fields}
+    method = method_config("source", "erm").model_validate(
+        {**shared, "kind": "erm", "steps": STEPS, "seed": 0, "start": None}
+    )
+    model = config.model.model_copy(update={"tail": config.model.tail.model_copy(update={"head": "radial"})})
+    given = [method.model_dump(), model.model_dump(), config.data.size, read_manifest(folder).digest]
+    out = config.place("starts", hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16])
+    if out.exists():
+        return out
+    corpus = read_corpus(folder, ("train",))
+    task = fits.Task(method, model, config.data.size)  # pyright: ignore[reportArgumentType]  # method files are found by name
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.cluster.cpus)
+    try:
+        with terminal.progress("pretrain", "steps") as advance:
+            state = fits.begin(task, domains=1)
+            fits.advance(state, [corpus], until=STEPS, every=EVERY, report=lambda s, _: advance(s.step, STEPS))
+    finally:
+        torch.set_num_threads(threads)
+    building = out.with_name(f".{out.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    fits.save(state, building)
+    building.rename(out)
+    return out
