@@ -58,6 +58,7 @@ def stratify(corpora: Sequence[Corpus]) -> list[Cell]:
 
 def check_validation(corpora: Sequence[Corpus]) -> None:
     """The threshold needs both classes in the pooled val split; say so before the fit, not after it."""
+    stratify(corpora)  # what is missing from the train split is the more useful thing to hear
     seen = {int(y) for c in corpora for y in np.unique(np.asarray(c.label)[np.asarray(c.split) == "val"])}
     if not {0, 1} <= seen:
         names = ", ".join(c.domain for c in corpora)
