@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ class Terminal:
     def result(self, data: Mapping[str, object], *shown: Table | str) -> None:
         """The outcome: ``data`` with ``--json``, else what is ``shown``."""
         if self.as_json:
-            print(json.dumps(data, default=str, allow_nan=True))
+            print(json.dumps(_known(data), default=str, allow_nan=False))
             return
         for part in shown:
             if isinstance(part, str):
@@ -86,6 +87,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     for row in rows:
         made.add_row(*("-" if cell is None else str(cell) for cell in row))
     return made
+
+
+def _known(data: object) -> object:
+    """``data`` with null for every number that is not one: JSON has no NaN."""
+    if isinstance(data, dict):
+        return {k: _known(v) for k, v in data.items()}
+    if isinstance(data, list | tuple):
+        return [_known(v) for v in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _console(stream: TextIO) -> Console:

@@ -8,16 +8,15 @@ named oracle chose its threshold on the target. Every fit is stored when it is d
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from jobs import percent, table
-from jobs.bench import Figure, conclude, context
+from jobs.bench import conclude, context
+from jobs.bench_source_figures import figures, numbers, reported, shown
 from jobs.imports import import_into
 from jobs.pretrain import pretrained
 from pipeline import fit as fits
@@ -27,22 +26,18 @@ from pipeline.config import method_config, methods
 from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.data.protocols import leave_one_domain_out, limited_source
 from pipeline.holdout import degenerate, from_file
-from pipeline.report import compare
 from pipeline.report import source as report
+from pipeline.report.source import BASELINE, OURS
 from pipeline.source import Schedule
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from jobs import Terminal
     from pipeline.cluster.bench import Job
     from pipeline.config import Config
     from pipeline.data.corpus import Corpus
     from pipeline.report.compare import Runs
-    from pipeline.report.source import SourceBench
     from pipeline.source import SourceMethod
 
-OURS, BASELINE = "rise", "erm"
 LIMITED = ("CW->PS", "PS->CW")  # the published two; other domains: the first two choices
 BOUNDARIES: dict[str, tuple[str, dict[str, object]]] = {  # row of the ablation → head, settings of rise
     "linear CE": ("linear", {"invariance": "none"}),
@@ -80,6 +75,7 @@ def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int 
         config = config.model_copy(update={"source": start})
     domains = sorted(set(folders) - set(config.bench.beside))
     planned = plan(config, domains, seeds=count, quick=quick)
+    began = time.time()
     with connected(config.cluster), terminal.progress("bench source", "fits") as advance:
         found = bench.run(
             [p.job for p in planned], folders, place=config.place("bench", "source"), workers=config.cluster.cpus,
@@ -88,25 +84,39 @@ def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int 
     failed = {p: found[p.job] for p in planned if isinstance(found[p.job], str)}
     for p, why in failed.items():
         terminal.say(f"{p.row} {p.column} seed {p.job.seed}: no result: {why}")
-    runs: dict[str, Runs] = {"main": {}, "limited": {}, "ablation": {}}
-    for p in planned:
-        if p not in failed:
-            per = runs[p.table].setdefault(p.row, defaultdict(list))
-            per[p.column].append(from_file(cast("Path", found[p.job])))
+    runs, before = _collected(planned, {j: path for j, path in found.items() if isinstance(path, Path)}, since=began)
     terminal.say("timing a training step beside a bare DataLoader loop")
     corpora = [read_corpus(folders[d], ("train", "val")) for d in domains]
     task = fits.Task(cast("SourceMethod", config.source), config.model, config.data.size)
     timed, borne = _speed(task, config.cluster.cpus, corpora), degenerate(task, corpora)
-    made = _report(config, runs, timed, quick=quick)
-    decided = figures(made, timed, borne, seconds=time.monotonic() - started, quick=quick)
+    made = reported(config, runs, timed, quick=quick)
+    seconds = time.monotonic() - started + before / config.cluster.cpus
+    ours = dict(runs["main"].get(OURS, {}))
+    decided = figures(made, ours, timed, borne, targets=len(domains), seconds=seconds, quick=quick)
     facts = context(
         started, seeds=list(range(count)), quick=quick, steps=config.bench.quick_steps if quick else config.source.steps,
-        fits=len(planned), data={d: read_manifest(path).digest[:12] for d, path in folders.items()},
+        fits=len({p.job for p in planned}), data={d: read_manifest(path).digest[:12] for d, path in folders.items()},
     )  # fmt: skip
     out = config.place("reports", "bench-source-quick.html" if quick else "bench-source.html")
-    shown = tuple(report.Figure(f.name, f.measured, "", f.target, f.holds, f.note) for f in decided)
-    report.write(replace(made, figures=shown, context={k: str(v) for k, v in facts.items()}), out)
-    return conclude(terminal, decided, {**facts, **_numbers(made), "page": str(out)}, *_shown(made), f"page: {out}")
+    rows = tuple(report.Figure(f.name, f.measured, "", f.target, f.holds, f.note) for f in decided)
+    report.write(replace(made, figures=rows, context={k: str(v) for k, v in facts.items()}), out)
+    return conclude(terminal, decided, {**facts, **numbers(made), "page": str(out)}, *shown(made), f"page: {out}")
+
+
+def _collected(planned: list[Planned], found: dict[Job, Path], *, since: float) -> tuple[dict[str, Runs], float]:
+    """Results by table, row and column, and the seconds of the fits that were stored before ``since``.
+
+    A column that lacks a seed is left out: a mean over what happened to survive would be another figure.
+    """
+    runs: dict[str, Runs] = {"main": {}, "limited": {}, "ablation": {}}
+    read = {job: from_file(path) for job, path in found.items()}
+    whole = Counter((p.table, p.row, p.column) for p in planned if p.job in read)
+    wanted = Counter((p.table, p.row, p.column) for p in planned)
+    for p in planned:
+        at = (p.table, p.row, p.column)
+        if (p.table == "ablation" and p.job in read) or whole[at] == wanted[at]:
+            runs[p.table].setdefault(p.row, defaultdict(list))[p.column].append(read[p.job])
+    return runs, sum(r.seconds for job, r in read.items() if found[job].stat().st_mtime < since)
 
 
 def plan(config: Config, domains: list[str], *, seeds: int, quick: bool) -> list[Planned]:
@@ -164,14 +174,18 @@ def _corpora(config: Config, terminal: Terminal) -> dict[str, Path]:
     for domain in (d for d in wanted.beside if not (root / d / "manifest.json").exists()):
         import_into(config, terminal, kind="rendered", root=None, name=domain)
     found = {p.parent.name: p.parent for p in sorted(root.glob("*/manifest.json"))}
-    used = {d: p for d, p in found.items() if not wanted.sets or d in wanted.sets or d in wanted.beside}
-    if len(used) - len(wanted.beside) < 3:
+    real = {d for d, p in found.items() if (d in wanted.sets if wanted.sets else read_manifest(p).kind != "rendered")}
+    used = {d: p for d, p in found.items() if d in real or d in wanted.beside}
+    if len(real) < 3:
         raise ValueError(
             f"data.corpora: {root} holds {', '.join(used) or 'nothing'}; leaving one out needs at least 3 domains"
         )
     for domain, path in used.items():
-        if (size := read_manifest(path).size) != config.data.size:
-            raise ValueError(f"data.size: {config.data.size}, but {domain} in {path} was imported at {size}")
+        m = read_manifest(path)
+        if m.size != config.data.size:
+            raise ValueError(f"data.size: {config.data.size}, but {domain} in {path} was imported at {m.size}")
+        if domain in real and not 0 < m.bona_fide.get("test", 0) < m.rows.get("test", 0):
+            raise ValueError(f"{path}: the test split must hold bona fide and attack rows; it is a target in its turn")
     return used
 
 
@@ -182,100 +196,3 @@ def _speed(task: fits.Task, threads: int, corpora: list[Corpus]) -> speed.Speed:
         return speed.measure(task, corpora)
     finally:
         torch.set_num_threads(before)
-
-
-def _report(config: Config, runs: dict[str, Runs], timed: speed.Speed, *, quick: bool) -> SourceBench:
-    ours = runs["main"].get(OURS, {})
-    aside = "Left out with --quick." if quick else "Not measured."
-    left_out = {name: aside for name in ("ablation", "limited") if not runs[name]}
-    bare = report.SpeedRow("bare loop with a DataLoader", *[float("nan")] * 4, samples_per_second=timed.bare)
-    beside = (
-        f"All methods begin from a fit on rendered presentations: {config.bench.pretrain}; rendered domains beside the sources "
-        f"in every batch: {', '.join(config.bench.beside) or 'none'}. They are in no threshold and no error rate."
-    )
-    return report.SourceBench(
-        title="Source methods", created=datetime.now(UTC),
-        notes=("RiSe is a reconstruction from its abstract, and so are DADM and CTNet: none of these numbers is their authors'.",
-               beside,
-               "Trunk, tail, augmentation, sampler, schedule and threshold rule are the same for all."),
-        figures=(), methods=compare.method_rows(runs["main"], OURS), det=dict(compare.det_panels(runs["main"])),
-        radii=dict(compare.radius_panels(ours)), ablation=compare.ablation(runs["ablation"]), missing=compare.missing_grid(ours),
-        limited=compare.limited_grid(runs["limited"]), unseen=compare.unseen_rows(runs["main"], (OURS, BASELINE)),
-        speed=(report.SpeedRow("palisade", *timed[:4], samples_per_second=timed.samples), bare), context={}, left_out=left_out,
-    )  # fmt: skip
-
-
-def figures(
-    made: SourceBench, timed: speed.Speed, borne: dict[str, str], *, seconds: float, quick: bool
-) -> list[Figure]:
-    """What the benchmark promises, against what it found."""
-    rows = {m.method: m for m in made.methods}
-    ours, erm = rows.get(OURS), rows.get(BASELINE)
-    gain = erm.paired.relative if erm and erm.paired else None
-    decided = [
-        Figure("rise_mean_hter", ours and ours.hter.value, 0.15, least=False, note="mean over targets and seeds"),
-        Figure("rise_score_shift", ours and ours.score_shift, 0.02, least=False, note="HTER - oracle EER"),
-        Figure("rise_relative_to_erm", gain and gain.value, 0.25, least=True,
-               note=f"share of erm's HTER avoided, 95 % {_interval(gain)}"),
-    ]  # fmt: skip
-    for name in methods("source"):
-        if name != OURS:
-            paired = rows[name].paired if name in rows else None
-            better = paired and -paired.difference.value
-            said = _interval(paired and paired.difference)
-            decided.append(Figure(f"rise_better_than_{name}", better, 0.0, least=True, strict=True,
-                                  note=f"{name}'s HTER - rise's; rise - {name} 95 % {said}"))  # fmt: skip
-    absent = made.missing.get("mean", {})
-    complement, zeros = absent.get("complement"), absent.get("zero-fill")
-    saved = 1 - complement.value / zeros.value if complement and zeros else None
-    cells = sum(len(per) for per in made.ablation.values())
-    sound = sum(how != "silent NaN" for how in borne.values())
-    return [
-        *decided,
-        Figure("complement_relative_to_zero_fill", saved, 0.20, least=True, note="mean over the missing patterns"),
-        Figure("ablation_cells", cells, len(BOUNDARIES) * len(SYNERGY), least=True, note="boundaries x synergy"),
-        Figure("degenerate_corpora_sound", sound, len(borne), least=True, note="; ".join(f"{k}: {v}" for k, v in borne.items())),
-        Figure("throughput_relative_to_dataloader", timed.samples / timed.bare, 0.9, least=True, note="samples/s, taking turns"),
-        Figure("seconds", seconds, 360 if quick else 3600, least=False, note="of this call"),
-    ]  # fmt: skip
-
-
-def _interval(of: tuple[float, float, float] | None) -> str:
-    return "unknown" if of is None else f"[{of[1]:+.3f}, {of[2]:+.3f}]"
-
-
-def _numbers(made: SourceBench) -> dict[str, object]:
-    """The tables for ``--json``."""
-    rows = {m.method: {"hter": m.hter, "targets": m.hter_by_target, "oracle_eer": m.oracle_eer, "score_shift": m.score_shift,
-                       "max_apcer": m.max_apcer, "worst_species": m.worst_species, "bpcer": m.bpcer, "bpcer20": m.bpcer20,
-                       "auc": m.auc, "paired": m.paired} for m in made.methods}  # fmt: skip
-    grids = {"missing": made.missing, "limited": made.limited,
-             "ablation": {r: {c: cell.hter for c, cell in per.items()} for r, per in made.ablation.items()}}  # fmt: skip
-    return {"methods": rows, **grids, "speed": {r.loop: [*r.parts, r.samples_per_second] for r in made.speed}}
-
-
-def _shown(made: SourceBench) -> list[Table | str]:
-    """The terminal's tables."""
-
-    def with_interval(e: tuple[float, float, float]) -> str:
-        return f"{percent(e[0])} [{percent(e[1])}, {percent(e[2])}]"
-
-    targets = list(made.methods[0].hter_by_target) if made.methods else []
-    rows = [
-        [m.method, with_interval(m.hter), *(percent(m.hter_by_target[t].value) for t in targets), percent(m.oracle_eer),
-         f"{100 * m.score_shift:+.1f}", percent(m.max_apcer), percent(m.bpcer), percent(m.bpcer20), percent(m.auc),
-         "" if m.paired is None else " ".join(f"{100 * v:+.1f}" for v in m.paired.difference)]
-        for m in sorted(made.methods, key=lambda m: m.hter.value)
-    ]  # fmt: skip
-    columns = ["method", "HTER % [95 %]", *(f"→{t}" for t in targets), "oracle EER %", "shift", "max APCER %", "BPCER %",
-               "BPCER20 %", "AUC %", "rise - method, low, high"]  # fmt: skip
-    shown: list[Table | str] = [table("one domain left out, threshold from source validation", columns, rows)]
-    for title, grid in (("HTER % with modalities missing", made.missing), ("HTER %, two source domains", made.limited)):
-        if grid:
-            cells = [[name, *(with_interval(e) for e in per.values())] for name, per in grid.items()]
-            shown.append(table(title, ["", *next(iter(grid.values()))], cells))
-    if made.ablation:
-        cells = [[name, *(f"{percent(c.hter.value)} / {percent(c.oracle_eer)}" for c in per.values())]
-                 for name, per in made.ablation.items()]  # fmt: skip
-        shown.append(table("rise, HTER % / oracle EER %", ["", *next(iter(made.ablation.values()))], cells))
-    return shown

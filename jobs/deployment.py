@@ -35,7 +35,7 @@ def open_ledger(config: Config, *, create: bool = True) -> Ledger:
 
 
 def corpora(config: Config) -> list[Path]:
-    """Folders of the corpora that ``data.domains`` names (all imported ones where it is empty)."""
+    """Folders of the corpora that ``data.domains`` names (where it is empty, all that are not rendered for training alone)."""
     root = Path(config.data.corpora)
     there = sorted(p.parent.name for p in root.glob("*/manifest.json"))
     if not there:
@@ -43,7 +43,11 @@ def corpora(config: Config) -> list[Path]:
     missing = [d for d in config.data.domains if d not in there]
     if missing:
         raise ValueError(f"data.domains: {missing[0]!r} is not imported; there are {', '.join(there)}")
-    found = [root / d for d in config.data.domains or there]
+    found = [
+        root / d
+        for d in config.data.domains or there
+        if config.data.domains or read_manifest(root / d).kind != "rendered"
+    ]
     for path in found:
         size = read_manifest(path).size
         if size != config.data.size:

@@ -46,6 +46,8 @@ def _corpora(config: Config, terminal: Terminal, source: SourceRow) -> int:
     with terminal.progress("evaluate", "domains") as advance:
         for i, folder in enumerate(found):
             corpus = read_corpus(folder, ("test",))
+            if not len(corpus):  # rendered for training alone
+                continue
             present = torch.from_numpy(mask_to_bool(corpus.present))
             score = scores(model, features(model.trunk, torch.from_numpy(corpus.frame), present), present).numpy()
             pad = metrics.report(score, corpus.label, corpus.pai, model.manifest.threshold, groups=corpus.video)

@@ -42,6 +42,10 @@ def pretrained(config: Config, terminal: Terminal) -> Path:
     folder = Path(config.data.corpora) / DOMAIN
     if not (folder / "manifest.json").exists():
         import_into(config, terminal, kind="rendered", root=None, name=DOMAIN)
+    if (size := read_manifest(folder).size) != config.data.size:
+        raise ValueError(
+            f"data.size: {config.data.size}, but {folder} was imported at {size}; remove it to render anew"
+        )
     shared = {k: v for k, v in config.source.model_dump().items() if k in Schedule.model_fields}
     method = method_config("source", "erm").model_validate(
         {**shared, "kind": "erm", "steps": STEPS, "seed": 0, "start": None}

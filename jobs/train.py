@@ -35,10 +35,15 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
     folders = corpora(config)
     ledger = open_ledger(config)
     digests = {p.name: read_manifest(p).digest for p in folders}
-    key = hashlib.sha256(json.dumps([config.fingerprint(), digests], sort_keys=True).encode()).hexdigest()[:12]
+    start = cluster_train.started(config.source.start)
+    key = hashlib.sha256(json.dumps([config.fingerprint(), digests, *start], sort_keys=True).encode()).hexdigest()[:12]
     name = f"{config.source.kind}-{key}"
     lineage = Lineage.open(config.lineage, code_revision=code_revision())
-    tags = {"fingerprint": config.fingerprint(), **{f"data.{d}": digest for d, digest in digests.items()}}
+    tags = {
+        "fingerprint": config.fingerprint(),
+        "start": "".join(start),
+        **{f"data.{d}": digest for d, digest in digests.items()},
+    }
     with lineage.run("train", name, params=flat(config.model_dump(mode="json")), tags=tags, key=name) as run:
         path = config.place("models", name)
         if not path.exists():

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 PLUGGED = {"source": "rise", "site": "danet"}  # sections whose `kind` is a module, and the default kind
 RESULT_SECTIONS = ("data", "model", "source", "site", "guards")
-PLACES = {
-    "data": {"corpora", "anchor", "captures", "sealed", "redteam", "retention"}
-}  # where things are, not what comes out
+PLACES = {  # where things are, not what comes out; what lies there has a digest of its own
+    "data": {"corpora", "anchor", "captures", "sealed", "redteam", "retention"},
+    "source": {"start"},
+}
 
 
 class ConfigError(ValueError):

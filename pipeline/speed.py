@@ -91,8 +91,9 @@ def _bare(task: Task, corpora: Sequence[Corpus], workers: int) -> Iterator[None]
     """What one would write by hand: a shuffling DataLoader that augments in its workers, loss, backward, step."""
     state = fits.begin(task, domains=len(corpora))
     generator = torch.Generator().manual_seed(task.method.seed)
+    rows = _Rows(corpora)
     loader = DataLoader(
-        _Rows(corpora), batch_size=task.method.batch, shuffle=True, drop_last=True, num_workers=workers,
+        rows, batch_size=task.method.batch, shuffle=True, drop_last=len(rows) > task.method.batch, num_workers=workers,
         persistent_workers=workers > 0, collate_fn=_collate, generator=generator,
     )  # fmt: skip
     while True:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,3 +187,34 @@ def test_the_rate_rises_then_falls() -> None:
     assert rates[0] < rates[4] == 1.0
     assert rates[-1] < 0.02
     assert fits.schedule(0, 1) > 0
+
+
+def test_a_fit_begins_where_another_ended(tmp_path: Path) -> None:
+    first = fits.begin(task("erm"), domains=3)
+    fits.advance(first, corpora(), until=5)
+    fits.save(first, tmp_path)
+    second = fits.begin(task("rise", start=str(tmp_path)), domains=3)
+    assert second.step == 0
+    for name, t in first.objective.trunk.state_dict().items():
+        assert torch.equal(t, second.objective.trunk.state_dict()[name]), name
+    for name, t in first.objective.tail.items():
+        assert torch.equal(t, second.objective.tail[name]), name
+    assert torch.equal(second.objective.extra["log_rho"][1], first.objective.tail["log_rho"]), (
+        "every domain's sphere begins there"
+    )
+
+
+def test_a_start_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FitError, match=r"source\.start: .*nowhere is no fit of this model\.trunk"):
+        fits.begin(task(start=str(tmp_path / "nowhere")), domains=3)
+    fits.save(fits.begin(task(), domains=3), tmp_path)
+    wide = replace(task(start=str(tmp_path)), model=ModelConfig(trunk=TinyConfig(width=8, features=8), tail=MODEL.tail))
+    with pytest.raises(FitError, match=r"source\.start"):
+        fits.begin(wide, domains=3)
+
+
+def test_a_linear_head_keeps_its_own_plane_over_a_radial_start(tmp_path: Path) -> None:
+    fits.save(fits.begin(task(), domains=3), tmp_path)
+    linear = ModelConfig(trunk=MODEL.trunk, tail=MODEL.tail.model_copy(update={"head": "linear"}))
+    made = fits.begin(replace(task(start=str(tmp_path)), model=linear), domains=3)
+    assert bool((made.objective.extra["linear"] != 0).any())

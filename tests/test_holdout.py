@@ -216,3 +216,20 @@ def test_radius_panels_lay_the_target_into_the_plane_of_the_sources(result: Resu
     assert [p.domain for p in panels] == ["a", "b", "target"]
     assert len(panels[2].bona_fide) + len(panels[2].attack) == len(result.test.label)
     assert all(np.abs(p.bona_fide_angle).max() <= np.pi for p in panels)
+
+
+def test_patterns_that_say_the_same_do_not_narrow_the_interval(result: Result) -> None:
+    same = result.test.logit[:, :1].repeat(len(PATTERNS), axis=1)
+    alike = replace(result, test=result.test._replace(logit=same), dev=result.dev._replace(
+        logit=result.dev.logit[:, :1].repeat(len(PATTERNS), axis=1)))  # fmt: skip
+    grid = compare.missing_grid({"t": [alike]})
+    assert grid["mean"]["complement"] == pytest.approx(grid["no-ir"]["complement"], nan_ok=True)
+    saved = compare.complement_saves({"t": [alike]})
+    assert saved is None or not saved.value, "the same calls save nothing"
+
+
+def test_nothing_measured_is_nothing_shown() -> None:
+    assert compare.missing_grid({}) == {}
+    assert compare.complement_saves({}) is None
+    assert compare.unseen_rows({}, ("rise",)) == ()
+    assert compare.method_rows({"rise": {}}, "rise") == ()

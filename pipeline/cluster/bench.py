@@ -18,6 +18,7 @@ import torch
 
 import pipeline
 from pipeline import fit as fits
+from pipeline.cluster.train import started
 from pipeline.config import method_config
 from pipeline.data.blobs import write_atomic
 from pipeline.data.corpus import read_corpus, read_manifest
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.sampler import Draw
     from pipeline.source import SourceMethod
 
+KEPT_BYTES = 2**30  # of drawn samples in a task
 POLL = 1.0  # seconds between looks at what is done
 CODE = ("holdout.py", "fit.py", "sampler.py", "calibrate.py", "data/augment.py", "data/protocols.py", "models/*.py",
         "source/__init__.py")  # fmt: skip  # what a stored result depends on, besides the method's own file
@@ -64,7 +66,7 @@ def run(
     digests = {domain: read_manifest(path).digest for domain, path in corpora.items()}
     paths = {job: place / f"{key(job, digests)}.npz" for job in jobs}
     groups: dict[tuple[object, ...], list[Job]] = defaultdict(list)
-    for job in jobs:
+    for job in dict.fromkeys(jobs):
         if not paths[job].exists():
             drawn_alike = {
                 k: v for k, v in json.loads(job.source).items() if k in ("batch", "seed", "steps", "augment")
@@ -72,14 +74,18 @@ def run(
             groups[(job.sources, json.dumps(drawn_alike))].append(job)
     task = ray.remote(num_cpus=1, max_retries=2)(_group)
     folders = {domain: str(path.resolve()) for domain, path in corpora.items()}
-    waiting = [
-        task.remote([(job, str(paths[job])) for job in group], folders) for group in _shared_out(groups, workers)
-    ]
+    parts = _shared_out(groups, workers)
+    owned = {task.remote([(job, str(paths[job])) for job in part], folders): part for part in parts}
+    waiting = list(owned)
     failed: dict[Job, str] = {}
     while waiting:
         done, waiting = ray.wait(waiting, timeout=POLL)
         for ref in done:
-            failed |= cast("dict[Job, str]", ray.get(ref))
+            try:
+                failed |= cast("dict[Job, str]", ray.get(ref))
+            except ray.exceptions.RayError as e:  # a worker was lost three times, or broke: only its own fits are
+                why = str(e).strip().splitlines()[-1]
+                failed |= {job: why for job in owned[ref] if not paths[job].exists()}
         on_progress(sum(p.exists() for p in set(paths.values())), len(set(paths.values())))
     return {job: failed.get(job, path) for job, path in paths.items()}
 
@@ -87,9 +93,7 @@ def run(
 def key(job: Job, digests: Mapping[str, str]) -> str:
     """Names a result by all that it depends on: method, model, data, start and code."""
     source = json.loads(job.source)
-    source["start"] = (
-        source["start"] and hashlib.sha256((Path(source["start"]) / fits.TENSORS).read_bytes()).hexdigest()
-    )
+    source["start"] = next(iter(started(source["start"])), None)
     data = [[digests[d] for d in job.sources], [digests[d] for d in job.targets]]
     given = [source, json.loads(job.model), data, _code(source["kind"])]
     return f"{source['kind']}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:20]}"
@@ -120,13 +124,18 @@ def _group(jobs: Sequence[tuple[Job, str]], folders: Mapping[str, str]) -> dict[
     kept: dict[int, Draw] = {}
     failed: dict[Job, str] = {}
     for job, path in jobs:
+        if Path(path).exists():  # a task that Ray started again
+            continue
         given = json.loads(job.source)
         method = cast("SourceMethod", method_config("source", given["kind"]).model_validate(given))
 
         def draws(step: int, method: SourceMethod = method) -> Draw:
-            if step not in kept:
-                kept[step] = draw(method, sources, cells, step=step, rank=0, world=1)
-            return kept[step]
+            if step in kept:
+                return kept[step]
+            drawn = draw(method, sources, cells, step=step, rank=0, world=1)
+            if len(jobs) > 1 and len(kept) * drawn.frames.nbytes < KEPT_BYTES:
+                kept[step] = drawn
+            return drawn
 
         task = fits.Task(method, ModelConfig.model_validate_json(job.model), sources[0].frame.shape[-1])
         targets = [read_corpus(Path(folders[d]), ("test",)) for d in job.targets]

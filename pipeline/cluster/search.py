@@ -1,6 +1,6 @@
 """Ray Tune: ASHA on the online HTER of development sites, replayed, or on the HTER of the worst held-out source domain.
 
-Nothing here decides what may serve, and no target domain is ever read.
+Nothing here decides what may serve. A target is what ``data.domains`` does not name: it is never read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.config import Choice, Config, LogUniform, SearchConfig, method_con
 from pipeline.data.corpus import read_corpus
 from pipeline.holdout import score
 from pipeline.models import checkpoint
-from pipeline.sampler import check_validation
+from pipeline.sampler import FitError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,8 +83,8 @@ def search_source(
 ) -> list[Trial]:
     """Try ``search.samples`` settings of ``search.source`` → trials, best first. Needs a connected Ray.
 
-    A trial is a Ray Train run: it fits once per domain of ``corpora`` on the others and is judged by the domain that
-    comes out worst, at the threshold of the others' validation. At least three domains.
+    A trial is a Ray Train run: each domain of ``corpora`` that has a val split is held out of a fit on the others, and the
+    one that comes out worst judges, at the threshold of the others' validation. At least three domains.
     """
     if len(corpora) < 3:
         raise ValueError(f"data.domains: {len(corpora)} for tune source; holding one out needs at least 3")
@@ -117,13 +117,18 @@ def held_out(given: dict[str, object]) -> None:
     method = cast("SourceMethod", method_config("source", str(own["kind"])).model_validate({**own, **settings}))
     corpora = [read_corpus(Path(p), ("train", "val")) for p in cast("list[str]", given["corpora"])]
     task = fits.Task(method, config.model, config.data.size)
-    others = [[c for c in corpora if c is not held] for held in corpora]
-    for part in others:
-        check_validation(part)
+    tested = [
+        c for c in corpora if len(set(c.label[c.split == "val"].tolist())) == 2
+    ]  # a rendered domain is only learned from
+    if len(tested) < 2:
+        raise FitError(
+            f"data.domains: {len(tested)} with both classes in their val split; at least 2 are held out in turn"
+        )
+    others = [[c for c in corpora if c is not held] for held in tested]
     states = [fits.begin(task, domains=len(part), wrap=ray.train.torch.prepare_model) for part in others]
     for rung in range(config.search.rungs):
         hters: dict[str, float] = {}
-        for held, part, state in zip(corpora, others, states, strict=True):
+        for held, part, state in zip(tested, others, states, strict=True):
             fits.advance(state, part, until=method.steps * (rung + 1) // config.search.rungs)
             seen = score(fits.finish(task, state.objective, part), held, "val")
             hters[held.domain] = metrics.hter(seen.logit[:, 0, 0], seen.label, 0.0)

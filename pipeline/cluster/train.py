@@ -6,6 +6,7 @@ the model through the run's last checkpoint. A worker may die at any time; a job
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -116,6 +117,16 @@ def train(
     return TrainResult(out, model.manifest, _history(_progress(folder / PROGRESS, 0)[0]))
 
 
+def started(start: str | None) -> tuple[str, ...]:
+    """Digest of the fit that ``source.start`` names, if it names one."""
+    if start is None:
+        return ()
+    try:
+        return (hashlib.sha256((Path(start) / fits.TENSORS).read_bytes()).hexdigest(),)
+    except OSError:
+        raise FitError(f"source.start: {start} holds no {fits.TENSORS}; run `palisade pretrain`") from None
+
+
 def _scaling(config: Config) -> ray.train.ScalingConfig:
     cluster = config.cluster
     if cluster.train_gpu:
@@ -153,6 +164,7 @@ def _fit(given: dict[str, object], folder: Path) -> None:
         data={c.domain: read_manifest(p).digest for c, p in zip(corpora, places, strict=True)},
         fingerprint=config.fingerprint(),
         revision=cast("str", given["revision"]),
+        parents=started(config.source.start),
     )
 
     def report(state: fits.Fit, losses: dict[str, float]) -> None:

@@ -25,26 +25,28 @@ if TYPE_CHECKING:
 
     Runs = dict[str, dict[str, list[Result]]]
 
-SHOWN = 400  # samples of a class in a radius panel
-STANDS_IN = {  # column of the missing-modality table → what fills the gap, and whose threshold decides
+MISSING = tuple(p for p in PATTERNS if p != "full")
+STANDS_IN = {  # column of the missing-modality table → what fills the gap, and whether its own threshold decides
     "complement": ("complement", True),
     "zero-fill": ("zero-fill", True),
-    "zero-fill, complete threshold": ("zero-fill", False),
+    "zero-fill, complement's boundary": ("zero-fill", False),
 }
 
 
 def judged(results: Sequence[Result], pattern: str = "full", fill: str = "complement", *, own: bool = True) -> Calls:
-    """Every seed's calls on one target; without ``own`` at the threshold of complete samples."""
+    """Every seed's calls on one target; without ``own`` at the boundary that the model has for the complement."""
     kept = np.isfinite(results[0].test.logit[:, list(PATTERNS).index(pattern), 0])
     test = results[0].test
     scores = [r.scores("test", pattern, fill)[0] for r in results]
-    thresholds = [r.threshold(pattern, fill) if own else r.threshold() for r in results]
+    thresholds = [r.threshold(pattern, fill if own else "complement") for r in results]
     return calls(np.stack(scores), test.label[kept], test.subject[kept], thresholds)
 
 
 def method_rows(runs: Runs, ours: str) -> tuple[MethodRow, ...]:
     """One row per method over the targets that all of them have."""
     targets = shared_targets(runs)
+    if not targets:
+        return ()
     called = {m: [judged(per[t]) for t in targets] for m, per in runs.items()}
     rows: list[MethodRow] = []
     for method, per in runs.items():
@@ -106,17 +108,34 @@ def ablation(runs: Runs) -> dict[str, dict[str, AblationCell]]:
 
 def missing_grid(per_target: Mapping[str, Sequence[Result]]) -> dict[str, dict[str, Estimate]]:
     """Pattern → what stands in → mean HTER over targets and seeds; the last row is the mean over the patterns."""
+    if not per_target:
+        return {}
     grid: dict[str, dict[str, Estimate]] = {}
-    every: dict[str, list[Calls]] = {name: [] for name in STANDS_IN}
-    for pattern in [p for p in PATTERNS if p != "full"]:
-        row = {
-            name: [judged(rs, pattern, fill, own=own) for rs in per_target.values()]
+    for pattern in MISSING:
+        grid[pattern] = {
+            name: mean_hter([judged(rs, pattern, fill, own=own) for rs in per_target.values()])
             for name, (fill, own) in STANDS_IN.items()
         }
-        grid[pattern] = {name: mean_hter(called) for name, called in row.items()}
-        for name, called in row.items():
-            every[name] += called
-    return {**grid, "mean": {name: mean_hter(called) for name, called in every.items()}}
+    return {**grid, "mean": {name: mean_hter(_over_patterns(per_target, name)) for name in STANDS_IN}}
+
+
+def complement_saves(per_target: Mapping[str, Sequence[Result]]) -> Estimate | None:
+    """Share of zero-fill's HTER that the complement avoids, over all patterns, targets and seeds; None without results."""
+    if not per_target:
+        return None
+    return paired_bootstrap(_over_patterns(per_target, "complement"), _over_patterns(per_target, "zero-fill")).relative
+
+
+def _over_patterns(per_target: Mapping[str, Sequence[Result]], name: str) -> list[Calls]:
+    """Every target's calls under all patterns together: a subject is drawn with all of them, or the interval lies."""
+    fill, own = STANDS_IN[name]
+    together: list[Calls] = []
+    for results in per_target.values():
+        parts = [judged(results, pattern, fill, own=own) for pattern in MISSING]
+        wrong = np.concatenate([p.wrong for p in parts], axis=1)
+        label, cluster = (np.concatenate(rows) for rows in ([p.label for p in parts], [p.cluster for p in parts]))
+        together.append(Calls(wrong, label, cluster))
+    return together
 
 
 def limited_grid(runs: Runs) -> dict[str, dict[str, Estimate]]:
@@ -129,12 +148,13 @@ def limited_grid(runs: Runs) -> dict[str, dict[str, Estimate]]:
 def unseen_rows(runs: Runs, methods: Sequence[str]) -> tuple[UnseenRow, ...]:
     """APCER on instruments that no training sample of the sources shows, calls of all seeds together."""
     rows: list[UnseenRow] = []
-    for target in shared_targets(runs):
+    methods = [m for m in methods if m in runs]
+    for target in shared_targets(runs) if methods else ():
         first = runs[methods[0]][target][0]
         known = {instrument(s) for s in first.known}
         kinds = np.array([instrument(s) for s in first.test.pai.tolist()])
         for kind in sorted(set(kinds[first.test.label == 0].tolist()) - known):
-            rates = {m: _accepted(runs[m][target], kinds == kind) for m in methods if m in runs}
+            rates = {m: _accepted(runs[m][target], kinds == kind) for m in methods}
             rows.append(UnseenRow(target, kind, rates))
     return tuple(rows)
 
@@ -159,7 +179,7 @@ def _merged(split: Split) -> NDArray[np.str_]:
 def _panel(r: Result, split: Split, domain: str | None, mean: np.ndarray, plane: np.ndarray) -> RadiusPanel:
     def of(label: int) -> tuple[np.ndarray, np.ndarray]:
         rows = np.flatnonzero((split.label == label) & ((split.domain == domain) | (domain is None)))
-        hidden = split.hidden[rows[np.linspace(0, len(rows) - 1, min(len(rows), SHOWN)).astype(int)]]
+        hidden = split.hidden[rows]
         radius = np.linalg.norm(hidden, axis=1)
         flat = (hidden / radius[:, None].clip(1e-9) - mean) @ plane.T
         return radius, np.arctan2(flat[:, 1], flat[:, 0])

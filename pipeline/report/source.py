@@ -32,10 +32,10 @@ METHODS = {
     "erm": "empirical risk minimisation: the same loss over all domains, no invariance",
     "irm": "invariant risk minimisation, IRMv1 (Arjovsky et al., 2019)",
     "vrex": "penalises the variance of the risk over domains (Krueger et al., 2021)",
-    "pgirm": "a linear boundary per domain, drawn together: PG-IRM (Sun et al., 2023)",
+    "pgirm": "a boundary per domain (here a sphere), drawn together: PG-IRM (Sun et al., 2023)",
     "mmdg": "single-side prototypes and modality-wise gradient balance, after MMDG",
     "dadm": "mutual information and dual alignment of modalities and domains, after DADM",
-    "ctnet": "consistent transitions between classes and modalities, after CTNet",
+    "ctnet": "transitions between modalities alike in bona fide, other in attacks, after CTNet",
     "rise": "spherical boundary, cues in the angle, synergy disentanglement: rebuilt from RiSe's abstract, not a reproduction",
 }
 

@@ -89,3 +89,26 @@ def test_mistakes_are_named() -> None:
         synth.clips("Z", FEW, 0)
     with pytest.raises(ValueError, match="split 'dev': allowed are train, val, test"):
         synth.clips("A", {"dev": 3}, 0)
+
+
+def test_the_rendered_domain_is_for_training_and_nobody_in_it_is_anywhere_else() -> None:
+    from pipeline.data.corpora import rendered
+
+    plan = rendered.plan(480)
+    assert len(plan) == 480
+    assert {c.split for c in plan} == {"train"}
+    assert len({(c.domain, c.video, c.frame) for c in plan}) == 480, "names of samples are unique"
+    assert min(c.what.subject for c in plan) >= rendered.PEOPLE
+    assert len({c.rig.exposure for c in plan}) > 30, "rigs differ between videos"
+    assert all(
+        c.rig == d.rig for c, d in zip(plan, plan[1:], strict=False) if (c.domain, c.video) == (d.domain, d.video)
+    )
+    assert {c.what.species for c in plan} >= {
+        "bona_fide",
+        "print_flat",
+        "mask_silicone",
+        "partial_glasses",
+        "print_cutout",
+    }
+    first = next(rendered.rows(None, size=16, samples=4))
+    assert (first.split, first.frame.shape) == ("train", (5, 16, 16))
