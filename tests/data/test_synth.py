@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -100,9 +101,7 @@ def test_the_rendered_domain_is_for_training_and_nobody_in_it_is_anywhere_else()
     assert len({(c.domain, c.video, c.frame) for c in plan}) == 480, "names of samples are unique"
     assert min(c.what.subject for c in plan) >= rendered.PEOPLE
     assert len({c.rig.exposure for c in plan}) > 30, "rigs differ between videos"
-    assert all(
-        c.rig == d.rig for c, d in zip(plan, plan[1:], strict=False) if (c.domain, c.video) == (d.domain, d.video)
-    )
+    assert all(c.rig == d.rig for c, d in itertools.pairwise(plan) if (c.domain, c.video) == (d.domain, d.video))
     assert {c.what.species for c in plan} >= {
         "bona_fide",
         "print_flat",
