@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayError
 
 import pipeline
 from pipeline import fit as fits
@@ -83,7 +84,7 @@ def run(
         for ref in done:
             try:
                 failed |= cast("dict[Job, str]", ray.get(ref))
-            except ray.exceptions.RayError as e:  # a worker was lost three times, or broke: only its own fits are
+            except RayError as e:  # a worker was lost three times, or broke: only its own fits are
                 why = str(e).strip().splitlines()[-1]
                 failed |= {job: why for job in owned[ref] if not paths[job].exists()}
         on_progress(sum(p.exists() for p in set(paths.values())), len(set(paths.values())))

@@ -133,7 +133,8 @@ def _over_patterns(per_target: Mapping[str, Sequence[Result]], name: str) -> lis
     for results in per_target.values():
         parts = [judged(results, pattern, fill, own=own) for pattern in MISSING]
         wrong = np.concatenate([p.wrong for p in parts], axis=1)
-        label, cluster = (np.concatenate(rows) for rows in ([p.label for p in parts], [p.cluster for p in parts]))
+        label = np.concatenate([p.label for p in parts])
+        cluster = np.concatenate([p.cluster for p in parts])
         together.append(Calls(wrong, label, cluster))
     return together
 
