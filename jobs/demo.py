@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MARK = ".palisade-demo"
 CONF = Path("conf/demo.yaml")
-SAMPLES = 300  # per domain
+SAMPLES = 900  # per domain
 TAMPERED = "terminal-gate"  # its candidate is spoilt on purpose
 RECKLESS = ("site.kind=tent", "site.lr=0.5")
 LOOSE = tuple(f"guards.{g}.advisory=true" for g in ("ceiling", "noninferiority", "trust"))
