@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import torch
-
 from jobs.bench import conclude, context
 from jobs.bench_source_figures import figures, numbers, reported, shown
 from jobs.imports import import_into
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from jobs import Terminal
     from pipeline.cluster.bench import Job
     from pipeline.config import Config
-    from pipeline.data.corpus import Corpus
     from pipeline.report.compare import Runs
     from pipeline.source import SourceMethod
 
@@ -88,7 +85,9 @@ def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int 
     terminal.say("timing a training step beside a bare DataLoader loop")
     corpora = [read_corpus(folders[d], ("train", "val")) for d in domains]
     task = fits.Task(cast("SourceMethod", config.source), config.model, config.data.size)
-    timed, borne = _speed(task, config.cluster.cpus, corpora), degenerate(task, corpora)
+    with speed.threads(config.cluster.cpus):
+        timed = speed.measure(task, corpora)
+    borne = degenerate(task, corpora)
     made = reported(config, runs, timed, quick=quick)
     seconds = time.monotonic() - started + before / config.cluster.cpus
     ours = dict(runs["main"].get(OURS, {}))
@@ -187,12 +186,3 @@ def _corpora(config: Config, terminal: Terminal) -> dict[str, Path]:
         if domain in real and not 0 < m.bona_fide.get("test", 0) < m.rows.get("test", 0):
             raise ValueError(f"{path}: the test split must hold bona fide and attack rows; it is a target in its turn")
     return used
-
-
-def _speed(task: fits.Task, threads: int, corpora: list[Corpus]) -> speed.Speed:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return speed.measure(task, corpora)
-    finally:
-        torch.set_num_threads(before)

@@ -12,14 +12,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from jobs import Exit
 from jobs.imports import import_into
 from pipeline import fit as fits
 from pipeline.config import method_config
 from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.source import Schedule
+from pipeline.speed import threads
 
 if TYPE_CHECKING:
     from jobs import Terminal
@@ -57,14 +56,9 @@ def pretrained(config: Config, terminal: Terminal) -> Path:
         return out
     corpus = read_corpus(folder, ("train",))
     task = fits.Task(method, model, config.data.size)  # pyright: ignore[reportArgumentType]  # method files are found by name
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.cluster.cpus)
-    try:
-        with terminal.progress("pretrain", "steps") as advance:
-            state = fits.begin(task, domains=1)
-            fits.advance(state, [corpus], until=STEPS, every=EVERY, report=lambda s, _: advance(s.step, STEPS))
-    finally:
-        torch.set_num_threads(threads)
+    with threads(config.cluster.cpus), terminal.progress("pretrain", "steps") as advance:
+        state = fits.begin(task, domains=1)
+        fits.advance(state, [corpus], until=STEPS, every=EVERY, report=lambda s, _: advance(s.step, STEPS))
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)

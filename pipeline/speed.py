@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -36,6 +37,17 @@ class Speed(NamedTuple):
     optimizer: float
     samples: float  # per second of a fit
     bare: float  # per second of the bare loop
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch on ``count`` threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def measure(task: Task, corpora: Sequence[Corpus], *, workers: int = 1) -> Speed:

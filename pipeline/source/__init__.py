@@ -1,6 +1,7 @@
 """What to learn from labelled domains. One method is one file; this file holds what all of them share.
 
-A method file has ``Config``, a subclass of ``Schedule`` with ``kind`` = the module's name. Its methods are the contract:
+A method file has ``Config``, a subclass of ``Schedule`` with ``kind`` = the module's name. Its methods are the contract;
+``Schedule`` has an ``extra`` and an ``after_step`` that do nothing:
 
 ``extra(domains, tail) -> Params``
     learnable tensors of the objective that are not part of the model (may be empty); one that is named after a tensor of
@@ -49,6 +50,16 @@ class Schedule(Section):
         default="auto", description="of the trunk in training; auto: bfloat16 where the processor multiplies it"
     )
     heads: float = Field(default=0.3, ge=0, description="weight of the single-modality heads in the risk")
+
+    def extra(self, domains: int, tail: Params) -> Params:
+        return {}
+
+    def after_step(self, extra: Params) -> None:
+        return None
+
+    def risk_terms(self, risk: Tensor) -> dict[str, Tensor]:
+        """The terms that all methods have, from the risk [V] of every head."""
+        return {"risk": risk[tails.FUSED], "heads": self.heads * risk[: tails.FUSED].sum()}
 
 
 class Batch(NamedTuple):

@@ -35,24 +35,17 @@ class Config(Schedule):
     margin: float = Field(default=0.5, ge=0, le=1, description="cosine distance of attacks from the live transition")
     auxiliary: float = Field(default=0.3, ge=0, description="weight of infrared and depth features from RGB")
 
-    def extra(self, domains: int, tail: Params) -> Params:
-        return {}
-
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         z = model.trunk_features(batch.frames, batch.present)
         read = tails.read(model.tail, z, batch.present)
         risk = head_risks(read.logit, batch, batch.present)
         consistent, inconsistent = transition_terms(read.intrinsic, batch, self.margin)
         return {
-            "risk": risk[tails.FUSED],
-            "heads": self.heads * risk[: tails.FUSED].sum(),
+            **self.risk_terms(risk),
             "consistency": self.consistency * consistent,
             "inconsistency": self.inconsistency * inconsistent,
             "auxiliary": self.auxiliary * from_rgb(model.tail, z, batch.present),
         }
-
-    def after_step(self, extra: Params) -> None:
-        return None
 
 
 def transitions(intrinsic: Tensor) -> Tensor:

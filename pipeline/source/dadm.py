@@ -60,8 +60,7 @@ class Config(Schedule):
             for m in range(tails.MODALITIES)
         ]
         return {
-            "risk": risk[tails.FUSED],
-            "heads": self.heads * risk[: tails.FUSED].sum(),
+            **self.risk_terms(risk),
             "mutual": -self.mutual * bound,
             "angle": self.angle * torch.stack(angles).mean(),
         }

@@ -17,7 +17,7 @@ from pipeline.source import Schedule, drop_modalities, heads_seen, masked_mean
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from pipeline.source import Batch, Model, Params
+    from pipeline.source import Batch, Model
 
 
 class Config(Schedule):
@@ -25,9 +25,6 @@ class Config(Schedule):
 
     kind: Literal["erm"] = "erm"  # pyright: ignore[reportIncompatibleVariableOverride]
     dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples that lose one or two modalities")
-
-    def extra(self, domains: int, tail: Params) -> Params:
-        return {}
 
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         z = model.trunk_features(batch.frames, batch.present)
@@ -37,10 +34,7 @@ class Config(Schedule):
             class_balanced(read.logit[:, v], batch.label, seen)
             for v, seen in enumerate(heads_seen(present).unbind(dim=1))
         ]
-        return {"risk": per_head[tails.FUSED], "heads": self.heads * torch.stack(per_head[: tails.FUSED]).sum()}
-
-    def after_step(self, extra: Params) -> None:
-        return None
+        return self.risk_terms(torch.stack(per_head))
 
 
 def class_balanced(logit: Tensor, label: Tensor, used: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pipeline.source import Schedule, head_risks, irm_penalty
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from pipeline.source import Batch, Model, Params
+    from pipeline.source import Batch, Model
 
 
 class Config(Schedule):
@@ -30,19 +30,12 @@ class Config(Schedule):
     penalty: float = Field(default=10.0, ge=0, description="weight of the penalty after the annealing")
     anneal: float = Field(default=0.5, ge=0, le=1, description="share of the schedule in which the weight is at most 1")
 
-    def extra(self, domains: int, tail: Params) -> Params:
-        return {}
-
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         z = model.trunk_features(batch.frames, batch.present)
         logit = tails.read(model.tail, z, batch.present).logit
         risk = head_risks(logit, batch, batch.present)
         weight = self.penalty if batch.progress >= self.anneal else min(1.0, self.penalty)
         return {
-            "risk": risk[tails.FUSED],
-            "heads": self.heads * risk[: tails.FUSED].sum(),
+            **self.risk_terms(risk),
             "irm": weight * irm_penalty(logit[:, tails.FUSED], batch),
         }
-
-    def after_step(self, extra: Params) -> None:
-        return None

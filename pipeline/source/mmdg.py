@@ -56,14 +56,10 @@ class Config(Schedule):
         certain = certainty(model.tail, read, batch.present, self.dropout, self.passes, generator)
         turn = turned(model.tail, alone, certain, batch.present.any(dim=0))
         return {
-            "risk": risk[tails.FUSED],
-            "heads": self.heads * risk[: tails.FUSED].sum(),
+            **self.risk_terms(risk),
             "prototype": self.prototype * pull,
             "rebalance": self.rebalance * (alone.sum() + turn),
         }
-
-    def after_step(self, extra: Params) -> None:
-        return None
 
 
 def follow(prototypes: Tensor, intrinsic: Tensor, group: Tensor, present: Tensor) -> Tensor:

@@ -37,8 +37,7 @@ class Config(Schedule):
         read = tails.read(with_boundaries(model, batch), z, batch.present)
         risk = head_risks(read.logit, batch, batch.present)
         return {
-            "risk": risk[tails.FUSED],
-            "heads": self.heads * risk[: tails.FUSED].sum(),
+            **self.risk_terms(risk),
             "angle": self.angle * sup_con(read.hidden, 2 * batch.domain + batch.label, self.temperature),
         }
 

@@ -62,7 +62,7 @@ class Config(Schedule):
         z = model.trunk_features(batch.frames, batch.present)
         full = tails.read(tail, z, batch.present)
         risk = head_risks(full.logit, batch, batch.present, self.margin)
-        terms = {"risk": risk[tails.FUSED], "heads": self.heads * risk[: tails.FUSED].sum()}
+        terms = self.risk_terms(risk)
         if self.compact:
             terms["compact"] = self.compact * compactness(full.logit[:, tails.FUSED], batch.label, self.margin)
         if self.invariance == "irmv1" and self.irm:

@@ -18,7 +18,7 @@ from pipeline.source import Schedule, domain_risks, head_risks
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from pipeline.source import Batch, Model, Params
+    from pipeline.source import Batch, Model
 
 
 class Config(Schedule):
@@ -28,9 +28,6 @@ class Config(Schedule):
     penalty: float = Field(default=10.0, ge=0, description="weight of the variance after the annealing")
     anneal: float = Field(default=0.5, ge=0, le=1, description="share of the schedule in which the weight is at most 1")
 
-    def extra(self, domains: int, tail: Params) -> Params:
-        return {}
-
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         z = model.trunk_features(batch.frames, batch.present)
         logit = tails.read(model.tail, z, batch.present).logit
@@ -38,10 +35,6 @@ class Config(Schedule):
         per_domain = domain_risks(logit[:, tails.FUSED], batch, batch.present.any(dim=1))
         weight = self.penalty if batch.progress >= self.anneal else min(1.0, self.penalty)
         return {
-            "risk": risk[tails.FUSED],
-            "heads": self.heads * risk[: tails.FUSED].sum(),
+            **self.risk_terms(risk),
             "variance": weight * per_domain.var(correction=0),
         }
-
-    def after_step(self, extra: Params) -> None:
-        return None
