@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from types import ModuleType
 
 from typer.exceptions import TyperException
@@ -41,6 +42,8 @@ def gather(argv: Sequence[str]) -> list[str]:
             front += [word, next(words, "")]
         elif word == "--json" or word.startswith("--config="):
             front.append(word)
+        elif word == "--with":  # its value looks like an override and is the what-if's own
+            rest += [word, *islice(words, 1)]
         elif OVERRIDE.fullmatch(word):
             front += ["--set", word]
         else:

@@ -202,6 +202,33 @@ def tune(
     return tune(config, ctx.obj.terminal, what=what)
 
 
+@app.command(epilog=EVERYWHERE)
+def replay(
+    ctx: typer.Context,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="section.key=value of the what-if, section site or bank; may be repeated."),
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="YAML whose sections site and bank the what-if takes.")] = None,
+    site: Annotated[list[str] | None, typer.Option(help="Only this site; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the comparison to this .parquet or .json.")] = None,
+) -> int:
+    """What if: the recorded streams again under other settings, site by site beside the present ones.
+
+    Every site starts from the source model. Nothing is recorded. Exit codes: 0 compared, 3 nothing could be compared, 4 some
+    site's verdict would be worse (pass, hold, fail).
+    """
+    if not (changes or against):
+        raise ValueError("replay: nothing is different yet; give --with section.key=value, --against FILE, or both")
+    config = ctx.obj.config
+    from pipeline.config import altered
+
+    what_if = altered(config, changes or (), sections=("site", "bank"), path=against)
+    from jobs.replay import replay
+
+    return replay(config, what_if, ctx.obj.terminal, sites=site or [], out=out)
+
+
 @bench_app.command("source", epilog=EVERYWHERE)
 def bench_source(
     ctx: typer.Context,

@@ -15,7 +15,7 @@ from pipeline.models import tail as tails
 from pipeline.types import Features, Outcome, Section
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -60,11 +60,12 @@ def step(method: SiteMethod, tail: Params, stacked: State, batch: Features) -> t
 
 
 def run(
-    method: SiteMethod, tail: Params, stacked: State, streams: Sequence[Features], *, batch: int, slots: int
-) -> tuple[State, list[Trace]]:
+    method: SiteMethod, tail: Params, stacked: State, streams: Sequence[Features], *, batch: int, slots: int,
+    on_step: Callable[[State], None] | None = None,
+) -> tuple[State, list[Trace]]:  # fmt: skip
     """Feed each site its samples in order, ``batch`` at a time: predict, then learn. ``stacked`` holds one state a stream.
 
-    Slots beyond ``len(streams)`` are filled with an idle copy, so every step has the shape [slots, batch].
+    ``on_step`` is shown the states after each step. Slots beyond ``len(streams)`` are filled with an idle copy, so every step has the shape [slots, batch].
     """
     count = len(streams)
     assert 0 < count <= slots
@@ -75,6 +76,8 @@ def run(
     for start in range(0, max(len(s.z) for s in streams), batch):
         now = [Features(*(t[start : start + batch] for t in s)) for s in streams]
         stacked, outcome = step(method, tail, stacked, pad(now + [empty] * (slots - count), batch))
+        if on_step:
+            on_step(stacked)
         for k, here in enumerate(now):
             if len(here.z):
                 parts[k].append(Outcome(*(t[k, : len(here.z)] if t.dim() > 1 else t[k] for t in outcome)))
@@ -86,6 +89,13 @@ def scores(tail: Params, stacked: State, z: Tensor, present: Tensor) -> Tensor:
     own = {name: stacked[name] for name in tails.MOVABLE}
     with torch.no_grad():
         return torch.func.vmap(lambda s: tails.score({**tail, **s}, z, present))(own)
+
+
+def distance(tail: Params, stacked: State, k: int) -> float:
+    """|theta_c - theta_0| / |theta_0| of site ``k`` over the movable tensors; theta_0 is the source model's."""
+    moved = torch.stack([torch.sum((stacked[n][k] - tail[n]) ** 2) for n in tails.MOVABLE]).sum()
+    size = torch.stack([torch.sum(tail[n] ** 2) for n in tails.MOVABLE]).sum()
+    return float(torch.sqrt(moved / size))
 
 
 def pad(batches: Sequence[Features], size: int) -> Features:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     Params = dict[str, Tensor]
 
 REPLAY = 64  # labelled source features that travel with the model
-FLOOR = 1e-3  # smallest radius: its logarithm is stored
 
 
 def calibrated(tail: Params, z: Tensor, present: Tensor, label: np.ndarray, *, substitute: bool = True) -> Params:
@@ -38,7 +37,7 @@ def calibrated(tail: Params, z: Tensor, present: Tensor, label: np.ndarray, *, s
             return None
         r = tails.read(tail, z[seen], there[seen], substitute=substitute).radius[:, head].double().numpy()
         at = -metrics.eer_threshold(-r, label[rows])
-        return at if "linear" in tail else math.log(max(at, FLOOR))
+        return at if "linear" in tail else math.log(max(at, tails.SMALLEST))
 
     for v in range(tails.HEADS):
         seen = torch.ones(len(label), dtype=torch.bool) if v == tails.FUSED else present[:, v]
@@ -49,6 +48,36 @@ def calibrated(tail: Params, z: Tensor, present: Tensor, label: np.ndarray, *, s
         at = boundary(tails.FUSED, kept.expand_as(present), (present | ~kept).all(dim=1))
         pattern[left] = 0.0 if at is None else at - float(log_rho[tails.FUSED])
     return {"log_rho": log_rho, "pattern": pattern}
+
+
+def reference(tail: Params, z: Tensor, present: Tensor, label: np.ndarray, domain: np.ndarray) -> Params:
+    """What label-free methods hold a site's scores against, from the pooled validation.
+
+    reference.logit [2^M, 2, QUANTILES]: quantiles of the fused logit of attacks (0) and bona fide (1) for every set of
+    present modalities; where a set cannot be shown, those of all modalities. reference.boundary [E]: the fused log radius
+    at which each domain's own errors are equal.
+    """
+    levels = np.linspace(0, 1, tails.QUANTILES)
+    everything = 2**tails.MODALITIES - 1
+    logit = torch.zeros(2**tails.MODALITIES, 2, tails.QUANTILES)
+    own: list[float] = []
+    for left in range(everything, -1, -1):
+        kept = torch.tensor([bool(left >> m & 1) for m in range(tails.MODALITIES)])
+        seen = (present | ~kept).all(dim=1).numpy() if left else np.zeros(len(label), bool)
+        if len(set(label[seen].tolist())) < 2:
+            logit[left] = logit[everything]
+            continue
+        read = tails.read(tail, z[seen], kept.expand_as(present)[seen])
+        fused, radius = (t[:, tails.FUSED].double().numpy() for t in (read.logit, read.radius))
+        for y in (0, 1):
+            logit[left, y] = torch.from_numpy(np.quantile(fused[label[seen] == y], levels)).float()
+        if left == everything:
+            for e in np.unique(domain[seen]):
+                here = domain[seen] == e
+                if len(set(label[seen][here].tolist())) == 2:
+                    at = -metrics.eer_threshold(-radius[here], label[seen][here])
+                    own.append(at if "linear" in tail else math.log(max(at, tails.SMALLEST)))
+    return {"reference.logit": logit, "reference.boundary": torch.tensor(own)}
 
 
 def replay(trunk: nn.Module, corpora: Sequence[Corpus]) -> Params:

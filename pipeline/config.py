@@ -163,6 +163,27 @@ def parse(text: str, where: str) -> Config:
     return _compose(_mapping(text, where), where, {})
 
 
+def altered(config: Config, overrides: Sequence[str], *, sections: Sequence[str], path: Path | None = None) -> Config:
+    """``config`` with those of ``sections`` that the file ``path`` has, then ``overrides`` in them; the rest is as it is.
+
+    Validated as by ``load``, and the file as a whole. Raises ConfigError.
+    """
+    raw = {s: getattr(config, s).model_dump(mode="json", exclude_unset=True) for s in sections}
+    where, given_in = str(path) if path else "defaults", {}
+    if path:
+        load(path)
+        given = _read(path)
+        if not any(s in given for s in sections):
+            raise ConfigError(f"{path}: has none of the sections {', '.join(sections)}")
+        raw |= {s: given[s] for s in sections if s in given}
+    for item in overrides:
+        if item.partition(".")[0] not in sections:
+            raise ConfigError(f"override {item!r}: allowed are the sections {', '.join(sections)}")
+        _override(raw, item, given_in)
+    made = _compose(raw, where, given_in)
+    return config.model_copy(update={s: getattr(made, s) for s in sections})
+
+
 def methods(section: str) -> list[str]:
     """Names of the methods in ``pipeline/<section>``: the folder is the registry."""
     package = importlib.import_module(f"pipeline.{section}")

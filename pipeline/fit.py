@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline import metrics
-from pipeline.calibrate import calibrated, replay, validation
+from pipeline.calibrate import calibrated, reference, replay, validation
 from pipeline.models import ModelConfig
 from pipeline.models import tail as tails
 from pipeline.models.checkpoint import Manifest, SourceModel, seal
@@ -229,6 +229,7 @@ def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> Sourc
     trunk, tail = fold(objective.trunk).cpu(), objective.final_tail()
     domain, label, z, present = validation(trunk, corpora)
     tail |= calibrated(tail, z, present, label)
+    tail |= reference(tail, z, present, label, domain)
     manifest = Manifest(
         config=task.model, size=task.size, threshold=0.5, method=task.method.kind,
         domains=tuple(c.domain for c in corpora), data=task.data, parents=task.parents,

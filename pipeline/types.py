@@ -46,6 +46,7 @@ class Features(NamedTuple):
     z: Tensor  # [B, M, F] float32; rows of absent modalities are ignored whatever they hold
     present: Tensor  # [B, M] bool
     valid: Tensor  # [B] bool; False marks padding, which must change nothing
+    session: Tensor  # [B] int64 pseudonym; captures of one session are not independent, whoever stands there
 
 
 class Outcome(NamedTuple):

@@ -22,7 +22,13 @@ def mixed(seed: int) -> Features:
     g = torch.Generator().manual_seed(seed)
     present = torch.rand(K, B, 3, generator=g) > 0.2
     present[..., 0] |= ~present.any(-1)
-    return Features(torch.randn(K, B, 3, F, generator=g), present, torch.ones(K, B, dtype=torch.bool))
+    session = torch.arange(K * B).view(K, B) + 1000 * seed
+    return Features(torch.randn(K, B, 3, F, generator=g), present, torch.ones(K, B, dtype=torch.bool), session)
+
+
+def stream(z: torch.Tensor) -> Features:
+    there = torch.ones(len(z), 3, dtype=torch.bool)
+    return Features(z, there, there[:, 0], torch.arange(len(z)))
 
 
 @pytest.mark.parametrize("kind", methods("site"))
@@ -54,7 +60,7 @@ def test_a_hostile_site_leaves_the_others_bit_equal(victim, poison, steps):
         if poison == "single":
             valid[victim, 1:] = False
         clean, _ = bank.step(METHOD, SOURCE, clean, b)
-        dirty, _ = bank.step(METHOD, SOURCE, dirty, Features(z, b.present, valid))
+        dirty, _ = bank.step(METHOD, SOURCE, dirty, b._replace(z=z, valid=valid))
     others = [k for k in range(K) if k != victim]
     assert all(torch.equal(clean[n][others], dirty[n][others]) for n in clean)
     assert all(torch.isfinite(t).all() for t in dirty.values() if t.is_floating_point())
@@ -76,10 +82,7 @@ def test_unstack_inverts_stack():
 
 
 def test_pad_marks_what_it_added():
-    parts = [
-        Features(torch.ones(n, 3, F), torch.ones(n, 3, dtype=torch.bool), torch.ones(n, dtype=torch.bool))
-        for n in (0, 2, B)
-    ]
+    parts = [stream(torch.ones(n, 3, F)) for n in (0, 2, B)]
     padded = bank.pad(parts, B)
     assert padded.z.shape == (3, B, 3, F)
     assert padded.valid.sum(1).tolist() == [0, 2, B]
@@ -100,10 +103,7 @@ def test_scores_are_those_of_each_site_alone():
 def test_run_scores_every_sample_once_whatever_the_slots():
     lengths = (5, 20, 0)
     g = torch.Generator().manual_seed(9)
-    streams = [
-        Features(torch.randn(n, 3, F, generator=g), torch.ones(n, 3, dtype=torch.bool), torch.ones(n, dtype=torch.bool))
-        for n in lengths
-    ]
+    streams = [stream(torch.randn(n, 3, F, generator=g)) for n in lengths]
     start = bank.stack([METHOD.init(SOURCE) for _ in lengths])
     new, traces = bank.run(METHOD, SOURCE, start, streams, batch=B, slots=4)
     assert [len(t.score) for t in traces] == list(lengths)
@@ -114,9 +114,7 @@ def test_run_scores_every_sample_once_whatever_the_slots():
 
 def test_run_in_two_windows_is_run_in_one():
     g = torch.Generator().manual_seed(10)
-    whole = Features(
-        torch.randn(32, 3, F, generator=g), torch.ones(32, 3, dtype=torch.bool), torch.ones(32, dtype=torch.bool)
-    )
+    whole = stream(torch.randn(32, 3, F, generator=g))
     start = bank.stack([METHOD.init(SOURCE)])
     once, trace = bank.run(METHOD, SOURCE, start, [whole], batch=B, slots=2)
     half, one = bank.run(METHOD, SOURCE, start, [Features(*(t[:16] for t in whole))], batch=B, slots=2)

@@ -153,7 +153,7 @@ def judge(
         finite = all(bool(torch.isfinite(t[k]).all()) for t in states.values() if t.is_floating_point())
         evidence = evidence_of(
             candidate_scores[k], stable_scores[k], anchor.label.numpy(), anchor.species, patterns, model.manifest.threshold,
-            trust_ratio=_distance(model.tail, states, k), stream_n=len(w.block), age_seconds=w.age_seconds,
+            trust_ratio=bank.distance(model.tail, states, k), stream_n=len(w.block), age_seconds=w.age_seconds,
             stream_finite=finite and bool(torch.isfinite(traces[k].score).all()), valid=present.any(-1).numpy(),
             holds_before=w.row.holds,
         )  # fmt: skip
@@ -164,7 +164,8 @@ def judge(
 def features_of(block: FeatureBlock) -> Features:
     """A block of the store as one site's stream."""
     present = torch.from_numpy(mask_to_bool(block.present))
-    return Features(torch.from_numpy(block.z.astype(np.float32)), present, torch.ones(len(block), dtype=torch.bool))
+    z, session = torch.from_numpy(block.z.astype(np.float32)), torch.from_numpy(block.session)
+    return Features(z, present, torch.ones(len(block), dtype=torch.bool), session)
 
 
 def load_state(config: Config, model: SourceModel, row: StateRow | None) -> State:
@@ -178,13 +179,6 @@ def load_state(config: Config, model: SourceModel, row: StateRow | None) -> Stat
     if row.method != method.kind or {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in fresh.items()}:
         return {**fresh, **{name: state[name] for name in tail.MOVABLE}}  # another method: what it learned, not how
     return state
-
-
-def _distance(source: dict[str, Tensor], states: State, k: int) -> float:
-    """|theta_c - theta_0| / |theta_0| over the movable tensors."""
-    moved = torch.stack([torch.sum((states[n][k] - source[n]) ** 2) for n in tail.MOVABLE]).sum()
-    size = torch.stack([torch.sum(source[n] ** 2) for n in tail.MOVABLE]).sum()
-    return float(torch.sqrt(moved / size))
 
 
 def _outcomes(block: FeatureBlock, trace: bank.Trace, before: Tensor, after: Tensor) -> dict[str, Tensor]:

@@ -181,6 +181,7 @@ def _checked_tail(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest)
     wanted = tails.init_tail(config.tail, config.trunk.features, generator=torch.Generator())
     tail = {n.removeprefix(TAIL): t for n, t in tensors.items() if n.startswith(TAIL)}
     memory = {n: tail.pop(n) for n in tails.REPLAY if n in tail}
+    reference = {n: tail.pop(n) for n in tails.REFERENCE if n in tail}
     if odd := sorted(wanted.keys() ^ tail.keys()):
         raise BadCheckpoint(f"{path / WEIGHTS}: tail tensor {odd[0]} is missing or unknown")
     for name, t in tail.items():
@@ -191,7 +192,10 @@ def _checked_tail(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest)
     shapes = [tuple(t.shape[1:]) for t in memory.values()]
     if memory and shapes != [(tails.MODALITIES, config.trunk.features), (tails.MODALITIES,), ()]:
         raise BadCheckpoint(f"{path / WEIGHTS}: the source features {', '.join(tails.REPLAY)} are not whole")
-    return {**tail, **memory}
+    logit = reference.get("reference.logit")
+    if logit is not None and logit.shape != (2**tails.MODALITIES, 2, tails.QUANTILES):
+        raise BadCheckpoint(f"{path / WEIGHTS}: reference.logit has shape {tuple(logit.shape)}; train again")
+    return {**tail, **memory, **reference}
 
 
 def _read(path: Path, limit: int | None) -> bytes:

@@ -21,18 +21,17 @@ if TYPE_CHECKING:
     Params = dict[str, Tensor]
 
 KAPPA = 5.0  # steepness of the radial boundary
+SMALLEST = 1e-3  # radius: its logarithm is stored
 MODALITIES = 3
 HEADS = MODALITIES + 1
 FUSED = MODALITIES
 GATE_INIT = 0.1  # how much a complement adds to a modality that is there
 SYNERGY_INIT = 0.1
 BOUNDARY = ("log_rho", "linear")  # what decides between the classes, of which a domain may own a copy during a fit
-MOVABLE = ("site.gamma", "site.beta", "site.down", "site.up", "gate", "log_rho")
-REPLAY = (
-    "replay.z",
-    "replay.present",
-    "replay.label",
-)  # labelled source features a trained tail carries; no parameters
+MOVABLE = ("site.gamma", "site.beta", "site.down", "site.up", "gate", "log_rho", "pattern")
+REPLAY = ("replay.z", "replay.present", "replay.label")  # labelled source features a trained tail carries; no parameters
+REFERENCE = ("reference.logit", "reference.boundary")  # what source validation says of its scores; see ``calibrate``
+QUANTILES = 33  # of reference.logit, from the lowest to the highest
 NO_DECAY = (
     "fuse.out",
     "head.out",
@@ -149,7 +148,8 @@ def complete(params: Params, z: Tensor, present: Tensor) -> Completed:
     predicted = torch.einsum("bkmq,kmfq->bkmf", low, params["complement.out"])
     complement = torch.einsum("bmk,bkmf->bmf", weight, predicted)
     gate = torch.sigmoid(params["gate"])[:, None]
-    return Completed(torch.where(present[..., None], z + gate * complement, complement), complement)
+    absent = params.get("fill", complement)  # [M, F] a constant in its place, for comparisons
+    return Completed(torch.where(present[..., None], z + gate * complement, absent), complement)
 
 
 def split(params: Params, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,6 +177,14 @@ def logit(params: Params, radius: Tensor, present: Tensor) -> Tensor:
     """kappa (rho - r) per head: inside the sphere is bona fide. The fused head has a radius per set of modalities."""
     rho = params["log_rho"] + torch.nn.functional.pad(params["pattern"][bits(present)][..., None], (FUSED, 0))
     return KAPPA * ((rho if "linear" in params else torch.exp(rho)) - radius)
+
+
+def shifted(params: Params, logit: Tensor) -> Tensor:
+    """The ``pattern`` [2^M] with which the fused logit under every set of modalities is lower by ``logit`` [2^M]."""
+    rho = params["log_rho"][FUSED] + params["pattern"]
+    if "linear" in params:
+        return params["pattern"] - logit / KAPPA
+    return torch.log((torch.exp(rho) - logit / KAPPA).clamp(min=SMALLEST)) - params["log_rho"][FUSED]
 
 
 def bits(present: Tensor) -> Tensor:

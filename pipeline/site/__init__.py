@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from pipeline.models import tail as tails
+from pipeline.trust import entropy
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     Params = dict[str, Tensor]
     State = dict[str, Tensor]
 
+__all__ = ["BETAS", "LARGEST", "LEARNED", "SiteMethod", "adam", "entropy", "moments", "sane"]
+
+LEARNED = tuple(name for name in tails.MOVABLE if name != "pattern")  # by gradients; pattern is counted, not learned
 BETAS = (0.9, 0.999)
 LARGEST = 1e4  # no trunk feature comes near; its square still sums without overflow
 
@@ -46,12 +52,6 @@ def sane(batch: Features) -> Features:
     ok = (clean.abs() <= LARGEST).all(-1).all(-1) & batch.present.any(-1)  # a NaN compares False
     valid = batch.valid & ok
     return batch._replace(z=torch.where(valid[:, None, None], clean, 0.0), valid=valid)
-
-
-def entropy(p: Tensor) -> Tensor:
-    """Binary entropy in nats, with a finite gradient at 0 and 1."""
-    p = p.clamp(1e-6, 1 - 1e-6)
-    return -p * torch.log(p) - (1 - p) * torch.log1p(-p)
 
 
 def moments(tail: Params, names: Sequence[str]) -> State:

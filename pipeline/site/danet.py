@@ -2,7 +2,11 @@
 
 Reconstruction from the abstract of arXiv 2509.23475 ("Multi-modal Face Anti-Spoofing via Domain Adaptation"), not a
 reproduction: the abstract names the three parts; every formula below is ours (``methods.md`` §3). The complement lives in
-the tail. Only the site adapter, the complement gates and log rho move.
+the tail. By gradients only the site adapter, the complement gates and log rho move.
+
+Not from the paper: the boundary follows the score shift of the site (``pipeline.shift``), nothing moves before there is
+evidence of a shift, and the guards on who may teach in ``pipeline.trust``. Each is a setting; ``palisade bench site`` has a
+row for each.
 """
 
 from __future__ import annotations
@@ -13,115 +17,202 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 
+from pipeline import shift, trust
 from pipeline.models import tail as tails
-from pipeline.site import adam, entropy, moments, sane
+from pipeline.site import LEARNED, adam, moments, sane
 from pipeline.types import Outcome, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.models.tail import Read
     from pipeline.site import Params, State
     from pipeline.types import Features
 
 WARM_UP = 20  # steps whose median instability becomes the reference
-SUBSTITUTED = 0.2  # extra uncertainty of a head that reads a substituted modality
-SHARPNESS = 0.2  # temperature of the vote
 
 
 class Config(Section):
-    """Settings of ``danet``; the three ``use_*`` switches are for ablation."""
+    """Settings of ``danet``: of the reconstruction first, then our own additions."""
 
     kind: Literal["danet"] = "danet"
     mode: Literal["tta", "da"] = Field(
         default="tta", description="tta: stream only; da: labelled source features stay in the loss"
     )
-    lr: float = Field(default=1e-3, gt=0)
+    learn: bool = Field(default=True, description="gradients; without them only the boundary may move")
+    lr: float = Field(default=3e-4, gt=0)
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
-    confidence_bona_fide: float = Field(default=0.9, ge=0.5, le=1, description="vote a bona fide pseudo label needs")
-    confidence_attack: float = Field(default=0.8, ge=0.5, le=1, description="vote an attack pseudo label needs")
-    disagreement: float = Field(default=0.07, ge=0, description="nats; a label above it is not used")
+    labels: Literal["all", "confidence", "vote"] = Field(default="vote", description="which pseudo labels teach")
+    confidence_bona_fide: float = Field(default=0.9, ge=0.5, le=1, description="what a bona fide pseudo label needs")
+    confidence_attack: float = Field(default=0.8, ge=0.5, le=1, description="what an attack pseudo label needs")
+    disagreement: float = Field(default=0.07, ge=0, description="nats between the heads; a label above it is not used")
     unanimous_bona_fide: bool = Field(default=True, description="bona fide needs every present modality's head")
     anchor: float = Field(default=1.0, ge=0, description="weight of KL(source || site) on the reservoir")
     source: float = Field(default=1.0, ge=0, description="weight of the labelled source features in mode da")
     reservoir: int = Field(default=32, ge=8, le=256)
+    weight: Literal["one", "omega", "restore"] = Field(
+        default="restore",
+        description="of the loss: 1, following stability, and back to the last good state at the floor",
+    )
     omega: float = Field(default=0.5, gt=0, description="initial loss weight")
     omega_min: float = Field(default=0.05, gt=0)
     omega_max: float = Field(default=2.0, gt=0)
     patience: int = Field(default=10, ge=1, description="steps at the floor before the last good snapshot returns")
-    use_vote: bool = True
-    use_omega: bool = True
-    use_restore: bool = True
+
+    calibrate: bool = Field(
+        default=True, description="move the boundary with the site's score shift, per set of sensors"
+    )
+    trigger: float = Field(
+        default=1.0, description="nats of evidence for a shift before anything moves; negative: always"
+    )
+    half_life: float = Field(default=400, gt=0, description="samples after which a counted score weighs half")
+    attacks: float = Field(
+        default=10, ge=0, description="attacks that must be in the counts before the boundary loosens"
+    )
+    loosen: float = Field(default=2.0, ge=0, description="logits, most that the boundary loosens")
+    tighten: float = Field(default=2.0, ge=0, description="logits, most that it tightens")
+    prototypes: bool = Field(default=False, description="a pseudo label needs the nearest labelled source direction")
+    conformal: float = Field(default=0.0, ge=0, le=0.5, description="p-value a pseudo label needs, 0: none asked")
+    session_cap: int = Field(default=2, ge=0, description="samples of one session that count, 0: all")
+    sessions: int = Field(default=20, ge=0, description="sessions seen before anything moves")
+    groups: int = Field(default=5, ge=1, le=16, description="of sessions, whose median gradient is taken; 1: the mean")
 
     def init(self, tail: Params) -> State:
-        """Movable tensors, their last good copy, Adam moments, reservoir and stability statistics."""
+        """Movable tensors, their last good copy, Adam moments, reservoir, score counts and stability statistics."""
         if self.mode == "da" and "replay.z" not in tail:
             raise ValueError(
                 "site.mode: 'da' needs a source model with stored source features; train it again or use tta"
             )
         own = {k: v.clone() for k, v in tails.movable(tail).items()}
-        shape = tail["site.gamma"].shape
+        m, f = tail["site.gamma"].shape
+        counts = {name: torch.zeros((), dtype=torch.int64) for name in ("seen", "step", "floor")}
         return {
             **own,
-            **{f"good.{k}": v.clone() for k, v in own.items()},
-            **moments(tail, tails.MOVABLE),
-            "reservoir.z": torch.zeros(self.reservoir, *shape),
-            "reservoir.present": torch.zeros(self.reservoir, shape[0], dtype=torch.bool),
+            **{f"good.{k}": own[k].clone() for k in LEARNED},
+            **moments(tail, LEARNED),
+            **shift.init(),
+            **trust.remember_sessions(),
+            **counts,
+            "reservoir.z": torch.zeros(self.reservoir, m, f),
+            "reservoir.present": torch.zeros(self.reservoir, m, dtype=torch.bool),
             "reservoir.vote": torch.zeros(self.reservoir),
-            "seen": torch.zeros((), dtype=torch.int64),
-            "step": torch.zeros((), dtype=torch.int64),
             "omega": torch.full((), self.omega),
             "instability": torch.zeros(()),
             "warm_up": torch.zeros(WARM_UP),
-            "floor": torch.zeros((), dtype=torch.int64),
         }
 
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
-        """Score the batch, label what can be trusted, take one weighted step, measure what it did to the reservoir."""
+        """Score the batch, count its scores, and, if the site has shifted, learn from what can be trusted."""
         batch = sane(batch)
-        before = tails.read(tails.moved(tail, state), batch.z, batch.present)
-        vote, disagreement = _vote(torch.sigmoid(before.logit), batch.present)
-        label, used = self._reliable(torch.sigmoid(before.logit), vote, disagreement, batch)
-        trust = used * ((1 - disagreement / math.log(2)) if self.use_vote else 1.0) * _class_weight(state, label)
+        with torch.no_grad():
+            before = tails.read(tails.moved(tail, state), batch.z, batch.present)
+            source = tails.read(tail, batch.z, batch.present)
+        p = torch.sigmoid(before.logit)
+        voted, disagreement = trust.vote(p, batch.present)
+        state, teaches = self._within_cap(state, batch)
+        state, moved = self._follow(tail, state, source.logit[:, tails.FUSED], batch, teaches)
+        label, used = self._reliable(tail, before, source, voted, disagreement, batch)
+        used = used * teaches * (moved & (state["session.seen"] >= self.sessions))
+        instability, restored = torch.zeros(()), torch.zeros((), dtype=torch.bool)
+        if self.learn:
+            certain = (1 - disagreement / math.log(2)) if self.labels == "vote" else 1.0
+            state, instability, restored = self._learn(tail, state, batch, label, used, used * certain)
+        state = _remember(state, batch, voted)
+        pseudo = torch.where(used > 0, label, -1.0).to(torch.int8)
+        return state, Outcome(p[:, tails.FUSED], pseudo, disagreement, state["omega"], instability, restored)
+
+    def _within_cap(self, state: State, batch: Features) -> tuple[State, Tensor]:
+        """[B] 1 where a sample counts at all: valid, and among the first of its session."""
+        state, within = trust.capped(state, batch, cap=self.session_cap or 2**31)
+        return state, within.float()
+
+    def _follow(
+        self, tail: Params, state: State, logit: Tensor, batch: Features, teaches: Tensor
+    ) -> tuple[State, Tensor]:
+        """Count the source's logits and move the boundary to where errors are equal → state, [] whether the site moved."""
+        if "reference.logit" not in tail:
+            return state, torch.ones((), dtype=torch.bool)
+        state = shift.count(state, logit, tails.bits(batch.present), teaches, half_life=self.half_life)
+        state, found = shift.estimate(state, shift.tables(tail["reference.logit"]))
+        moved = found.evidence >= self.trigger
+        if self.calibrate:
+            loosen = torch.where(found.attack >= self.attacks, self.loosen, 0.0)
+            by = torch.where(moved & (state["session.seen"] >= self.sessions), found.logit, 0.0)
+            pattern = tails.shifted(tail, by.clamp(max=self.tighten).maximum(-loosen))
+            state = {**state, "pattern": torch.where(batch.valid.any(), pattern, state["pattern"])}
+        return state, moved
+
+    def _reliable(
+        self, tail: Params, before: Read, source: Read, voted: Tensor, disagreement: Tensor, batch: Features
+    ) -> tuple[Tensor, Tensor]:
+        """(label [B] 0/1, used [B] 0/1): class-wise confidence, agreement, and a stricter rule for bona fide."""
+        p = torch.sigmoid(before.logit)
+        if self.labels != "vote":
+            voted = p[:, tails.FUSED]
+        bona_fide = voted >= 0.5
+        used = batch.valid
+        if self.labels != "all":
+            used = used & torch.where(
+                bona_fide, voted >= self.confidence_bona_fide, 1 - voted >= self.confidence_attack
+            )
+        if self.labels == "vote":
+            used = used & (disagreement <= self.disagreement)
+            if self.unanimous_bona_fide:
+                used = used & (trust.unanimous(p, batch.present) | ~bona_fide)
+        if self.prototypes and "replay.z" in tail:
+            used = used & ((trust.prototype(tail, source.hidden) > 0.5) == bona_fide)
+        if self.conformal and "reference.logit" in tail:
+            attack, genuine = trust.conformal(
+                tail["reference.logit"], source.logit[:, tails.FUSED], tails.bits(batch.present)
+            )
+            typical, other = torch.where(bona_fide, genuine, attack), torch.where(bona_fide, attack, genuine)
+            used = used & (typical >= self.conformal) & (other < self.conformal)
+        return bona_fide.float(), used.float()
+
+    def _learn(
+        self, tail: Params, state: State, batch: Features, label: Tensor, used: Tensor, weight: Tensor
+    ) -> tuple[State, Tensor, Tensor]:
+        """One weighted step on ``used`` samples → state, instability [], restored []."""
         held = _filled(state)
+        weight = weight * _class_weight(state, label)
 
-        def loss(own: Params) -> tuple[Tensor, Tensor]:
-            params = {**tail, **own}
-            logit = tails.read(params, batch.z, batch.present).logit
-            pseudo = (trust[:, None] * _cross_entropy(logit, label[:, None])).sum() / used.sum().clamp(min=1)
-            memory = tails.score(params, state["reservoir.z"], state["reservoir.present"])
-            source = tails.score(tail, state["reservoir.z"], state["reservoir.present"])
-            drift = (_kl(source, memory) * held).sum() / held.sum().clamp(min=1)
-            return state["omega"] * pseudo + self.anchor * drift + self._source_loss(tail, params), memory
+        def gradient(share: Tensor) -> Params:
+            return torch.func.grad(lambda own: self._loss(tail, state, own, batch, label, share))(
+                {k: state[k] for k in LEARNED}
+            )
 
-        grads, old = torch.func.grad(loss, has_aux=True)({k: state[k] for k in tails.MOVABLE})
+        def memory(state: State) -> Tensor:
+            return tails.score(tails.moved(tail, state), state["reservoir.z"], state["reservoir.present"])
+
+        if self.groups > 1:
+            grads = trust.median_of_means(gradient, weight, batch.session, groups=self.groups)
+        else:
+            grads = gradient(weight)
         learned = adam(state, grads, lr=self.lr, clip=self.clip, when=used.any())
-        new = tails.score(tails.moved(tail, learned), state["reservoir.z"], state["reservoir.present"])
+        old, new = memory(state), memory(learned)
         instability = 0.5 * _mean(_kl(old, new), held) + 0.5 * _mean(((old >= 0.5) != (new >= 0.5)).float(), held)
         learned, restored = self._weigh(learned, instability, measured=held.any() & used.any())
-        learned = _remember(learned, batch, vote)
-        pseudo = torch.where(used > 0, label, -1.0).to(torch.int8)
-        score = torch.sigmoid(before.logit[:, tails.FUSED])
-        return learned, Outcome(score, pseudo, disagreement, learned["omega"], instability, restored)
+        return learned, instability, restored
 
-    def _reliable(self, p: Tensor, vote: Tensor, disagreement: Tensor, batch: Features) -> tuple[Tensor, Tensor]:
-        """(label [B] 0/1, used [B] 0/1): class-wise confidence, agreement, and a stricter rule for bona fide."""
-        if not self.use_vote:
-            vote = p[:, tails.FUSED]
-            disagreement = torch.zeros_like(disagreement)
-        bona_fide = vote >= 0.5
-        sure = torch.where(bona_fide, vote >= self.confidence_bona_fide, 1 - vote >= self.confidence_attack)
-        reliable = sure & (disagreement <= self.disagreement) & batch.valid
-        if self.unanimous_bona_fide and self.use_vote:
-            agree = ((p[:, : tails.FUSED] >= 0.5) | ~batch.present).all(-1) & (p[:, tails.FUSED] >= 0.5)
-            reliable = reliable & (agree | ~bona_fide)
-        return bona_fide.float(), reliable.float()
+    def _loss(self, tail: Params, state: State, own: Params, batch: Features, label: Tensor, weight: Tensor) -> Tensor:
+        params = {**tail, **own, "pattern": state["pattern"]}
+        logit = tails.read(params, batch.z, batch.present).logit
+        pseudo = (weight[:, None] * _cross_entropy(logit, label[:, None])).sum() / (weight > 0).sum().clamp(min=1)
+        stored = (state["reservoir.z"], state["reservoir.present"])
+        drift = _mean(
+            _kl(tails.score(tail, *stored), tails.score({**params, "pattern": tail["pattern"]}, *stored)),
+            _filled(state),
+        )
+        omega = 1.0 if self.weight == "one" else state["omega"]
+        return omega * pseudo + self.anchor * drift + self._source_loss(tail, params)
 
     def _source_loss(self, tail: Params, params: Params) -> Tensor:
         """Mode da: class-balanced cross entropy on the labelled features that came with the source model."""
         if self.mode == "tta":
             return torch.zeros(())
         label = tail["replay.label"]
-        each = _cross_entropy(tails.read(params, tail["replay.z"], tail["replay.present"]).logit[:, tails.FUSED], label)
+        source = {**params, "pattern": tail["pattern"]}
+        each = _cross_entropy(tails.read(source, tail["replay.z"], tail["replay.present"]).logit[:, tails.FUSED], label)
         return self.source * 0.5 * (_mean(each, label) + _mean(each, 1 - label))
 
     def _weigh(self, state: State, instability: Tensor, *, measured: Tensor) -> tuple[State, Tensor]:
@@ -134,9 +225,9 @@ class Config(Section):
         reference = warm_up.median().clamp(min=1e-6)
         factor = torch.exp(0.2 * ((reference - running) / reference).clamp(-5, 1))
         omega = (state["omega"] * factor).clamp(self.omega_min, self.omega_max)
-        omega = torch.where(warm | ~measured, state["omega"], omega) if self.use_omega else state["omega"]
+        omega = torch.where(warm | ~measured | (self.weight == "one"), state["omega"], omega)
         floor = torch.where(measured, torch.where(omega <= self.omega_min, state["floor"] + 1, 0), state["floor"])
-        restored = (floor >= self.patience) & torch.tensor(self.use_restore)
+        restored = (floor >= self.patience) & (self.weight == "restore")
         good = measured & ~warm & (running <= reference) & ~restored
         new: State = {
             "warm_up": warm_up,
@@ -146,21 +237,12 @@ class Config(Section):
             "floor": torch.where(restored, torch.zeros_like(floor), floor),
             "adam.t": torch.where(restored, torch.zeros(()), state["adam.t"]),
         }
-        for name in tails.MOVABLE:
+        for name in LEARNED:
             new[name] = torch.where(restored, state[f"good.{name}"], state[name])
             new[f"good.{name}"] = torch.where(good, state[name], state[f"good.{name}"])
             for moment in ("adam1", "adam2"):
                 new[f"{moment}.{name}"] = torch.where(restored, 0.0, state[f"{moment}.{name}"])
         return {**state, **new}, restored
-
-
-def _vote(p: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Heads' P(bona fide) [B, V] → uncertainty-weighted vote [B] and weighted Jensen-Shannon disagreement [B], nats."""
-    substituted = torch.cat([~present, torch.zeros_like(present[:, :1])], dim=-1)
-    uncertainty = (entropy(p) / math.log(2) + SUBSTITUTED * substituted).clamp(max=1)
-    weight = torch.softmax(-uncertainty / SHARPNESS, dim=-1)
-    vote = (weight * p).sum(-1)
-    return vote, (entropy(vote) - (weight * entropy(p)).sum(-1)).clamp(min=0)
 
 
 def _class_weight(state: State, label: Tensor) -> Tensor:

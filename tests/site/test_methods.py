@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import trust
 from pipeline.config import method_config, methods
 from pipeline.models import TailConfig, tail
-from pipeline.site import danet, sane
+from pipeline.site import LEARNED, danet, sane
 from pipeline.types import Features
 
 F, B = 16, 8
@@ -27,7 +28,8 @@ def batch(seed: int, *, valid: int = B, scale: float = 1.0) -> Features:
     g = torch.Generator().manual_seed(seed)
     present = torch.rand(B, 3, generator=g) > 0.2
     present[:, 0] |= ~present.any(-1)
-    return Features(scale * torch.randn(B, 3, F, generator=g), present, torch.arange(B) < valid)
+    session = torch.arange(B) + B * seed
+    return Features(scale * torch.randn(B, 3, F, generator=g), present, torch.arange(B) < valid, session)
 
 
 def every_method() -> list[str]:
@@ -111,9 +113,9 @@ def test_bona_fide_needs_more_than_attack():
     method = danet.Config()
     present = torch.ones(2, 3, dtype=torch.bool)
     p = torch.tensor([[0.85] * 4, [0.15] * 4])  # equally sure, on both sides
-    vote, disagreement = danet._vote(p, present)
+    vote, disagreement = trust.vote(p, present)
     _, used = method._reliable(
-        p, vote, disagreement, Features(torch.zeros(2, 3, F), present, torch.ones(2, dtype=torch.bool))
+        p, vote, disagreement, Features(torch.zeros(2, 3, F), present, torch.ones(2, dtype=torch.bool), torch.arange(2))
     )
     assert used.tolist() == [0.0, 1.0]
 
@@ -124,23 +126,23 @@ def test_one_doubting_head_vetoes_bona_fide_only_when_present():
     valid = torch.ones(1, dtype=torch.bool)
     for depth_present, expected in ((True, 0.0), (False, 1.0)):
         present = torch.tensor([[True, depth_present, True]])
-        vote, disagreement = danet._vote(p, present)
-        _, used = method._reliable(p, vote, disagreement, Features(torch.zeros(1, 3, F), present, valid))
+        vote, disagreement = trust.vote(p, present)
+        _, used = method._reliable(p, vote, disagreement, Features(torch.zeros(1, 3, F), present, valid, torch.arange(1)))
         assert used.item() == expected
 
 
 @given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.booleans())
 def test_vote_is_bounded(p, substituted):
     present = torch.tensor([[True, not substituted, True]])
-    vote, disagreement = danet._vote(torch.tensor([p]), present)
+    vote, disagreement = trust.vote(torch.tensor([p]), present)
     assert min(p) - 1e-5 <= vote.item() <= max(p) + 1e-5
     assert 0 <= disagreement.item() <= math.log(2) + 1e-6
 
 
 def test_a_substituted_head_counts_less():
     p = torch.tensor([[0.9, 0.1, 0.9, 0.9]])
-    full, _ = danet._vote(p, torch.tensor([[True, True, True]]))
-    without, _ = danet._vote(p, torch.tensor([[True, False, True]]))
+    full, _ = trust.vote(p, torch.tensor([[True, True, True]]))
+    without, _ = trust.vote(p, torch.tensor([[True, False, True]]))
     assert without > full
 
 
@@ -158,7 +160,7 @@ def test_unstable_learning_falls_to_the_floor_and_comes_back(source):
             break
     assert restored
     assert all(torch.equal(state[k], good[k]) for k in good)
-    assert all(not state[f"adam1.{k}"].any() for k in good)
+    assert all(not state[f"adam1.{k}"].any() for k in LEARNED)
     assert state["omega"] == method.omega
 
 
@@ -174,9 +176,8 @@ def test_reservoir_remembers_evenly(source):
     method = danet.Config()
     state = method.init(source)
     for i in range(200):
-        b = Features(
-            torch.full((B, 3, F), float(i)), torch.ones(B, 3, dtype=torch.bool), torch.ones(B, dtype=torch.bool)
-        )
+        there = torch.ones(B, 3, dtype=torch.bool)
+        b = Features(torch.full((B, 3, F), float(i)), there, there[:, 0], torch.arange(B) + B * i)
         state = danet._remember(state, b, torch.zeros(B))
     ages = state["reservoir.z"][:, 0, 0]
     assert int(state["seen"]) == 1600

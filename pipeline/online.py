@@ -1,0 +1,176 @@
+"""One site method on one labelled stream: scored before it learns, counted at the source's threshold.
+
+Labels are read here only, to count; no method sees one. Rates are in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline import bank, metrics
+from pipeline.metrics import BONA_FIDE
+from pipeline.models import tail as tails
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from pipeline.site import Params, SiteMethod, State
+    from pipeline.types import Features
+
+WINDOW = 100  # samples a point of a timeline looks at
+POINTS = 60  # of a timeline
+HARM = 0.01  # rise of HTER from which a site counts as harmed
+SLOTS = 8  # streams stepped together
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Labelled samples of one site in order, N of them."""
+
+    name: str
+    features: Features
+    label: NDArray[np.int64]  # [N]
+    pai: NDArray[np.str_]  # [N]
+    poison: NDArray[np.bool_]  # [N] placed there to be learned from
+    changes: tuple[int, ...] = ()  # positions at which something changes for good
+    probe: str | None = None  # name of the Stream, never learned from, that counts errors afterwards
+
+
+class Rates(NamedTuple):
+    """Errors at the source's threshold; NaN for a class that is missing."""
+
+    hter: float
+    bpcer: float
+    max_apcer: float
+    worst_species: str
+
+
+@dataclass(frozen=True)
+class Course:
+    """What one method did on one stream."""
+
+    score: NDArray[np.float32]  # [N] before learning
+    pseudo_label: NDArray[np.int8]  # [N] -1: not used
+    online: Rates
+    source_after: Rates  # on source validation, by the state at the end: what was forgotten
+    probe_after: Rates | None
+    shift: NDArray[np.float32]  # [steps] logits by which the boundary of complete captures moved
+    stopped_after: float  # poisoned samples until what serves last changed; inf: it went on
+
+
+def rates(score: NDArray[np.floating], label: NDArray[np.int64], pai: NDArray[np.str_], threshold: float) -> Rates:
+    """HTER, BPCER and the worst species' APCER; small species are counted together as everywhere."""
+    names, _ = metrics.merge_small(pai, label, min(metrics.MIN_SPECIES, 10))
+    worst, top = metrics.max_apcer(metrics.apcer_by_species(score, label, names, threshold))
+    return Rates(metrics.hter(score, label, threshold), metrics.bpcer(score, label, threshold).rate, top, worst)
+
+
+def run(
+    method: SiteMethod,
+    tail: Params,
+    streams: Sequence[Stream],
+    probes: Mapping[str, Stream],
+    *,
+    batch: int,
+    threshold: float,
+    source: Stream | None = None,
+    on_stream: Callable[[int], None] | None = None,
+) -> dict[str, Course]:
+    """Every stream from the source model's own state; ``source`` is its labelled validation."""
+    found: dict[str, Course] = {}
+    order = sorted(streams, key=lambda s: len(s.label))
+    for start in range(0, len(order), SLOTS):
+        part = order[start : start + SLOTS]
+        stacked = bank.stack([method.init(tail) for _ in part])
+        history: list[State] = []
+        states, traces = bank.run(
+            method, tail, stacked, [s.features for s in part], batch=batch, slots=len(part),
+            on_step=lambda state: history.append({n: state[n] for n in tails.MOVABLE}),
+        )  # fmt: skip
+        for k, (stream, trace) in enumerate(zip(part, traces, strict=True)):
+            own = {n: t[k : k + 1] for n, t in states.items()}
+            steps = history[: -(-len(stream.label) // batch)]
+            score = trace.score.numpy()
+            found[stream.name] = Course(
+                score, trace.pseudo_label.numpy(), rates(score, stream.label, stream.pai, threshold),
+                _afterwards(tail, own, source, threshold) or Rates(math.nan, math.nan, math.nan, ""),
+                _afterwards(tail, own, probes.get(stream.probe or ""), threshold),
+                np.array([_moved(tail, h, k) for h in steps], np.float32),
+                _stopped(tail, steps, k, stream.poison, batch),
+            )  # fmt: skip
+        if on_stream:
+            on_stream(len(found))
+    return found
+
+
+def timeline(
+    score: NDArray[np.floating], label: NDArray[np.int64], pai: NDArray[np.str_], threshold: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """(position, BPCER, max APCER) [POINTS] in windows of WINDOW samples; NaN where a class is missing."""
+    n = len(label)
+    at = np.linspace(min(WINDOW, n) / 2, n - min(WINDOW, n) / 2, min(POINTS, max(1, n // 10)))
+    rows = [slice(max(0, int(p - WINDOW / 2)), int(p + WINDOW / 2)) for p in at]
+    each = [rates(score[r], label[r], pai[r], threshold) for r in rows]
+    return at, np.array([e.bpcer for e in each]), np.array([e.max_apcer for e in each])
+
+
+def recovery(
+    score: NDArray[np.floating], label: NDArray[np.int64], threshold: float, change: int, *, within: float = HARM
+) -> float:
+    """Samples after ``change`` until the error of the last WINDOW is back within ``within`` of what it was before.
+
+    NaN where a class is missing before it; infinite if it does not come back.
+    """
+    before = metrics.hter(score[:change], label[:change], threshold)
+    if math.isnan(before):
+        return math.nan
+    for end in range(change + WINDOW, len(label) + 1, WINDOW // 4):
+        now = metrics.hter(score[end - WINDOW : end], label[end - WINDOW : end], threshold)
+        if now <= before + within:
+            return float(end - change)
+    return math.inf
+
+
+def precision(pseudo_label: NDArray[np.int8], label: NDArray[np.int64], value: int) -> tuple[int, int]:
+    """(right, used) pseudo labels of the class ``value``."""
+    used = pseudo_label == value
+    return int((label[used] == value).sum()), int(used.sum())
+
+
+def _afterwards(tail: Params, own: State, stream: Stream | None, threshold: float) -> Rates | None:
+    if stream is None:
+        return None
+    score = bank.scores(tail, own, stream.features.z, stream.features.present)[0].numpy()
+    return rates(score, stream.label, stream.pai, threshold)
+
+
+def _moved(tail: Params, state: State, k: int) -> float:
+    """Logits by which the fused boundary of complete captures lies above the source's; below 0: more is accepted."""
+    full = 2**tails.MODALITIES - 1
+    now, then = (float(s["log_rho"][..., tails.FUSED] + s["pattern"][..., full]) for s in (
+        {n: state[n][k] for n in ("log_rho", "pattern")}, tail))  # fmt: skip
+    return tails.KAPPA * (then - now if "linear" in tail else math.exp(then) - math.exp(now))
+
+
+def _stopped(tail: Params, steps: Sequence[State], k: int, poison: NDArray[np.bool_], batch: int) -> float:
+    """Poisoned samples seen up to the last step that changed what serves; 0: nothing moved after the first of them."""
+    if not poison.any():
+        return math.nan
+    first = int(np.flatnonzero(poison)[0]) // batch
+    last = -1
+    for i in range(max(first, 1), len(steps)):
+        if any(not torch.equal(steps[i][n][k], steps[i - 1][n][k]) for n in tails.MOVABLE):
+            last = i
+    if last < 0:
+        return 0.0
+    return math.inf if last == len(steps) - 1 else float(poison[: (last + 1) * batch].sum())
+
+
+__all__ = ["BONA_FIDE", "HARM", "Course", "Rates", "Stream", "precision", "rates", "recovery", "run", "timeline"]
