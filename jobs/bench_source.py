@@ -65,7 +65,7 @@ def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int 
     from pipeline.cluster import bench
 
     started = time.monotonic()
-    folders = _corpora(config, terminal)
+    folders = corpora_of(config, terminal)
     count = 1 if quick else seeds or config.bench.seeds
     if config.bench.pretrain:
         start = config.source.model_copy(update={"start": str(pretrained(config, terminal))})
@@ -159,7 +159,7 @@ def _job(
     return Job(kind, method.model_dump_json(), model.model_dump_json(), (*sources, *config.bench.beside), targets)
 
 
-def _corpora(config: Config, terminal: Terminal) -> dict[str, Path]:
+def corpora_of(config: Config, terminal: Terminal) -> dict[str, Path]:
     """Domain → folder; what the section bench names and is not there yet is imported from its root, or rendered."""
     root, wanted = Path(config.data.corpora), config.bench
     missing = [d for d in wanted.sets if not (root / d / "manifest.json").exists()]

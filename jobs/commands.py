@@ -245,6 +245,24 @@ def bench_source(
     return bench_source(config, ctx.obj.terminal, quick=quick, seeds=seeds)
 
 
+@bench_app.command("site", epilog=EVERYWHERE)
+def bench_site(
+    ctx: typer.Context,
+    quick: Annotated[
+        bool, typer.Option(help="Four methods, one seed, short streams: minutes, and no evidence.")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Source models per stream; default: bench.seeds.")] = None,
+) -> int:
+    """Compare all site methods over recorded and rendered streams, hostile ones too; resumes by itself.
+
+    Uses conf/bench.yaml where no --config is given.
+    """
+    config = ctx.obj.benchmark
+    from jobs.bench_site import bench_site
+
+    return bench_site(config, ctx.obj.terminal, quick=quick, seeds=seeds)
+
+
 @site_app.command("list", epilog=EVERYWHERE)
 def site_list(ctx: typer.Context) -> int:
     """All sites with their last verdict and what they serve."""

@@ -65,7 +65,8 @@ def run(
 ) -> tuple[State, list[Trace]]:  # fmt: skip
     """Feed each site its samples in order, ``batch`` at a time: predict, then learn. ``stacked`` holds one state a stream.
 
-    ``on_step`` is shown the states after each step. Slots beyond ``len(streams)`` are filled with an idle copy, so every step has the shape [slots, batch].
+    ``on_step`` is shown the states after each step. Slots beyond ``len(streams)`` are filled with an idle copy, so every step
+    has the shape [slots, batch].
     """
     count = len(streams)
     assert 0 < count <= slots

@@ -10,7 +10,7 @@ import json
 import pkgutil
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError
@@ -115,6 +115,10 @@ class BenchConfig(Section):
     beside: tuple[str, ...] = Field(default=(), description="rendered domains that every fit has beside its sources")
     pretrain: bool = Field(default=True, description="every fit begins from the one that palisade pretrain makes")
     seeds: int = Field(default=3, ge=1)
+    streams: str | None = Field(default=None, description="recorded site streams, sealed labels in its _sealed")
+    groups: dict[str, Literal["shifted", "clean", "one-class", "unseen", "missing", "poisoning"]] = Field(
+        default={}, description="recorded site → what happens there"
+    )
     quick_steps: int = Field(default=150, ge=1, description="optimizer steps of a fit with --quick")
 
 
@@ -169,7 +173,7 @@ def altered(config: Config, overrides: Sequence[str], *, sections: Sequence[str]
     Validated as by ``load``, and the file as a whole. Raises ConfigError.
     """
     raw = {s: getattr(config, s).model_dump(mode="json", exclude_unset=True) for s in sections}
-    where, given_in = str(path) if path else "defaults", {}
+    where, given_in = str(path) if path else "what-if", {}
     if path:
         load(path)
         given = _read(path)

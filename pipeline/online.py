@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from pipeline import bank, metrics
-from pipeline.metrics import BONA_FIDE
 from pipeline.models import tail as tails
+from pipeline.types import Features
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.site import Params, SiteMethod, State
-    from pipeline.types import Features
 
 WINDOW = 100  # samples a point of a timeline looks at
 POINTS = 60  # of a timeline
@@ -92,7 +91,7 @@ def run(
         history: list[State] = []
         states, traces = bank.run(
             method, tail, stacked, [s.features for s in part], batch=batch, slots=len(part),
-            on_step=lambda state: history.append({n: state[n] for n in tails.MOVABLE}),
+            on_step=lambda state, kept=history: kept.append({n: state[n] for n in tails.MOVABLE}),
         )  # fmt: skip
         for k, (stream, trace) in enumerate(zip(part, traces, strict=True)):
             own = {n: t[k : k + 1] for n, t in states.items()}
@@ -138,6 +137,36 @@ def recovery(
     return math.inf
 
 
+def degenerate(method: SiteMethod, tail: Params, *, batch: int, sites: int = 4, steps: int = 3) -> dict[str, str]:
+    """What the last slot of a bank was given → "bit-equal and finite" for the other slots and all states, or what was not."""
+    random = torch.Generator().manual_seed(0)
+    shape = (steps, sites, batch, *tail["site.gamma"].shape)
+    z = tail["replay.z"][torch.randint(len(tail["replay.z"]), shape[:3], generator=random)]
+    present = torch.ones(shape[:4], dtype=torch.bool)
+    valid, session = present[..., 0].clone(), torch.arange(steps * sites * batch).view(shape[:3])
+    start = bank.stack([method.init(tail) for _ in range(sites)])
+    poison = {"NaN": math.nan, "infinite": math.inf, "constant": 1.0, "all black": 0.0, "one sample": 0.0}
+
+    def run_on(value: float | None, *, single: bool) -> State:
+        state = start
+        for at in range(steps):
+            given = Features(z[at].clone(), present[at], valid[at].clone(), session[at])
+            if value is not None:
+                given.z[-1] = z[at, -1] if single else value
+            given.valid[-1, 1:] &= not single
+            state, _ = bank.step(method, tail, state, given)
+        return state
+
+    clean = run_on(None, single=False)
+    found: dict[str, str] = {}
+    for name, value in poison.items():
+        state = run_on(value, single=name == "one sample")
+        same = all(torch.equal(state[n][:-1], clean[n][:-1]) for n in clean)
+        finite = all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())
+        found[name] = "bit-equal and finite" if same and finite else "not finite" if same else "a neighbour changed"
+    return found
+
+
 def precision(pseudo_label: NDArray[np.int8], label: NDArray[np.int64], value: int) -> tuple[int, int]:
     """(right, used) pseudo labels of the class ``value``."""
     used = pseudo_label == value
@@ -171,6 +200,3 @@ def _stopped(tail: Params, steps: Sequence[State], k: int, poison: NDArray[np.bo
     if last < 0:
         return 0.0
     return math.inf if last == len(steps) - 1 else float(poison[: (last + 1) * batch].sum())
-
-
-__all__ = ["BONA_FIDE", "HARM", "Course", "Rates", "Stream", "precision", "rates", "recovery", "run", "timeline"]

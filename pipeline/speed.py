@@ -1,4 +1,4 @@
-"""How fast a fit is: where a step's time goes, and its samples per second beside a bare PyTorch loop on the same data."""
+"""How fast a fit is beside a bare PyTorch loop on the same data, and what adaptation costs beside scoring alone."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline import bank
 from pipeline import fit as fits
 from pipeline.data.augment import augment
 from pipeline.data.features import mask_to_bool
-from pipeline.models.trunk import prepare
+from pipeline.models import tail as tails
+from pipeline.models.trunk import features, prepare
 from pipeline.sampler import ahead, batch, draw, stratify
 from pipeline.source import Batch
+from pipeline.types import Features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from pipeline.data.corpus import Corpus
     from pipeline.fit import Task
+    from pipeline.models.checkpoint import SourceModel
+    from pipeline.site import SiteMethod
 
 WARM, BLOCK, BLOCKS = 5, 10, 4  # steps before the clock starts; steps in a row; blocks of each loop, in turns
 
@@ -117,6 +122,36 @@ def _bare(task: Task, corpora: Sequence[Corpus], workers: int) -> Iterator[None]
             state.optimizer.step()
             task.method.after_step(state.objective.extra)
             yield
+
+
+def adaptation(
+    model: SourceModel, methods: Mapping[str, SiteMethod], *, batch: int, sites: int = 16
+) -> dict[str, float]:
+    """Method → time of trunk, score and learning over that of trunk and score alone, on a mixed batch of ``sites``.
+
+    One thread; all take turns, so that they meet the same machine.
+    """
+    random = torch.Generator().manual_seed(0)
+    size, shape = model.manifest.size, (sites, batch)
+    frames = torch.randint(0, 256, (sites * batch, 5, size, size), generator=random, dtype=torch.uint8)
+    there = torch.ones(sites * batch, tails.MODALITIES, dtype=torch.bool)
+    z = features(model.trunk, frames, there)
+    given = Features(z.view(*shape, *z.shape[1:]), there.view(*shape, -1), torch.ones(shape, dtype=torch.bool),
+                     torch.arange(sites * batch).view(shape))  # fmt: skip
+    states = {name: bank.stack([m.init(model.tail)] * sites) for name, m in methods.items()}
+    spent = dict.fromkeys(("", *methods), 0.0)
+    with threads(1):
+        for at in range(WARM + BLOCK):
+            for name in spent:
+                began = time.perf_counter()
+                features(model.trunk, frames, there)
+                if name:
+                    states[name], _ = bank.step(methods[name], model.tail, states[name], given)
+                else:
+                    with torch.no_grad():
+                        tails.score(model.tail, z, there)
+                spent[name] += (time.perf_counter() - began) * (at >= WARM)
+    return {name: spent[name] / spent[""] for name in methods}
 
 
 class _Rows(Dataset[tuple[np.ndarray, int, int, int]]):

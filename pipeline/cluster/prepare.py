@@ -95,7 +95,7 @@ def prepare(job: SourceJob, given: Given, path: str, rival: str, out: str) -> No
     keep("validation", z.numpy(), bits, np.arange(len(label)), label, np.where(label == 1, "bona_fide", "attack"))
     if job.target:
         corpus = read_corpus(Path(given.corpora[job.target]), ("train", "val", "test"))
-        rows = _by_video(corpus, job.seed)
+        rows = _by_video(corpus)
         _, session = np.unique(corpus.video[rows], return_inverse=True)
         keep(
             f"stream/{job.name}",
@@ -140,7 +140,7 @@ def _scenarios(job: SourceJob, given: Given, model: SourceModel, rival: SourceMo
     logit = _logits(model.tail, z[drawn_from], pool.present[drawn_from])
     seen = {"rig": rig[drawn_from], "pai": pool.pai[drawn_from], "video": pool.video[drawn_from]}
     for s in given.scenarios:
-        drawn = draw(s, **seen, logit=logit, seed=job.seed)
+        drawn = draw(s, **seen, logit=logit)
         if s.adaptive:
             drawn = _attacked(drawn, given, rival, _trunk(rival, pool, drawn_from), pool.present[drawn_from],
                               seen["pai"], seen["rig"], s)  # fmt: skip
@@ -211,10 +211,10 @@ def _logits(tail: Params, z: np.ndarray, present: np.ndarray) -> np.ndarray:
     return read.logit[:, tails.FUSED].numpy()
 
 
-def _by_video(corpus: Corpus, seed: int) -> np.ndarray:
+def _by_video(corpus: Corpus) -> np.ndarray:
     """Rows of a corpus as a stream: one video after the other, in a random order."""
     names = np.unique(corpus.video)
-    place = dict(zip(names.tolist(), np.random.default_rng([seed, 67]).permutation(len(names)).tolist(), strict=True))
+    place = dict(zip(names.tolist(), np.random.default_rng(67).permutation(len(names)).tolist(), strict=True))
     order = np.argsort([place[v] for v in corpus.video.tolist()], kind="stable")
     return order[usable(corpus.present[order])]
 

@@ -62,7 +62,7 @@ class MethodJob:
 
 
 def run_sources(
-    jobs: Sequence[SourceJob], given: Given, *, workers: int, on_progress: Callable[[int, int], None]
+    jobs: Sequence[SourceJob], given: Given, *, on_progress: Callable[[int, int], None]
 ) -> dict[SourceJob, Source]:
     """Fit and prepare what is not stored yet. The adaptive attacker holds the next seed's model; of one seed, the same."""
     models = {job: Path(given.place) / "sources" / _name(job.name, _source_key(job, given)) for job in jobs}
@@ -183,7 +183,7 @@ def _source_key(job: SourceJob, given: Given) -> str:
 def _streams_key(job: SourceJob, given: Given) -> str:
     """Of what ``prepare`` depends on beside the model."""
     if job.target:
-        drawn: list[object] = [read_manifest(Path(given.corpora[job.target])).digest, job.seed]
+        drawn: list[object] = [read_manifest(Path(given.corpora[job.target])).digest]
     else:
         scenarios = [asdict(s) for s in given.scenarios]
         drawn = [
