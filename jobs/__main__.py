@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from itertools import islice
 from types import ModuleType
 
 from typer.exceptions import TyperException
@@ -42,9 +41,7 @@ def gather(argv: Sequence[str]) -> list[str]:
             front += [word, next(words, "")]
         elif word == "--json" or word.startswith("--config="):
             front.append(word)
-        elif word == "--with":  # its value looks like an override and is the what-if's own
-            rest += [word, *islice(words, 1)]
-        elif OVERRIDE.fullmatch(word):
+        elif OVERRIDE.fullmatch(word) and rest[-1:] != ["--with"]:  # what stands behind --with is the what-if's own
             front += ["--set", word]
         else:
             rest.append(word)

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 QUICK = (BASELINE, "recalibrate", "tent", OURS)
 QUICK_SCALE = 0.3  # of a scenario's length
 RENDERED = ("data/scenarios.py", "data/render.py", "data/heads.py", "data/rig.py", "data/decode.py")
+TOLD = ("shifted", "clean", "one-class", "poisoning")  # groups on which our additions are told apart
+ASIDE = ("door-0.9", "door-0.5", "drip-1", "kiosk-drip")  # of them
 LABELS, WEIGHTS = ("all", "confidence", "vote"), ("one", "omega", "restore")
 AS_PUBLISHED: dict[str, object] = {  # danet without our additions: what the abstract names
     "calibrate": False, "trigger": -1e9, "session_cap": 0, "sessions": 0, "groups": 1, "lr": 1e-3,
@@ -130,8 +132,9 @@ def plan(config: Config, sources: Sequence[SourceJob], *, quick: bool) -> list[P
         for kind in QUICK if quick else methods("site"):
             planned.append(of("main", kind, source, kind, {}))
             published = getattr(importlib.import_module(f"pipeline.site.{kind}"), "PUBLISHED", {})
-            if published and not quick:
-                planned.append(of("main", f"{kind} (published)", source, kind, published))
+            other = of("main", f"{kind} (published)", source, kind, published)
+            if not quick and other.job.site != planned[-1].job.site:
+                planned.append(other)
     whole = [s for s in sources if s.target is None]
     missing = tuple(s.name for s in scenarios.scenarios() if s.group == "missing")
     missing += tuple(site for site, group in config.bench.groups.items() if group == "missing")
@@ -139,8 +142,12 @@ def plan(config: Config, sources: Sequence[SourceJob], *, quick: bool) -> list[P
         planned += [of("fills", fill, source, BASELINE, {}, fill=fill, only=missing) for fill in FILLS]
     if quick:
         return planned
+    told = tuple(s.name for s in scenarios.scenarios() if s.group in TOLD) + tuple(
+        site for site, group in config.bench.groups.items() if group in TOLD
+    )
+    told = tuple(name for name in told if name not in ASIDE)
     for source in whole:
-        planned += [of("additions", row, source, OURS, settings) for row, (_, settings) in ADDITIONS.items()]
+        planned += [of("additions", row, source, OURS, settings, only=told) for row, (_, settings) in ADDITIONS.items()]
     moved = (*(site for site, group in config.bench.groups.items() if group == "shifted"), "rig-g", "rig-swapped")
     for fill in (FILLS[0], *FILLS[2:]):
         for labels in LABELS:

@@ -13,6 +13,7 @@ import typer
 
 from jobs import Terminal
 from jobs.commands_rollout import EVERYWHERE, rollout_app
+from jobs.commands_site import site_app
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -26,7 +27,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-site_app = typer.Typer(no_args_is_help=True, help="Sites: list, show, explain.")
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: figures against their targets, exit 0 or 3.")
 app.add_typer(bench_app, name="bench")
 app.add_typer(rollout_app, name="rollout")
@@ -216,7 +216,7 @@ def replay(
     """What if: the recorded streams again under other settings, site by site beside the present ones.
 
     Every site starts from the source model. Nothing is recorded. Exit codes: 0 compared, 3 nothing could be compared, 4 some
-    site's verdict would be worse (pass, hold, fail).
+    site's verdict would be worse (pass, then hold, then fail).
     """
     if not (changes or against):
         raise ValueError("replay: nothing is different yet; give --with section.key=value, --against FILE, or both")
@@ -261,33 +261,6 @@ def bench_site(
     from jobs.bench_site import bench_site
 
     return bench_site(config, ctx.obj.terminal, quick=quick, seeds=seeds)
-
-
-@site_app.command("list", epilog=EVERYWHERE)
-def site_list(ctx: typer.Context) -> int:
-    """All sites with their last verdict and what they serve."""
-    config = ctx.obj.config
-    from jobs.site import list_sites
-
-    return list_sites(config, ctx.obj.terminal)
-
-
-@site_app.command("show", epilog=EVERYWHERE)
-def site_show(ctx: typer.Context, site: str) -> int:
-    """One site: registration, stream position, quarantine, verdicts."""
-    config = ctx.obj.config
-    from jobs.site import show
-
-    return show(config, ctx.obj.terminal, site=site)
-
-
-@site_app.command("explain", epilog=EVERYWHERE)
-def site_explain(ctx: typer.Context, site: str) -> int:
-    """Why the site serves what it serves: source version, stream window, candidate, verdict, wave."""
-    config = ctx.obj.config
-    from jobs.site import explain
-
-    return explain(config, ctx.obj.terminal, site=site)
 
 
 @app.command(epilog=EVERYWHERE)

@@ -52,6 +52,7 @@ COLUMNS = {  # heading → what of both sides stands there, and how
     "max APCER %": ("max_apcer", percent),
     "verdict": ("verdict", str),
 }
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)  # BadBlob, and columns of another kind
 STRIDE = 32  # steps between two signs of progress
 FORMATS = (".parquet", ".json")
 REAL, COUNT, TEXT = pa.float64(), pa.int64(), pa.string()
@@ -124,7 +125,7 @@ def _compared(
             for row in rows[start : start + size]:
                 try:
                     part.append(_recording(config, ledger, model, row))
-                except (ValueError, TypeError, OSError, pa.ArrowException) as e:  # whatever a stored file makes of it
+                except UNREADABLE as e:
                     failed[row.site] = " ".join(str(e).split())[:300]
             now = _replayed(config, model, anchor, part, slots=len(rows), on_samples=count)
             then = _replayed(what_if, model, anchor, part, slots=len(rows), on_samples=count)

@@ -173,7 +173,8 @@ def altered(config: Config, overrides: Sequence[str], *, sections: Sequence[str]
     Validated as by ``load``, and the file as a whole. Raises ConfigError.
     """
     raw = {s: getattr(config, s).model_dump(mode="json", exclude_unset=True) for s in sections}
-    where, given_in = str(path) if path else "what-if", {}
+    where = str(path) if path else "what-if"
+    given_in: dict[str, str] = {}
     if path:
         load(path)
         given = _read(path)

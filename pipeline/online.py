@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WINDOW = 100  # samples a point of a timeline looks at
 POINTS = 60  # of a timeline
 HARM = 0.01  # rise of HTER from which a site counts as harmed
-SLOTS = 8  # streams stepped together
+SLOTS = 16  # streams stepped together
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,20 @@ from pipeline.site import danet
 from pipeline.types import Features
 
 K, B, F = 4, 8, 16
-SOURCE = tail.init_tail(TailConfig(width=8, rank=4), F, generator=torch.Generator().manual_seed(0))
-METHOD = danet.Config(confidence_bona_fide=0.5, confidence_attack=0.5, disagreement=1.0, unanimous_bona_fide=False)
+SOURCE = tail.init_tail(TailConfig(width=8, rank=4), F, generator=torch.Generator().manual_seed(0)) | {
+    "reference.boundary": torch.tensor([-0.3, 0.2]),
+    "reference.logit": torch.stack(
+        [torch.linspace(-12, 0, tail.QUANTILES), torch.linspace(-2, 4, tail.QUANTILES)]
+    ).expand(2**tail.MODALITIES, -1, -1),
+}
+METHOD = danet.Config(
+    confidence_bona_fide=0.5,
+    confidence_attack=0.5,
+    disagreement=1.0,
+    unanimous_bona_fide=False,
+    trigger=-1e9,
+    sessions=0,
+)
 
 
 def mixed(seed: int) -> Features:

@@ -23,7 +23,10 @@ def test_every_shipped_file_loads(path):
     [
         ("site.lrr=1", "site.lrr: no such key; did you mean lr?"),
         ("site.lr=-1", "site.lr: -1: input should be greater than 0"),
-        ("site.kind=magic", "site.kind: 'magic'; allowed: danet, frozen, tent"),
+        (
+            "site.kind=magic",
+            "site.kind: 'magic'; allowed: cotta, danet, drm, eata, frozen, read, recalibrate, sar, shot, tent",
+        ),
         ("sites.lr=1", "sites: no such section; did you mean site?"),
         ("model.trunk.widht=3", "model.trunk"),
         ("site.lr", "write section.key=value"),

@@ -21,8 +21,8 @@ from hypothesis.extra.numpy import arrays
 
 from jobs.__main__ import gather, main
 from jobs.scoring import scored
+from pipeline import bank, whatif
 from pipeline import fit as fits
-from pipeline import whatif
 from pipeline.bank import Trace
 from pipeline.cluster import ingest
 from pipeline.cluster.shard import ShardJob, adapt_chunk
@@ -34,7 +34,8 @@ from pipeline.data.features import mask_to_bool
 from pipeline.data.fleet import demo_fleet, simulate
 from pipeline.guards import Reason, Verdict
 from pipeline.ledger import Ledger, SegmentRow
-from pipeline.models import checkpoint
+from pipeline.models import TailConfig, checkpoint
+from pipeline.models import tail as tails
 from pipeline.models.trunk import features
 
 SITES = ("lobby-north", "terminal-gate", "vault-ir-dead")
@@ -42,18 +43,19 @@ T0 = datetime(2026, 1, 1, tzinfo=UTC)
 YAML = """
 data: {{corpora: {root}/corpora, captures: {root}/captures, sealed: {root}/sealed, size: 32}}
 model: {{trunk: {{kind: tiny, width: 8, features: 32}}, tail: {{width: 16, rank: 4}}}}
-source: {{kind: erm, steps: 60, batch: 16}}
-site: {{kind: danet, mode: tta, reservoir: 8}}
+source: {{kind: erm, steps: 40, batch: 16}}
+site: {{kind: tent, lr: 1.0e-3}}
 bank: {{sites: 2, batch: 8}}
 guards:
   ceiling: {{apcer: 1.0, bpcer: 1.0}}
   noninferiority: {{attacks: 1.0, worst_species: 1.0, bona_fide: 1.0}}
   trust: {{rho: 0.5, margin: 50.0}}
-  no_data: {{n_min: 40, anchor_min: 1}}
+  no_data: {{n_min: 20, anchor_min: 1}}
 ledger: {{url: "sqlite:///{root}/ledger.db", artifacts: {root}/artifacts}}
 lineage: {{uri: "sqlite:///{root}/mlflow.db", artifacts: {root}/mlflow}}
 """
-HOT = ("--with", "site.kind=tent", "--with", "site.lr=0.5")  # moves a site far from its source
+HOT = ("--with", "site.lr=0.5")  # moves a site far from its source
+WARM = ("site.kind=frozen", "--with", "site.kind=tent", "--with", "site.lr=1e-2", "--json")
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,13 @@ def fresh(root: Path) -> Deployment:
     return Deployment(root)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> Deployment:
     """Two rendered domains, a fitted model, three sites' captures ingested, and one cycle of the shard's own code."""
     d = fresh(tmp_path_factory.mktemp("recorded"))
     config, ledger = d.config, d.ledger
     synth.write(Path(config.data.corpora), size=32, domains=("A", "B"), samples=60, workers=1)
-    simulate(d.root, [replace(s, rate=3.0) for s in demo_fleet() if s.site in SITES], phase=1, workers=1)
+    simulate(d.root, [replace(s, rate=2.0) for s in demo_fleet() if s.site in SITES], phase=1, workers=1)
     path = config.place("models", "erm")
     folders = [Path(config.data.corpora) / name for name in "AB"]
     checkpoint.save(path, fits.fit(fits.Task(config.source, config.model, 32), [read_corpus(p) for p in folders]))  # pyright: ignore
@@ -233,6 +235,14 @@ def test_the_worst_site_comes_first_and_the_fleet_is_counted():
     json.dumps([whatif.fleet([]), unknown.row()], allow_nan=False)
 
 
+def test_the_distance_is_relative_to_the_source():
+    generator = torch.Generator().manual_seed(0)
+    source = tails.init_tail(TailConfig(width=8, rank=4), 16, generator=generator)
+    double = {n: 2 * source[n] for n in tails.MOVABLE}
+    stacked = bank.stack([tails.movable(source), double])
+    assert [bank.distance(source, stacked, k) for k in (0, 1)] == [0.0, pytest.approx(1.0)]
+
+
 def test_what_changed_is_named_key_by_key():
     now = {"site": {"kind": "danet", "lr": 1, "clip": 2}, "bank": {"sites": 2}}
     then = {"site": {"kind": "tent", "lr": 1, "margin": 3}, "bank": {"sites": 4}}
@@ -246,7 +256,9 @@ def test_what_changed_is_named_key_by_key():
 
 
 def test_other_settings_are_validated_and_touch_nothing_else(tmp_path):
-    (tmp_path / "now.yaml").write_text("site: {kind: danet, mode: da, lr: 1.0e-4}\nbank: {sites: 3}\ndata: {size: 40}\n")
+    (tmp_path / "now.yaml").write_text(
+        "site: {kind: danet, mode: da, lr: 1.0e-4}\nbank: {sites: 3}\ndata: {size: 40}\n"
+    )
     config = load(tmp_path / "now.yaml", ["bank.batch=4"])
     made = altered(config, ["site.kind=tent"], sections=("site", "bank"))
     assert (made.site.kind, made.site.lr) == ("tent", 1e-4), "what the file gives and both methods have stays"  # pyright: ignore
@@ -311,10 +323,10 @@ def test_now_is_what_the_first_cycle_recorded(recorded, capsys):
         assert row["labelled"] == row["samples"] == counted["samples"]
 
 
-def test_another_method_changes_calls_and_fails_where_now_passes(recorded, capsys):
+def test_other_settings_change_calls_and_fail_where_now_passes(recorded, capsys):
     assert recorded.replay(*HOT, "--json") == 4
     found = told(capsys)
-    assert found["changed"]["site.kind"] == ["danet", "tent"]
+    assert found["changed"] == {"site.lr": [1e-3, 0.5]}
     rises = [r["hter_rise"] for r in found["sites"]]
     assert rises == sorted(rises, reverse=True)
     bad = [r for r in found["sites"] if r["worse_verdict"]]
@@ -324,9 +336,21 @@ def test_another_method_changes_calls_and_fails_where_now_passes(recorded, capsy
     assert max(r["flipped"] for r in found["sites"]) > 0.05
     assert recorded.replay(*HOT) == 4
     shown = capsys.readouterr().out
-    assert "site.kind danet → tent" in shown
+    assert "site.lr 0.001 → 0.5" in shown
     assert "pass → fail" in shown
     assert f"{len(bad)} verdicts would be worse" in shown
+
+
+def test_another_method(recorded, capsys):
+    assert recorded.replay("--with", "site.kind=danet", "--with", "site.trigger=-1", "--site", SITES[1], "--json") in (
+        0,
+        4,
+    )
+    found = told(capsys)
+    assert (found["changed"]["site.kind"], found["changed"]["site.omega"]) == (["tent", "danet"], [None, 0.5])
+    assert found["changed"].get("site.lr") is None, "what the file says of both stays"
+    (row,) = found["sites"]
+    assert row["trust_ratio"][0] != row["trust_ratio"][1] > 0
 
 
 def test_the_present_settings_again_differ_in_nothing(recorded, capsys):
@@ -347,6 +371,9 @@ def test_only_the_named_sites_and_other_shapes(recorded, capsys):
     found = told(capsys)
     assert found["changed"] == {"bank.sites": [2, 1], "bank.batch": [8, 16]}
     assert sorted(r["site"] for r in found["sites"]) == sorted({SITES[0], SITES[2]})
+    assert recorded.replay("site.kind=frozen", "--with", "bank.sites=16", "--json") == 0
+    found = told(capsys)
+    assert [r["flipped"] for r in found["sites"]] == [0.0] * len(SITES), "nothing learns, nothing differs"
 
 
 def test_it_leaves_no_trace_but_the_file_it_was_asked_for(recorded, tmp_path, capsys):
@@ -354,7 +381,7 @@ def test_it_leaves_no_trace_but_the_file_it_was_asked_for(recorded, tmp_path, ca
         files = {str(p): p.stat().st_mtime_ns for p in recorded.root.rglob("*") if "ledger.db" not in p.name}
         with sqlite3.connect(f"file:{recorded.root}/ledger.db?mode=ro", uri=True) as c:
             tables = [name for (name,) in c.execute("select name from sqlite_master where type = 'table'")]
-            return {**files, **{t: c.execute(f"select * from {t} order by 1").fetchall() for t in tables}}  # noqa: S608
+            return {**files, **{t: c.execute(f"select * from {t} order by 1").fetchall() for t in tables}}
 
     before = everything()
     assert len(before) > 20
@@ -369,6 +396,14 @@ def test_it_leaves_no_trace_but_the_file_it_was_asked_for(recorded, tmp_path, ca
     for row, wide in zip(found["sites"], rows, strict=True):
         pairs = {f"{k}_{s}": x for k, v in row.items() if isinstance(v, list) for s, x in zip(("now", "what_if"), v)}
         assert wide == {**{k: v for k, v in row.items() if not isinstance(v, list)}, **pairs}
+
+
+@pytest.fixture(scope="module")
+def whole(recorded, tmp_path_factory) -> dict[str, dict]:
+    """Rows of WARM by site where nothing is broken."""
+    out = tmp_path_factory.mktemp("whole") / "w.json"
+    assert recorded.replay(*WARM, "--out", str(out)) == 0
+    return {r["site"]: r for r in json.loads(out.read_text())["sites"]}
 
 
 def torn(path: Path) -> None:
@@ -386,46 +421,48 @@ def rewritten(**columns: pa.Array | None):
     return rewrite
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        torn,
-        Path.unlink,
-        rewritten(z=None),
-        rewritten(session=None),
-        rewritten(z=pa.array([b"x" * 6], pa.binary(6))),
-        rewritten(present=pa.array(["7"])),
-        rewritten(session=pa.array([0.5])),
-        rewritten(session=pa.array([None], pa.int64())),
-        rewritten(captured_at=pa.array(["yesterday"])),
-        rewritten(offset=pa.array(["1"])),
-        lambda path: path.rename(path.with_name("0-x.parquet")),
-        lambda path: path.with_name("000000000000-000000000999.parquet").write_bytes(path.read_bytes()),
-    ],
-    ids=["torn", "gone", "no z", "no session", "other width", "text mask", "half sessions", "null sessions", "text time",
-         "text offset", "odd name", "twice"],
-)  # fmt: skip
-def test_a_broken_feature_file_of_one_site_stops_nobody(deployment, recorded, capsys, spoil):
-    assert recorded.replay("--with", "site.lr=1e-2", "--json") in (0, 4)
-    whole = {r["site"]: r for r in told(capsys)["sites"]}
-    spoil(deployment.stored(SITES[1])[1])
-    assert deployment.replay("--with", "site.lr=1e-2", "--json") in (0, 4)
+SPOILED = {
+    "torn": torn,
+    "gone": Path.unlink,
+    "no features": rewritten(z=None),
+    "no sessions": rewritten(session=None),
+    "another width": rewritten(z=pa.array([b"x" * 6], pa.binary(6))),
+    "masks of text": rewritten(present=pa.array(["7"])),
+    "half sessions": rewritten(session=pa.array([0.5])),
+    "null sessions": rewritten(session=pa.array([None], pa.int64())),
+    "times of text": rewritten(captured_at=pa.array(["yesterday"])),
+    "offsets of text": rewritten(offset=pa.array(["1"])),
+    "an odd name": lambda path: path.rename(path.with_name("0-x.parquet")),
+    "twice": lambda path: path.with_name("000000000000-000000000999.parquet").write_bytes(path.read_bytes()),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), list(zip(list(SPOILED)[::2], list(SPOILED)[1::2], strict=True)))
+def test_a_broken_feature_file_of_a_site_stops_nobody(deployment, whole, capsys, one, other):
+    """Two sites with a file each that is broken in its own way; the third is as it was where nothing is broken."""
+    for site, how in zip(SITES[1:], (one, other), strict=True):
+        SPOILED[how](deployment.stored(site)[1])
+    assert deployment.replay(*WARM) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
-    assert list(found["failed"]) == [SITES[1]]
-    assert {r["site"]: r for r in found["sites"]} == {s: r for s, r in whole.items() if s != SITES[1]}
+    assert set(found["failed"]) == set(SITES[1:])
+    assert {r["site"]: r for r in found["sites"]} == {SITES[0]: whole[SITES[0]]}, "to the last bit"
     lines = [line for line in captured.err.splitlines() if line.startswith("warning:")]
-    assert len(lines) == 1
-    assert f"{SITES[1]}: not replayed: " in lines[0]
+    assert [line.partition(": not replayed: ")[0] for line in lines] == [f"warning: {s}" for s in SITES[1:]]
+    assert all(len(line.partition(": not replayed: ")[2]) > 10 for line in lines)
 
 
-def test_features_that_are_no_numbers_teach_nobody(deployment, recorded, capsys):
-    assert recorded.replay("--with", "site.lr=1e-2", "--json") in (0, 4)
-    whole = {r["site"]: r for r in told(capsys)["sites"]}
+def test_how_often_progress_is_shown_changes_no_bit(recorded, whole, monkeypatch, capsys):
+    monkeypatch.setattr("jobs.replay.STRIDE", 1)
+    assert recorded.replay(*WARM) == 0
+    assert {r["site"]: r for r in told(capsys)["sites"]} == whole
+
+
+def test_features_that_are_no_numbers_teach_nobody(deployment, whole, capsys):
     poison = np.full(3 * 32, np.nan, np.float16).tobytes()
     for path in deployment.stored(SITES[1]):
         rewritten(z=pa.array([poison], pa.binary(len(poison))))(path)
-    assert deployment.replay("--with", "site.lr=1e-2", "--json") in (0, 4)
+    assert deployment.replay(*WARM) == 0
     found = {r["site"]: r for r in told(capsys)["sites"]}
     assert found[SITES[1]]["pseudo_bona_fide"] == [0, 0]
     assert {s: r for s, r in found.items() if s != SITES[1]} == {s: r for s, r in whole.items() if s != SITES[1]}
@@ -503,14 +540,25 @@ def test_no_site_and_no_ledger(deployment, tmp_path, capsys):
     assert not (tmp_path / "empty" / "ledger.db").exists()
 
 
-def test_it_needs_neither_ray_nor_mlflow_and_help_needs_nothing(recorded):
-    code = "import sys; from jobs.__main__ import main; code = main(sys.argv[1:]);"
-    code += "print(code, [m for m in ('ray', 'mlflow', 'torch._C', 'pyarrow') if m in sys.modules])"
+LOADED = """
+import sys
+from jobs.__main__ import main
+print(main(sys.argv[1:]), [m for m in ("torch._C", "pyarrow", "sqlalchemy", "ray", "mlflow") if m in sys.modules])
+"""
 
-    def last(*words: str) -> str:
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-        return done.stdout.splitlines()[-1]
 
-    assert last("replay", "--help") == "0 []"
-    words = ("--with", "site.kind=frozen", "--site", SITES[0], "--config", recorded.yaml)
-    assert last("replay", *words) == "0 ['torch._C', 'pyarrow']"
+def in_a_process(*words: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", LOADED, *words], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_help_is_told_at_once():
+    *lines, last = in_a_process("replay", "--help")
+    assert last == "0 []"
+    assert "Exit codes: 0 compared, 3 nothing could be compared" in " ".join(" ".join(lines).split())
+
+
+@pytest.mark.slow
+def test_neither_ray_nor_mlflow_is_needed(recorded):
+    words = ["replay", "--with", "site.kind=frozen", "--site", SITES[0], "--config", recorded.yaml]
+    assert in_a_process(*words)[-1] == "0 ['torch._C', 'pyarrow', 'sqlalchemy']"

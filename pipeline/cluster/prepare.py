@@ -22,7 +22,7 @@ from pipeline.data.captures import check_segment, list_segments, read_labels
 from pipeline.data.corpus import read_corpus
 from pipeline.data.features import mask_to_bool, read_features
 from pipeline.data.protocols import usable
-from pipeline.data.scenarios import POISON, Drawn, Scenario, draw
+from pipeline.data.scenarios import POISON, Drawn, Scenario, at_a_door, draw
 from pipeline.models import checkpoint
 from pipeline.models import tail as tails
 from pipeline.models.trunk import features as features_of
@@ -95,7 +95,7 @@ def prepare(job: SourceJob, given: Given, path: str, rival: str, out: str) -> No
     keep("validation", z.numpy(), bits, np.arange(len(label)), label, np.where(label == 1, "bona_fide", "attack"))
     if job.target:
         corpus = read_corpus(Path(given.corpora[job.target]), ("train", "val", "test"))
-        rows = _by_video(corpus)
+        rows = at_a_door(corpus.label, corpus.video, usable(corpus.present))
         _, session = np.unique(corpus.video[rows], return_inverse=True)
         keep(
             f"stream/{job.name}",
@@ -125,7 +125,9 @@ def read_prepared(path: Path) -> Prepared:
         present = torch.from_numpy(mask_to_bool(a["present"]))
         features = Features(z, present, torch.ones(len(z), dtype=torch.bool), torch.from_numpy(a["session"]))
         facts = json.loads(str(a["facts"]))
-        every[name] = Stream(name, features, a["label"], a["pai"], a["poison"], tuple(facts["changes"]), facts["probe"])
+        every[name] = Stream(
+            name.split("/")[-1], features, a["label"], a["pai"], a["poison"], tuple(facts["changes"]), facts["probe"]
+        )
     streams = {n.removeprefix("stream/"): s for n, s in every.items() if n.startswith("stream/")}
     probes = {n.removeprefix("probe/"): s for n, s in every.items() if n.startswith("probe/")}
     return Prepared(streams, probes, every["validation"], float(arrays["threshold"]))
@@ -209,14 +211,6 @@ def _logits(tail: Params, z: np.ndarray, present: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         read = tails.read(tail, torch.from_numpy(z.astype(np.float32)), torch.from_numpy(mask_to_bool(present)))
     return read.logit[:, tails.FUSED].numpy()
-
-
-def _by_video(corpus: Corpus) -> np.ndarray:
-    """Rows of a corpus as a stream: one video after the other, in a random order."""
-    names = np.unique(corpus.video)
-    place = dict(zip(names.tolist(), np.random.default_rng(67).permutation(len(names)).tolist(), strict=True))
-    order = np.argsort([place[v] for v in corpus.video.tolist()], kind="stable")
-    return order[usable(corpus.present[order])]
 
 
 def store(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -167,6 +167,22 @@ def draw(
     return Drawn(row, np.cumsum(new).astype(np.int64), np.concatenate(present), np.concatenate(poison))
 
 
+def at_a_door(
+    label: NDArray[np.int8],
+    video: NDArray[np.str_],
+    usable: NDArray[np.bool_],
+    *,
+    samples: int = 600,
+    prior: float = 0.8,
+) -> NDArray[np.int64]:
+    """Rows of a labelled corpus [N] as the stream of a site where its people come and are attacked: ``prior`` bona fide."""
+    rng = np.random.default_rng(67)
+    genuine, row = rng.random(samples) < prior, np.empty(samples, np.int64)
+    for wanted, y in ((genuine, 1), (~genuine, 0)):
+        row[wanted] = _visits(np.flatnonzero(usable & (label == y)), video, int(wanted.sum()), rng)
+    return row
+
+
 def marginal(rows: NDArray[np.int64], logit: NDArray[np.float32], count: int = 30) -> NDArray[np.int64]:
     """The ``count`` attacks of ``rows`` nearest to the bona fide side of the boundary, those on it first."""
     margin = logit[rows]

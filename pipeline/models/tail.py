@@ -29,7 +29,11 @@ GATE_INIT = 0.1  # how much a complement adds to a modality that is there
 SYNERGY_INIT = 0.1
 BOUNDARY = ("log_rho", "linear")  # what decides between the classes, of which a domain may own a copy during a fit
 MOVABLE = ("site.gamma", "site.beta", "site.down", "site.up", "gate", "log_rho", "pattern")
-REPLAY = ("replay.z", "replay.present", "replay.label")  # labelled source features a trained tail carries; no parameters
+REPLAY = (
+    "replay.z",
+    "replay.present",
+    "replay.label",
+)  # labelled source features a trained tail carries; no parameters
 REFERENCE = ("reference.logit", "reference.boundary")  # what source validation says of its scores; see ``calibrate``
 QUANTILES = 33  # of reference.logit, from the lowest to the highest
 NO_DECAY = (

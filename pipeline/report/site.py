@@ -193,6 +193,7 @@ def render(bench: SiteBench) -> str:
     rows = sorted(bench.methods, key=lambda m: (np.isnan(m.hter[0]), m.hter[0]))
     named = dict.fromkeys(m.method for m in rows) | dict.fromkeys(m for t in bench.timelines for m in t.lines)
     ends = [m.hter[2] if np.isfinite(m.hter[2]) else m.hter[0] for m in rows]
+    attacked = _columns(rows, [r.method for r in bench.poison])
     low, high = timelines.axis([r.rise for r in bench.poison], 4 * LIMIT)
     return environment().get_template("site.html.j2").render(
         bench=bench,
@@ -204,11 +205,14 @@ def render(bench: SiteBench) -> str:
         groups=_groups(sorted(bench.streams, key=lambda s: _place(s.group)), lambda s: s.group),
         doors=_groups(bench.one_class, lambda r: (r.stream, plots.percent(r.prior))),
         watched=_columns(rows, [r.method for r in bench.one_class]),
-        attacks=_groups(bench.poison, lambda r: (r.stream, plots.percent(r.share))),
-        low=low, high=high,
+        attacks=[
+            sorted(group, key=lambda r: attacked.index(r.method))
+            for group in _groups(bench.poison, lambda r: (r.stream, plots.percent(r.share)))
+        ],
+        lowest=low, highest=high,
         weights=list(dict.fromkeys(c.weight for c in bench.ablation)),
         parts=_groups(bench.ablation, lambda c: (c.fill, c.labels)),
-        default=bench.additions[0] if bench.additions else None,
+        default=next((r for r in bench.additions if r.name == "default"), (*bench.additions, None)[0]),
         look=timelines.looks(list(named), OURS, BASELINE),
         described={m: METHODS[m] for m in dict.fromkeys(m.split(" ")[0] for m in named) if m in METHODS},
         ours=OURS, baseline=BASELINE, limit=LIMIT, harm=HARM, measure=_measure, charts=timelines,

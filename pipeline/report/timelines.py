@@ -1,7 +1,7 @@
 """Charts and marks of the site benchmark: inline SVG, drawn like those of ``plots``: stretched shapes, words beside them in HTML.
 
-A method keeps its look on the whole page: ``looks`` gives it a class whose colour and dashes are in the template, and ten
-colours with seven dashes repeat only after seventy methods.
+A method keeps its look on the whole page: ``looks`` gives it a class whose colour and dashes are in the template. Both
+differ among ten methods besides ours and the baseline, one of them among 110.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-COLOURS, DASHES = 10, 7  # of the methods that are neither ours nor the baseline
+COLOURS, DASHES = 10, 11  # of the methods that are neither ours nor the baseline
 POINTS = 120  # of one line; longer ones are averaged
 FULL = 0.1  # a difference of rates that gets the whole shade
 SPAN = 0.02  # rates that lie closer than this are not spread over all shades
@@ -56,8 +56,8 @@ class Panel(NamedTuple):
 
 
 def points(value: float) -> str:
-    """A difference of rates in percentage points."""
-    return _signed(100 * value, "+.1f")
+    """A difference of rates in percentage points, without a sign where it rounds to zero."""
+    return "0.0" if abs(value) < 5e-4 else _signed(100 * value, "+.1f")
 
 
 def span(low: float, high: float) -> str:
@@ -120,8 +120,11 @@ def forest(hter: Estimate, reference: float, *, name: str, top: float) -> Markup
 
 
 def change(value: float, limit: float, *, name: str, low: float, high: float) -> Markup:
-    """A bar from zero to ``value`` on [low, high], and the line of the ``limit`` it must not pass."""
-    zero, at, most = (_share(v, low, high) for v in (0.0, value, limit))
+    """A bar from zero to ``value`` on [low, high], and the line of the ``limit`` it must not pass.
+
+    Lengths are square roots, or a rise of the limit's size could not be told from none beside one of half of all attacks.
+    """
+    zero, at, most = (_share(_root(v), _root(low), _root(high)) for v in (0.0, value, limit))
     marks = [Markup('<line class="zero" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="100%"/>').format(zero)]
     if at is not None and zero is not None:
         marks.append(Markup('<rect class="{}" x="{:.2f}%" width="{:.2f}%" y="22%" height="56%"/>').format(
@@ -159,7 +162,7 @@ def rates(timeline: Timeline, rate: str, look: dict[str, str]) -> Panel:
     )
     said = "; ".join(f"{plots.clean(m)} {_range(values)}" for m, (_, values) in lines.items()) or "no method"
     words = f"{MARKS[rate]} over {plots.clean(timeline.stream)}: {said}"
-    return Panel(_panel("line", words, timeline, inner), tuple(f"{100 * top * q:g}%" for q in (1, 0.5, 0)))
+    return Panel(_panel("trace", words, timeline, inner), tuple(f"{100 * top * q:g}%" for q in (1, 0.5, 0)))
 
 
 def moved(timeline: Timeline) -> Panel:
@@ -169,18 +172,19 @@ def moved(timeline: Timeline) -> Panel:
     most = plots.scale(np.abs(logits).tolist(), 0.1)
     inner = Markup('<path class="own" d="{}"/>').format(_path(position, logits, end(timeline), -most, most))
     finite = logits[np.isfinite(logits)]
-    said = (
-        f"last {_signed(finite[-1], '+.2g')}, {_signed(finite.min(), '+.2g')} to {_signed(finite.max(), '+.2g')} logits"
-    )
-    words = f"Boundary over {plots.clean(timeline.stream)}: {said if len(finite) else 'not measured'}"
-    return Panel(_panel("line thin", words, timeline, inner), (_signed(most, "+g"), "0", _signed(-most, "+g")))
+    said = "not measured"
+    if len(finite):
+        last, low, high = (_signed(float(v), "+.2g") for v in (finite[-1], finite.min(), finite.max()))
+        said = f"last {last}, {low} to {high} logits"
+    words = f"Boundary over {plots.clean(timeline.stream)}: {said}"
+    return Panel(_panel("trace thin", words, timeline, inner), (_signed(most, "+g"), "0", _signed(-most, "+g")))
 
 
 def labels(timeline: Timeline) -> list[Label]:
     """Words of the events and spans, the first of equal ones, in lanes where no two touch on a phone.
 
     A label hangs on a line at its position; towards the end of the stream it is written leftwards. The lines of higher lanes
-    pass the lower ones, so those nearest the middle come first.
+    pass the lower ones, so those nearest the middle come first. Returned from the highest lane down, as they are drawn.
     """
     last = end(timeline)
     marks: dict[str, float] = {}
@@ -192,21 +196,21 @@ def labels(timeline: Timeline) -> list[Label]:
         leftwards = at > 50
         wide = min(100 * (LETTER * len(text) + 12) / NARROW, at if leftwards else 100 - at)
         left, right = (at - wide, at) if leftwards else (at, at + wide)
-        lane = next(n for n in range(len(marks) + 1) if _free(placed, n, at, left, right) or n == len(marks))
+        fits = [n for n in range(len(marks)) if not _meets(placed, n, left, right)]
+        lane = next((n for n in fits if not _crosses(placed, n, at, left, right)), fits[0])
         placed.append((Label(at, lane, leftwards, text), left, right))
-    return sorted(label for label, _, _ in placed)
+    return sorted((label for label, _, _ in placed), key=lambda w: (-w.lane, w.at))
 
 
-def _free(placed: Sequence[tuple[Label, float, float]], lane: int, at: float, left: float, right: float) -> bool:
-    """Whether a text fits in ``lane``: it meets no text there, its line none below, and no line from above meets it."""
-    for other, start, stop in placed:
-        if other.lane == lane and left < stop and start < right:
-            return False
-        if other.lane < lane and start < at < stop:
-            return False
-        if other.lane > lane and left < other.at < right:
-            return False
-    return True
+def _meets(placed: Sequence[tuple[Label, float, float]], lane: int, left: float, right: float) -> bool:
+    """Whether a text would touch another one in ``lane``."""
+    return any(other.lane == lane and left < stop and start < right for other, start, stop in placed)
+
+
+def _crosses(placed: Sequence[tuple[Label, float, float]], lane: int, at: float, left: float, right: float) -> bool:
+    """Whether its line would run behind a text of a lower lane, or the text before a line from above."""
+    below = any(other.lane < lane and start < at < stop for other, start, stop in placed)
+    return below or any(other.lane > lane and left < other.at < right for other, _, _ in placed)
 
 
 def _panel(kind: str, words: str, timeline: Timeline, inner: Markup) -> Markup:
@@ -242,6 +246,10 @@ def _path(position: Floats, values: Floats, last: float, low: float, high: float
 def _share(value: float, low: float, high: float) -> float | None:
     """Where ``value`` lies on [low, high], in per cent; None if it is not known."""
     return float(np.clip(100 * (value - low) / (high - low), 0, 100)) if np.isfinite(value) else None
+
+
+def _root(value: float) -> float:
+    return float(np.sign(value) * np.sqrt(abs(value)))
 
 
 def _range(values: Floats) -> str:

@@ -65,11 +65,13 @@ class Config(Section):
     trigger: float = Field(
         default=1.0, description="nats of evidence for a shift before anything moves; negative: always"
     )
+    smallest: float = Field(default=0.5, ge=0, description="logits; a smaller shift is none")
     half_life: float = Field(default=400, gt=0, description="samples after which a counted score weighs half")
     attacks: float = Field(
         default=10, ge=0, description="attacks that must be in the counts before the boundary loosens"
     )
-    loosen: float = Field(default=2.0, ge=0, description="logits, most that the boundary loosens")
+    majority: float = Field(default=1.0, ge=0, description="bona fide per attack in the counts before it loosens")
+    loosen: float = Field(default=1.0, ge=0, description="logits, most that the boundary loosens")
     tighten: float = Field(default=2.0, ge=0, description="logits, most that it tightens")
     prototypes: bool = Field(default=False, description="a pseudo label needs the nearest labelled source direction")
     conformal: float = Field(default=0.0, ge=0, le=0.5, description="p-value a pseudo label needs, 0: none asked")
@@ -134,13 +136,16 @@ class Config(Section):
             return state, torch.ones((), dtype=torch.bool)
         state = shift.count(state, logit, tails.bits(batch.present), teaches, half_life=self.half_life)
         state, found = shift.estimate(state, shift.tables(tail["reference.logit"]))
-        moved = found.evidence >= self.trigger
+        usual = (found.attack >= self.attacks) & (found.bona_fide >= self.majority * found.attack)
+        allowed = found.logit.clamp(max=self.tighten).maximum(-torch.where(usual, self.loosen, 0.0))
+        by = torch.where((found.logit.abs() >= self.smallest) & (found.evidence >= self.trigger), allowed, 0.0)
+        by = torch.where(state["session.seen"] >= self.sessions, by, 0.0)
+        used = state["shift.count"].sum(-1)
+        moved = ((by != 0) * used).sum() > 0.5 * used.sum()  # under most of what was seen
         if self.calibrate:
-            loosen = torch.where(found.attack >= self.attacks, self.loosen, 0.0)
-            by = torch.where(moved & (state["session.seen"] >= self.sessions), found.logit, 0.0)
-            pattern = tails.shifted(tail, by.clamp(max=self.tighten).maximum(-loosen))
+            pattern = tails.shifted(tail, by)
             state = {**state, "pattern": torch.where(batch.valid.any(), pattern, state["pattern"])}
-        return state, moved
+        return state, moved | (self.trigger < 0)
 
     def _reliable(
         self, tail: Params, before: Read, source: Read, voted: Tensor, disagreement: Tensor, batch: Features

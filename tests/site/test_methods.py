@@ -16,12 +16,22 @@ from pipeline.site import LEARNED, danet, sane
 from pipeline.types import Features
 
 F, B = 16, 8
-EAGER = {"confidence_bona_fide": 0.5, "confidence_attack": 0.5, "disagreement": 1.0, "unanimous_bona_fide": False}
+EAGER = {"confidence_bona_fide": 0.5, "confidence_attack": 0.5, "disagreement": 1.0, "unanimous_bona_fide": False,
+         "trigger": -1e9, "sessions": 0, "session_cap": 0, "lr": 1e-3}  # fmt: skip
+SOON = {"danet": EAGER, "recalibrate": {"minimum": 4}}  # settings with which one batch is enough to learn from
 
 
 @pytest.fixture(scope="module")
 def source() -> dict[str, torch.Tensor]:
-    return tail.init_tail(TailConfig(width=8, rank=4), F, generator=torch.Generator().manual_seed(0))
+    return fresh()
+
+
+def fresh() -> dict[str, torch.Tensor]:
+    """A tail with what a trained one knows of its source domains and scores."""
+    params = tail.init_tail(TailConfig(width=8, rank=4), F, generator=torch.Generator().manual_seed(0))
+    q = torch.linspace(0, 1, tail.QUANTILES)
+    logit = torch.stack([-12 + 12 * q, -2 + 6 * q]).expand(2**tail.MODALITIES, -1, -1).clone()
+    return {**params, "reference.logit": logit, "reference.boundary": torch.tensor([-0.3, 0.2])}
 
 
 def batch(seed: int, *, valid: int = B, scale: float = 1.0) -> Features:
@@ -61,7 +71,8 @@ def test_state_keeps_names_shapes_and_stays_small(kind, source):
 
 @pytest.mark.parametrize("kind", every_method())
 def test_only_the_movable_part_moves(kind, source):
-    method = method_config("site", kind)(**({} if kind == "frozen" else {"lr": 0.05}))
+    config = method_config("site", kind)
+    method = config(**{**SOON.get(kind, {}), **({"lr": 0.05} if "lr" in config.model_fields else {})})
     before = {k: v.clone() for k, v in source.items()}
     state = method.init(source)
     for seed in range(5):
@@ -71,7 +82,7 @@ def test_only_the_movable_part_moves(kind, source):
 
 @pytest.mark.parametrize("kind", [k for k in every_method() if k != "frozen"])
 def test_a_learning_method_learns(kind, source):
-    method = method_config("site", kind)(**(EAGER if kind == "danet" else {}))
+    method = method_config("site", kind)(**SOON.get(kind, {}))
     state = method.init(source)
     new, _ = method.step(source, state, batch(3))
     assert any(not torch.equal(new[k], state[k]) for k in tail.MOVABLE)
@@ -80,8 +91,8 @@ def test_a_learning_method_learns(kind, source):
 @pytest.mark.parametrize("kind", every_method())
 @given(poison=st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e30]), row=st.integers(0, B - 1))
 def test_a_broken_row_is_padding(kind, poison, row):
-    source = tail.init_tail(TailConfig(width=8, rank=4), F, generator=torch.Generator().manual_seed(0))
-    method = method_config("site", kind)(**(EAGER if kind == "danet" else {}))
+    source = fresh()
+    method = method_config("site", kind)(**SOON.get(kind, {}))
     b = batch(4)
     z = b.z.clone()
     z[row, 0] = poison
@@ -109,26 +120,32 @@ def test_padding_changes_nothing(source):
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+def judged(method: danet.Config, p: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """[B] 1 where the heads' P(bona fide) ``p`` [B, V] give a pseudo label that teaches."""
+    none = torch.zeros(0)
+    read = tail.Read(torch.logit(p), none, none, none, none, none)
+    n = len(p)
+    b = Features(torch.zeros(n, 3, F), present, torch.ones(n, dtype=torch.bool), torch.arange(n))
+    return method._reliable({}, read, read, *trust.vote(p, present), b)[1]
+
+
 def test_bona_fide_needs_more_than_attack():
-    method = danet.Config()
-    present = torch.ones(2, 3, dtype=torch.bool)
     p = torch.tensor([[0.85] * 4, [0.15] * 4])  # equally sure, on both sides
-    vote, disagreement = trust.vote(p, present)
-    _, used = method._reliable(
-        p, vote, disagreement, Features(torch.zeros(2, 3, F), present, torch.ones(2, dtype=torch.bool), torch.arange(2))
-    )
-    assert used.tolist() == [0.0, 1.0]
+    assert judged(danet.Config(), p, torch.ones(2, 3, dtype=torch.bool)).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("labels", "used"), [("all", [1, 1, 1]), ("confidence", [0, 1, 1]), ("vote", [0, 0, 1])])
+def test_which_pseudo_labels_teach(labels, used):
+    doubtful, one_against, agreed = [0.6] * 4, [0.99, 0.2, 0.99, 0.99], [0.99] * 4
+    p = torch.tensor([doubtful, one_against, agreed])
+    assert judged(danet.Config(labels=labels), p, torch.ones(3, 3, dtype=torch.bool)).tolist() == used
 
 
 def test_one_doubting_head_vetoes_bona_fide_only_when_present():
     method = danet.Config(disagreement=1.0, confidence_bona_fide=0.5)
     p = torch.tensor([[0.99, 0.4, 0.99, 0.99]])
-    valid = torch.ones(1, dtype=torch.bool)
     for depth_present, expected in ((True, 0.0), (False, 1.0)):
-        present = torch.tensor([[True, depth_present, True]])
-        vote, disagreement = trust.vote(p, present)
-        _, used = method._reliable(p, vote, disagreement, Features(torch.zeros(1, 3, F), present, valid, torch.arange(1)))
-        assert used.item() == expected
+        assert judged(method, p, torch.tensor([[True, depth_present, True]])).item() == expected
 
 
 @given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.booleans())
@@ -151,7 +168,7 @@ def test_unstable_learning_falls_to_the_floor_and_comes_back(source):
     state = method.init(source)
     for seed in range(25):
         state, _ = method.step(source, state, batch(seed))
-    good = {k: state[f"good.{k}"].clone() for k in tail.MOVABLE}
+    good = {k: state[f"good.{k}"].clone() for k in LEARNED}
     restored = torch.tensor(False)
     for _ in range(60):
         shaken = {**state, **{f"good.{k}": good[k] for k in good}}
@@ -203,9 +220,101 @@ def test_source_mode_holds_on_to_the_source(source):
         logit = tail.read(tail.moved(full, state), replay["replay.z"], replay["replay.present"]).logit[:, tail.FUSED]
         return float(danet._cross_entropy(logit, replay["replay.label"]).mean())
 
-    method = danet.Config(**EAGER, mode="da", source=5.0, lr=0.01)
+    method = danet.Config(**{**EAGER, "mode": "da", "source": 5.0, "lr": 0.01})
     state = method.init(full)
     start = loss(state)
     for seed in range(30):
         state, _ = method.step(full, state, batch(seed))
     assert loss(state) < start
+
+
+def shifted_stream(source: dict[str, torch.Tensor], *, by: float, steps: int, seed: int = 0) -> list[Features]:
+    """Batches whose source logits are those of validation, moved by ``by``."""
+    g = torch.Generator().manual_seed(seed)
+    made: list[Features] = []
+    there = torch.ones(B, 3, dtype=torch.bool)
+    while len(made) < steps:
+        z = torch.randn(64 * B, 3, F, generator=g) * torch.rand(64 * B, 1, 1, generator=g) * 3
+        present = torch.ones(len(z), 3, dtype=torch.bool)
+        logit = tail.read(source, z, present).logit[:, tail.FUSED]
+        q = source["reference.logit"][-1]
+        want = torch.where(torch.rand(B, generator=g) < 0.7, q[1, torch.randint(33, (B,), generator=g)],
+                           q[0, torch.randint(33, (B,), generator=g)]) + by  # fmt: skip
+        rows = (logit[None] - want[:, None]).abs().argmin(1)
+        made.append(Features(z[rows], there, there[:, 0], torch.arange(B) + B * len(made)))
+    return made
+
+
+def matched(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``source`` with a boundary and reference that random features reach on both sides."""
+    params = {**source, "log_rho": torch.full((4,), math.log(2.0))}
+    q = torch.linspace(0, 1, tail.QUANTILES)
+    logit = torch.stack([-9 + 8 * q, 1 + 4 * q]).expand(2**tail.MODALITIES, -1, -1).clone()
+    return {**params, "reference.logit": logit}
+
+
+def test_without_a_shift_nothing_moves(source):
+    params, method = matched(source), danet.Config(confidence_bona_fide=0.5, confidence_attack=0.5, trigger=3.0)
+    state = method.init(params)
+    for b in shifted_stream(params, by=0.0, steps=40):
+        state, outcome = method.step(params, state, b)
+        assert (outcome.pseudo_label == -1).all()
+    assert all(torch.equal(state[k], params[k]) for k in tail.MOVABLE)
+
+
+def test_the_boundary_follows_a_shift_when_attacks_were_seen(source):
+    params, method = matched(source), danet.Config(learn=False)
+    low = method.init(params)
+    for b in shifted_stream(params, by=-1.5, steps=60):
+        low, _ = method.step(params, low, b)
+    assert low["pattern"][-1] > params["pattern"][-1]  # a larger sphere: more is bona fide
+
+
+def test_one_class_never_loosens_the_boundary(source):
+    params, method = matched(source), danet.Config(learn=False, trigger=-1e9)
+    genuine = {**params, "reference.logit": params["reference.logit"][:, [1, 1]]}  # the stream draws bona fide only
+    state = method.init(params)
+    for b in shifted_stream(genuine, by=-1.5, steps=60):
+        state, _ = method.step(params, state, b)
+    assert (state["pattern"] <= params["pattern"] + 1e-6).all()
+
+
+def test_a_flood_of_one_session_counts_as_two_captures(source):
+    method = danet.Config(**{**EAGER, "session_cap": 2})
+    state, flood = method.init(source), batch(9)
+    flood = flood._replace(session=torch.zeros(B, dtype=torch.int64))
+    for _ in range(5):
+        state, outcome = method.step(source, state, flood)
+    assert (outcome.pseudo_label == -1).all()
+    assert float(state["shift.count"].sum()) <= 2.0
+
+
+def test_conformal_and_prototype_labels_only_ever_refuse_more(source):
+    g = torch.Generator().manual_seed(2)
+    full = {**source, "replay.z": torch.randn(16, 3, F, generator=g), "replay.present": torch.ones(16, 3, dtype=torch.bool),
+            "replay.label": (torch.arange(16) % 2).float()}  # fmt: skip
+    plain = danet.Config(**EAGER)
+    for more in ({"prototypes": True}, {"conformal": 0.1}):
+        strict = danet.Config(**EAGER, **more)
+        fewer = 0
+        for seed in range(10):
+            b = batch(seed)
+            a, c = plain.step(full, plain.init(full), b)[1], strict.step(full, strict.init(full), b)[1]
+            assert ((c.pseudo_label == -1) | (c.pseudo_label == a.pseudo_label)).all()
+            fewer += int((c.pseudo_label == -1).sum() - (a.pseudo_label == -1).sum())
+        assert fewer > 0
+
+
+def test_a_state_comes_back_from_a_file_bit_for_bit(source, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    method = danet.Config(**EAGER)
+    state = method.init(source)
+    for seed in range(6):
+        state, _ = method.step(source, state, batch(seed))
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "state.safetensors")
+    again = load_file(tmp_path / "state.safetensors")
+    for seed in range(6, 12):
+        state, _ = method.step(source, state, batch(seed))
+        again, _ = method.step(source, again, batch(seed))
+    assert all(torch.equal(state[k], again[k]) for k in state)

@@ -1,0 +1,81 @@
+"""Who may teach: session caps, medians of means, conformal p-values."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import trust
+from pipeline.types import Features
+
+
+def batch(sessions: list[int], valid: list[bool] | None = None) -> Features:
+    n = len(sessions)
+    there = torch.ones(n, 3, dtype=torch.bool)
+    return Features(torch.zeros(n, 3, 4), there, torch.tensor(valid or [True] * n), torch.tensor(sessions))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=24), st.integers(1, 4))
+def test_a_session_counts_at_most_cap_times(sessions, cap):
+    state, kept = trust.remember_sessions(), []
+    for start in range(0, len(sessions), 4):
+        part = sessions[start : start + 4]
+        state, within = trust.capped(
+            state, batch(part + [0] * (4 - len(part)), [True] * len(part) + [False] * (4 - len(part))), cap=cap
+        )
+        kept += [s for s, w in zip(part, within.tolist(), strict=False) if w]
+    assert all(kept.count(s) == min(cap, sessions.count(s)) for s in set(sessions))
+    assert int(state["session.seen"]) == len(set(sessions))
+
+
+def test_invalid_rows_are_no_session():
+    state, within = trust.capped(trust.remember_sessions(), batch([1, 2], [True, False]), cap=2)
+    assert within.tolist() == [True, False]
+    assert int(state["session.seen"]) == 1
+
+
+def test_one_wild_group_does_not_move_the_median():
+    weight, session = torch.ones(10), torch.arange(10)
+    pull = torch.ones(10)
+    pull[session % 5 == 3] = 1e6
+
+    def gradient(w: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"x": (w * pull).sum() / w.sum().clamp(min=1)}
+
+    found = trust.median_of_means(gradient, weight, session, groups=5)
+    assert float(found["x"]) == 1.0
+    assert float(gradient(weight)["x"]) > 1e5
+
+
+def test_groups_without_a_sample_do_not_count():
+    weight = torch.tensor([1.0, 1.0, 0.0, 0.0])
+
+    def gradient(w: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"x": (w * torch.tensor([2.0, 4.0, 9.0, 9.0])).sum() / w.sum().clamp(min=1)}
+
+    found = trust.median_of_means(gradient, weight, torch.tensor([0, 1, 2, 3]), groups=5)
+    assert float(found["x"]) == 2.0  # the lower of two
+    none = trust.median_of_means(gradient, torch.zeros(4), torch.arange(4), groups=5)
+    assert float(none["x"]) == 0.0
+
+
+def test_p_values_are_shares_of_validation():
+    reference = torch.stack([torch.linspace(-8, 0, 33), torch.linspace(0, 4, 33)]).expand(8, -1, -1)
+    attack, bona_fide = trust.conformal(reference, torch.tensor([-8.0, 2.0, 9.0]), torch.tensor([7, 7, 7]))
+    assert attack.tolist() == [1.0, 0.0, 0.0]
+    assert bona_fide[0] == 0.0 and bona_fide[2] == 1.0 and 0.4 < bona_fide[1] < 0.6
+
+
+def test_the_nearest_direction_decides_whatever_the_length():
+    from pipeline.models import TailConfig, tail
+
+    params = tail.init_tail(TailConfig(width=8, rank=4), 16, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(1))
+    params |= {
+        "replay.z": z,
+        "replay.present": torch.ones(4, 3, dtype=torch.bool),
+        "replay.label": torch.tensor([0.0, 1, 0, 1]),
+    }
+    hidden = tail.read(params, z, params["replay.present"]).hidden
+    assert trust.prototype(params, 7.0 * hidden).tolist() == [0, 1, 0, 1]
