@@ -29,7 +29,6 @@ DELTAS, SCALES = tuple(0.5 * k for k in range(-6, 7)), (1.0, 1.5, 2.0)
 SPREAD = 1.0  # logits, how far a boundary moves before anything was seen
 BLUR = 1.0  # bins, of the reference's few quantiles
 FLOOR = 0.08  # share of any density that is spread evenly: no single score is impossible
-POWER = 0.5  # captures of one visit are alike: two count as one
 EM_STEPS = 2  # per call; the shares are kept between calls
 
 
@@ -85,7 +84,7 @@ def estimate(state: State, known: Tables) -> tuple[State, Shift]:
         mine = (share[..., None] * known.bona_fide / mixed * seen[:, None]).sum(-1)
         share = (mine + 1) / (total + 2)
     mixed = share[..., None] * known.bona_fide + (1 - share[..., None]) * known.attack
-    likelihood = POWER * (torch.log(mixed) * seen[:, None]).sum((0, 2))
+    likelihood = (torch.log(mixed) * seen[:, None]).sum((0, 2))
     delta, _ = _grid()
     prior = torch.log_softmax(-0.5 * (delta / SPREAD) ** 2, dim=0)
     still = delta == 0

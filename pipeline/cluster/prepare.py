@@ -125,9 +125,8 @@ def read_prepared(path: Path) -> Prepared:
         present = torch.from_numpy(mask_to_bool(a["present"]))
         features = Features(z, present, torch.ones(len(z), dtype=torch.bool), torch.from_numpy(a["session"]))
         facts = json.loads(str(a["facts"]))
-        every[name] = Stream(
-            name.split("/")[-1], features, a["label"], a["pai"], a["poison"], tuple(facts["changes"]), facts["probe"]
-        )
+        known = (a["label"], a["pai"], a["poison"], tuple(facts["changes"]), facts["probe"])
+        every[name] = Stream(name.split("/")[-1], features, *known)
     streams = {n.removeprefix("stream/"): s for n, s in every.items() if n.startswith("stream/")}
     probes = {n.removeprefix("probe/"): s for n, s in every.items() if n.startswith("probe/")}
     return Prepared(streams, probes, every["validation"], float(arrays["threshold"]))

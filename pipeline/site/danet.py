@@ -71,8 +71,8 @@ class Config(Section):
         default=10, ge=0, description="attacks that must be in the counts before the boundary loosens"
     )
     majority: float = Field(default=1.0, ge=0, description="bona fide per attack in the counts before it loosens")
-    loosen: float = Field(default=1.0, ge=0, description="logits, most that the boundary loosens")
-    tighten: float = Field(default=2.0, ge=0, description="logits, most that it tightens")
+    loosen: float = Field(default=2.0, ge=0, description="logits, most that the boundary loosens")
+    tighten: float = Field(default=0.0, ge=0, description="logits, most that it tightens")
     prototypes: bool = Field(default=False, description="a pseudo label needs the nearest labelled source direction")
     conformal: float = Field(default=0.0, ge=0, le=0.5, description="p-value a pseudo label needs, 0: none asked")
     session_cap: int = Field(default=2, ge=0, description="samples of one session that count, 0: all")
