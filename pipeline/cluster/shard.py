@@ -177,7 +177,8 @@ def load_state(config: Config, model: SourceModel, row: StateRow | None) -> Stat
     stacked = _blob(config.place("states"), row.blob)
     state = {name: t[row.slot].clone() for name, t in stacked.items()}
     if row.method != method.kind or {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in fresh.items()}:
-        return {**fresh, **{name: state[name] for name in tail.MOVABLE}}  # another method: what it learned, not how
+        moved = {name: state[name] for name in tail.MOVABLE if name in state}  # an earlier version had fewer
+        return {**fresh, **moved}  # another method: what it learned, not how
     return state
 
 

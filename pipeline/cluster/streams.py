@@ -70,10 +70,12 @@ def run_sources(
     whole = [job for job in jobs if job.target is None]
     rival = {job: models[whole[(i + 1) % len(whole)]] for i, job in enumerate(whole)}
     fit = [(job, given, str(s.model)) for job, s in made.items() if not (s.model / "manifest.json").exists()]
-    failed = _all(_fit, fit, lambda done: on_progress(done, 2 * len(jobs)))
+    failed = _all(_fit, fit, lambda done: on_progress(len(jobs) - len(fit) + done, 2 * len(jobs)))
     left = [(job, given, str(s.model), str(rival.get(job, s.model)), str(s.streams)) for job, s in made.items()
             if not s.streams.exists()]  # fmt: skip
-    failed += [] if failed else _all(prepare, left, lambda done: on_progress(len(jobs) + done, 2 * len(jobs)))
+    failed += (
+        [] if failed else _all(prepare, left, lambda done: on_progress(2 * len(jobs) - len(left) + done, 2 * len(jobs)))
+    )
     if failed:
         raise ValueError(f"bench site: a source model or its streams: {failed[0]}")
     on_progress(2 * len(jobs), 2 * len(jobs))

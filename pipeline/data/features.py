@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 M = len(Modality)
+COLUMNS: dict[str, pa.DataType | None] = {
+    "offset": pa.int64(), "sample_id": pa.string(), "captured_at": pa.timestamp("us", tz="UTC"), "session": pa.int64(),
+    "present": pa.uint8(), "z": None,
+}  # fmt: skip  # the width of z is the trunk's
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,11 @@ def write_features(root: Path, trunk: str, site: str, block: FeatureBlock) -> Pa
     z = pa.FixedSizeBinaryArray.from_buffers(pa.binary(m * f * 2), n, [None, pa.py_buffer(flat)])
     table = pa.table(
         {
-            "offset": pa.array(block.offset, pa.int64()),
-            "sample_id": pa.array(block.sample_id.tolist(), pa.string()),
-            "captured_at": pa.array(block.captured_at, pa.timestamp("us", tz="UTC")),
-            "session": pa.array(block.session, pa.int64()),
-            "present": pa.array(block.present, pa.uint8()),
+            "offset": pa.array(block.offset, COLUMNS["offset"]),
+            "sample_id": pa.array(block.sample_id.tolist(), COLUMNS["sample_id"]),
+            "captured_at": pa.array(block.captured_at, COLUMNS["captured_at"]),
+            "session": pa.array(block.session, COLUMNS["session"]),
+            "present": pa.array(block.present, COLUMNS["present"]),
             "z": z,
         }
     )
@@ -95,23 +99,28 @@ def read_features(root: Path, trunk: str, site: str, *, start: int, end: int, fe
 
 
 def _read(path: Path, features: int) -> FeatureBlock:
+    width = M * features * 2
     try:
         table = pq.ParquetFile(path).read()
-        column = table["z"].combine_chunks()
-    except (OSError, pa.ArrowException, KeyError) as e:
+        columns = {name: table[name].combine_chunks() for name in COLUMNS}
+    except (OSError, pa.ArrowException, KeyError, ValueError) as e:
         raise BadBlob(
             f"{path}: not a readable feature file ({' '.join(str(e).split())[:120]}); ingest the segment again"
         ) from None
-    width = M * features * 2
-    if column.type != pa.binary(width):
-        raise BadBlob(f"{path}: features are {column.type}, this trunk gives {width} bytes a sample; ingest again")
+    for name, wanted in {**COLUMNS, "z": pa.binary(width)}.items():
+        if columns[name].type != wanted or columns[name].null_count:
+            raise BadBlob(
+                f"{path}: {name} is {columns[name].type} with {columns[name].null_count} nulls, "
+                f"this trunk's features need {wanted}; ingest again"
+            )
+    column = columns["z"]
     z = np.frombuffer(column.buffers()[1], np.float16, count=len(column) * M * features, offset=column.offset * width)
     return FeatureBlock(
-        offset=table["offset"].to_numpy(),
-        sample_id=np.asarray(table["sample_id"].to_pylist(), dtype=object),
-        captured_at=table["captured_at"].cast(pa.timestamp("us")).to_numpy(),
-        session=table["session"].to_numpy(),
-        present=table["present"].to_numpy(),
+        offset=columns["offset"].to_numpy(),
+        sample_id=np.asarray(columns["sample_id"].to_pylist(), dtype=object),
+        captured_at=columns["captured_at"].cast(pa.timestamp("us")).to_numpy(),
+        session=columns["session"].to_numpy(),
+        present=columns["present"].to_numpy(),
         z=z.reshape(-1, M, features),
     )
 

@@ -143,7 +143,7 @@ class Config(Section):
         used = state["shift.count"].sum(-1)
         moved = ((by != 0) * used).sum() > 0.5 * used.sum()  # under most of what was seen
         if self.calibrate:
-            pattern = tails.shifted(tail, by)
+            pattern = torch.where(by == 0, tail["pattern"], tails.shifted(tail, by))
             state = {**state, "pattern": torch.where(batch.valid.any(), pattern, state["pattern"])}
         return state, moved | (self.trigger < 0)
 

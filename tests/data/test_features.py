@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -59,6 +61,22 @@ def test_another_trunk_width_is_refused(tmp_path):
 def test_a_damaged_file_is_one_clear_error(tmp_path):
     path = write_features(tmp_path, "t" * 64, "gate", block(0, 4))
     path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(blobs.BadBlob, match="ingest"):
+        read_features(tmp_path, "t" * 64, "gate", start=0, end=9, features=F)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda t: t.drop_columns(["session"]),
+        lambda t: t.set_column(t.schema.get_field_index("session"), "session", pa.array(["x"] * len(t))),
+        lambda t: t.set_column(t.schema.get_field_index("offset"), "offset", pa.array([None] * len(t), pa.int64())),
+    ],
+    ids=["missing", "text", "null"],
+)
+def test_a_column_of_another_kind_is_one_clear_error(tmp_path, broken):
+    path = write_features(tmp_path, "t" * 64, "gate", block(0, 4))
+    pq.write_table(broken(pq.read_table(path, partitioning=None)), path)
     with pytest.raises(blobs.BadBlob, match="ingest"):
         read_features(tmp_path, "t" * 64, "gate", start=0, end=9, features=F)
 
