@@ -157,7 +157,7 @@ def plan(config: Config, sources: Sequence[SourceJob], *, quick: bool) -> list[P
             for weight in WEIGHTS:
                 settings = {**AS_PUBLISHED, "labels": labels, "weight": weight}
                 row = f"{fill} | {labels} | {weight}"
-                planned += [of("ablation", row, s, OURS, settings, fill=fill, only=missing + moved) for s in whole]
+                planned.append(of("ablation", row, whole[0], OURS, settings, fill=fill, only=missing + moved))
     return planned
 
 

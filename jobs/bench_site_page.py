@@ -101,7 +101,8 @@ def _timeline(found: Found, name: str) -> report.Timeline:
             lines[row] = report.Line(*online.timeline(s.course.score, s.stream.label, s.stream.pai, s.threshold))
     marks, spans = events(scenario) if scenario else ((), ())
     shift = found.runs["main"][OURS][name][0].course.shift
-    boundary = (np.arange(len(shift)) * float(found.config.bank.batch), shift.astype(float))
+    at = np.arange(len(shift), dtype=np.float64) * found.config.bank.batch
+    boundary = (at, shift.astype(np.float64))
     return report.Timeline(name, found.what(name), marks, spans, lines, boundary)
 
 

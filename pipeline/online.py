@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 WINDOW = 100  # samples a point of a timeline looks at
 POINTS = 60  # of a timeline
 HARM = 0.01  # rise of HTER from which a site counts as harmed
+LONGER = 1.5  # times as long as the shortest of those it is stepped together with, at most
 SLOTS = 16  # streams stepped together
 
 
@@ -84,9 +85,7 @@ def run(
 ) -> dict[str, Course]:
     """Every stream from the source model's own state; ``source`` is its labelled validation."""
     found: dict[str, Course] = {}
-    order = sorted(streams, key=lambda s: len(s.label))
-    for start in range(0, len(order), SLOTS):
-        part = order[start : start + SLOTS]
+    for part in _alike(streams):
         stacked = bank.stack([method.init(tail) for _ in part])
         history: list[State] = []
         states, traces = bank.run(
@@ -171,6 +170,16 @@ def precision(pseudo_label: NDArray[np.int8], label: NDArray[np.int64], value: i
     """(right, used) pseudo labels of the class ``value``."""
     used = pseudo_label == value
     return int((label[used] == value).sum()), int(used.sum())
+
+
+def _alike(streams: Sequence[Stream]) -> list[list[Stream]]:
+    """At most SLOTS streams together, none much longer than another: a slot that has ended is computed all the same."""
+    parts: list[list[Stream]] = []
+    for s in sorted(streams, key=lambda s: len(s.label)):
+        if not parts or len(parts[-1]) == SLOTS or len(s.label) > LONGER * len(parts[-1][0].label):
+            parts.append([])
+        parts[-1].append(s)
+    return parts
 
 
 def _afterwards(tail: Params, own: State, stream: Stream | None, threshold: float) -> Rates | None:

@@ -56,23 +56,27 @@ def test_stacked_step_equals_one_by_one(kind):
             torch.testing.assert_close(together[name][k], new[name], atol=1e-5, rtol=1e-4)
 
 
-@settings(max_examples=20)
+@pytest.mark.parametrize("kind", methods("site"))
+@settings(max_examples=8)
 @given(
     victim=st.integers(0, K - 1),
-    poison=st.sampled_from(["nan", "inf", "zero", "huge", "single"]),
+    poison=st.sampled_from(["nan", "inf", "black", "constant", "huge", "single"]),
     steps=st.integers(1, 3),
 )
-def test_a_hostile_site_leaves_the_others_bit_equal(victim, poison, steps):
-    start = bank.stack([METHOD.init(SOURCE) for _ in range(K)])
+def test_a_hostile_site_leaves_the_others_bit_equal(kind, victim, poison, steps):
+    method = METHOD if kind == METHOD.kind else method_config("site", kind)()
+    start = bank.stack([method.init(SOURCE) for _ in range(K)])
     clean = dirty = start
     for i in range(steps):
         b = mixed(i)
         z, valid = b.z.clone(), b.valid.clone()
-        z[victim] = {"nan": float("nan"), "inf": float("inf"), "zero": 0.0, "huge": 1e20, "single": 1.0}[poison]
-        if poison == "single":
+        value = {"nan": float("nan"), "inf": float("inf"), "black": 0.0, "constant": 1.0, "huge": 1e20}.get(poison)
+        if value is None:
             valid[victim, 1:] = False
-        clean, _ = bank.step(METHOD, SOURCE, clean, b)
-        dirty, _ = bank.step(METHOD, SOURCE, dirty, b._replace(z=z, valid=valid))
+        else:
+            z[victim] = value
+        clean, _ = bank.step(method, SOURCE, clean, b)
+        dirty, _ = bank.step(method, SOURCE, dirty, b._replace(z=z, valid=valid))
     others = [k for k in range(K) if k != victim]
     assert all(torch.equal(clean[n][others], dirty[n][others]) for n in clean)
     assert all(torch.isfinite(t).all() for t in dirty.values() if t.is_floating_point())
