@@ -103,8 +103,15 @@ def rises(
     found: Found, row: str, streams: Sequence[str], what: str, *, table: str = "main", after: bool = False
 ) -> dict[str, float]:
     """Stream → how much more than frozen, mean over seeds."""
-    ours, base = found.runs[table].get(row, {}), found.runs["main"][BASELINE]
+    ours = found.runs[table].get(row, {})
+    base = frozen_beside(found, ours)
     return {n: mean(ours, [n], what, after=after) - mean(base, [n], what, after=after) for n in streams if n in ours}
+
+
+def frozen_beside(found: Found, ours: Mapping[str, list[Seen]]) -> dict[str, list[Seen]]:
+    """Frozen on the same streams, by the same seeds."""
+    base = found.runs["main"][BASELINE]
+    return {n: [b for b in base[n] if b.seed in {s.seed for s in seen}] for n, seen in ours.items()}
 
 
 def worst(of: Mapping[str, float]) -> tuple[str, float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jobs import percent, table
-from jobs.bench_site_figures import Found, Seen, burst, calls_of, mean, rises, worst
+from jobs.bench_site_figures import Found, Seen, burst, calls_of, frozen_beside, mean, rises, worst
 from jobs.deployment import now
 from pipeline import intervals, metrics, online
 from pipeline.data.scenarios import events
@@ -147,7 +147,7 @@ def _addition(found: Found, row: str) -> report.AdditionRow:
 
     runs = found.runs["additions"][row]
     shifted = [n for n in found.streams("shifted") if n in runs]
-    frozen = mean(found.runs["main"][BASELINE], shifted, "hter")
+    frozen = mean(frozen_beside(found, runs), shifted, "hter")
     hter = mean(runs, shifted, "hter")
     peaceful = [n for n in runs if found.group(n) != "poisoning"]
     probe = rises(found, row, found.streams("poisoning"), "max_apcer", table="additions", after=True)

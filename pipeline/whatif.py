@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pipeline import metrics
+from pipeline.online import HARM
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from pipeline.bank import Trace
     from pipeline.guards import Verdict
 
-HARM = 0.01  # change of HTER from which a site counts as harmed or improved
 ORDER = {"pass": 0, "hold": 1, "fail": 2}
 MEANS = ("accepted", "trust_ratio", "hter", "bpcer", "max_apcer")
 
