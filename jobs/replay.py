@@ -163,8 +163,6 @@ def _recording(config: Config, ledger: Ledger, model: SourceModel, row: SiteRow)
     known = labels_of(config.data.sealed, row.site)
     found = [known.get(str(s), (-1, "unknown")) for s in block.sample_id]
     truth = whatif.Truth(np.array([k[0] for k in found]), np.array([k[1] for k in found], np.str_))
-    if features_of(block).session.dtype != torch.int64:  # one bank holds many sites: a type is shared by all
-        raise BadBlob("session: not whole numbers; ingest again")
     return Recording(row, block, truth)
 
 

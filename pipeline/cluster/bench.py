@@ -96,13 +96,14 @@ def key(job: Job, digests: Mapping[str, str]) -> str:
     source = json.loads(job.source)
     source["start"] = next(iter(started(source["start"])), None)
     data = [[digests[d] for d in job.sources], [digests[d] for d in job.targets]]
-    given = [source, json.loads(job.model), data, _code(source["kind"])]
+    given = [source, json.loads(job.model), data, code_of((*CODE, f"source/{source['kind']}.py"))]
     return f"{source['kind']}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:20]}"
 
 
-def _code(kind: str) -> str:
+def code_of(patterns: Sequence[str]) -> str:
+    """sha256 over the files of this package that ``patterns`` name: a stored result is one of this code."""
     root = Path(pipeline.__file__).parent
-    files = sorted({p for pattern in (*CODE, f"source/{kind}.py") for p in root.glob(pattern)})
+    files = sorted({p for pattern in patterns for p in root.glob(pattern)})
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
 
 
@@ -146,10 +147,11 @@ def _group(jobs: Sequence[tuple[Job, str]], folders: Mapping[str, str]) -> dict[
             failed[job] = str(e)
             continue
         arrays = to_arrays(result)
-        write_atomic(Path(path), lambda tmp, arrays=arrays: _store(tmp, arrays))
+        write_atomic(Path(path), lambda tmp, arrays=arrays: store(tmp, arrays))
     return failed
 
 
-def _store(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def store(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Plain arrays as one .npz file without pickle."""
     with path.open("wb") as f:
         np.savez_compressed(f, allow_pickle=False, **arrays)

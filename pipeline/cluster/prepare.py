@@ -14,6 +14,7 @@ import torch
 
 from pipeline import bank
 from pipeline.calibrate import validation
+from pipeline.cluster.bench import store
 from pipeline.cluster.ingest import NewSegment, ingest_segment
 from pipeline.config import method_config
 from pipeline.data import DataConfig
@@ -30,7 +31,7 @@ from pipeline.online import Stream
 from pipeline.types import Features
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from pipeline.data.corpus import Corpus
     from pipeline.data.features import FeatureBlock
@@ -210,8 +211,3 @@ def _logits(tail: Params, z: np.ndarray, present: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         read = tails.read(tail, torch.from_numpy(z.astype(np.float32)), torch.from_numpy(mask_to_bool(present)))
     return read.logit[:, tails.FUSED].numpy()
-
-
-def store(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with path.open("wb") as f:
-        np.savez_compressed(f, allow_pickle=False, **arrays)

@@ -16,12 +16,11 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-import pipeline
 from pipeline import fit as fits
 from pipeline import online
 from pipeline.calibrate import calibrated
-from pipeline.cluster.bench import CODE
-from pipeline.cluster.prepare import Given, SourceJob, prepare, read_prepared, store
+from pipeline.cluster.bench import CODE, code_of, store
+from pipeline.cluster.prepare import Given, SourceJob, prepare, read_prepared
 from pipeline.cluster.train import started
 from pipeline.config import method_config
 from pipeline.data.blobs import write_atomic
@@ -179,7 +178,7 @@ def _source_key(job: SourceJob, given: Given) -> str:
     source = json.loads(job.source)
     source["start"] = next(iter(started(source["start"])), None)
     digests = [read_manifest(Path(given.corpora[d])).digest for d in job.domains]
-    return _digest([source, json.loads(job.model), digests, _code((*CODE, f"source/{source['kind']}.py"))])
+    return _digest([source, json.loads(job.model), digests, code_of((*CODE, f"source/{source['kind']}.py"))])
 
 
 def _streams_key(job: SourceJob, given: Given) -> str:
@@ -196,13 +195,13 @@ def _streams_key(job: SourceJob, given: Given) -> str:
             given.batch,
             job.seed,
         ]
-    return _digest([drawn, _code(STREAMS)])
+    return _digest([drawn, code_of(STREAMS)])
 
 
 def _method_key(job: MethodJob, source: Source) -> str:
     kind = json.loads(job.site)["kind"]
     stated = [job.site, job.fill, job.only, source.model.name, source.streams.name]
-    return _digest([stated, _code((*METHODS, f"site/{kind}.py"))])
+    return _digest([stated, code_of((*METHODS, f"site/{kind}.py"))])
 
 
 def _name(name: str, key: str) -> str:
@@ -212,9 +211,3 @@ def _name(name: str, key: str) -> str:
 
 def _digest(given: object) -> str:
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _code(patterns: Sequence[str]) -> str:
-    root = Path(pipeline.__file__).parent
-    files = sorted({p for pattern in patterns for p in root.glob(pattern)})
-    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
