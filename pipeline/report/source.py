@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.report import plots
+from pipeline.report import plots, timelines
 from pipeline.report.page import environment, publish
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def render(report: SourceBench) -> str:
         judged=_keys(r.apcer for r in report.unseen),
         longest=max((r.total for r in report.speed), default=0.0),
         ours=OURS, baseline=BASELINE, described=METHODS, drawn=plots.POINTS,
-        shade=_shade, lowest=_lowest, span=_span, points=_points,
+        shade=_shade, lowest=timelines.lowest, span=timelines.span, points=_points,
         why={s: report.left_out.get(s, "Not part of this run.") for s in SECTIONS},
     )  # fmt: skip
 
@@ -199,7 +199,9 @@ def _answer(rows: Sequence[MethodRow]) -> list[str]:
         if low <= 0 <= high:
             parts.append(f"{OURS} and {BASELINE} are not told apart ({_points(low)} to {_points(high)} points)")
         elif value < 0:
-            parts.append(f"{plots.percent(paired.relative[0])} less than {BASELINE} ({_span(*paired.relative[1:])}%)")
+            parts.append(
+                f"{plots.percent(paired.relative[0])} less than {BASELINE} ({timelines.span(*paired.relative[1:])}%)"
+            )
         else:
             parts.append(f"{_points(value)} points more than {BASELINE} ({_points(low)} to {_points(high)})")
     return parts
@@ -228,19 +230,6 @@ def _shade(value: float, among: Iterable[float]) -> str:
     if not np.isfinite(value) or not finite:
         return "0"
     return f"{(value - min(finite)) / max(max(finite) - min(finite), SPAN):.2f}"
-
-
-def _lowest(value: float, among: Iterable[float]) -> bool:
-    finite = [v for v in among if np.isfinite(v)]
-    return len(finite) > 1 and value == min(finite)
-
-
-def _span(low: float, high: float) -> str:
-    """An interval of rates in per cent, without the sign; empty if it is not known."""
-    if not np.isfinite([low, high]).all():
-        return ""
-    between = "–" if low >= 0 else " to "
-    return f"{100 * low:.1f}{between}{100 * high:.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _points(value: float) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.intervals import Estimate, Paired
 from pipeline.metrics import rate
-from pipeline.report import DetCurve, plots, source
+from pipeline.report import DetCurve, plots, source, timelines
 from pipeline.report.source import (
     SECTIONS,
     AblationCell,
@@ -196,7 +196,7 @@ def test_every_number_is_on_the_page() -> None:
         if m.paired:
             d, r = m.paired
             assert f"−{-100 * d.value:.1f} {source._points(d.low)} to {source._points(d.high)}" in methods
-            assert f"{100 * r.value:.1f}% {source._span(r.low, r.high)}" in methods
+            assert f"{100 * r.value:.1f}% {timelines.span(r.low, r.high)}" in methods
     for rows, name in ((report.missing, "missing"), (report.limited, "limited")):
         for row, cells in rows.items():
             text = [f"{100 * e.value:.1f}% {100 * e.low:.1f}–{100 * e.high:.1f}" for e in cells.values()]
@@ -393,9 +393,9 @@ def test_shades_do_not_blow_up_small_gaps(value: float, among: list[float], shad
 
 
 def test_intervals_read_well() -> None:
-    assert source._span(0.151, 0.192) == "15.1–19.2"
-    assert source._span(-0.012, 0.1) == "−1.2 to 10.0"
-    assert source._span(NAN, 0.1) == ""
+    assert timelines.span(0.151, 0.192) == "15.1–19.2"
+    assert timelines.span(-0.012, 0.1) == "−1.2 to 10.0"
+    assert timelines.span(NAN, 0.1) == ""
 
 
 def test_page_stays_small() -> None:
