@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
+from pipeline.site import Selective
 from pipeline.types import Features, Outcome, Section
 
 if TYPE_CHECKING:
@@ -53,7 +54,12 @@ def unstack(stacked: State) -> list[State]:
 
 def step(method: SiteMethod, tail: Params, stacked: State, batch: Features) -> tuple[State, Outcome]:
     """One mixed step: batch has z [K, B, M, F], present [K, B, M], valid [K, B]; slots without valid rows keep their state."""
-    new, outcome = torch.func.vmap(lambda s, b: method.step(tail, s, b))(stacked, batch)
+    if isinstance(method, Selective):
+        seen, lesson = torch.func.vmap(lambda s, b: method.observe(tail, s, b))(stacked, batch)
+        learn = bool(lesson.used.any())
+        new, outcome = torch.func.vmap(lambda s, x: method.conclude(tail, s, x, learn=learn))(seen, lesson)
+    else:
+        new, outcome = torch.func.vmap(lambda s, b: method.step(tail, s, b))(stacked, batch)
     idle = ~batch.valid.any(dim=1)
     kept = {n: torch.where(idle.view(-1, *[1] * (t.dim() - 1)), stacked[n], t) for n, t in new.items()}
     return {n: t.detach() for n, t in kept.items()}, Outcome(*(t.detach() for t in outcome))

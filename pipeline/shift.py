@@ -11,6 +11,7 @@ Shapes: P = 2^M sets of present modalities, S grid points, N bins of the logit.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ def init() -> State:
     return {"shift.count": torch.zeros(PATTERNS, BINS), "shift.share": torch.full((PATTERNS, len(_grid()[0])), 0.5)}
 
 
+@lru_cache(maxsize=4)  # by identity: a source model's reference is never written to
 def tables(reference: Tensor) -> Tables:
     """Densities from ``reference.logit`` [P, 2, QUANTILES]."""
     delta, scale = _grid()
@@ -79,12 +81,13 @@ def estimate(state: State, known: Tables) -> tuple[State, Shift]:
     """Weigh the grid by what was counted."""
     seen, share = state["shift.count"], state["shift.share"]
     total = seen.sum(-1, keepdim=True)  # [P, 1]
+    gap = known.bona_fide - known.attack
     for _ in range(EM_STEPS):
-        mixed = share[..., None] * known.bona_fide + (1 - share[..., None]) * known.attack
-        mine = (share[..., None] * known.bona_fide / mixed * seen[:, None]).sum(-1)
+        ratio = known.bona_fide / torch.addcmul(known.attack, share[..., None], gap)
+        mine = share * torch.einsum("psn,pn->ps", ratio, seen)
         share = (mine + 1) / (total + 2)
-    mixed = share[..., None] * known.bona_fide + (1 - share[..., None]) * known.attack
-    likelihood = (torch.log(mixed) * seen[:, None]).sum((0, 2))
+    mixed = torch.addcmul(known.attack, share[..., None], gap)
+    likelihood = torch.einsum("psn,pn->s", torch.log(mixed), seen)
     delta, _ = _grid()
     prior = torch.log_softmax(-0.5 * (delta / SPREAD) ** 2, dim=0)
     still = delta == 0
@@ -94,7 +97,7 @@ def estimate(state: State, known: Tables) -> tuple[State, Shift]:
         for mask in (~still, still)
     )
     weight = torch.softmax(prior + likelihood, dim=0)
-    attack, bona_fide = ((weight[:, None] * d).sum(1) for d in (known.attack, known.bona_fide))
+    attack, bona_fide = (torch.einsum("s,psn->pn", weight, d) for d in (known.attack, known.bona_fide))
     genuine = ((share * weight).sum(-1) * total[:, 0]).sum()
     found = Shift(_crossing(attack, bona_fide) - known.crossing, moved_by - none, genuine, total.sum() - genuine)
     return {**state, "shift.share": share}, found

@@ -16,8 +16,6 @@ import torch
 from pipeline.models import tail as tails
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from pipeline.types import Features
@@ -97,19 +95,19 @@ def capped(state: State, batch: Features, *, cap: int) -> tuple[State, Tensor]:
     return {**state, **kept}, torch.stack(within)
 
 
-def median_of_means(gradient: Callable[[Tensor], Params], weight: Tensor, session: Tensor, *, groups: int) -> Params:
-    """Coordinate-wise median over ``groups`` of sessions of ``gradient`` (of samples weighted [B]).
+def median_of_means(each: Params, weight: Tensor, session: Tensor, *, groups: int) -> Params:
+    """Coordinate-wise median over ``groups`` of sessions of the mean gradient, from those of the samples [B, ...].
 
-    What fewer than half of the groups say cannot move it (Lugosi & Mendelson, 2019). Groups without a sample do not count.
+    A group's mean weighs its samples by ``weight`` [B] and divides by how many have any. What fewer than half of the groups
+    say cannot move the median (Lugosi & Mendelson, 2019). Groups without a sample do not count.
     """
     member = (session % groups == torch.arange(groups)[:, None]) & (weight > 0)  # [G, B]
-    each = torch.func.vmap(lambda mask: gradient(weight * mask))(member)
+    share = weight * member / member.sum(-1, keepdim=True).clamp(min=1)
+    flat = torch.cat([g.reshape(len(weight), -1) for g in each.values()], dim=-1)  # [B, P]
+    means = share @ flat
     filled = member.any(-1)
     middle = ((filled.sum() - 1) // 2).clamp(min=0)
-
-    def median(g: Tensor) -> Tensor:
-        kept = torch.where(filled.view(-1, *[1] * (g.dim() - 1)), g, torch.inf).sort(dim=0).values
-        chosen = (torch.arange(groups) == middle).view(-1, *[1] * (g.dim() - 1))
-        return torch.where(chosen & torch.isfinite(kept), kept, 0.0).sum(0)
-
-    return {name: median(g) for name, g in each.items()}
+    ranked = torch.where(filled[:, None], means, torch.inf).sort(dim=0).values
+    chosen = torch.where((torch.arange(groups) == middle)[:, None] & torch.isfinite(ranked), ranked, 0.0).sum(0)
+    parts = chosen.split([g[0].numel() for g in each.values()])
+    return {name: part.view(each[name].shape[1:]) for name, part in zip(each, parts, strict=True)}

@@ -49,6 +49,18 @@ class Features(NamedTuple):
     session: Tensor  # [B] int64 pseudonym; captures of one session are not independent, whoever stands there
 
 
+class Lesson(NamedTuple):
+    """What looking at a batch found, before anything is learned from it."""
+
+    batch: Features  # rows that cannot be used are invalid in it
+    score: Tensor  # [B] P(bona fide)
+    source: Tensor  # [B] P(bona fide) of the source model
+    vote: Tensor  # [B] P(bona fide) of the heads together
+    disagreement: Tensor  # [B] nats between the heads
+    label: Tensor  # [B] 1 / 0
+    used: Tensor  # [B] 1 where the sample may teach, else 0
+
+
 class Outcome(NamedTuple):
     """What one site step reports; every score was taken before the step learned from its sample."""
 

@@ -131,11 +131,14 @@ def score(params: Params, z: Tensor, present: Tensor) -> Tensor:
 
 
 def adapt(params: Params, z: Tensor, present: Tensor) -> Tensor:
-    """Site adapter: gamma z + beta + U relu(V LN(z)); absent modalities become exactly zero."""
+    """Site adapter: gamma z + beta + U relu(V LN(z)); absent modalities become exactly zero.
+
+    The movable tensors may have a leading axis B here and below: a copy for each sample, whose gradients are the samples'.
+    """
     z = torch.where(present[..., None], z, 0.0)
     normed = torch.nn.functional.layer_norm(z, z.shape[-1:])
-    low = torch.relu(torch.einsum("bmf,mrf->bmr", normed, params["site.down"]))
-    z = params["site.gamma"] * z + params["site.beta"] + torch.einsum("bmr,mfr->bmf", low, params["site.up"])
+    low = torch.relu(torch.einsum("...mf,...mrf->...mr", normed, params["site.down"]))
+    z = params["site.gamma"] * z + params["site.beta"] + torch.einsum("...mr,...mfr->...mf", low, params["site.up"])
     return torch.where(present[..., None], z, 0.0)
 
 
@@ -144,35 +147,33 @@ def complete(params: Params, z: Tensor, present: Tensor) -> Completed:
 
     With nothing present the complement is zero and finite; such samples are quarantined before they get here.
     """
-    keys = torch.einsum("bkf,kdf->bkd", z, params["complement.key"])
-    affinity = torch.einsum("md,bkd->bmk", params["complement.query"], keys) / math.sqrt(keys.shape[-1])
+    keys = each(z, params["complement.key"])
+    affinity = (keys @ params["complement.query"].mT).mT / math.sqrt(keys.shape[-1])
     other = ~torch.eye(MODALITIES, dtype=torch.bool, device=z.device)
-    weight = masked_softmax(affinity, present[..., None, :] & other)
-    low = torch.relu(torch.einsum("bkf,kmqf->bkmq", z, params["complement.in"]))
-    predicted = torch.einsum("bkmq,kmfq->bkmf", low, params["complement.out"])
-    complement = torch.einsum("bmk,bkmf->bmf", weight, predicted)
-    gate = torch.sigmoid(params["gate"])[:, None]
+    weight = masked_softmax(affinity, present[..., None, :] & other)  # [B, M, K]
+    low = torch.relu(each(z, params["complement.in"].flatten(1, 2))).unflatten(-1, (MODALITIES, -1))  # [B, K, M, Q]
+    mixed = (weight.mT[..., None] * low).transpose(-3, -2).flatten(-2)  # [B, M, K * Q]
+    complement = each(mixed, params["complement.out"].permute(1, 2, 0, 3).flatten(2))
+    gate = torch.sigmoid(params["gate"])[..., None]
     absent = params.get("fill", complement)  # [M, F] a constant in its place, for comparisons
     return Completed(torch.where(present[..., None], z + gate * complement, absent), complement)
 
 
 def split(params: Params, z: Tensor) -> tuple[Tensor, Tensor]:
     """Completed features [B, M, F] → intrinsic and synergy parts, each [B, M, D]."""
-    intrinsic = torch.einsum("bmf,mdf->bmd", z, params["intrinsic"])
-    query = torch.einsum("bmf,mdf->bmd", z, params["attend.query"])
-    keys = torch.einsum("bkf,kdf->bkd", z, params["attend.key"])
-    affinity = torch.einsum("bmd,bkd->bmk", query, keys) / math.sqrt(keys.shape[-1])
+    own = torch.cat([params[n] for n in ("intrinsic", "attend.query", "attend.key")], dim=1)
+    intrinsic, query, keys = each(z, own).chunk(3, dim=-1)
+    affinity = (query @ keys.mT) / math.sqrt(keys.shape[-1])
     other = ~torch.eye(MODALITIES, dtype=torch.bool, device=z.device)
-    context = torch.einsum("bmk,bkf->bmf", masked_softmax(affinity, other.expand(affinity.shape)), z)
-    return intrinsic, torch.einsum("bmf,mdf->bmd", torch.cat([z, context], dim=-1), params["synergy"])
+    context = masked_softmax(affinity, other) @ z
+    return intrinsic, each(torch.cat([z, context], dim=-1), params["synergy"])
 
 
 def radii(params: Params, intrinsic: Tensor, synergy: Tensor) -> tuple[Tensor, Tensor]:
     """Fused feature [B, D] and the radius of every head [B, V]; nothing is normalised, or there would be one radius."""
     joint = torch.cat([intrinsic, params["synergy_gain"] * synergy], dim=-1).flatten(-2)
     hidden = torch.relu(joint @ params["fuse.in"].T + params["fuse.bias"]) @ params["fuse.out"].T
-    low = torch.relu(torch.einsum("bmd,med->bme", intrinsic, params["head.in"]) + params["head.bias"])
-    single = torch.einsum("bme,mde->bmd", low, params["head.out"])
+    single = each(torch.relu(each(intrinsic, params["head.in"]) + params["head.bias"]), params["head.out"])
     every = torch.cat([single, hidden[..., None, :]], dim=-2)
     return hidden, -(every * params["linear"]).sum(dim=-1) if "linear" in params else norm(every)
 
@@ -194,6 +195,14 @@ def shifted(params: Params, logit: Tensor) -> Tensor:
 def bits(present: Tensor) -> Tensor:
     """[B] which modalities are there, as a number: bit m = modality m."""
     return (present.long() << torch.arange(MODALITIES, device=present.device)).sum(dim=-1)
+
+
+def each(x: Tensor, weight: Tensor) -> Tensor:
+    """[B, M, F] times a matrix for each modality [M, D, F] → [B, M, D].
+
+    One product a modality: under ``vmap`` they fold K into the rows, where one batched product would copy the weights K times.
+    """
+    return torch.stack([x[..., m, :] @ weight[m].mT for m in range(weight.shape[0])], dim=-2)
 
 
 def norm(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ This file holds the contract's type and the few pure pieces that more than one m
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from pipeline.types import Features, Outcome
+    from pipeline.types import Features, Lesson, Outcome
 
     Params = dict[str, Tensor]
     State = dict[str, Tensor]
 
-__all__ = ["BETAS", "LARGEST", "LEARNED", "SiteMethod", "adam", "entropy", "moments", "sane"]
+__all__ = ["BETAS", "LARGEST", "LEARNED", "Selective", "SiteMethod", "adam", "entropy", "moments", "sane"]
 
 LEARNED = tuple(name for name in tails.MOVABLE if name != "pattern")  # by gradients; pattern is counted, not learned
 BETAS = (0.9, 0.999)
@@ -44,6 +44,17 @@ class SiteMethod(Protocol):
     def kind(self) -> str: ...
     def init(self, tail: Params) -> State: ...
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]: ...
+
+
+@runtime_checkable
+class Selective(SiteMethod, Protocol):
+    """A method whose step is ``observe`` then ``conclude``: a bank in which no site has anything to learn skips the gradients.
+
+    Without a used sample, ``conclude`` must give the same bits with and without ``learn``.
+    """
+
+    def observe(self, tail: Params, state: State, batch: Features) -> tuple[State, Lesson]: ...
+    def conclude(self, tail: Params, state: State, lesson: Lesson, *, learn: bool) -> tuple[State, Outcome]: ...
 
 
 def sane(batch: Features) -> Features:

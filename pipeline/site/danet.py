@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 
-from pipeline import shift, trust
+from pipeline import reservoir, shift, trust
 from pipeline.models import tail as tails
 from pipeline.site import LEARNED, adam, moments, sane
-from pipeline.types import Outcome, Section
+from pipeline.types import Lesson, Outcome, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,18 +86,15 @@ class Config(Section):
                 "site.mode: 'da' needs a source model with stored source features; train it again or use tta"
             )
         own = {k: v.clone() for k, v in tails.movable(tail).items()}
-        m, f = tail["site.gamma"].shape
-        counts = {name: torch.zeros((), dtype=torch.int64) for name in ("seen", "step", "floor")}
         return {
             **own,
             **{f"good.{k}": own[k].clone() for k in LEARNED},
             **moments(tail, LEARNED),
             **shift.init(),
             **trust.remember_sessions(),
-            **counts,
-            "reservoir.z": torch.zeros(self.reservoir, m, f),
-            "reservoir.present": torch.zeros(self.reservoir, m, dtype=torch.bool),
-            "reservoir.vote": torch.zeros(self.reservoir),
+            **reservoir.init(self.reservoir, *tail["site.gamma"].shape),
+            "step": torch.zeros((), dtype=torch.int64),
+            "floor": torch.zeros((), dtype=torch.int64),
             "omega": torch.full((), self.omega),
             "instability": torch.zeros(()),
             "warm_up": torch.zeros(WARM_UP),
@@ -105,6 +102,10 @@ class Config(Section):
 
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
         """Score the batch, count its scores, and, if the site has shifted, learn from what can be trusted."""
+        return self.conclude(tail, *self.observe(tail, state, batch), learn=True)
+
+    def observe(self, tail: Params, state: State, batch: Features) -> tuple[State, Lesson]:
+        """Score the batch, count its scores, follow the site's shift, and say what can be trusted."""
         batch = sane(batch)
         with torch.no_grad():
             before = tails.read(tails.moved(tail, state), batch.z, batch.present)
@@ -115,13 +116,17 @@ class Config(Section):
         state, moved = self._follow(tail, state, source.logit[:, tails.FUSED], batch, teaches)
         label, used = self._reliable(tail, before, source, voted, disagreement, batch)
         used = used * teaches * (moved & (state["session.seen"] >= self.sessions))
+        known = torch.sigmoid(source.logit[:, tails.FUSED])
+        return state, Lesson(batch, p[:, tails.FUSED], known, voted, disagreement, label, used)
+
+    def conclude(self, tail: Params, state: State, lesson: Lesson, *, learn: bool) -> tuple[State, Outcome]:
+        """Learn from the used samples of the batch, then remember all of them."""
         instability, restored = torch.zeros(()), torch.zeros((), dtype=torch.bool)
-        if self.learn:
-            certain = (1 - disagreement / math.log(2)) if self.labels == "vote" else 1.0
-            state, instability, restored = self._learn(tail, state, batch, label, used, used * certain)
-        state = _remember(state, batch, voted)
-        pseudo = torch.where(used > 0, label, -1.0).to(torch.int8)
-        return state, Outcome(p[:, tails.FUSED], pseudo, disagreement, state["omega"], instability, restored)
+        if self.learn and learn:
+            state, instability, restored = self._learn(tail, state, lesson)
+        state = reservoir.remember(state, lesson.batch, vote=lesson.vote, source=lesson.source)
+        pseudo = torch.where(lesson.used > 0, lesson.label, -1.0).to(torch.int8)
+        return state, Outcome(lesson.score, pseudo, lesson.disagreement, state["omega"], instability, restored)
 
     def _within_cap(self, state: State, batch: Features) -> tuple[State, Tensor]:
         """[B] 1 where a sample counts at all: valid, and among the first of its session."""
@@ -174,42 +179,45 @@ class Config(Section):
             used = used & (typical >= self.conformal) & (other < self.conformal)
         return bona_fide.float(), used.float()
 
-    def _learn(
-        self, tail: Params, state: State, batch: Features, label: Tensor, used: Tensor, weight: Tensor
-    ) -> tuple[State, Tensor, Tensor]:
-        """One weighted step on ``used`` samples → state, instability [], restored []."""
-        held = _filled(state)
-        weight = weight * _class_weight(state, label)
-
-        def gradient(share: Tensor) -> Params:
-            return torch.func.grad(lambda own: self._loss(tail, state, own, batch, label, share))(
-                {k: state[k] for k in LEARNED}
-            )
-
-        def memory(state: State) -> Tensor:
-            return tails.score(tails.moved(tail, state), state["reservoir.z"], state["reservoir.present"])
-
-        if self.groups > 1:
-            grads = trust.median_of_means(gradient, weight, batch.session, groups=self.groups)
-        else:
-            grads = gradient(weight)
-        learned = adam(state, grads, lr=self.lr, clip=self.clip, when=used.any())
-        old, new = memory(state), memory(learned)
+    def _learn(self, tail: Params, state: State, lesson: Lesson) -> tuple[State, Tensor, Tensor]:
+        """One weighted step on the used samples → state, instability [], restored []."""
+        held, present = reservoir.filled(state), state["reservoir.present"]
+        certain = (1 - lesson.disagreement / math.log(2)) if self.labels == "vote" else 1.0
+        weight = lesson.used * certain * _class_weight(state, lesson.label)
+        taught = trust.median_of_means(
+            self._gradients(tail, state, lesson), weight, lesson.batch.session, groups=self.groups
+        )
+        own = {k: state[k] for k in LEARNED}
+        steady, old = torch.func.grad(lambda own: self._steadiness(tail, state, own, held), has_aux=True)(own)
+        omega = 1.0 if self.weight == "one" else state["omega"]
+        used = lesson.used.any()
+        grads = {k: omega * taught[k] + steady[k] for k in LEARNED}
+        learned = adam(state, grads, lr=self.lr, clip=self.clip, when=used)
+        new = tails.score(tails.moved(tail, learned), state["reservoir.z"], present)
         instability = 0.5 * _mean(_kl(old, new), held) + 0.5 * _mean(((old >= 0.5) != (new >= 0.5)).float(), held)
-        learned, restored = self._weigh(learned, instability, measured=held.any() & used.any())
+        learned, restored = self._weigh(learned, instability, measured=held.any() & used)
         return learned, instability, restored
 
-    def _loss(self, tail: Params, state: State, own: Params, batch: Features, label: Tensor, weight: Tensor) -> Tensor:
-        params = {**tail, **own, "pattern": state["pattern"]}
-        logit = tails.read(params, batch.z, batch.present).logit
-        pseudo = (weight[:, None] * _cross_entropy(logit, label[:, None])).sum() / (weight > 0).sum().clamp(min=1)
-        stored = (state["reservoir.z"], state["reservoir.present"])
-        drift = _mean(
-            _kl(tails.score(tail, *stored), tails.score({**params, "pattern": tail["pattern"]}, *stored)),
-            _filled(state),
+    def _gradients(self, tail: Params, state: State, lesson: Lesson) -> Params:
+        """Of every sample's cross entropy with its label, summed over the heads: [B, ...] for each learned tensor."""
+        batch, count = lesson.batch, len(lesson.label)
+
+        def loss(own: Params) -> Tensor:
+            params = {**tail, **own, "pattern": state["pattern"]}
+            return _cross_entropy(tails.read(params, batch.z, batch.present).logit, lesson.label[:, None]).sum()
+
+        return torch.func.grad(loss)({k: state[k].expand(count, *state[k].shape) for k in LEARNED})
+
+    def _steadiness(self, tail: Params, state: State, own: Params, held: Tensor) -> tuple[Tensor, Tensor]:
+        """What holds the site near its source: KL on the reservoir and, in mode da, labelled features → loss [], scores [R]."""
+        params, present = {**tail, **own}, state["reservoir.present"]
+        radius = tails.read(params, state["reservoir.z"], present).radius
+        now, at_source = (
+            torch.sigmoid(tails.logit({**params, "pattern": p}, radius, present)[:, tails.FUSED])
+            for p in (state["pattern"], tail["pattern"])
         )
-        omega = 1.0 if self.weight == "one" else state["omega"]
-        return omega * pseudo + self.anchor * drift + self._source_loss(tail, params)
+        drift = _mean(_kl(state["reservoir.source"], at_source), held)
+        return self.anchor * drift + self._source_loss(tail, params), now.detach()
 
     def _source_loss(self, tail: Params, params: Params) -> Tensor:
         """Mode da: class-balanced cross entropy on the labelled features that came with the source model."""
@@ -252,30 +260,9 @@ class Config(Section):
 
 def _class_weight(state: State, label: Tensor) -> Tensor:
     """[B] weight that gives both classes equal mass, from the votes in the reservoir; at most 3, 1 while it is empty."""
-    share = _mean((state["reservoir.vote"] >= 0.5).float(), _filled(state))
+    share = _mean((state["reservoir.vote"] >= 0.5).float(), reservoir.filled(state))
     own = torch.where(label > 0.5, share, 1 - share)
     return torch.where(state["seen"] > 0, (0.5 / own.clamp(min=1e-3)).clamp(max=3.0), 1.0)
-
-
-def _filled(state: State) -> Tensor:
-    """[R] 1 for the reservoir slots that hold a sample."""
-    size = state["reservoir.vote"].shape[0]
-    return (torch.arange(size) < state["seen"]).float()
-
-
-def _remember(state: State, batch: Features, vote: Tensor) -> State:
-    """Reservoir sampling (Vitter's algorithm R) with a hash of the running count in the place of a random generator."""
-    z, present, votes, seen = (state[k] for k in ("reservoir.z", "reservoir.present", "reservoir.vote", "seen"))
-    slots = torch.arange(votes.shape[0])
-    for i in range(batch.valid.shape[0]):
-        draw = ((seen * 2654435761 + 1013904223) % 4294967296) % (seen + 1)
-        slot = torch.where(seen < votes.shape[0], seen, draw)
-        here = (slots == slot) & batch.valid[i]
-        z = torch.where(here[:, None, None], batch.z[i], z)
-        present = torch.where(here[:, None], batch.present[i], present)
-        votes = torch.where(here, vote[i], votes)
-        seen = seen + batch.valid[i]
-    return {**state, "reservoir.z": z, "reservoir.present": present, "reservoir.vote": votes, "seen": seen}
 
 
 def _cross_entropy(logit: Tensor, label: Tensor) -> Tensor:

@@ -189,17 +189,17 @@ def test_steady_learning_raises_omega(source):
     assert not restored
 
 
-def test_reservoir_remembers_evenly(source):
-    method = danet.Config()
+def test_a_batch_that_teaches_nothing_gives_the_same_bits_without_gradients(source):
+    method = danet.Config(trigger=-1, sessions=0)
     state = method.init(source)
-    for i in range(200):
-        there = torch.ones(B, 3, dtype=torch.bool)
-        b = Features(torch.full((B, 3, F), float(i)), there, there[:, 0], torch.arange(B) + B * i)
-        state = danet._remember(state, b, torch.zeros(B))
-    ages = state["reservoir.z"][:, 0, 0]
-    assert int(state["seen"]) == 1600
-    assert ages.min() < 60 and ages.max() > 140
-    assert 60 < ages.mean() < 140
+    there = torch.ones(B, 3, dtype=torch.bool)
+    for i in range(6):
+        z = torch.randn(B, 3, F, generator=torch.Generator().manual_seed(i))
+        seen, lesson = method.observe(source, state, Features(z, there, there[:, 0], torch.arange(B) + B * i))
+        lesson = lesson._replace(used=torch.zeros(B))
+        (state, skipped), (other, full) = (method.conclude(source, seen, lesson, learn=x) for x in (False, True))
+        assert all(torch.equal(t, other[n]) for n, t in state.items())
+        assert torch.equal(skipped.score, full.score) and torch.equal(skipped.omega, full.omega)
 
 
 def test_source_mode_without_source_features_says_so(source):
