@@ -46,7 +46,7 @@ class Terminal:
     def result(self, data: Mapping[str, object], *shown: Table | str) -> None:
         """The outcome: ``data`` with ``--json``, else what is ``shown``."""
         if self.as_json:
-            print(json.dumps(_known(data), default=str, allow_nan=False))
+            print(json.dumps(_known(data), default=str, allow_nan=False), file=self.out.file, flush=True)
             return
         for part in shown:
             if isinstance(part, str):

@@ -46,20 +46,20 @@ def adapt_step(
     from pipeline.cluster.shard import ShardJob
 
     source = source_model(ledger)
-    rows = [r.site for r in ledger.sites() if not sites or r.site in sites]
-    if not rows:
+    pending = {r.site: r.ingested - r.learned for r in ledger.sites() if not sites or r.site in sites}
+    if not pending:
         raise ValueError("no site is registered; run `palisade ingest` first")
-    judged = {v.site for v in ledger.verdicts(cycle=cycle.id)}
+    judged = ledger.outcomes(cycle.id)
     job = ShardJob(config.model_dump_json(), source.path, source.version, ledger.anchor(source.trunk), cycle)
-    with connected(config.cluster), terminal.progress("adapt", "sites") as advance:
-        failed = fleet.adapt(
-            job, [s for s in rows if s not in judged], shards=config.cluster.shards, chunk=config.bank.sites,
-            cpus=min(1.0, config.cluster.cpus / config.cluster.shards), on_progress=advance,
-        )  # fmt: skip
+    size = config.cluster
+    placement = fleet.Placement(size.shards, min(1.0, size.cpus / size.shards), config.bank.sites, config.bank.hot_mb)
+    with connected(size), terminal.progress("adapt", "sites") as advance:
+        left = {site: n for site, n in pending.items() if site not in judged}
+        failed = fleet.adapt(job, left, placement=placement, on_progress=advance)
     ledger.set_status(failed)
     for site, reason in failed.items():
         terminal.say(f"warning: {site}: not adapted: {reason}")
-    outcomes = Counter(v.verdict.outcome for v in ledger.verdicts(cycle=cycle.id))
+    outcomes = Counter(ledger.outcomes(cycle.id).values())
     return {
         "source_version": source.version,
         "adapted": sum(outcomes.values()),
@@ -111,7 +111,7 @@ def show(terminal: Terminal, cycle: Cycle, summary: dict[str, object], verdicts:
 
 
 def _row(v: VerdictRow) -> dict[str, object]:
-    kept = {k: c for k, c in v.counters.items() if k != "outcomes"}
+    kept = {k: c for k, c in v.counters.items() if k not in ("outcomes", "rows")}
     return {"site": v.site, "state": v.state, "outcome": v.verdict.outcome, "reason": v.verdict.decisive,
             "offset_from": v.offset_from,
             "offset_to": v.offset_to, "trust_ratio": v.evidence.trust_ratio, **kept}  # fmt: skip

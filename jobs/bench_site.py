@@ -115,7 +115,7 @@ def bench_site(config: Config, terminal: Terminal, *, quick: bool, seeds: int | 
         started, seeds=list(range(count)), quick=quick, runs=len(planned), sources=len(wanted),
         data={d: read_manifest(path).digest[:12] for d, path in folders.items()},
     )  # fmt: skip
-    out = config.place("reports", "bench-site-quick.html" if quick else "bench-site.html")
+    out = config.folder("reports", "bench-site-quick.html" if quick else "bench-site.html")
     rows = tuple(Figure(f.name, f.measured, "", f.target, f.holds, f.note) for f in decided)
     report.write(replace(made, figures=rows, context={k: str(v) for k, v in facts.items()}), out)
     return conclude(terminal, decided, {**facts, **numbers(made), "page": str(out)}, *shown(made), f"page: {out}")
@@ -193,7 +193,7 @@ def _given(config: Config, terminal: Terminal, folders: dict[str, Path], *, quic
         corpora={d: str(p.resolve()) for d, p in folders.items()}, pool=str(_pool(config, terminal).resolve()),
         captures=str(Path(captures).resolve()) if captures else None, limits=config.data.model_dump_json(),
         scenarios=tuple(scenarios.scenarios(QUICK_SCALE if quick else 1.0)), attacker=config.site.model_dump_json(),
-        batch=config.bank.batch, place=str(config.place("bench", "site")),
+        batch=config.bank.batch, place=str(config.folder("bench", "site")),
     )  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def _pool(config: Config, terminal: Terminal) -> Path:
     """Folder of the rendered captures that scenarios draw from, named by what they follow from."""
     root = Path(pipeline.__file__).parent
     code = hashlib.sha256(b"".join((root / name).read_bytes() for name in RENDERED)).hexdigest()[:16]
-    folder = config.place("bench", "site", f"pool-{config.data.size}-{code}")
+    folder = config.folder("bench", "site", f"pool-{config.data.size}-{code}")
     if not (folder / "manifest.json").exists():
         plan_ = scenarios.clips()
         with terminal.progress("render scenarios", "captures") as advance:

@@ -75,7 +75,7 @@ def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int 
     began = time.time()
     with connected(config.cluster), terminal.progress("bench source", "fits") as advance:
         found = bench.run(
-            [p.job for p in planned], folders, place=config.place("bench", "source"), workers=config.cluster.cpus,
+            [p.job for p in planned], folders, place=config.folder("bench", "source"), workers=config.cluster.cpus,
             on_progress=advance,
         )  # fmt: skip
     failed = {p: found[p.job] for p in planned if isinstance(found[p.job], str)}
@@ -96,7 +96,7 @@ def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int 
         started, seeds=list(range(count)), quick=quick, steps=config.bench.quick_steps if quick else config.source.steps,
         fits=len({p.job for p in planned}), data={d: read_manifest(path).digest[:12] for d, path in folders.items()},
     )  # fmt: skip
-    out = config.place("reports", "bench-source-quick.html" if quick else "bench-source.html")
+    out = config.folder("reports", "bench-source-quick.html" if quick else "bench-source.html")
     rows = tuple(report.Figure(f.name, f.measured, "", f.target, f.holds, f.note) for f in decided)
     report.write(replace(made, figures=rows, context={k: str(v) for k, v in facts.items()}), out)
     return conclude(terminal, decided, {**facts, **numbers(made), "page": str(out)}, *shown(made), f"page: {out}")

@@ -4,6 +4,8 @@ configuration was read: ``--help`` and a mistake in a YAML are answered at once.
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs import Terminal
+from jobs.commands_bench import bench_app
 from jobs.commands_rollout import EVERYWHERE, rollout_app
 from jobs.commands_site import site_app
 
@@ -27,7 +30,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: figures against their targets, exit 0 or 3.")
 app.add_typer(bench_app, name="bench")
 app.add_typer(rollout_app, name="rollout")
 app.add_typer(site_app, name="site")
@@ -74,6 +76,8 @@ def palisade(
     --config, --json and overrides such as site.lr=1e-4 may stand anywhere on the line.
     """
     ctx.obj = Call(config, tuple(override or ()), Terminal(as_json))
+    if as_json:  # what others print, as Ray does when a worker dies, must not be in it
+        ctx.with_resource(redirect_stdout(sys.stderr))
 
 
 @app.command(epilog=EVERYWHERE)
@@ -147,12 +151,19 @@ def evaluate(
 
 
 @app.command(epilog=EVERYWHERE)
-def ingest(ctx: typer.Context) -> int:
+def ingest(
+    ctx: typer.Context,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Go on with what arrives until SIGINT or SIGTERM; --json: an object a round."),
+    ] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks with --follow.")] = 5.0,
+) -> int:
     """Read the sites' new capture segments into the feature store."""
     config = ctx.obj.config
-    from jobs.ingest import ingest
+    from jobs import ingest as job
 
-    return ingest(config, ctx.obj.terminal)
+    return job.follow(config, ctx.obj.terminal, interval=interval) if follow else job.ingest(config, ctx.obj.terminal)
 
 
 @app.command(epilog=EVERYWHERE)
@@ -174,6 +185,22 @@ def cycle(ctx: typer.Context) -> int:
     from jobs.cycle import cycle
 
     return cycle(config, ctx.obj.terminal)
+
+
+@app.command(epilog=EVERYWHERE)
+def gc(
+    ctx: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be deleted.")] = False,
+    keep_days: Annotated[
+        int | None, typer.Option(min=0, help="Days that verdicts keep features and outcomes; default: data.keep_days.")
+    ] = None,
+    grace_hours: Annotated[float, typer.Option(min=0, help="What was written later than this stays.")] = 24,
+) -> int:
+    """Delete blobs and features that nothing points to; what a rollback may need stays."""
+    config = ctx.obj.config
+    from jobs.gc import gc
+
+    return gc(config, ctx.obj.terminal, dry_run=dry_run, keep_days=keep_days, grace_hours=grace_hours)
 
 
 @app.command(epilog=EVERYWHERE)
@@ -227,40 +254,6 @@ def replay(
     from jobs.replay import replay
 
     return replay(config, what_if, ctx.obj.terminal, sites=site or [], out=out)
-
-
-@bench_app.command("source", epilog=EVERYWHERE)
-def bench_source(
-    ctx: typer.Context,
-    quick: Annotated[bool, typer.Option(help="erm and rise, one seed, short fits: minutes, and no evidence.")] = False,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds per method; default: bench.seeds.")] = None,
-) -> int:
-    """Compare all source methods over domains left out, missing modalities and few sources; resumes by itself.
-
-    Uses conf/bench.yaml where no --config is given.
-    """
-    config = ctx.obj.benchmark
-    from jobs.bench_source import bench_source
-
-    return bench_source(config, ctx.obj.terminal, quick=quick, seeds=seeds)
-
-
-@bench_app.command("site", epilog=EVERYWHERE)
-def bench_site(
-    ctx: typer.Context,
-    quick: Annotated[
-        bool, typer.Option(help="Four methods, one seed, short streams: minutes, and no evidence.")
-    ] = False,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Source models per stream; default: bench.seeds.")] = None,
-) -> int:
-    """Compare all site methods over recorded and rendered streams, hostile ones too; resumes by itself.
-
-    Uses conf/bench.yaml where no --config is given.
-    """
-    config = ctx.obj.benchmark
-    from jobs.bench_site import bench_site
-
-    return bench_site(config, ctx.obj.terminal, quick=quick, seeds=seeds)
 
 
 @app.command(epilog=EVERYWHERE)

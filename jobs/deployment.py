@@ -14,6 +14,7 @@ import psutil
 
 from pipeline.data.corpus import read_manifest
 from pipeline.ledger import Ledger, LedgerError, LedgerUnavailable, StaleGeneration
+from pipeline.storage import place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,11 +65,11 @@ def check_size(config: Config, source: SourceRow) -> None:
 
 
 def source_model(ledger: Ledger, version: int | None = None) -> SourceRow:
-    """A source version (default: the champion) whose folder is there."""
+    """A source version (default: the champion) whose checkpoint is there."""
     row = ledger.source(version)
-    if not Path(row.path).is_dir():
+    if not place(row.path).exists():
         raise LedgerError(
-            f"source v{row.version}: its folder {row.path} is missing; restore it or run `palisade train`"
+            f"source v{row.version}: its model {row.path} is missing; restore it or run `palisade train`"
         )
     return row
 

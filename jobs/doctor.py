@@ -43,7 +43,7 @@ class Check:
 def doctor(config: Config, terminal: Terminal) -> int:
     """Run every check, each on its own: exit 5 if one failed; a warning is something a job can do without."""
     checks = [_guarded(check, config) for check in (
-        _python, _packages, _torch, _gpu, _ray, _auth, _mlflow, _ledger, _folders, _disk, _corpora, _captures,
+        _python, _packages, _torch, _gpu, _ray, _auth, _mlflow, _ledger, _store, _folders, _disk, _corpora, _captures,
     )]  # fmt: skip
     failed = any(c.state == "fail" for c in checks)
     rows = [(c.name, f"[{COLOURS[c.state]}]{c.state}[/]", c.found, c.advice) for c in checks]
@@ -166,8 +166,29 @@ def _ledger(config: Config) -> Check:
     return Check("ledger", "ok", f"schema {SCHEMA}")
 
 
+def _store(config: Config) -> Check:
+    from pipeline.storage import TEMPORARY, write_atomic
+
+    probe = config.place(f"{TEMPORARY}doctor")
+    if isinstance(probe, Path):
+        return Check("store", "ok", "artifacts lie on this machine")
+    try:
+        write_atomic(probe, b"palisade")
+        same = probe.read_bytes() == b"palisade"
+        probe.unlink()
+    except OSError as e:
+        place, _, said = str(e).partition(": ")
+        found, _, advice = said.partition("; ")
+        return Check("store", "fail", f"{place}: {found}", advice)
+    if not same:
+        return Check(
+            "store", "fail", f"{config.ledger.artifacts} returns other bytes", "use a store that is consistent"
+        )
+    return Check("store", "ok", f"{config.ledger.artifacts} is written, read and deleted")
+
+
 def _folders(config: Config) -> Check:
-    names = {"ledger.artifacts": config.ledger.artifacts, "data.corpora": config.data.corpora}
+    names = {"ledger.artifacts": str(config.folder()), "data.corpora": config.data.corpora}
     if config.ledger.url.startswith("sqlite:///"):
         names["ledger.url"] = str(Path(config.ledger.url.removeprefix("sqlite:///")).parent)
     for field, name in names.items():
@@ -177,8 +198,8 @@ def _folders(config: Config) -> Check:
 
 
 def _disk(config: Config) -> Check:
-    free = shutil.disk_usage(_existing(config.ledger.artifacts)).free / GB
-    found = f"{free:.0f} GB free for {config.ledger.artifacts}"
+    free = shutil.disk_usage(_existing(str(config.folder()))).free / GB
+    found = f"{free:.0f} GB free for {config.folder()}"
     if free < DISK_LOW_GB:
         return Check("disk", "fail" if free < DISK_FULL_GB else "warn", found, "make room, or move ledger.artifacts")
     return Check("disk", "ok", found)

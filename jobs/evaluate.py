@@ -37,7 +37,7 @@ def evaluate(config: Config, terminal: Terminal, *, version: int | None, streams
 
 
 def _corpora(config: Config, terminal: Terminal, source: SourceRow) -> int:
-    model = checkpoint.load(Path(source.path))
+    model = checkpoint.load(source.path)
     found = sorted(p.parent for p in Path(config.data.corpora).glob("*/manifest.json"))
     if not found:
         raise ValueError(f"data.corpora: {config.data.corpora} holds no imported corpus; run `palisade import` first")

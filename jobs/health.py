@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +30,7 @@ def replay_red_team(
 ) -> dict[str, HealthReport]:
     """A report for every site with data; ``sites`` maps to (what it serves, what a rollback would give it)."""
     source = source_model(ledger)
-    version, model = source.version, checkpoint.load(Path(source.path))
+    version, model = source.version, checkpoint.load(source.path)
     ingested = {r.site: r for r in ledger.sites_named(list(sites))}
     serving = ledger.serving(list(sites))
     reports: dict[str, HealthReport] = {}

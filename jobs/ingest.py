@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import signal
+import sys
+import threading
+import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +16,18 @@ from jobs import Exit, table
 from jobs.deployment import check_size, lease, now, open_ledger, source_model
 from pipeline.cluster import connected
 from pipeline.cluster import ingest as cluster_ingest
+from pipeline.ledger import CycleBusy, StaleGeneration
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
     from jobs import Terminal
+    from pipeline.cluster.ingest import Found, Ingested
     from pipeline.config import Config
     from pipeline.ledger import Cycle, Ledger
+
+ROUND = 256  # segments that a round of --follow takes, so that others come to the lease and a signal is soon answered
+RETRY = 60.0  # seconds after which --follow tries a failed site again
 
 
 def ingest(config: Config, terminal: Terminal) -> int:
@@ -28,12 +41,64 @@ def ingest(config: Config, terminal: Terminal) -> int:
     return Exit.DONE
 
 
+def follow(config: Config, terminal: Terminal, *, interval: float) -> int:
+    """Ingest what arrives until SIGINT or SIGTERM, which end it after the round that is running.
+
+    One Ray connection; the lease is held for one round at a time, so that a cycle can run in between.
+    """
+    ledger = open_ledger(config)
+    source_model(ledger)
+    retry: dict[str, float] = {}  # failed sites and when they are tried again
+    with connected(config.cluster), _stopped() as stop:
+        terminal.say(f"following {config.data.captures}; SIGINT or SIGTERM ends it")
+        while not stop.is_set():
+            retry = {site: at for site, at in retry.items() if at > time.monotonic()}
+            more = bool(_find(config, ledger, without=retry).new)
+            if more:
+                try:
+                    with lease(config, ledger, "ingest") as cycle:
+                        summary, done = _step(config, ledger, cycle, terminal, most=ROUND, without=retry)
+                        ledger.finish_cycle(cycle, summary=summary, now=now())
+                    retry |= {site: time.monotonic() + RETRY for site, _ in done.failed}
+                    show(terminal, ledger, cycle, summary, brief=True)
+                except (CycleBusy, StaleGeneration) as e:
+                    terminal.say(f"waiting: {e}")
+                    more = False
+            stop.wait(0 if more else interval)
+    return Exit.DONE
+
+
 def ingest_step(config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal) -> dict[str, object]:
     """Find, featurise, commit → counts. The same step serves ``cycle``."""
+    return _step(config, ledger, cycle, terminal)[0]
+
+
+def show(terminal: Terminal, ledger: Ledger, cycle: Cycle, summary: dict[str, object], *, brief: bool = False) -> None:
+    """Counts, and why rows were refused; ``brief``: one line."""
+    reasons = Counter(
+        (q.site, q.segment if q.row < 0 else "rows", q.reason) for q in ledger.quarantined(cycle=cycle.id)
+    )
+    rows = [[site, where, n, reason] for (site, where, reason), n in reasons.most_common(20)]
+    said = "{samples} samples of {sites} sites in {segments} segments, {quarantined} refused".format(**summary)
+    parts = [table("refused", ["site", "where", "count", "reason"], rows)] if rows and not brief else []
+    listed = [{"site": s, "where": w, "reason": r, "count": n} for (s, w, r), n in reasons.items()]
+    data = {"cycle": cycle.id, **summary, "refused": listed}
+    terminal.result(data, *parts, f"{cycle.id}: {said}" if brief else said)
+    sys.stdout.flush()  # whoever follows reads it now
+
+
+def _step(
+    config: Config,
+    ledger: Ledger,
+    cycle: Cycle,
+    terminal: Terminal,
+    *,
+    most: int | None = None,
+    without: Collection[str] = (),
+) -> tuple[dict[str, object], Ingested]:
     source = source_model(ledger)
     check_size(config, source)
-    next_offset = {row.site: row.ingested for row in ledger.sites()}
-    found = cluster_ingest.find(config.data, ledger.known_segments(), lambda site: next_offset.get(site, 0))
+    found = _find(config, ledger, most=most, without=without)
     if not found.sites:
         raise ValueError(
             f"data.captures: {config.data.captures} holds no site folder with segments; expected <site>/segment-*.parquet"
@@ -41,42 +106,69 @@ def ingest_step(config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal
     new_sites = ledger.register_sites({site: {} for site in found.sites}, now=now())
     for stray in found.strays:
         terminal.say(f"warning: {stray}")
+    if config.data.retention == "until_ingested":
+        _forget_counted(ledger, found)
+    done = cluster_ingest.Ingested((), (), (), ())
     if found.new:
         with connected(config.cluster), terminal.progress("ingest", "segments") as advance:
-            done = cluster_ingest.run(config, found.new, checkpoint=Path(source.path), on_progress=advance)
-    else:
-        done = cluster_ingest.Ingested((), (), ())
-    refused = [q for _, q in found.refused]
-    ledger.commit_ingest(
-        cycle, [s for s, _ in found.refused] + list(done.segments), refused + list(done.quarantined), now=now()
-    )
+            done = cluster_ingest.run(
+                config, found.new, checkpoint=source.path, on_progress=advance,
+                history=lambda site: {s.sha256: s.name for s, _ in ledger.segments(site) if s.rows},
+            )  # fmt: skip
+    cluster_ingest.forget_orphans(config, source.trunk, done)
+    ledger.commit_ingest(cycle, done.segments, done.quarantined, now=now())
     ledger.set_status(dict(done.failed))
     for site, reason in done.failed:
         terminal.say(f"warning: {site}: not ingested, the next cycle tries again: {reason}")
     if config.data.retention == "until_ingested":
-        _forget(found.new, done)
+        _forget(found, done)
+    counted = [s for s in done.segments if s.name.endswith(".parquet")]  # refused ones carry their digest
     return {
-        "segments": len(done.segments), "samples": sum(s.good for s in done.segments), "new_sites": len(new_sites),
-        "sites": len({s.site for s in done.segments}), "quarantined": len(refused) + len(done.quarantined),
+        "segments": len(counted), "samples": sum(s.good for s in counted), "new_sites": len(new_sites),
+        "sites": len({s.site for s in counted}), "quarantined": len(done.quarantined),
         "failed_sites": len(done.failed),
-    }  # fmt: skip
+    }, done  # fmt: skip
 
 
-def show(terminal: Terminal, ledger: Ledger, cycle: Cycle, summary: dict[str, object]) -> None:
-    """Counts, and why rows were refused."""
-    reasons = Counter(
-        (q.site, q.segment if q.row < 0 else "rows", q.reason) for q in ledger.quarantined(cycle=cycle.id)
+def _find(config: Config, ledger: Ledger, *, most: int | None = None, without: Collection[str] = ()) -> Found:
+    offsets = {row.site: row.ingested for row in ledger.sites()}
+    return cluster_ingest.find(
+        config.data, ledger.known_segments(), lambda site: offsets.get(site, 0), most=most, without=without
     )
-    rows = [[site, where, n, reason] for (site, where, reason), n in reasons.most_common(20)]
-    said = "{samples} samples of {sites} sites in {segments} segments, {quarantined} refused".format(**summary)
-    parts = [table("refused", ["site", "where", "count", "reason"], rows)] if rows else []
-    listed = [{"site": s, "where": w, "reason": r, "count": n} for (s, w, r), n in reasons.items()]
-    terminal.result({"cycle": cycle.id, **summary, "refused": listed}, *parts, said)
 
 
-def _forget(new: tuple[cluster_ingest.NewSegment, ...], done: cluster_ingest.Ingested) -> None:
+def _forget(found: Found, done: Ingested) -> None:
     """Frames do not outlive ingest; a segment with a refused row stays for whoever looks into it."""
     clean = {(s.site, s.name) for s in done.segments if not s.quarantined}
-    for segment in new:
-        if (segment.site, segment.name) in clean:
-            Path(segment.path).unlink(missing_ok=True)
+    for backlog in found.new:
+        for path in map(Path, backlog.paths):
+            if (backlog.site, path.name) in clean:
+                path.unlink(missing_ok=True)
+
+
+def _forget_counted(ledger: Ledger, found: Found) -> None:
+    """What ``_forget`` did not come to after an earlier commit; bytes that the ledger does not know are left alone."""
+    for site, paths in found.counted.items():
+        clean = {s.name: s.sha256 for s, _ in ledger.segments(site) if not s.quarantined}
+        for path in paths:
+            if path.name in clean and hashlib.sha256(path.read_bytes()).hexdigest() == clean[path.name]:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _stopped() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one ends the process as usual."""
+    stop = threading.Event()
+    before = {int(s): signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _: object) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

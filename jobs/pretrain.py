@@ -51,7 +51,7 @@ def pretrained(config: Config, terminal: Terminal) -> Path:
     )
     model = config.model.model_copy(update={"tail": config.model.tail.model_copy(update={"head": "radial"})})
     given = [method.model_dump(), model.model_dump(), config.data.size, read_manifest(folder).digest]
-    out = config.place("starts", hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16])
+    out = config.folder("starts", hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16])
     if out.exists():
         return out
     corpus = read_corpus(folder, ("train",))

@@ -21,10 +21,11 @@ from jobs.scoring import labels_of
 from pipeline import bank, whatif
 from pipeline.cluster.shard import Window, features_of, judge
 from pipeline.data.anchor import open_sealed
-from pipeline.data.blobs import BadBlob, write_atomic
+from pipeline.data.blobs import BadBlob
 from pipeline.data.features import read_features
 from pipeline.ledger import LedgerError
 from pipeline.models import checkpoint
+from pipeline.storage import write_atomic
 from pipeline.types import Features
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _compared(
 ) -> tuple[list[whatif.Difference], dict[str, str]]:
     """(sites worst first, reason by site of those that could not be replayed)."""
     torch.set_num_threads(1)  # as the shards compute
-    model = checkpoint.load(Path(source.path))
+    model = checkpoint.load(source.path)
     anchor = _anchor(config, ledger, source, terminal)
     for c in (config, what_if):
         cast("SiteMethod", c.site).init(model.tail)  # a method that cannot start says so before anything is computed

@@ -63,7 +63,7 @@ def report(config: Config, terminal: Terminal, *, cycle: str | None) -> int:
 
 def write_report(config: Config, ledger: Ledger, cycle: str) -> Path:
     """Gather and write; returns the path."""
-    path = config.place("reports", f"{cycle}.html")
+    path = config.folder("reports", f"{cycle}.html")
     write(gather(config, ledger, cycle), path)
     return path
 

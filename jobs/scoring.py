@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -54,14 +54,18 @@ def labels_of(folder: str | None, site: str) -> dict[str, tuple[int, str]]:
 
 
 def scored(config: Config, source: SourceRow, verdicts: Sequence[VerdictRow]) -> Scored | None:
-    """Join the outcomes of one site's ``verdicts`` with the feature store and the sealed labels; None if it saw nothing."""
+    """Join the outcomes of one site's ``verdicts`` with the feature store and the sealed labels; None if nothing is left of what
+    it saw.
+    """
     parts = [v for v in verdicts if v.counters["samples"]]
     if not parts:
         return None
     site = parts[0].site
     features = int(config.model.trunk.features)
-    outcomes = [blobs.get(config.place("outcomes"), str(v.counters["outcomes"])) for v in parts]
-    o = {name: np.concatenate([part[name].numpy() for part in outcomes]) for name in outcomes[0]}
+    outcomes = [found for v in parts if (found := _outcomes(config, v))]
+    if not outcomes:
+        return None
+    o = {name: np.concatenate([part[name] for part in outcomes]) for name in outcomes[0]}
     block = read_features(
         config.place("features"),
         source.trunk,
@@ -79,3 +83,13 @@ def scored(config: Config, source: SourceRow, verdicts: Sequence[VerdictRow]) ->
         o["offset"], block.captured_at[rows], o["present"], np.array([k[0] for k in known]), np.array([k[1] for k in known]),
         o["before"], o["online"], o["after"], o["pseudo_label"], o["omega"], o["instability"],
     )  # fmt: skip
+
+
+def _outcomes(config: Config, v: VerdictRow) -> dict[str, np.ndarray]:
+    """Of one window; its blob holds those of the sites that were adapted together with it."""
+    first, end = cast("list[int]", v.counters["rows"])
+    try:
+        stored = blobs.get(config.place("outcomes"), str(v.counters["outcomes"]))
+    except blobs.MissingBlob:  # older than what gc keeps
+        return {}
+    return {name: t[first:end].numpy() for name, t in stored.items()}

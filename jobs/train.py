@@ -46,15 +46,16 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
     }
     with lineage.run("train", name, params=flat(config.model_dump(mode="json")), tags=tags, key=name) as run:
         path = config.place("models", name)
-        if not path.exists():
+        if not checkpoint.exists(path):
             with connected(config.cluster), terminal.progress(f"train {config.source.kind}", "steps") as advance:
                 result = cluster_train.train(
-                    config, folders, storage=config.place("train"), run_name=name, out=path, on_progress=advance
+                    config, folders, storage=config.folder("train"), run_name=name, out=path, on_progress=advance
                 )
             run.history({f"loss.{term}": curve for term, curve in result.history.items()})
         model = checkpoint.load(path)
         run.metrics(model.manifest.metrics)
-        run.artifact(path, folder="model")
+        with checkpoint.folder(path) as local:
+            run.artifact(local, folder="model")
         facts = model.manifest.model_dump(mode="json")
         version = ledger.add_source(
             model.manifest.digest,
@@ -65,9 +66,15 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
             now=now(),
         )
         _seal_anchor(config, ledger, model, folders, terminal)
-        registered = lineage.register_source(
-            run, path, fingerprint=config.fingerprint(), data=digests, parent=None, tags={"palisade.version": version}
-        )
+        with checkpoint.folder(path) as local:
+            registered = lineage.register_source(
+                run,
+                local,
+                fingerprint=config.fingerprint(),
+                data=digests,
+                parent=None,
+                tags={"palisade.version": version},
+            )
         if champion:
             ledger.set_champion(version, now=now())
         crowned = ledger.source().version

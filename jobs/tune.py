@@ -15,11 +15,11 @@ from jobs.deployment import corpora, now, open_ledger, source_model
 from jobs.scoring import labels_of
 from pipeline.cluster import connected
 from pipeline.config import method_config
-from pipeline.data.blobs import write_atomic
 from pipeline.data.corpus import read_manifest
 from pipeline.data.features import read_features
 from pipeline.lineage import Lineage, flat
 from pipeline.revision import code_revision
+from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
     from jobs import Terminal
@@ -42,7 +42,7 @@ def tune(config: Config, terminal: Terminal, *, what: str) -> int:
     best = trials[0]
     kind = getattr(config, what).model_dump()["kind"]
     fragment = yaml.safe_dump({what: {"kind": kind, **best.settings}}, sort_keys=False)
-    path = config.place("tune", f"{what}-{now():%Y%m%dT%H%M%S}.yaml")
+    path = config.folder("tune", f"{what}-{now():%Y%m%dT%H%M%S}.yaml")
     write_atomic(path, lambda tmp: tmp.write_text(fragment))
     lineage = Lineage.open(config.lineage, code_revision=code_revision())
     tags = {"fingerprint": config.fingerprint(), **tags}
@@ -102,7 +102,7 @@ def _source_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dic
     with connected(config.cluster), terminal.progress("tune source", "trials") as advance:
         from pipeline.cluster.search import search_source
 
-        trials = search_source(config, folders, storage=config.place("tune", "runs"), on_progress=advance)
+        trials = search_source(config, folders, storage=config.folder("tune", "runs"), on_progress=advance)
     return trials, {f"data.{p.name}": read_manifest(p).digest for p in folders}
 
 

@@ -10,10 +10,10 @@ import json
 import pkgutil
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import yaml
-from pydantic import Field, SerializeAsAny, ValidationError
+from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError
 
 from pipeline.bank import BankConfig
 from pipeline.data import DataConfig
@@ -21,6 +21,7 @@ from pipeline.guards import GuardsConfig
 from pipeline.models import ModelConfig
 from pipeline.rollout import RolloutConfig
 from pipeline.source import Schedule
+from pipeline.storage import Place, hidden, named, place
 from pipeline.types import Section
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 PLUGGED = {"source": "rise", "site": "danet"}  # sections whose `kind` is a module, and the default kind
 RESULT_SECTIONS = ("data", "model", "source", "site", "guards")
 PLACES = {  # where things are, not what comes out; what lies there has a digest of its own
-    "data": {"corpora", "anchor", "captures", "sealed", "redteam", "retention"},
+    "data": {"corpora", "anchor", "captures", "sealed", "redteam", "retention", "keep_days"},
     "source": {"start"},
 }
 
@@ -64,7 +65,7 @@ class LedgerConfig(Section):
     """Section ``ledger``: the durable record and the blobs it points to."""
 
     url: str = Field(default="sqlite:///run/ledger.db", description="SQLAlchemy URL")
-    artifacts: str = Field(default="run/artifacts", description="blobs, checkpoints, features, reports")
+    artifacts: Annotated[str, AfterValidator(named)] = Field("run/artifacts", description="folder or s3://bucket/x")
 
 
 class LineageConfig(Section):
@@ -138,9 +139,13 @@ class Config(Section):
     lineage: LineageConfig
     bench: BenchConfig
 
-    def place(self, *parts: str) -> Path:
-        """Absolute path below ``ledger.artifacts``."""
-        return Path(self.ledger.artifacts).resolve().joinpath(*parts)
+    def place(self, *parts: str) -> Place:
+        """Below ``ledger.artifacts``: an absolute path, or a place in an object store."""
+        return place(self.ledger.artifacts).joinpath(*parts)
+
+    def folder(self, *parts: str) -> Path:
+        """The same for what is made and read on this machine: where the artifacts are a URL, below ``run/artifacts``."""
+        return there if isinstance(there := self.place(*parts), Path) else Path("run/artifacts", *parts).resolve()
 
     def fingerprint(self) -> str:
         """sha256 over what changes results; never over paths, URIs or cluster sizes."""
@@ -275,11 +280,11 @@ def _section_class(name: str, values: dict[str, object], annotation: object) -> 
 def _line(section: str, error: ErrorDetails, where: str, given_in: Mapping[str, str], cls: type[Section]) -> str:
     loc = [str(p) for p in error["loc"]]
     dotted = ".".join([section, *loc])
-    place = given_in.get(dotted, where)
+    where = given_in.get(dotted, where)
     if error["type"] == "extra_forbidden":
         allowed = _fields(cls, loc[:-1])
-        return f"{place}: {dotted}: no such key{_hint(loc[-1], allowed)}"
-    return f"{place}: {dotted}: {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+        return f"{where}: {dotted}: no such key{_hint(loc[-1], allowed)}"
+    return hidden(f"{where}: {dotted}: {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}")
 
 
 def _fields(cls: type[Section], path: Sequence[str]) -> list[str]:

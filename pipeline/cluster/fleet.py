@@ -1,67 +1,181 @@
-"""Drive the shards over the fleet: hand out chunks of sites, survive the death of any of them, isolate what breaks."""
+"""Drive the shards over the fleet: each site has its shard, shards come and go, and what breaks is isolated.
+
+A shard that cannot be placed yet joins when it can; one that dies, with its process or its node, leaves, and its calls go
+to whoever is free. Every call is safe to repeat (``shard``), so nothing here is durable.
+"""
 
 from __future__ import annotations
 
+from collections import Counter, deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from pipeline.cluster.assign import calls, homes
 from pipeline.cluster.shard import Shard, ShardJob
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping
 
     from ray.actor import ActorClass, ActorHandle, ActorProxy
 
-RETRIES = 5  # of a chunk whose actor died; a chunk that kills its actor every time is taken apart
+RETRIES = 5  # of a site whose shard died; of a shard that does not start
+PLACED_SECONDS = 120  # to wait for a first shard before saying that none fits
+BASE_MB = 700  # of a shard beside its hot states
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many shards there may be, and what each asks of Ray."""
+
+    shards: int
+    cpus: float
+    slots: int  # sites stepped together
+    hot_mb: int
+
+
+@dataclass
+class _Work:
+    """What is left to do, by shard, and who does what."""
+
+    queues: dict[int, deque[list[str]]]
+    died: Counter[str] = field(default_factory=Counter[str])  # deaths while a site was alone in a call
+    unstarted: Counter[int] = field(default_factory=Counter[int])
+    failed: dict[str, str] = field(default_factory=dict[str, str])
+    done: int = 0
 
 
 def adapt(
-    job: ShardJob, sites: Sequence[str], *, shards: int, cpus: float, chunk: int,
-    on_progress: Callable[[int, int], None], on_shards: Callable[[list[int]], None] | None = None,
+    job: ShardJob, pending: Mapping[str, int], *, placement: Placement, on_progress: Callable[[int, int], None],
+    on_shard: Callable[[int], None] | None = None,
 ) -> dict[str, str]:  # fmt: skip
-    """Adapt and judge every site in ``sites`` → {site: reason} of those that could not be processed. Needs a connected Ray.
+    """Adapt and judge every site in ``pending`` (→ samples) → {site: reason} of those that could not be. Needs a connected Ray.
 
-    ``on_shards`` is told the process ids. A chunk that breaks is tried site by site, so that one site cannot hide others.
+    ``on_shard`` is told the process id of every shard that joins. A call that breaks is halved until one site is left, so
+    that one site cannot hide others.
     """
-    todo = [list(sites[i : i + chunk]) for i in range(0, len(sites), chunk)]
-    remote = cast("ActorClass", ray.remote(Shard)).options(num_cpus=cpus, max_restarts=-1, max_task_retries=RETRIES)
-    idle = [remote.remote(job) for _ in range(min(shards, max(len(todo), 1)))]
-    if on_shards:
-        on_shards(ray.get([a.pid.remote() for a in idle]))
-    running: dict[ray.ObjectRef, tuple[ActorProxy[Shard], list[str]]] = {}
-    failed: dict[str, str] = {}
-    done = 0
-    on_progress(0, len(sites))
-    while todo or running:
-        while todo and idle:
-            actor, part = idle.pop(), todo.pop(0)
-            running[actor.adapt.remote(part)] = (actor, part)
-        (ready,), _ = ray.wait(list(running), num_returns=1)
-        actor, part = running.pop(ready)
-        try:
-            failed |= ray.get(ready)
-            done += len(part)
-        except RayTaskError as e:
-            cause = e.cause if isinstance(e.cause, Exception) else e
-            if type(cause).__name__ in ("StaleGeneration", "LedgerUnavailable"):
-                raise cause from None
-            done += _take_apart(part, todo, failed, f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
-        except RayActorError:
-            actor = remote.remote(job)
-            done += _take_apart(part, todo, failed, "its shard died every time it was adapted")
-        idle.append(actor)
-        on_progress(done, len(sites))
-    for actor in idle:
-        ray.kill(cast("ActorHandle", actor))
-    return failed
+    work, made = _planned(pending, placement), _remote(placement)
+    shards: dict[int, ActorProxy] = {}
+    starting: dict[ray.ObjectRef, int] = {}
+    running: dict[ray.ObjectRef, tuple[int, list[str]]] = {}
+
+    def start(k: int) -> None:
+        shards[k] = made.remote(job)
+        starting[shards[k].pid.remote()] = k
+
+    try:
+        for k in work.queues:
+            start(k)
+        on_progress(0, len(pending))
+        while running or any(work.queues.values()):
+            ready = _next(running, starting, placement)
+            if ready in starting:
+                free = starting.pop(ready)
+                if not _joined(ready, free, work, on_shard):
+                    start(free)
+                    continue
+            else:
+                free, sites = running.pop(ready)
+                if not _settled(ready, sites, free, work):
+                    start(free)
+                on_progress(work.done, len(pending))
+            for k in _idle(shards, starting, running):
+                if sites := _take(work, k):
+                    running[shards[k].adapt.remote(sites)] = k, sites
+    finally:
+        for shard in shards.values():
+            ray.kill(cast("ActorHandle", shard))
+    return work.failed
 
 
-def _take_apart(part: list[str], todo: list[list[str]], failed: dict[str, str], reason: str) -> int:
-    """Queue the sites of a broken chunk one by one; a chunk of one is given up → how many were given up."""
-    if len(part) > 1:
-        todo.extend([site] for site in part)
-        return 0
-    failed[part[0]] = reason
-    return 1
+def _planned(pending: Mapping[str, int], placement: Placement) -> _Work:
+    sites = sorted(pending)
+    count = max(1, min(placement.shards, -(-len(sites) // placement.slots)))
+    home = homes(sites, count)
+    own = [{s: pending[s] for s, k in zip(sites, home, strict=True) if k == shard} for shard in range(count)]
+    return _Work({k: deque(calls(part, slots=placement.slots)) for k, part in enumerate(own)})
+
+
+def _remote(placement: Placement) -> ActorClass:
+    memory = (BASE_MB + placement.hot_mb) * 2**20
+    made = cast("ActorClass", ray.remote(Shard))
+    return made.options(num_cpus=placement.cpus, memory=memory, max_restarts=0)
+
+
+def _next(
+    running: Mapping[ray.ObjectRef, object], starting: Mapping[ray.ObjectRef, object], placement: Placement
+) -> ray.ObjectRef:
+    ready, _ = ray.wait([*running, *starting], num_returns=1, timeout=None if running else PLACED_SECONDS)
+    if not ready:
+        has = ray.cluster_resources()
+        raise ValueError(
+            f"cluster.shards: no shard with {placement.cpus:g} CPU and {BASE_MB + placement.hot_mb} MiB could be placed; the "
+            f"cluster has {has.get('CPU', 0):g} CPU, {has.get('memory', 0) / 2**20:.0f} MiB; ask for less or add a node"
+        )
+    return ready[0]
+
+
+def _joined(ready: ray.ObjectRef, k: int, work: _Work, on_shard: Callable[[int], None] | None) -> bool:
+    """Whether the shard has started; one that never does ends the run."""
+    try:
+        pid = ray.get(ready)
+    except RayActorError as e:
+        work.unstarted[k] += 1
+        if work.unstarted[k] > RETRIES:
+            raise RuntimeError(
+                f"a shard died {RETRIES} times while it started: {' '.join(str(e).split())[:300]}"
+            ) from None
+        return False
+    work.unstarted[k] = 0
+    if on_shard:
+        on_shard(pid)
+    return True
+
+
+def _settled(ready: ray.ObjectRef, sites: list[str], k: int, work: _Work) -> bool:
+    """Take in a call's result or the way it broke → whether its shard lives."""
+    try:
+        work.failed |= ray.get(ready)
+        work.done += len(sites)
+    except RayTaskError as e:
+        cause = e.cause if isinstance(e.cause, Exception) else e
+        if type(cause).__name__ in ("StaleGeneration", "LedgerUnavailable"):
+            raise cause from None
+        _halve(sites, k, work, reason=f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
+    except RayActorError:
+        if len(sites) == 1:
+            work.died[sites[0]] += 1
+        if len(sites) == 1 and work.died[sites[0]] <= RETRIES:
+            work.queues[k].appendleft(sites)
+        else:
+            _halve(sites, k, work, reason="its shard died every time it was adapted")
+        return False
+    return True
+
+
+def _halve(sites: list[str], k: int, work: _Work, *, reason: str) -> None:
+    if len(sites) == 1:
+        work.failed[sites[0]] = reason
+        work.done += 1
+        return
+    middle = len(sites) // 2
+    work.queues[k].extendleft([sites[middle:], sites[:middle]])
+
+
+def _idle(
+    shards: Mapping[int, object],
+    starting: Mapping[ray.ObjectRef, int],
+    running: Mapping[ray.ObjectRef, tuple[int, list[str]]],
+) -> list[int]:
+    busy = {*starting.values(), *(k for k, _ in running.values())}
+    return [k for k in shards if k not in busy]
+
+
+def _take(work: _Work, k: int) -> list[str]:
+    """The shard's own next call; else the last one of whoever has the most left."""
+    if work.queues[k]:
+        return work.queues[k].popleft()
+    longest = max(work.queues.values(), key=len)
+    return longest.pop() if longest else []

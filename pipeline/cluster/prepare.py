@@ -18,7 +18,6 @@ from pipeline.cluster.bench import store
 from pipeline.cluster.ingest import NewSegment, ingest_segment
 from pipeline.config import method_config
 from pipeline.data import DataConfig
-from pipeline.data.blobs import write_atomic
 from pipeline.data.captures import check_segment, list_segments, read_labels
 from pipeline.data.corpus import read_corpus
 from pipeline.data.features import mask_to_bool, read_features
@@ -28,6 +27,7 @@ from pipeline.models import checkpoint
 from pipeline.models import tail as tails
 from pipeline.models.trunk import features as features_of
 from pipeline.online import Stream
+from pipeline.storage import write_atomic
 from pipeline.types import Features
 
 if TYPE_CHECKING:

@@ -165,7 +165,7 @@ def replay(
     config: Config, settings: Mapping[str, object], streams: Sequence[Stream], *, model_path: str
 ) -> Iterator[float]:
     """Mean online HTER of the development sites after each rung, every sample scored before it is used."""
-    model = checkpoint.load(Path(model_path))
+    model = checkpoint.load(model_path)
     own = config.site.model_dump()
     method = cast("SiteMethod", method_config("site", str(own["kind"])).model_validate({**own, **settings}))
     states = bank.stack([method.init(model.tail) for _ in streams])

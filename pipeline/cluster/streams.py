@@ -23,10 +23,10 @@ from pipeline.cluster.bench import CODE, code_of, store
 from pipeline.cluster.prepare import Given, SourceJob, prepare, read_prepared
 from pipeline.cluster.train import started
 from pipeline.config import method_config
-from pipeline.data.blobs import write_atomic
 from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.models import ModelConfig, checkpoint
 from pipeline.online import Course, Rates
+from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from pipeline.config import Config
     from pipeline.source import SourceMethod
+    from pipeline.storage import Place
 
 EVERY = 100  # steps between checkpoints: a report costs a poll of the controller
 MAX_FAILURES = 3
@@ -59,7 +60,7 @@ class Progress:
 class TrainResult:
     """Where the source model is, and how the fit went."""
 
-    path: Path  # a checkpoint folder
+    path: Place  # a checkpoint folder
     manifest: checkpoint.Manifest
     history: dict[str, list[tuple[int, float]]]  # loss term → (step, mean since the step before)
 
@@ -70,7 +71,7 @@ def train(
     *,
     storage: Path,
     run_name: str,
-    out: Path,
+    out: Place,
     on_progress: Callable[[int, int], None] | None = None,
     every: int = EVERY,
 ) -> TrainResult:

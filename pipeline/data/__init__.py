@@ -24,3 +24,4 @@ class DataConfig(Section):
     max_rows: int = Field(default=20_000, ge=1, description="rows a capture segment may hold")
     max_bytes: int = Field(default=512 * 2**20, ge=1, description="bytes a capture segment may have")
     retention: Literal["keep", "until_ingested"] = "keep"
+    keep_days: int = Field(default=30, ge=0, description="days that `palisade gc` leaves features that were learned from")

@@ -12,9 +12,9 @@ from pipeline.data.blobs import BadBlob, get, put
 from pipeline.data.protocols import PATTERNS
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
+
+    from pipeline.storage import Place
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class AnchorSet:
         return tuple(PATTERNS), self.present & keep[:, None, :]
 
 
-def seal(root: Path, anchor: AnchorSet) -> str:
+def seal(root: Place, anchor: AnchorSet) -> str:
     """Store ``anchor`` → its digest; the ledger pins it."""
     names = sorted(set(anchor.species))
     index = torch.tensor([names.index(s) for s in anchor.species])
@@ -40,7 +40,7 @@ def seal(root: Path, anchor: AnchorSet) -> str:
     return put(root, {**tensors, "names": _text(json.dumps(names))})
 
 
-def open_sealed(root: Path, digest: str) -> AnchorSet:
+def open_sealed(root: Place, digest: str) -> AnchorSet:
     """The anchor set whose bytes have ``digest``; raises BadBlob when they have changed."""
     t = get(root, digest)
     if set(t) != {"z", "present", "label", "species", "names"}:

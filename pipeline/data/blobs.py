@@ -1,78 +1,69 @@
-"""Content-addressed tensors on disk: safetensors named by the sha256 of their bytes, written so that a crash leaves no half."""
+"""Content-addressed tensors at rest: safetensors named by the sha256 of their bytes."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.storage import write_atomic
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
+
+    from pipeline.storage import Place
 
 
 class BadBlob(ValueError):
     """A stored artifact is missing or its bytes are not the ones its name promises."""
 
 
-def put(root: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> str:
-    """Store ``tensors`` under ``root`` and return their digest (64 hex digits); the same content is stored once."""
+class MissingBlob(BadBlob):
+    """It is not there: lost, or older than what `palisade gc` keeps."""
+
+
+def put(root: Place, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> str:
+    """Store ``tensors`` under ``root`` → their digest (64 hex digits). The same content is stored once; a damaged copy of
+    it is replaced.
+    """
     from safetensors.torch import save
 
     data = save({k: t.contiguous() for k, t in tensors.items()}, dict(metadata or {}))
     digest = hashlib.sha256(data).hexdigest()
     path = _path(root, digest)
-    if not path.exists():
-        write_atomic(path, lambda tmp: tmp.write_bytes(data))
+    if not _whole(path, digest):
+        write_atomic(path, data)
     return digest
 
 
-def get(root: Path, digest: str) -> dict[str, Tensor]:
+def get(root: Place, digest: str) -> dict[str, Tensor]:
     """Load the tensors stored under ``digest``; raises BadBlob unless every byte is as it was written."""
     from safetensors.torch import load
 
     return load(verified(_path(root, digest), digest))
 
 
-def verified(path: Path, digest: str) -> bytes:
-    """The bytes of ``path``; raises BadBlob when it is missing or its sha256 is not ``digest``."""
+def verified(path: Place, digest: str) -> bytes:
+    """The bytes of ``path``; raises MissingBlob, or BadBlob when its sha256 is not ``digest``."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise BadBlob(
-            f"{path}: missing, though a record points to it; restore it from a backup or run the cycle again"
-        ) from None
+        raise MissingBlob(f"{path}: missing, though a record points to it; restore it from a backup") from None
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
-        raise BadBlob(f"{path}: sha256 is {found[:12]}, the record says {digest[:12]}; the file was changed or torn")
+        raise BadBlob(
+            f"{path}: changed or torn: sha256 is {found[:12]}, the record says {digest[:12]}; restore it from a backup"
+        )
     return data
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then fsync and rename: readers see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-    os.close(handle)
-    tmp = Path(name)
+def _whole(path: Place, digest: str) -> bool:
     try:
-        write(tmp)
-        _fsync(tmp)
-        tmp.replace(path)
-        _fsync(path.parent)
-    finally:
-        tmp.unlink(missing_ok=True)
+        return bool(verified(path, digest))
+    except BadBlob:
+        return False
 
 
-def _path(root: Path, digest: str) -> Path:
+def _path(root: Place, digest: str) -> Place:
     return root / digest[:2] / f"{digest}.safetensors"
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

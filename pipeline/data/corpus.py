@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.blobs import write_atomic
 from pipeline.data.decode import CHANNELS
+from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -2,11 +2,14 @@
 
 ``<root>/<trunk digest, 16>/site=<site>/<first offset>-<end>.parquet``. Features are float16 in a fixed-size binary column:
 no list decoding, no extension types. An offset is the position of a sample in its site's stream; quarantined rows leave gaps.
+The sha256 of all other bytes lies between the last page and the footer, where no Parquet reader looks: a Parquet file like
+any other, of which no bit can change unseen.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,13 +17,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.blobs import BadBlob, write_atomic
+from pipeline.data.blobs import BadBlob
+from pipeline.storage import StoreUnavailable, write_atomic
 from pipeline.types import Modality, check_site_id
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from pipeline.storage import Place
 
 M = len(Modality)
+DIGEST = 32  # bytes of a sha256
+NAME = re.compile(r"([0-9]+)-([0-9]+)\.parquet")
 COLUMNS: dict[str, pa.DataType | None] = {
     "offset": pa.int64(), "sample_id": pa.string(), "captured_at": pa.timestamp("us", tz="UTC"), "session": pa.int64(),
     "present": pa.uint8(), "z": None,
@@ -57,7 +63,7 @@ def mask_to_bool(present: np.ndarray) -> np.ndarray:
     return (present[:, None] >> np.arange(M) & 1).astype(bool)
 
 
-def write_features(root: Path, trunk: str, site: str, block: FeatureBlock) -> Path:
+def write_features(root: Place, trunk: str, site: str, block: FeatureBlock) -> Place:
     """Store a block; writing the same range again replaces it, so a repeated ingest changes nothing."""
     n, m, f = block.z.shape
     flat = np.ascontiguousarray(block.z, dtype=np.float16)
@@ -74,23 +80,23 @@ def write_features(root: Path, trunk: str, site: str, block: FeatureBlock) -> Pa
     )
     first, end = int(block.offset[0]), int(block.offset[-1]) + 1
     path = _folder(root, trunk, site) / f"{first:012d}-{end:012d}.parquet"
-    write_atomic(path, lambda tmp: pq.write_table(table, tmp, compression="zstd", compression_level=1))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", compression_level=1)
+    write_atomic(path, _sealed(sink.getvalue().to_pybytes()))
     return path
 
 
-def forget_range(root: Path, trunk: str, site: str, *, start: int, end: int) -> None:
+def forget_range(root: Place, trunk: str, site: str, *, start: int, end: int) -> None:
     """Remove what an ingest that never counted left in a range of offsets that is being assigned again."""
-    for path in _folder(root, trunk, site).glob("[0-9]*-*.parquet"):
-        first, last = (int(x) for x in path.stem.split("-"))
+    for path, (first, last) in _ranges(_folder(root, trunk, site)):
         if last > start and first < end:
             path.unlink(missing_ok=True)
 
 
-def read_features(root: Path, trunk: str, site: str, *, start: int, end: int, features: int) -> FeatureBlock:
+def read_features(root: Place, trunk: str, site: str, *, start: int, end: int, features: int) -> FeatureBlock:
     """Every stored sample of ``site`` with ``start <= offset < end``, ascending; F = ``features``. Raises BadBlob."""
     blocks = [_empty(features)]
-    for path in sorted(_folder(root, trunk, site).glob("[0-9]*-*.parquet")):
-        first, last = (int(x) for x in path.stem.split("-"))
+    for path, (first, last) in sorted(_ranges(_folder(root, trunk, site))):
         if last > start and first < end:
             blocks.append(_read(path, features))
     block = FeatureBlock(*(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__))
@@ -98,11 +104,42 @@ def read_features(root: Path, trunk: str, site: str, *, start: int, end: int, fe
     return block.rows(order[(block.offset[order] >= start) & (block.offset[order] < end)])
 
 
-def _read(path: Path, features: int) -> FeatureBlock:
+def offsets(path: Place) -> tuple[int, int] | None:
+    """(first, end) of the offsets in a feature file, by its name; None for another file."""
+    found = NAME.fullmatch(path.name)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _ranges(folder: Place) -> list[tuple[Place, tuple[int, int]]]:
+    return [(path, found) for path in folder.glob("[0-9]*-*.parquet") if (found := offsets(path))]
+
+
+def _sealed(parquet: bytes) -> bytes:
+    at = _footer(parquet)
+    return parquet[:at] + hashlib.sha256(parquet).digest() + parquet[at:]
+
+
+def _opened(data: bytes) -> bytes:
+    """The Parquet file without its digest; raises ValueError unless every byte is as it was written."""
+    at = _footer(data)
+    parquet = data[: at - DIGEST] + data[at:]
+    if at < DIGEST or hashlib.sha256(parquet).digest() != data[at - DIGEST : at]:
+        raise ValueError("its digest does not match: changed, torn, or of a version that wrote none")
+    return parquet
+
+
+def _footer(parquet: bytes) -> int:
+    """Where the footer begins: before its own length and the magic at the end."""
+    return max(len(parquet) - 8 - int.from_bytes(parquet[-8:-4], "little"), 0)
+
+
+def _read(path: Place, features: int) -> FeatureBlock:
     width = M * features * 2
     try:
-        table = pq.ParquetFile(path).read()
+        table = pq.ParquetFile(pa.BufferReader(_opened(path.read_bytes()))).read()
         columns = {name: table[name].combine_chunks() for name in COLUMNS}
+    except StoreUnavailable:
+        raise
     except (OSError, pa.ArrowException, KeyError, ValueError) as e:
         raise BadBlob(
             f"{path}: not a readable feature file ({' '.join(str(e).split())[:120]}); ingest the segment again"
@@ -136,5 +173,5 @@ def _empty(features: int) -> FeatureBlock:
     )
 
 
-def _folder(root: Path, trunk: str, site: str) -> Path:
+def _folder(root: Place, trunk: str, site: str) -> Place:
     return root / trunk[:16] / f"site={check_site_id(site)}"

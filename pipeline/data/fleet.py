@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.blobs import write_atomic
 from pipeline.data.captures import SCHEMA, write_segment
 from pipeline.data.render import BONA_FIDE
 from pipeline.data.rig import Capture, SensorRig, capture
 from pipeline.data.script import PHASES, Broken, Drift, Missing, Shot, SiteScript, Stretch, demo_fleet, plan, rig_at
+from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

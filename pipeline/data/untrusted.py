@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -77,29 +78,34 @@ def check_footer(path: Path, limits: Limits) -> int:
     return sum(rows for rows, _ in footer.groups)
 
 
-def read_table(path: Path, limits: Limits) -> pa.Table:
-    """Read ``path`` after checking footer and pages; byte columns stay dictionaries, so that repeats are held once."""
+def read_table(path: Path, limits: Limits) -> tuple[pa.Table, str]:
+    """The table in ``path`` and the sha256 of the file, after checking footer and pages; raises BadParquet.
+
+    Byte columns stay dictionaries, so that repeats are held once.
+    """
     size = _size(path, limits)
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise BadParquet(f"cannot be read: {e.strerror}") from None
     if len(data) != size:
         raise BadParquet("changed while it was read")
+    digest = hashlib.sha256(data).hexdigest()
     body = size - 8 - _footer_length(data[:4], data[-8:], size)
     footer = _footer(data[body:-8], limits, size)
     _check_pages(data, footer, limits)
     clean = _written(footer, limits)
+    data = b"".join((memoryview(data)[:body], clean, len(clean).to_bytes(4, "little"), MAGIC))
     texts = [name for name, (physical, _) in limits.columns.items() if physical == "BYTE_ARRAY"]
     try:
         table = pq.ParquetFile(
-            pa.BufferReader(data[:body] + clean + len(clean).to_bytes(4, "little") + MAGIC),
-            read_dictionary=texts,
-            pre_buffer=False,
-            page_checksum_verification=True,
+            pa.BufferReader(data), read_dictionary=texts, pre_buffer=False, page_checksum_verification=True
         ).read(use_threads=False)
     except ARROW_ERRORS as e:
         raise BadParquet(f"cannot be read: {' '.join(str(e).split())[:200] or type(e).__name__}") from None
     if table.num_rows != sum(rows for rows, _ in footer.groups):
         raise BadParquet(f"holds {table.num_rows} rows, not those that its footer claims")
-    return table
+    return table, digest
 
 
 def _size(path: Path, limits: Limits) -> int:

@@ -1,17 +1,19 @@
 """Everything durable that is not a tensor: sites, offsets, state pointers, verdicts, rollouts, the audit chain.
 
 Every public write is one transaction. The clock is always an argument, in UTC. One file = one subject: store (the
-connection) and its tables and rows; streams, verdicts and releases on top of it.
+connection), its schema, tables and rows; streams, verdicts, releases and garbage on top of it.
 """
 
 from __future__ import annotations
 
+from pipeline.ledger.garbage import Garbage
 from pipeline.ledger.releases import Releases
 from pipeline.ledger.rows import (
     Cycle,
     CycleBusy,
     LedgerError,
     LedgerUnavailable,
+    Pointed,
     QuarantineRow,
     RolloutRow,
     SegmentRow,
@@ -24,16 +26,16 @@ from pipeline.ledger.rows import (
     UnknownSite,
     VerdictRow,
 )
-from pipeline.ledger.store import SCHEMA
+from pipeline.ledger.schema import SCHEMA
 from pipeline.ledger.streams import Streams
 from pipeline.ledger.verdicts import Verdicts, state_id
 
 __all__ = [
-    "SCHEMA", "Cycle", "CycleBusy", "Ledger", "LedgerError", "LedgerUnavailable", "QuarantineRow", "RolloutRow",
-    "SegmentRow", "ServingRow", "ShardRow", "SiteRow", "SourceRow", "StaleGeneration", "StateRow", "UnknownSite",
+    "SCHEMA", "Cycle", "CycleBusy", "Ledger", "LedgerError", "LedgerUnavailable", "Pointed", "QuarantineRow",
+    "RolloutRow", "SegmentRow", "ServingRow", "ShardRow", "SiteRow", "SourceRow", "StaleGeneration", "StateRow", "UnknownSite",
     "VerdictRow", "state_id",
 ]  # fmt: skip
 
 
-class Ledger(Streams, Verdicts, Releases):
+class Ledger(Streams, Verdicts, Releases, Garbage):
     """A connection to the record. Get it from ``Ledger.open``."""

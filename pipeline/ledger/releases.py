@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from pipeline.ledger.rows import LedgerError, RolloutRow, ServingRow, StaleGeneration
 from pipeline.ledger.store import Store
-from pipeline.ledger.tables import CHUNK, iso, make_row, named, rollouts, served, verdicts
+from pipeline.ledger.tables import iso, make_row, named, rollouts, served, sites, verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -34,11 +34,8 @@ class Releases(Store):
     def served_by(self, rollouts: Collection[str]) -> dict[str, ServingRow]:
         """The newest promotion of each site under these rollouts; a site that they did not promote is left out."""
         chosen = sa.and_(served.c.kind == "promote", served.c.rollout.in_(list(rollouts)))
-        last = sa.select(served.c.site, sa.func.max(served.c.counter).label("n")).where(chosen).group_by(served.c.site)
-        newest = last.subquery()
-        query = sa.select(served).join(newest, sa.and_(served.c.site == newest.c.site, served.c.counter == newest.c.n))
         with self._read() as c:
-            return {r.site: make_row(ServingRow, r) for r in c.execute(query)}
+            return {r.site: make_row(ServingRow, r) for r in c.execute(last_served(chosen))}
 
     def serve(
         self,
@@ -58,7 +55,7 @@ class Releases(Store):
         """
         if not changes:
             return
-        with self._write() as c:
+        with self._write(alone=True) as c:
             if revision is not None:
                 same = sa.and_(rollouts.c.id == rollout, rollouts.c.revision == revision)
                 if c.scalar(sa.select(rollouts.c.id).where(same).with_for_update()) is None:
@@ -87,7 +84,7 @@ class Releases(Store):
         now: datetime,
     ) -> int:
         """Store a rollout's state if nobody did since ``revision`` (0 = new) → the new revision; audits ``event``."""
-        with self._write() as c:
+        with self._write(alone=True) as c:
             values = {
                 "plan_hash": plan_hash,
                 "status": status,
@@ -115,17 +112,23 @@ class Releases(Store):
 
 def newest_served(c: Connection, names: Sequence[str] | None) -> dict[str, ServingRow]:
     """The newest row of each site, of all or of ``names``."""
-    newest = sa.select(served.c.site, sa.func.max(served.c.counter).label("n")).group_by(served.c.site)
-    newest = newest.where(served.c.site.in_(list(names))) if names is not None and len(names) <= CHUNK else newest
-    last = newest.subquery()
-    query = sa.select(served).join(last, sa.and_(served.c.site == last.c.site, served.c.counter == last.c.n))
-    wanted = None if names is None else set(names)
-    return {r.site: make_row(ServingRow, r) for r in c.execute(query) if wanted is None or r.site in wanted}
+    query = last_served(sa.true())
+    rows = c.execute(query) if names is None else named(c, query, sites.c.site, names)
+    return {r.site: make_row(ServingRow, r) for r in rows}
+
+
+def last_served(chosen: sa.ColumnElement[bool]) -> sa.Select[*tuple[object, ...]]:
+    """The row of each site with the largest counter that is ``chosen``: looked up per site, however long its history."""
+    last = sa.select(served.c.counter).where(served.c.site == sites.c.site, chosen)
+    newest = last.order_by(served.c.counter.desc()).limit(1).correlate(sites).scalar_subquery()
+    row = served.alias("row")
+    return sa.select(*row.c).join_from(sites, row, sa.and_(row.c.site == sites.c.site, row.c.counter == newest))
 
 
 def _check_verdicts(c: Connection, changes: Mapping[str, tuple[str | None, int]]) -> None:
     query = sa.select(verdicts.c.site, verdicts.c.state).where(verdicts.c.outcome == "pass")
-    passed = {(r.site, r.state) for r in named(c, query, verdicts.c.state, [s for s, _ in changes.values() if s])}
+    wanted = [s for s, _ in changes.values() if s]  # a verdict has the id of its state
+    passed = {(r.site, r.state) for r in named(c, query, verdicts.c.id, wanted)}
     for site, (state, _) in changes.items():
         if (site, state) not in passed:
             raise LedgerError(

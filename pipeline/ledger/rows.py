@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.guards import Evidence, Verdict
+
 if TYPE_CHECKING:
     from datetime import datetime
-
-    from pipeline.guards import Evidence, Verdict
 
 
 class LedgerError(ValueError):
@@ -64,7 +64,7 @@ class Cycle:
     resumed: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a hundred thousand of them
 class SiteRow:
     """A registered site and how far its stream was read."""
 
@@ -115,18 +115,29 @@ class ShardRow:
 
 @dataclass(frozen=True)
 class VerdictRow:
-    """A stored verdict with everything it was decided on."""
+    """A stored verdict with everything it was decided on. A fleet's parsed evidence fills the memory: parsed when asked."""
 
     id: str
     site: str
     cycle: str
     state: str | None
-    verdict: Verdict
-    evidence: Evidence
+    outcome: str  # that of the verdict
+    verdict_json: str
+    evidence_json: str
     counters: dict[str, object]
     offset_from: int
     offset_to: int
     at: datetime
+
+    @property
+    def verdict(self) -> Verdict:
+        """What was decided and why."""
+        return Verdict.model_validate_json(self.verdict_json)
+
+    @property
+    def evidence(self) -> Evidence:
+        """What it was decided on."""
+        return Evidence.model_validate_json(self.evidence_json)
 
 
 @dataclass(frozen=True)
@@ -167,3 +178,12 @@ class RolloutRow:
     revision: int
     created_at: datetime
     updated_at: datetime
+
+
+@dataclass(frozen=True)
+class Pointed:
+    """What the ledger still needs of the stores beside it. See ``Garbage.pointed``."""
+
+    states: frozenset[str]  # digests of state blobs
+    outcomes: frozenset[str]  # digests of outcome blobs
+    features: dict[str, int]  # by site: offset of the first sample whose features are needed

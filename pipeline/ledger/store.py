@@ -9,27 +9,29 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError
 
+from pipeline.ledger import schema
 from pipeline.ledger.rows import LedgerUnavailable, StaleGeneration
-from pipeline.ledger.tables import audit, cycles, dump, facts, iso, meta
+from pipeline.ledger.schema import GENESIS, SCHEMA
+from pipeline.ledger.tables import audit, cycles, dump, facts, iso
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Iterator, Mapping
 
     from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.engine.interfaces import DBAPIConnection
 
     from pipeline.ledger.rows import Cycle
 
-SCHEMA = 1
-GENESIS = "0" * 64
+VANISHED_SECONDS = 60
 
 
 class Store:
@@ -37,11 +39,15 @@ class Store:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._reads = engine.execution_options(palisade_read=True)
+        snapshot = {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
+        self._reads = engine.execution_options(palisade_read=True, **snapshot)
 
     @classmethod
     def open(cls, url: str, *, create: bool = True) -> Self:
-        """Connect and, with ``create``, make the schema where there is none. Raises LedgerUnavailable."""
+        """Connect; bring an older schema up to this version's and, with ``create``, make it where there is none.
+
+        Raises LedgerUnavailable.
+        """
         try:
             place = sa.make_url(url)
         except ArgumentError:
@@ -52,38 +58,36 @@ class Store:
             if not create and not path.exists():
                 raise LedgerUnavailable(f"{path}: no ledger there yet; run `palisade train` or `palisade ingest` first")
             path.parent.mkdir(parents=True, exist_ok=True)
+        options = {"connect_args": {"timeout": 30}} if sqlite else {"pool_pre_ping": True}
         try:
-            engine = sa.create_engine(url, connect_args={"timeout": 30} if sqlite else {})
+            engine = sa.create_engine(url, **options)
         except (ArgumentError, ModuleNotFoundError) as e:
             raise LedgerUnavailable(
                 f"ledger.url {_shown(url)}: {e}; Postgres needs `pip install palisade[fleet]`"
             ) from None
         if sqlite:
-            event.listen(engine, "connect", _sqlite_connect)
             event.listen(engine, "begin", _sqlite_begin)
+        event.listen(engine, "connect", _sqlite_connect if sqlite else _postgres_connect)
         ledger = cls(engine)
         try:
-            with engine.begin() as c:
-                if not sa.inspect(c).has_table("meta"):
-                    meta.create_all(c)
-                    c.execute(
-                        facts.insert(),
-                        [{"key": "schema", "value": str(SCHEMA)}, {"key": "audit_head", "value": GENESIS}],
-                    )
-                found = int(ledger._fact(c, "schema") or 0)
-        except (OperationalError, DatabaseError) as e:
+            ledger._settle(create=create)
+        except LedgerUnavailable:
+            ledger.close()
+            raise
+        except DatabaseError as e:
+            ledger.close()
             raise LedgerUnavailable(
                 f"ledger {_shown(url)}: cannot be opened: {' '.join(str(e.orig).split())[:160]}"
             ) from None
-        if found > SCHEMA:
-            raise LedgerUnavailable(
-                f"ledger {_shown(url)}: schema {found} is newer than this version's {SCHEMA}; upgrade palisade"
-            )
         return ledger
+
+    def close(self) -> None:
+        """Give the connections back; whoever uses the ledger again connects again."""
+        self.engine.dispose()
 
     def note(self, kind: str, payload: Mapping[str, object], *, now: datetime) -> None:
         """Append to the audit chain."""
-        with self._write() as c:
+        with self._write(alone=True) as c:
             self._append(c, kind, payload, now)
 
     def audit(self) -> list[tuple[int, datetime, str, dict[str, object]]]:
@@ -102,42 +106,80 @@ class Store:
                 previous, expected = r.hash, expected + 1
             return None if self._fact(c, "audit_head") == previous else expected
 
+    def _settle(self, *, create: bool) -> None:
+        """Every step is one transaction: a crash leaves the version before it. Of many that open at once one does it."""
+        with self._reads.connect() as c:
+            found = schema.version(c)
+        while found is None or found < SCHEMA:
+            if found is None and not create:
+                raise LedgerUnavailable(
+                    f"ledger {self._place}: no ledger there yet; run `palisade train` or `palisade ingest` first"
+                )
+            with self.engine.begin() as c:
+                schema.lock(c)
+                found = schema.version(c)
+                if found is None:
+                    schema.create(c)
+                    found = SCHEMA
+                elif found < SCHEMA:
+                    found += 1
+                    schema.step(c, found)
+                    self._append(c, "schema", {"from": found - 1, "to": found}, _database_clock(c))
+        if found > SCHEMA:
+            raise LedgerUnavailable(
+                f"ledger {self._place}: schema {found} is newer than this version's {SCHEMA}; upgrade palisade"
+            )
+
+    @property
+    def _place(self) -> str:
+        return _shown(str(self.engine.url))
+
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
+    def _write(self, *, alone: bool = False) -> Iterator[Connection]:
+        """One transaction. ``alone``: after every other such one has ended, for what must see all that went before.
+
+        SQLite has one writer; on Postgres it is the row of the audit head, locked first, so that nobody waits in a circle.
+        """
         try:
             with self.engine.begin() as c:
+                if alone:
+                    self._head(c)
                 yield c
         except DatabaseError as e:
-            raise LedgerUnavailable(
-                f"ledger {_shown(str(self.engine.url))}: {' '.join(str(e.orig).split())[:160]}"
-            ) from None
+            raise LedgerUnavailable(f"ledger {self._place}: {' '.join(str(e.orig).split())[:160]}") from None
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
+        """One snapshot, however many statements."""
         try:
             with self._reads.connect() as c:
                 yield c
-        except OperationalError as e:
-            raise LedgerUnavailable(
-                f"ledger {_shown(str(self.engine.url))}: {' '.join(str(e.orig).split())[:160]}"
-            ) from None
+        except DatabaseError as e:
+            raise LedgerUnavailable(f"ledger {self._place}: {' '.join(str(e.orig).split())[:160]}") from None
 
     def _fact(self, c: Connection, key: str) -> str | None:
         return c.scalar(sa.select(facts.c.value).where(facts.c.key == key))
 
-    def _fence(self, c: Connection, cycle: Cycle) -> None:
-        row = c.execute(
-            sa.select(cycles.c.generation, cycles.c.status).where(cycles.c.id == cycle.id).with_for_update()
-        ).first()
+    def _fence(self, c: Connection, cycle: Cycle, *, shared: bool = False) -> None:
+        """Only the newest generation writes. ``shared``: beside other writers of the same cycle."""
+        own = sa.select(cycles.c.generation, cycles.c.status).where(cycles.c.id == cycle.id)
+        row = c.execute(own.with_for_update(read=shared)).first()
         if row is None or row.generation != cycle.generation or row.status != "running":
             raise StaleGeneration(f"cycle {cycle.id}: generation {cycle.generation} was replaced; nothing was written")
 
+    def _head(self, c: Connection) -> str:
+        return str(c.scalar(sa.select(facts.c.value).where(facts.c.key == "audit_head").with_for_update()))
+
     def _append(self, c: Connection, kind: str, payload: Mapping[str, object], now: datetime) -> None:
         """The audit head is a row that is read for update, so two writers cannot fork the chain."""
-        head = str(c.scalar(sa.select(facts.c.value).where(facts.c.key == "audit_head").with_for_update()))
+        head = self._head(c)
         at, body = iso(now), dump(dict(payload))
         link = _link(head, at, kind, body)
-        c.execute(audit.insert(), {"at": at, "kind": kind, "payload": body, "prev_hash": head, "hash": link})
+        # a sequence of the database would skip the numbers of transactions that failed
+        seq = int(c.scalar(sa.select(sa.func.max(audit.c.seq))) or 0) + 1
+        c.execute(
+            audit.insert(), {"seq": seq, "at": at, "kind": kind, "payload": body, "prev_hash": head, "hash": link}
+        )
         c.execute(facts.update().where(facts.c.key == "audit_head").values(value=link))
 
 
@@ -147,9 +189,24 @@ def _sqlite_connect(connection: sqlite3.Connection, _: object) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
+def _postgres_connect(connection: DBAPIConnection, _: object) -> None:
+    """A machine that vanishes within a transaction must not hold its locks for hours."""
+    cursor = connection.cursor()
+    cursor.execute(f"set idle_in_transaction_session_timeout = '{VANISHED_SECONDS}s'")
+    cursor.close()
+    connection.commit()
+
+
 def _sqlite_begin(c: Connection) -> None:
     """Writers queue from their first statement; readers see one snapshot and wait for nobody."""
     c.exec_driver_sql("BEGIN" if c.get_execution_options().get("palisade_read") else "BEGIN IMMEDIATE")
+
+
+def _database_clock(c: Connection) -> datetime:
+    """For the one write that no caller asked for."""
+    at = c.scalar(sa.select(sa.func.current_timestamp()))
+    assert isinstance(at, datetime)
+    return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
 
 
 def _link(previous: str, at: str, kind: str, payload: str) -> str:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from pipeline.ledger.rows import Cycle, CycleBusy, QuarantineRow, SegmentRow, SiteRow, UnknownSite
+from pipeline.ledger.rows import Cycle, CycleBusy, LedgerError, QuarantineRow, SegmentRow, SiteRow, UnknownSite
 from pipeline.ledger.store import Store
-from pipeline.ledger.tables import cycles, dump, iso, make_row, named, quarantine, segments, sites
+from pipeline.ledger.tables import cycles, dump, iso, make_row, named, parts, quarantine, segments, sites, storable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from sqlalchemy.engine import Row
+    from sqlalchemy.engine import Connection, Row
 
 LEASE = timedelta(seconds=120)
 
@@ -25,8 +25,8 @@ class Streams(Store):
 
     def register_sites(self, tags: Mapping[str, Mapping[str, str]], *, now: datetime) -> list[str]:
         """Add sites that are not known yet → their ids; known ones keep what they have."""
-        with self._write() as c:
-            known = set(c.scalars(sa.select(sites.c.site)))
+        with self._write(alone=True) as c:
+            known = {r.site for r in named(c, sa.select(sites.c.site), sites.c.site, list(tags))}
             new = [s for s in tags if s not in known]
             rows = [{"site": s, "tags": dump(dict(tags[s])), "status": "active", "reason": "",
                      "registered_at": iso(now),
@@ -63,17 +63,21 @@ class Streams(Store):
 
     def set_status(self, reasons: Mapping[str, str]) -> None:
         """Mark sites as failed with a reason, or as active where it is empty."""
+        change = sites.update().where(sites.c.site == sa.bindparam("s"))
+        change = change.values(status=sa.bindparam("v_status"), reason=sa.bindparam("v_reason"))
+        rows = [{"s": s, "v_status": "failed" if reason else "active", "v_reason": storable(reason)}
+                for s, reason in sorted(reasons.items())]  # fmt: skip
         with self._write() as c:
-            for site, reason in reasons.items():
-                values = {"status": "failed" if reason else "active", "reason": reason}
-                c.execute(sites.update().where(sites.c.site == site).values(values))
+            if rows:
+                c.execute(change, rows)
 
-    def known_segments(self) -> dict[str, set[str]]:
-        """Names of the ingested segments by site."""
+    def known_segments(self, names: Sequence[str] | None = None) -> dict[str, set[str]]:
+        """Names of the ingested segments by site, of all sites or of ``names``."""
+        query = sa.select(segments.c.site, segments.c.name)
         known: dict[str, set[str]] = {}
         with self._read() as c:
-            for site, name in c.execute(sa.select(segments.c.site, segments.c.name)):
-                known.setdefault(site, set()).add(name)
+            for r in c.execute(query) if names is None else named(c, query, segments.c.site, names):
+                known.setdefault(r.site, set()).add(r.name)
         return known
 
     def segments(self, site: str) -> list[tuple[SegmentRow, datetime]]:
@@ -83,27 +87,54 @@ class Streams(Store):
             return [(SegmentRow(*r[:7]), datetime.fromisoformat(r.ingested_at)) for r in c.execute(query)]
 
     def ingested_at(self, names: Sequence[str]) -> dict[str, datetime]:
-        """When the newest segment of each site was ingested."""
-        query = sa.select(segments.c.site, sa.func.max(segments.c.ingested_at)).group_by(segments.c.site)
-        wanted = set(names)
+        """When the newest segment of each site was ingested; a site without segments is left out."""
+        return {site: at for site, (_, at) in self.pending(names).items() if at is not None}
+
+    def pending(self, names: Sequence[str]) -> dict[str, tuple[int, datetime | None]]:
+        """By site: good samples that it has not learned from yet, and when its newest segment was ingested (None: never).
+
+        Costs what is pending, not what was ever ingested.
+        """
+        own = segments.c.site == sites.c.site
+        ahead = sa.and_(segments.c.base_offset >= sites.c.learned, segments.c.base_offset < sites.c.ingested)
+        good = sa.select(sa.func.coalesce(sa.func.sum(segments.c.good), 0)).where(own, ahead)
+        newest = sa.select(segments.c.ingested_at).where(own)
+        newest = newest.order_by(segments.c.base_offset.desc(), segments.c.ingested_at.desc()).limit(1)
+        query = sa.select(sites.c.site, good.label("good"), newest.label("newest"))
         with self._read() as c:
-            return {s: datetime.fromisoformat(at) for s, at in c.execute(query) if s in wanted}
+            return {
+                r.site: (int(r.good), datetime.fromisoformat(r.newest) if r.newest else None)
+                for r in named(c, query, sites.c.site, names)
+            }
 
     def commit_ingest(
         self, cycle: Cycle, rows: Sequence[SegmentRow], bad: Sequence[QuarantineRow], *, now: datetime
-    ) -> None:
-        """Make ingested segments count: rows, quarantine and each site's next offset together."""
+    ) -> list[tuple[str, str]]:
+        """Make ingested segments count: rows, quarantine and each site's next offset together → (site, name) known before.
+
+        Such a segment is left as it is, and nothing of it counts twice. LedgerError when offsets are taken already.
+        """
         with self._write() as c:
-            self._fence(c, cycle)
-            if rows:
-                c.execute(segments.insert(), [vars(r) | {"cycle": cycle.id, "ingested_at": iso(now)} for r in rows])
-            if bad:
-                c.execute(quarantine.insert(), [vars(q) | {"cycle": cycle.id} for q in bad])
-            ends: dict[str, int] = {}
-            for r in rows:
-                ends[r.site] = max(ends.get(r.site, 0), r.base_offset + r.rows)
-            for site, end in ends.items():
-                c.execute(sites.update().where(sites.c.site == site, sites.c.ingested < end).values(ingested=end))
+            self._fence(c, cycle, shared=True)
+            ends = _lock_ends(c, [r.site for r in rows])
+            known = _known(c, rows)
+            fresh = [r for r in rows if (r.site, r.name) not in known]
+            moved = _moved_ends(ends, fresh)
+            if fresh:
+                extra = {"cycle": cycle.id, "ingested_at": iso(now)}
+                c.execute(segments.insert(), [vars(r) | extra for r in fresh])
+            refused = [
+                vars(q)
+                | {"cycle": cycle.id, "sample_id": q.sample_id and storable(q.sample_id), "reason": storable(q.reason)}
+                for q in bad
+                if (q.site, q.segment) not in known
+            ]
+            if refused:
+                c.execute(quarantine.insert(), refused)
+            if moved:
+                move = sites.update().where(sites.c.site == sa.bindparam("s")).values(ingested=sa.bindparam("v_end"))
+                c.execute(move, [{"s": s, "v_end": end} for s, end in sorted(moved.items())])
+        return [(r.site, r.name) for r in rows if (r.site, r.name) in known]
 
     def quarantined(self, site: str | None = None, *, cycle: str | None = None) -> list[QuarantineRow]:
         """Refused rows, all or of one site or cycle."""
@@ -122,8 +153,8 @@ class Streams(Store):
 
         ``dead(holder)`` says that a holder cannot come back, so its lease need not run out. Raises CycleBusy.
         """
-        with self._write() as c:
-            for row in c.execute(sa.select(cycles).where(cycles.c.status == "running")):
+        with self._write(alone=True) as c:
+            for row in c.execute(sa.select(cycles).where(cycles.c.status == "running").with_for_update()):
                 if datetime.fromisoformat(row.lease_until) > now and not dead(row.holder):
                     raise CycleBusy(
                         f"cycle {row.id} is running ({row.holder}); wait for it, or until {row.lease_until[:19]}"
@@ -153,7 +184,7 @@ class Streams(Store):
 
     def finish_cycle(self, cycle: Cycle, *, summary: Mapping[str, object], now: datetime) -> None:
         """Give the lease back; the cycle is done."""
-        with self._write() as c:
+        with self._write(alone=True) as c:
             self._fence(c, cycle)
             values = {"status": "finished", "finished": iso(now), "summary": dump(dict(summary))}
             c.execute(cycles.update().where(cycles.c.id == cycle.id).values(values))
@@ -164,3 +195,35 @@ class Streams(Store):
         query = sa.select(cycles).order_by(cycles.c.started.desc(), cycles.c.id.desc())
         with self._read() as c:
             return [r for r in c.execute(query) if not kinds or r.kind in kinds]
+
+
+def _lock_ends(c: Connection, names: Sequence[str]) -> dict[str, int]:
+    """Next offset of each site, which nobody else moves meanwhile; in one order, so that nobody waits in a circle."""
+    query = sa.select(sites.c.site, sites.c.ingested).order_by(sites.c.site).with_for_update()
+    return {r.site: r.ingested for r in named(c, query, sites.c.site, sorted(set(names)))}
+
+
+def _known(c: Connection, rows: Sequence[SegmentRow]) -> set[tuple[str, str]]:
+    """(site, name) of those that are stored, each looked up by its key; SQLite scans for pairs in an IN (...)."""
+    found: set[tuple[str, str]] = set()
+    for part in parts([(r.site, r.name) for r in rows]):
+        asked = sa.values(sa.column("site", sa.Text), sa.column("name", sa.Text)).data(part).cte("asked")
+        same = sa.and_(segments.c.site == asked.c.site, segments.c.name == asked.c.name)
+        stored = sa.select(asked.c.site, asked.c.name).where(sa.exists().where(same).correlate(asked))
+        found.update((site, name) for site, name in c.execute(stored))
+    return found
+
+
+def _moved_ends(ends: Mapping[str, int], fresh: Sequence[SegmentRow]) -> dict[str, int]:
+    """The next offset of each site after ``fresh``; two samples may not have one offset."""
+    moved: dict[str, int] = {}
+    for r in sorted(fresh, key=lambda r: (r.site, r.base_offset)):
+        if r.site not in ends:
+            raise UnknownSite(f"site {r.site!r}: not registered; its segments were not counted")
+        end = moved.get(r.site, ends[r.site])
+        if r.rows and r.base_offset < end:
+            raise LedgerError(
+                f"site {r.site}: {r.name} starts at offset {r.base_offset}, but offsets up to {end} are taken; ingest again"
+            )
+        moved[r.site] = max(end, r.base_offset + r.rows)
+    return moved

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 import sqlalchemy as sa
 
-from pipeline.guards import Evidence, Verdict
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sqlalchemy.engine import Connection, Row
 
 T = TypeVar("T")
+V = TypeVar("V")
 CHUNK = 1000  # names in one IN (...)
+# by code point on every database: the same fleet is listed in the same order
+TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 meta = sa.MetaData()
 
 
@@ -26,7 +27,7 @@ def _table(name: str, *columns: sa.Column[object] | sa.Index) -> sa.Table:
 
 
 def _text(name: str, **options: bool) -> sa.Column[object]:
-    return sa.Column(name, sa.Text, nullable=options.pop("nullable", False), **options)  # pyright: ignore
+    return sa.Column(name, TEXT, nullable=options.pop("nullable", False), **options)  # pyright: ignore
 
 
 def _int(name: str, **options: bool) -> sa.Column[object]:
@@ -41,21 +42,24 @@ sites = _table(
 segments = _table(
     "segments", _text("site", primary_key=True), _text("name", primary_key=True), _text("sha256"), _int("rows"),
     _int("base_offset"), _int("good"), _int("quarantined"), _text("cycle"), _text("ingested_at"),
+    sa.Index("segments_offset", "site", "base_offset", "ingested_at", "good"),
 )  # fmt: skip
 quarantine = _table(
     "quarantine", sa.Column("id", sa.Integer, primary_key=True), _text("site"), _text("segment"), _int("row"),
     _text("sample_id", nullable=True), _text("reason"), _text("cycle"), sa.Index("quarantine_site", "site"),
+    sa.Index("quarantine_cycle", "cycle"),
 )  # fmt: skip
 states = _table(
     "states", _text("id", primary_key=True), _text("site"), _text("cycle"), _int("source_version"), _text("method"),
     _text("blob"), _int("slot"), _int("offset_from"), _int("offset_to"), _text("parent", nullable=True),
-    _text("created_at"), sa.Index("states_site", "site"),
+    _text("created_at"), sa.Index("states_created", "created_at"),
 )  # fmt: skip
 verdicts = _table(
     "verdicts", _text("id", primary_key=True), _text("site"), _text("cycle"), _text("state", nullable=True),
     _text("outcome"), _text("verdict"), _text("evidence"), _text("counters"), _int("offset_from"), _int("offset_to"),
     _text("at"),
-    sa.Index("verdicts_site", "site"), sa.Index("verdicts_cycle", "cycle"),
+    sa.Index("verdicts_site", "site", "offset_to", "at"), sa.Index("verdicts_cycle", "cycle", "site", "outcome"),
+    sa.Index("verdicts_at", "at"),
 )  # fmt: skip
 cycles = _table(
     "cycles", _text("id", primary_key=True), _text("kind"), _int("generation"), _text("status"), _text("fingerprint"),
@@ -84,7 +88,6 @@ audit = _table(
 READ: dict[str, Callable[[str], object]] = {
     **dict.fromkeys(("registered_at", "created_at", "updated_at", "since", "at"), datetime.fromisoformat),
     **dict.fromkeys(("tags", "manifest", "counters"), json.loads),
-    "verdict": Verdict.model_validate_json, "evidence": Evidence.model_validate_json,
 }  # fmt: skip
 
 
@@ -92,8 +95,12 @@ def named(
     c: Connection, query: sa.Select[*tuple[object, ...]], column: sa.Column[object], names: Sequence[str]
 ) -> list[Row[*tuple[object, ...]]]:
     """Rows whose ``column`` is one of ``names``; databases bound how many values a statement may have."""
-    parts = (names[i : i + CHUNK] for i in range(0, len(names), CHUNK))
-    return [r for part in parts for r in c.execute(query.where(column.in_(part)))]
+    return [r for part in parts(names) for r in c.execute(query.where(column.in_(part)))]
+
+
+def parts(values: Sequence[V]) -> Iterator[Sequence[V]]:
+    """``values`` in pieces that one statement may hold."""
+    return (values[i : i + CHUNK] for i in range(0, len(values), CHUNK))
 
 
 def make_row(row: Callable[..., T], r: Row[*tuple[object, ...]]) -> T:
@@ -111,3 +118,8 @@ def iso(at: datetime) -> str:
     """Of one width, so that text sorts like time."""
     assert at.tzinfo is not None, "times are in UTC"
     return at.isoformat(timespec="microseconds")
+
+
+def storable(text: str) -> str:
+    """Text from a site as every database takes it: without NUL and halves of surrogate pairs."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
     from pipeline.ledger.rows import Cycle, ServingRow, ShardRow
 
+MOVE = sites.update().where(sites.c.site == sa.bindparam("s"))
+MOVE = MOVE.values({n: sa.bindparam(f"v_{n}") for n in ("learned", "learner", "holds", "status", "reason")})
+LISTED = sa.select(
+    *(c.label(f"{c.name}_json") if c.name in ("verdict", "evidence") else c for c in verdicts.c),
+)
+
 
 class Verdicts(Store):
     """Candidates with their verdicts, and the source models and anchor sets behind them."""
@@ -33,25 +39,23 @@ class Verdicts(Store):
         Such a site is left as it is: its window was applied by somebody else, or by an earlier try of this call.
         """
         with self._write() as c:
-            self._fence(c, cycle)
-            wanted = [r.site for r in rows]
-            found = {s.site: s for s in named(c, sa.select(sites).with_for_update(), sites.c.site, wanted)}
-            earlier = sa.select(verdicts.c.site).where(verdicts.c.cycle == cycle.id)
-            judged = {s.site for s in named(c, earlier, verdicts.c.site, wanted)}
+            self._fence(c, cycle, shared=True)
+            names = sorted({r.site for r in rows})
+            locked = sa.select(sites).order_by(sites.c.site).with_for_update()
+            found = {s.site: s for s in named(c, locked, sites.c.site, names)}
+            own = [state_id(cycle.id, s) for s in names]
+            judged = {s.site for s in named(c, sa.select(verdicts.c.site), verdicts.c.id, own)}
             fresh = [
                 r for r in rows if r.site not in judged and r.site in found and found[r.site].learned == r.offset_from
             ]
-            current = newest_served(c, [r.site for r in fresh])
             if fresh:
-                made = [_state_values(r, cycle.id, now) for r in fresh if r.blob is not None]
+                current = newest_served(c, [r.site for r in fresh if r.verdict.outcome == "fail"])
+                at = iso(now)
+                made = [_state_values(r, cycle.id, at) for r in fresh if r.blob is not None]
                 if made:
                     c.execute(states.insert(), made)
-                c.execute(verdicts.insert(), [_verdict_values(r, cycle.id, now) for r in fresh])
-                move = sites.update().where(sites.c.site == sa.bindparam("s"))
-                move = move.values(
-                    {n: sa.bindparam(f"v_{n}") for n in ("learned", "learner", "holds", "status", "reason")}
-                )
-                c.execute(move, [_moved(r, cycle.id, found[r.site], current.get(r.site)) for r in fresh])
+                c.execute(verdicts.insert(), [_verdict_values(r, cycle.id, at) for r in fresh])
+                c.execute(MOVE, [_moved(r, cycle.id, found[r.site], current.get(r.site)) for r in fresh])
         done = {r.site for r in fresh}
         return [r.site for r in rows if r.site not in done]
 
@@ -70,25 +74,29 @@ class Verdicts(Store):
         self, *, cycle: str | None = None, site: str | None = None, ids: Sequence[str] | None = None
     ) -> list[VerdictRow]:
         """Verdicts of a cycle, of a site or by id, oldest first."""
-        query = sa.select(verdicts).order_by(verdicts.c.at, verdicts.c.site)
+        query = LISTED.order_by(verdicts.c.at, verdicts.c.site, verdicts.c.offset_to)
         for column, value in ((verdicts.c.cycle, cycle), (verdicts.c.site, site)):
             query = query.where(column == value) if value is not None else query
-        query = query.where(verdicts.c.id.in_(list(ids))) if ids is not None else query
         with self._read() as c:
-            return [make_row(VerdictRow, r) for r in c.execute(query)]
+            rows = c.execute(query) if ids is None else named(c, query, verdicts.c.id, ids)
+            found = [make_row(VerdictRow, r) for r in rows]
+        return found if ids is None else sorted(found, key=lambda v: (v.at, v.site, v.offset_to))
 
     def latest_verdicts(self) -> dict[str, VerdictRow]:
         """The newest verdict of every site."""
-        newest = sa.select(verdicts.c.site, sa.func.max(verdicts.c.at).label("at")).group_by(verdicts.c.site).subquery()
-        query = sa.select(verdicts).join(
-            newest, sa.and_(verdicts.c.site == newest.c.site, verdicts.c.at == newest.c.at)
-        )
         with self._read() as c:
-            return {r.site: make_row(VerdictRow, r) for r in c.execute(query)}
+            return {r.site: make_row(VerdictRow, r) for r in c.execute(_newest(LISTED))}
+
+    def outcomes(self, cycle: str | None = None) -> dict[str, str]:
+        """pass, fail or hold by site, of a cycle or the newest of every site: a fleet's verdicts without what is in them."""
+        query = sa.select(verdicts.c.site, verdicts.c.outcome)
+        query = _newest(query) if cycle is None else query.where(verdicts.c.cycle == cycle)
+        with self._read() as c:
+            return {r.site: r.outcome for r in c.execute(query)}
 
     def pin_anchor(self, digest: str, *, trunk: str, summary: Mapping[str, object], now: datetime) -> None:
         """Seal an anchor set: from now on only the bytes with this digest count for this trunk."""
-        with self._write() as c:
+        with self._write(alone=True) as c:
             if not c.scalar(sa.select(anchors.c.digest).where(anchors.c.digest == digest)):
                 values = {"digest": digest, "trunk": trunk, "summary": dump(dict(summary)), "sealed_at": iso(now)}
                 c.execute(anchors.insert(), values)
@@ -107,7 +115,7 @@ class Verdicts(Store):
         self, digest: str, *, trunk: str, path: str, manifest: Mapping[str, object], lineage: str, now: datetime
     ) -> int:
         """Record a source model → its version; the same digest keeps its version. The first becomes the champion."""
-        with self._write() as c:
+        with self._write(alone=True) as c:
             known = c.scalar(sa.select(sources.c.version).where(sources.c.digest == digest))
             if known is not None:
                 return int(known)
@@ -141,7 +149,7 @@ class Verdicts(Store):
     def set_champion(self, version: int, *, now: datetime) -> None:
         """Make ``version`` the source model that the fleet adapts from."""
         self.source(version)
-        with self._write() as c:
+        with self._write(alone=True) as c:
             self._crown(c, version, now)
 
     def _crown(self, c: Connection, version: int, now: datetime) -> None:
@@ -156,18 +164,25 @@ def state_id(cycle: str, site: str) -> str:
     return hashlib.sha256(f"{cycle}/{site}".encode()).hexdigest()[:16]
 
 
-def _state_values(r: ShardRow, cycle: str, now: datetime) -> dict[str, object]:
+def _newest(query: sa.Select[*tuple[object, ...]]) -> sa.Select[*tuple[object, ...]]:
+    """Of ``query`` over verdicts the newest row of each site: the one furthest in its stream."""
+    v = verdicts.alias("v")
+    last = sa.select(v.c.id).where(v.c.site == sites.c.site).order_by(v.c.offset_to.desc(), v.c.at.desc()).limit(1)
+    return query.join_from(sites, verdicts, verdicts.c.id == last.correlate(sites).scalar_subquery())
+
+
+def _state_values(r: ShardRow, cycle: str, at: str) -> dict[str, object]:
     return {"id": state_id(cycle, r.site), "site": r.site, "cycle": cycle, "source_version": r.source_version,
             "method": r.method, "blob": r.blob, "slot": r.slot, "offset_from": r.offset_from, "offset_to": r.offset_to,
-            "parent": r.parent, "created_at": iso(now)}  # fmt: skip
+            "parent": r.parent, "created_at": at}  # fmt: skip
 
 
-def _verdict_values(r: ShardRow, cycle: str, now: datetime) -> dict[str, object]:
+def _verdict_values(r: ShardRow, cycle: str, at: str) -> dict[str, object]:
     own = state_id(cycle, r.site)
     return {"id": own, "site": r.site, "cycle": cycle, "state": own if r.blob else None, "outcome": r.verdict.outcome,
             "verdict": r.verdict.model_dump_json(), "evidence": r.evidence.model_dump_json(),
             "counters": dump(r.counters), "offset_from": r.offset_from, "offset_to": r.offset_to,
-            "at": iso(now)}  # fmt: skip
+            "at": at}  # fmt: skip
 
 
 def _moved(

@@ -1,16 +1,17 @@
 """A source model at rest: a folder with model.safetensors (trunk.*, tail.*) and manifest.json; nothing else is loaded.
 
-Written to a temporary name, fsynced, renamed; every digest is verified before a tensor is used.
+The manifest is written last and makes the checkpoint: without it there is none. Every digest is verified before a tensor
+is used. The folder may be a prefix of an object store.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
+import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,13 +23,15 @@ from safetensors.torch import save as dump_tensors
 from pipeline.models import ModelConfig
 from pipeline.models import tail as tails
 from pipeline.models.trunk import build_trunk, fold
+from pipeline.storage import StoreUnavailable, place, size, write_atomic
 from pipeline.types import Section
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor, nn
+
+    from pipeline.storage import Place
 
 FORMAT = 1
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
@@ -81,34 +84,33 @@ def seal(trunk: nn.Module, tail: Mapping[str, Tensor], manifest: Manifest) -> So
     return SourceModel(trunk, tail, stamped.model_copy(update={"digest": manifest_digest(stamped)}))
 
 
-def save(path: Path, model: SourceModel) -> str:
-    """Write the checkpoint folder ``path``, which must not exist, whole or not at all; return its digest."""
+def exists(path: Place) -> bool:
+    """Whether a checkpoint was written to ``path`` to its end."""
+    return (path / MANIFEST).exists()
+
+
+def save(path: Place, model: SourceModel) -> str:
+    """Write the checkpoint folder ``path``, where no checkpoint may be, whole or not at all; return its digest."""
     sealed = seal(model.trunk, model.tail, model.manifest)
-    if path.exists():
+    if exists(path):
         raise BadCheckpoint(f"{path}: exists already; a checkpoint is never overwritten")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    building.mkdir()
-    try:
-        _write(building / WEIGHTS, _serialise(sealed.trunk, sealed.tail))
-        _write(building / MANIFEST, sealed.manifest.model_dump_json(indent=1).encode())
-        _sync_folder(building)
-        building.rename(path)
-        _sync_folder(path.parent)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    write_atomic(path / WEIGHTS, _serialise(sealed.trunk, sealed.tail))
+    write_atomic(path / MANIFEST, sealed.manifest.model_dump_json(indent=1).encode())
     return sealed.manifest.digest
 
 
-def load(path: Path) -> SourceModel:
-    """Read and verify a checkpoint folder; BadCheckpoint says in one line what is wrong with it."""
+def load(path: Place | str) -> SourceModel:
+    """Read and verify a checkpoint folder (or what the ledger says of it, a path or URL); BadCheckpoint says in one line
+    what is wrong with it.
+    """
+    path = place(path) if isinstance(path, str) else path
     manifest = read_manifest(path)
     payload = _read(path / WEIGHTS, None)
     found = hashlib.sha256(payload).hexdigest()
     if found != manifest.weights_digest:
         raise BadCheckpoint(
-            f"{path / WEIGHTS}: digest is {found[:12]}…, the manifest says {manifest.weights_digest[:12]}…"
+            f"{path / WEIGHTS}: digest is {found[:12]}…, the manifest says {manifest.weights_digest[:12]}…; "
+            "it was changed or torn: restore it or run `palisade train`"
         )
     try:
         tensors = parse_tensors(payload)
@@ -127,10 +129,10 @@ def load(path: Path) -> SourceModel:
     return SourceModel(trunk, tail, manifest)
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Place) -> Manifest:
     """The verified manifest alone: cheap, for listings and for the address of features."""
-    if not path.is_dir():
-        raise BadCheckpoint(f"{path}: no such checkpoint folder")
+    if not path.exists():
+        raise BadCheckpoint(f"{path}: no such checkpoint folder; restore it or run `palisade train`")
     try:
         raw = json.loads(_read(path / MANIFEST, MAX_MANIFEST))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
@@ -149,8 +151,22 @@ def read_manifest(path: Path) -> Manifest:
         where = ".".join(str(p) for p in first["loc"])
         raise BadCheckpoint(f"{path / MANIFEST}: {where}: {first['msg']}") from None
     if manifest.digest != manifest_digest(manifest):
-        raise BadCheckpoint(f"{path / MANIFEST}: digest does not match the content; the manifest was changed")
+        raise BadCheckpoint(
+            f"{path / MANIFEST}: digest does not match the content; the manifest was changed: restore it"
+        )
     return manifest
+
+
+@contextmanager
+def folder(path: Place) -> Iterator[Path]:
+    """The checkpoint as a folder of this machine, for what reads nothing else; a copy where ``path`` is in a store."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for name in (WEIGHTS, MANIFEST):
+            (Path(copy) / name).write_bytes(_read(path / name, None))
+        yield Path(copy)
 
 
 def trunk_digest(trunk: nn.Module, config: ModelConfig, size: int) -> str:
@@ -176,7 +192,7 @@ def _serialise(trunk: nn.Module, tail: Mapping[str, Tensor]) -> bytes:
     return dump_tensors({n: t.detach().cpu().contiguous() for n, t in sorted(named.items())})
 
 
-def _checked_tail(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
+def _checked_tail(path: Place, tensors: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
     config = manifest.config
     wanted = tails.init_tail(config.tail, config.trunk.features, generator=torch.Generator())
     tail = {n.removeprefix(TAIL): t for n, t in tensors.items() if n.startswith(TAIL)}
@@ -198,25 +214,12 @@ def _checked_tail(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest)
     return {**tail, **memory, **reference}
 
 
-def _read(path: Path, limit: int | None) -> bytes:
+def _read(path: Place, limit: int | None) -> bytes:
     try:
-        if limit is not None and path.stat().st_size > limit:
-            raise BadCheckpoint(f"{path}: {path.stat().st_size} bytes, allowed {limit}")
+        if limit is not None and (found := size(path)) > limit:
+            raise BadCheckpoint(f"{path}: {found} bytes, allowed {limit}")
         return path.read_bytes()
+    except StoreUnavailable:
+        raise
     except OSError as e:
-        raise BadCheckpoint(f"{path}: cannot be read: {e.strerror}") from None
-
-
-def _write(path: Path, payload: bytes) -> None:
-    with path.open("wb") as f:
-        f.write(payload)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        raise BadCheckpoint(f"{path}: cannot be read: {e.strerror}; restore it or run `palisade train`") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.report import plots
+from pipeline.storage import write_atomic
 from pipeline.types import Modality
 
 if TYPE_CHECKING:
@@ -96,16 +96,7 @@ def write(report: CycleReport, path: Path) -> None:
 
 def publish(html: str, path: Path) -> None:
     """Put ``html`` at ``path``; a reader sees the old page or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(html)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomic(path, html.encode())
 
 
 @lru_cache(maxsize=1)

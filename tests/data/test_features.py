@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.data import blobs
+from pipeline.data import blobs, features
 from pipeline.data.features import FeatureBlock, mask_to_bool, pseudonym, read_features, write_features
+from pipeline.storage import write_atomic
 
 F = 8
 
@@ -76,8 +79,10 @@ def test_a_damaged_file_is_one_clear_error(tmp_path):
 )
 def test_a_column_of_another_kind_is_one_clear_error(tmp_path, broken):
     path = write_features(tmp_path, "t" * 64, "gate", block(0, 4))
-    pq.write_table(broken(pq.read_table(path, partitioning=None)), path)
-    with pytest.raises(blobs.BadBlob, match="ingest"):
+    made = io.BytesIO()
+    pq.write_table(broken(pq.read_table(path, partitioning=None)), made)
+    path.write_bytes(features._sealed(made.getvalue()))
+    with pytest.raises(blobs.BadBlob, match="session|offset"):
         read_features(tmp_path, "t" * 64, "gate", start=0, end=9, features=F)
 
 
@@ -117,5 +122,5 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        blobs.write_atomic(tmp_path / "x", fail)
+        write_atomic(tmp_path / "x", fail)
     assert list(tmp_path.iterdir()) == []

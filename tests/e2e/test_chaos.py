@@ -21,15 +21,14 @@ from tests.e2e.conftest import copy
 pytestmark = pytest.mark.e2e
 
 
-def adapt(d, *, on_shards=None) -> dict[str, str]:
+def adapt(d, *, on_shard=None) -> dict[str, str]:
     config, ledger = d.config, d.ledger
     source = ledger.source()
     with lease(config, ledger, "adapt") as cycle:
         job = ShardJob(config.model_dump_json(), source.path, source.version, ledger.anchor(source.trunk), cycle)
-        failed = fleet.adapt(
-            job, [s.site for s in ledger.sites()], shards=2, cpus=1, chunk=config.bank.sites, on_progress=lambda *_: None,
-            on_shards=on_shards,
-        )  # fmt: skip
+        placement = fleet.Placement(shards=2, cpus=1, slots=config.bank.sites, hot_mb=config.bank.hot_mb)
+        pending = {s.site: s.ingested - s.learned for s in ledger.sites()}
+        failed = fleet.adapt(job, pending, placement=placement, on_progress=lambda *_: None, on_shard=on_shard)
         ledger.finish_cycle(cycle, summary={"source_version": source.version}, now=now())
     return failed
 

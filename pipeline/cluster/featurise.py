@@ -1,0 +1,150 @@
+"""One segment of captures → features: validate, decode, trunk, store. What ingest tasks run; nothing here knows Ray.
+
+``read_segment`` and ``decoded`` are the data plane, ``through_trunk`` the model's share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.data.blobs import BadBlob
+from pipeline.data.captures import BadRow, Capture, Segment, read_segment
+from pipeline.data.decode import CHANNELS, BadImage, decode
+from pipeline.data.features import FeatureBlock, forget_range, mask_to_bool, pseudonym, read_features, write_features
+from pipeline.models.trunk import features as features_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pipeline.data import DataConfig
+    from pipeline.models.checkpoint import SourceModel
+    from pipeline.storage import Place
+
+CHUNK = 256  # captures decoded and featurised together, which bounds a task's memory
+SLICE = 64  # of them in the trunk at once: its activations then stay in a core's cache, 1.3 times as fast
+REMEMBERED = 1000  # offsets before a segment among which its sample ids are looked for: what an uploader sends again
+
+
+@dataclass(frozen=True)
+class NewSegment:
+    """A segment that passed, with the offset of its first row."""
+
+    site: str
+    name: str
+    path: str
+    rows: int
+    base_offset: int
+
+
+class Frames(NamedTuple):
+    """Captures that could be decoded, N of them, and those that could not."""
+
+    captures: list[Capture]
+    pixels: np.ndarray  # [N, 5, S, S] uint8
+    present: np.ndarray  # [N] uint8 bit mask
+    bad: list[BadRow]
+
+
+def ingest_segment(segment: NewSegment, limits: DataConfig, model: SourceModel, features: Place) -> dict[str, object]:
+    """Validate, decode, featurise and store one segment → its digest and bad rows (row, sample id, reason)."""
+    read = read_segment(Path(segment.path), site=segment.site, limits=limits)
+    return {"bad": store_segment(segment, read, {}, limits.size, model, features), "sha256": read.sha256, "error": ""}
+
+
+def store_segment(
+    segment: NewSegment, read: Segment, earlier: dict[str, int], size: int, model: SourceModel, features: Place
+) -> list[BadRow]:
+    """Decode, featurise and store what was ``read`` → the bad rows.
+
+    ``earlier``: offsets by sample id of the site's samples before it; those of this segment come to it.
+    """
+    bad, blocks = list(read.bad), []
+    oldest = segment.base_offset - REMEMBERED
+    fresh: list[Capture] = []
+    for c in read.good:
+        known = earlier.get(c["sample_id"], -1)
+        if known >= max(0, oldest):
+            bad.append(BadRow(c["row"], c["sample_id"], f"sample_id: already at offset {known} of the site"))
+        else:
+            fresh.append(c)
+    for frames in decoded(fresh, size):
+        block, worse = _block(frames, segment, through_trunk(model, frames))
+        blocks.append(block)
+        bad += [*frames.bad, *worse]
+    trunk, end = model.manifest.trunk_digest, segment.base_offset + segment.rows
+    forget_range(features, trunk, segment.site, start=segment.base_offset, end=end)
+    if sum(map(len, blocks)):
+        whole = FeatureBlock(
+            *(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__)
+        )
+        write_features(features, trunk, segment.site, whole)
+        earlier.update(zip(whole.sample_id.tolist(), whole.offset.tolist()))
+    return sorted(bad, key=lambda b: b.row)
+
+
+def earlier_ids(features: Place, model: SourceModel, site: str, *, end: int) -> dict[str, int]:
+    """Offset by sample id of the site's stored samples in the REMEMBERED offsets before ``end``."""
+    trunk, width = model.manifest.trunk_digest, model.manifest.config.trunk.features
+    try:
+        block = read_features(features, trunk, site, start=max(0, end - REMEMBERED), end=end, features=width)
+    except BadBlob:
+        return {}  # adaptation names the file; what is new need not wait for its repair
+    return dict(zip(block.sample_id.tolist(), block.offset.tolist()))
+
+
+def decoded(captures: Sequence[Capture], size: int) -> Iterator[Frames]:
+    """Frames of side ``size`` in chunks of at most CHUNK; a capture that cannot be decoded comes back with its reason."""
+    for start in range(0, len(captures), CHUNK):
+        part = captures[start : start + CHUNK]
+        pixels = np.empty((len(part), CHANNELS, size, size), np.uint8)
+        found = Frames([], pixels, np.zeros(len(part), np.uint8), [])
+        for c in part:
+            try:
+                frame, present = decode(c["rgb"], c["depth"], c["ir"], size=size)
+            except BadImage as e:
+                found.bad.append(BadRow(c["row"], c["sample_id"], str(e)))
+                continue
+            present &= _informative(frame)
+            if not present:
+                reason = "every modality is one constant value: covered or broken camera"
+                found.bad.append(BadRow(c["row"], c["sample_id"], reason))
+                continue
+            n = len(found.captures)
+            found.pixels[n], found.present[n] = frame, present
+            found.captures.append(c)
+        n = len(found.captures)
+        yield found._replace(pixels=pixels[:n], present=found.present[:n])
+
+
+def through_trunk(model: SourceModel, frames: Frames) -> np.ndarray:
+    """z float16 [N, M, F]."""
+    there = torch.from_numpy(mask_to_bool(frames.present))
+    if not len(there):
+        return np.zeros((0, there.shape[1], model.manifest.config.trunk.features), np.float16)
+    return features_of(model.trunk, torch.from_numpy(frames.pixels), there, batch=SLICE).numpy().astype(np.float16)
+
+
+def _block(frames: Frames, segment: NewSegment, z: np.ndarray) -> tuple[FeatureBlock, list[BadRow]]:
+    fine = np.asarray(np.isfinite(z).all(axis=(1, 2)))
+    kept = frames.captures
+    bad = [BadRow(c["row"], c["sample_id"], "its features are not finite") for c, ok in zip(kept, fine) if not ok]
+    block = FeatureBlock(
+        offset=segment.base_offset + np.array([c["row"] for c in kept], np.int64),
+        sample_id=np.array([c["sample_id"] for c in kept], dtype=object),
+        captured_at=np.array([c["captured_at"] for c in kept], dtype="datetime64[us]"),
+        session=np.array([pseudonym(segment.site, c["session_id"]) for c in kept], np.int64),
+        present=frames.present,
+        z=z,
+    )
+    return block.rows(fine), bad
+
+
+def _informative(frame: np.ndarray) -> int:
+    """Bit mask of the modalities that are more than one constant value; a constant one is as good as absent."""
+    planes = (frame[:3], frame[3], frame[4])
+    return sum(1 << m for m, plane in enumerate(planes) if plane.min() != plane.max())

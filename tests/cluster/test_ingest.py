@@ -1,0 +1,302 @@
+"""From segments to features: one order per site, exact counts, and nothing counts twice or is lost."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from jobs.deployment import now
+from jobs.ingest import _forget_counted
+from pipeline.cluster import ingest
+from pipeline.cluster.featurise import CHUNK, decoded, store_segment
+from pipeline.cluster.ingest import Backlog, Done, collect, find
+from pipeline.config import Config, load
+from pipeline.data.captures import SCHEMA, read_segment, write_segment
+from pipeline.data.features import read_features
+from pipeline.ledger import Cycle, Ledger
+from pipeline.models import ModelConfig, TinyConfig, checkpoint
+from pipeline.models import tail as tails
+from pipeline.models.trunk import build_trunk, fold
+
+NOON = datetime(2026, 5, 4, 12, tzinfo=UTC)
+SIZE = 16
+
+
+def image(seed: int) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 256, (20, 20, 3)).astype(np.uint8)
+    return cv2.imencode(".png", noise)[1].tobytes()
+
+
+def segment(path: Path, *ids: str, **change: object) -> Path:
+    """Samples whose pixels depend on their id."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"sample_id": i, "site_id": path.parent.name, "captured_at": NOON + timedelta(seconds=k), "session_id": "v",
+         "rgb": image(hash_of(i)), "depth": None, "ir": None, **change}
+        for k, i in enumerate(ids)
+    ]  # fmt: skip
+    write_segment(path, pa.Table.from_pylist(rows, schema=SCHEMA))
+    return path
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(text.encode(), "big") % 2**32
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    (tmp_path / "captures").mkdir()
+    return load(None, [f"data.captures={tmp_path}/captures", f"data.size={SIZE}", f"ledger.artifacts={tmp_path}/artifacts",
+                       f"ledger.url=sqlite:///{tmp_path}/ledger.db", "cluster.ingest_workers=2"])  # fmt: skip
+
+
+@pytest.fixture
+def model(config: Config) -> checkpoint.SourceModel:
+    architecture = ModelConfig(trunk=TinyConfig(width=4, features=8))
+    tail = tails.init_tail(architecture.tail, 8, generator=torch.Generator().manual_seed(0))
+    manifest = checkpoint.Manifest(config=architecture, size=SIZE, threshold=0.5, method="erm")
+    made = checkpoint.seal(fold(build_trunk(architecture.trunk, SIZE)), tail, manifest)
+    checkpoint.save(config.place("models", "m"), made)
+    return made
+
+
+class Fleet:
+    """A captures folder with a ledger and what ingest does to them, without Ray."""
+
+    def __init__(self, config: Config, model: checkpoint.SourceModel) -> None:
+        self.config, self.model = config, model
+        self.ledger = Ledger.open(config.ledger.url)
+        self.captures = Path(config.data.captures)
+
+    def find(self, **bounds: object) -> ingest.Found:
+        offsets = {row.site: row.ingested for row in self.ledger.sites()}
+        return find(self.config.data, self.ledger.known_segments(), lambda s: offsets.get(s, 0), **bounds)  # pyright: ignore
+
+    def round(self, **bounds: object) -> ingest.Ingested:
+        found = self.find(**bounds)
+        self.ledger.register_sites({s: {} for s in found.sites}, now=now())
+        done: list[Done] = []
+        for b in found.new:
+            done += ingest.ingest_site(
+                b, self.config.data, str(self.config.place("models", "m")), self.config.place("features")
+            )
+        history = {b.site: {s.sha256: s.name for s, _ in self.ledger.segments(b.site) if s.rows} for b in found.new}
+        result = collect(found.new, done, history)
+        ingest.forget_orphans(self.config, self.model.manifest.trunk_digest, result)
+        self.ledger.commit_ingest(self.begin(), result.segments, result.quarantined, now=now())
+        return result
+
+    def begin(self) -> Cycle:
+        return self.ledger.begin_cycle("ingest", "f", "{}", holder="t", dead=lambda _: True, now=now())
+
+    def stored(self, site: str) -> dict[str, int]:
+        """Offset by sample id of the features that can be read."""
+        end = self.ledger.site(site).ingested
+        block = read_features(
+            self.config.place("features"), self.model.manifest.trunk_digest, site, start=0, end=end, features=8
+        )
+        return dict(zip(block.sample_id.tolist(), block.offset.tolist()))
+
+    def refused(self, site: str) -> list[tuple[str, int, str]]:
+        return [(q.segment, q.row, q.reason) for q in self.ledger.quarantined(site)]
+
+
+@pytest.fixture
+def fleet(config: Config, model: checkpoint.SourceModel) -> Fleet:
+    return Fleet(config, model)
+
+
+def test_a_site_has_one_order_and_a_late_segment_comes_last(fleet: Fleet) -> None:
+    segment(fleet.captures / "gate/segment-10.parquet", "e", "f")
+    segment(fleet.captures / "gate/segment-9.parquet", "c", "d")
+    fleet.round()
+    segment(fleet.captures / "gate/segment-2.parquet", "a", "b")
+    fleet.round()
+    assert fleet.stored("gate") == {"c": 0, "d": 1, "e": 2, "f": 3, "a": 4, "b": 5}
+    assert [s.name for s, _ in fleet.ledger.segments("gate")] == [f"segment-{k}.parquet" for k in (9, 10, 2)]
+    assert not fleet.find().new
+
+
+def test_the_same_bytes_under_another_name_count_once(fleet: Fleet) -> None:
+    first = segment(fleet.captures / "gate/segment-0.parquet", "a", "b")
+    (fleet.captures / "gate/segment-1.parquet").write_bytes(first.read_bytes())  # in one round
+    fleet.round()
+    segment(fleet.captures / "gate/segment-2.parquet", "c")
+    (fleet.captures / "gate/segment-3.parquet").write_bytes(first.read_bytes())  # and in a later one
+    segment(fleet.captures / "gate/segment-4.parquet", "d")
+    fleet.round()
+    reason = "gate/{}: has the very bytes of segment-0.parquet"
+    copies = ["segment-1.parquet", "segment-3.parquet"]
+    assert fleet.refused("gate") == [(name, -1, reason.format(name)) for name in copies]
+    assert fleet.stored("gate").keys() == {"a", "b", "c", "d"}
+    assert sum(s.good for s, _ in fleet.ledger.segments("gate")) == 4
+    assert not fleet.find().new
+
+
+def test_an_old_duplicate_leaves_no_features(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the offsets that sample ids are remembered for, only the digest tells."""
+    first = segment(fleet.captures / "gate/segment-0.parquet", "a", "b")
+    fleet.round()
+    monkeypatch.setattr("pipeline.cluster.featurise.REMEMBERED", 0)
+    (fleet.captures / "gate/segment-1.parquet").write_bytes(first.read_bytes())
+    segment(fleet.captures / "gate/segment-2.parquet", "c")
+    assert fleet.round().orphans == (("gate", 2, 4),)
+    assert fleet.stored("gate") == {"a": 0, "b": 1, "c": 4}
+
+
+def test_another_site_may_send_the_same_bytes_of_an_empty_segment(fleet: Fleet) -> None:
+    for name in ("gate/segment-0.parquet", "gate/segment-1.parquet", "door/segment-0.parquet"):
+        segment(fleet.captures / name)
+    fleet.round()
+    assert fleet.refused("gate") == fleet.refused("door") == []
+
+
+def test_a_sample_that_is_sent_again_counts_once(fleet: Fleet) -> None:
+    segment(fleet.captures / "gate/segment-0.parquet", "a", "b", "c")
+    segment(fleet.captures / "gate/segment-1.parquet", "c", "d")  # overlaps in one round
+    fleet.round()
+    segment(fleet.captures / "gate/segment-2.parquet", "d", "e", "a")  # and in a later one
+    result = fleet.round()
+    assert fleet.refused("gate") == [
+        ("segment-1.parquet", 0, "sample_id: already at offset 2 of the site"),
+        ("segment-2.parquet", 0, "sample_id: already at offset 4 of the site"),
+        ("segment-2.parquet", 2, "sample_id: already at offset 0 of the site"),
+    ]
+    assert fleet.stored("gate") == {"a": 0, "b": 1, "c": 2, "d": 4, "e": 6}
+    assert [(s.rows, s.good, s.quarantined) for s in result.segments] == [(3, 1, 2)]
+
+
+def test_a_sample_whose_first_copy_was_refused_may_come_again(fleet: Fleet) -> None:
+    segment(fleet.captures / "gate/segment-0.parquet", "a", rgb=b"no image")
+    segment(fleet.captures / "gate/segment-1.parquet", "a")
+    fleet.round()
+    assert fleet.refused("gate") == [("segment-0.parquet", 0, "rgb: neither JPEG nor PNG")]
+    assert fleet.stored("gate") == {"a": 1}
+
+
+def test_a_refused_file_that_was_mended_counts(fleet: Fleet) -> None:
+    torn = fleet.captures / "gate/segment-1.parquet"
+    whole = segment(torn, "b").read_bytes()
+    torn.write_bytes(whole[:-9])
+    segment(fleet.captures / "gate/segment-2.parquet", "c")
+    fleet.round()
+    assert fleet.stored("gate") == {"c": 0}
+    assert not fleet.find().new, "the same bytes are not judged again"
+    torn.write_bytes(b"still no Parquet file")
+    fleet.round()
+    assert not fleet.find().new
+    torn.write_bytes(whole)
+    fleet.round()
+    assert fleet.stored("gate") == {"c": 0, "b": 1}
+    assert fleet.refused("gate") == [("segment-1.parquet", -1, "gate/segment-1.parquet: is no Parquet file")] * 2
+    assert not fleet.find().new
+
+
+def test_a_file_that_only_its_pages_betray_is_refused_and_the_site_goes_on(fleet: Fleet) -> None:
+    path = segment(fleet.captures / "gate/segment-0.parquet", "a")
+    data = bytearray(path.read_bytes())
+    at = data.index(image(hash_of("a"))[1:8])
+    data[at] ^= 1
+    path.write_bytes(data)
+    segment(fleet.captures / "gate/segment-1.parquet", "b")
+    result = fleet.round()
+    assert not result.failed
+    ((name, row, reason),) = fleet.refused("gate")
+    assert (name, row) == ("segment-0.parquet", -1)
+    assert "CRC" in reason
+    assert fleet.stored("gate") == {"b": 0}
+
+
+def test_a_segment_that_fails_lets_the_later_ones_of_its_site_wait(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for site in ("door", "gate"):
+        for k in range(3):
+            segment(fleet.captures / f"{site}/segment-{k}.parquet", f"{site}{k}")
+
+    def full(where, read, *rest):
+        if where.site == "gate" and where.name == "segment-1.parquet":
+            raise OSError(28, "No space left on device")
+        return store_segment(where, read, *rest)
+
+    monkeypatch.setattr(ingest, "store_segment", full)
+    result = fleet.round()
+    assert result.failed == (("gate", "segment-1.parquet: OSError: [Errno 28] No space left on device"),)
+    assert fleet.stored("gate") == {"gate0": 0}
+    monkeypatch.undo()
+    fleet.round()
+    assert fleet.stored("gate") == {"gate0": 0, "gate1": 1, "gate2": 2}
+    assert fleet.stored("door") == {"door0": 0, "door1": 1, "door2": 2}
+
+
+def test_a_dead_worker_costs_its_sites_one_round() -> None:
+    new = [Backlog("door", 0, ("/c/door/segment-0.parquet",), 9), Backlog("gate", 0, ("/c/gate/segment-0.parquet",), 9)]
+    done = Done(site="door", name="segment-0.parquet", base_offset=0, rows=1, sha256="d", bad=[], refused="", error="")
+    result = collect(new, [done], {})
+    assert [s.site for s in result.segments] == ["door"]
+    assert result.failed == (("gate", "segment-0.parquet: its worker died or was killed"),)
+
+
+def test_a_bounded_round_serves_every_site_first(fleet: Fleet) -> None:
+    for site, n in (("big", 4), ("small", 1)):
+        for k in range(n):
+            segment(fleet.captures / f"{site}/segment-{k}.parquet", f"{k}")
+    taken = fleet.find(most=3).new
+    assert {b.site: len(b.paths) for b in taken} == {"big": 2, "small": 1}
+    assert [b.site for b in fleet.find(without={"big"}).new] == ["small"]
+    while fleet.find().new:
+        fleet.round(most=2)
+    assert fleet.stored("big") == {str(k): k for k in range(4)}
+
+
+def test_what_a_crash_left_of_frames_is_forgotten_later(fleet: Fleet) -> None:
+    clean = segment(fleet.captures / "gate/segment-0.parquet", "a")
+    doubtful = segment(fleet.captures / "gate/segment-1.parquet", "b", "b")
+    changed = segment(fleet.captures / "gate/segment-2.parquet", "c")
+    fleet.round()  # and the process ends before it removes what it ingested
+    changed.unlink()
+    segment(changed, "never ingested")
+    new = segment(fleet.captures / "gate/segment-3.parquet", "d")
+    _forget_counted(fleet.ledger, fleet.find())
+    assert [p.exists() for p in (clean, doubtful, changed, new)] == [False, True, True, True]
+
+
+def test_chunks_are_aligned_with_their_captures(fleet: Fleet) -> None:
+    ids = [f"s{k}" for k in range(CHUNK + 3)]
+    path = segment(fleet.captures / "gate/segment-0.parquet", *ids)
+    good = read_segment(path, site="gate", limits=fleet.config.data).good
+    good[1]["rgb"] = b"broken"
+    parts = list(decoded(good, SIZE))
+    assert [len(p.pixels) for p in parts] == [CHUNK - 1, 3]
+    assert [c["sample_id"] for p in parts for c in p.captures] == ["s0", *ids[2:]]
+    again = next(decoded([good[-1]], SIZE)).pixels[0]
+    assert np.array_equal(parts[1].pixels[-1], again)
+    assert [b.row for p in parts for b in p.bad] == [1]
+
+
+@pytest.mark.cluster
+def test_under_ray_the_fleet_is_the_same(fleet: Fleet, ray_local: None) -> None:
+    for s in range(6):
+        for k in range(2):
+            segment(fleet.captures / f"site-{s}/segment-{k}.parquet", *(f"{k}-{n}" for n in range(5)))
+    (fleet.captures / "site-3/segment-1.parquet").write_bytes(b"rubbish")
+    found, steps = fleet.find(), []
+    fleet.ledger.register_sites({s: {} for s in found.sites}, now=now())
+    result = ingest.run(
+        fleet.config, found.new, checkpoint=str(fleet.config.place("models", "m")), history=lambda _: {},
+        on_progress=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
+    assert steps[0] == (0, 12)
+    assert steps[-1] == (12, 12)
+    assert not result.failed
+    assert [(q.site, q.row) for q in result.quarantined] == [("site-3", -1)]
+    fleet.ledger.commit_ingest(fleet.begin(), result.segments, result.quarantined, now=now())
+    assert {s.site: s.ingested for s in fleet.ledger.sites()} == {f"site-{s}": 5 if s == 3 else 10 for s in range(6)}
+    alone = fleet.stored("site-5")
+    assert alone == {f"{k}-{n}": 5 * k + n for k in range(2) for n in range(5)}

@@ -1,0 +1,257 @@
+"""Artifacts in an S3 store, over HTTP: the same round trips, no torn upload is seen, mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.__main__ import main
+from pipeline import storage
+from pipeline.data import blobs
+from pipeline.data.anchor import open_sealed, seal
+from pipeline.data.features import forget_range, read_features, write_features
+from pipeline.ledger import Ledger
+from pipeline.models import checkpoint
+from pipeline.storage import StoreUnavailable, files, place, write_atomic
+from tests.test_storage import TENSORS, TRUNK, F, anchor, block, source
+
+REPO = Path(__file__).resolve().parent.parent
+moto = pytest.importorskip("moto.server", reason="pip install 'moto[s3,server]'")
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    """A server that asks for credentials, with one user who has them in the environment."""
+    import boto3
+    import requests
+
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    given = {"endpoint_url": f"http://{host}:{port}", "region_name": "us-east-1"}
+    boto3.client("s3", **given, aws_access_key_id="x", aws_secret_access_key="x").create_bucket(Bucket="artifacts")
+    iam = boto3.client("iam", **given, aws_access_key_id="x", aws_secret_access_key="x")
+    iam.create_user(UserName="palisade")
+    allowed = '{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}'
+    iam.put_user_policy(UserName="palisade", PolicyName="all", PolicyDocument=allowed)
+    key = iam.create_access_key(UserName="palisade")["AccessKey"]
+    requests.post(f"http://{host}:{port}/moto-api/reset-auth", data="0", timeout=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        patch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        storage._connected.cache_clear()
+        yield f"{host}:{port}"
+    storage._connected.cache_clear()
+    server.stop()
+
+
+@pytest.fixture
+def root(endpoint, request):
+    """An empty prefix for each test."""
+    return place(url(endpoint, f"artifacts/{request.node.name.replace('[', '-').strip(']')}"))
+
+
+def url(endpoint: str, key: str) -> str:
+    return f"s3://{key}?endpoint_override={endpoint}&scheme=http&region=us-east-1"
+
+
+def names(root) -> list[str]:
+    return sorted(f.place.name for f in files(root))
+
+
+def test_blobs(root):
+    digest = blobs.put(root, TENSORS)
+    assert blobs.put(root, TENSORS) == digest
+    assert torch.equal(blobs.get(root, digest)["a"], TENSORS["a"])
+    assert names(root) == [f"{digest}.safetensors"]
+    (stored,) = files(root)
+    stored.place.put(stored.place.read_bytes()[:-1] + b"x")
+    with pytest.raises(blobs.BadBlob, match="changed or torn"):
+        blobs.get(root, digest)
+    blobs.put(root, TENSORS)
+    assert torch.equal(blobs.get(root, digest)["a"], TENSORS["a"])
+    stored.place.unlink()
+    with pytest.raises(blobs.BadBlob, match="missing"):
+        blobs.get(root, digest)
+
+
+def test_features(root):
+    assert len(read_features(root, TRUNK, "gate", start=0, end=9, features=F)) == 0
+    path = write_features(root, TRUNK, "gate", block(6))
+    got = read_features(root, TRUNK, "gate", start=2, end=5, features=F)
+    assert got.offset.tolist() == [2, 3, 4]
+    path.put(path.read_bytes()[:-9])
+    with pytest.raises(blobs.BadBlob, match="ingest"):
+        read_features(root, TRUNK, "gate", start=0, end=9, features=F)
+    forget_range(root, TRUNK, "gate", start=0, end=6)
+    assert names(root) == []
+
+
+def test_anchor_and_checkpoint(root):
+    digest = seal(root / "anchors", anchor())
+    assert open_sealed(root / "anchors", digest).species == anchor().species
+    before = source()
+    assert not checkpoint.exists(root / "m")
+    checkpoint.save(root / "m", before)
+    after = checkpoint.load(str(root / "m"))
+    assert after.manifest == before.manifest
+    assert all(torch.equal(t, after.tail[n]) for n, t in before.tail.items())
+    with pytest.raises(checkpoint.BadCheckpoint, match="exists already"):
+        checkpoint.save(root / "m", before)
+    with checkpoint.folder(root / "m") as folder:
+        assert checkpoint.load(folder).manifest == before.manifest
+    (root / "m" / checkpoint.MANIFEST).unlink()
+    with pytest.raises(checkpoint.BadCheckpoint, match=r"manifest\.json.*cannot be read"):
+        checkpoint.load(root / "m")
+
+
+def test_names_of_a_prefix(root):
+    for name in ("a/1-2.parquet", "a/b/3-4.parquet", "ab/5-6.parquet"):
+        write_atomic(root / name, lambda tmp: tmp.write_bytes(b"x" * 7))
+    assert [p.name for p in (root / "a").glob("*.parquet")] == ["1-2.parquet"]
+    assert {(f.place.name, f.size) for f in files(root / "a")} == {("1-2.parquet", 7), ("3-4.parquet", 7)}
+    assert (root / "a").exists() and not (root / "c").exists()
+    assert storage.size(root / "ab" / "5-6.parquet") == 7
+    assert pickle.loads(pickle.dumps(root)) == root
+    (root / "none").unlink(missing_ok=True)
+    for act in ((root / "none").unlink, (root / "none").read_bytes, (root / "none").size):
+        with pytest.raises(FileNotFoundError):
+            act()
+
+
+def test_an_upload_that_was_killed_is_never_seen(root):
+    """More than one part, of which the first is in the store already when the writer dies; the old object stays."""
+    write_atomic(root / "x", b"old")
+    code = (
+        f"import sys, os, signal; sys.path.insert(0, {str(REPO)!r})\nfrom pipeline.storage import place\n"
+        f"r = place({str(root / 'x')!r}); s = r._store().open_output_stream(r.key)\n"
+        "for _ in range(3): s.write(bytes(6_000_000)); s.flush()\nprint('sent', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "sent\n"), done.stderr
+    assert (root / "x").read_bytes() == b"old"
+    assert names(root) == ["x"]
+
+
+@pytest.mark.slow  # the client tries again for seconds
+@pytest.mark.parametrize("size", [200_000, 12_000_000])
+def test_an_upload_that_was_cut_off_is_one_line_and_never_seen(endpoint, root, size):
+    """A line that breaks in the middle of the body, in one PUT or in a part, every time it is tried."""
+    write_atomic(root / "x", b"old")
+    with cut_off(endpoint, after=150_000) as broken:
+        torn = place(str(root / "x").replace(endpoint, broken))
+        with pytest.raises(StoreUnavailable, match="does not answer.*check endpoint and network") as e:
+            write_atomic(torn, bytes(size))
+    assert "\n" not in str(e.value)
+    assert (root / "x").read_bytes() == b"old"
+    assert names(root) == ["x"]
+
+
+class cut_off:
+    """A proxy that hands ``after`` bytes of a connection on and then breaks it."""
+
+    def __init__(self, endpoint: str, *, after: int) -> None:
+        self.to, self.after = endpoint.split(":"), after
+        self.listening = socket.create_server(("127.0.0.1", 0))
+
+    def __enter__(self) -> str:
+        threading.Thread(target=self._serve, daemon=True).start()
+        return f"127.0.0.1:{self.listening.getsockname()[1]}"
+
+    def __exit__(self, *_: object) -> None:
+        self.listening.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                near, _ = self.listening.accept()
+            except OSError:
+                return
+            far = socket.create_connection((self.to[0], int(self.to[1])))
+            threading.Thread(target=self._pump, args=(near, far, self.after), daemon=True).start()
+            threading.Thread(target=self._pump, args=(far, near, 2**40), daemon=True).start()
+
+    def _pump(self, near: socket.socket, far: socket.socket, left: int) -> None:
+        try:
+            while left > 0 and (data := near.recv(min(65536, left))):
+                far.sendall(data)
+                left -= len(data)
+        except OSError:
+            pass
+        for s in (near, far):
+            s.close()
+
+
+def one_line(act, match: str) -> None:
+    with pytest.raises(StoreUnavailable, match=match) as e:
+        act()
+    assert "\n" not in str(e.value)
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in str(e.value)
+
+
+def test_a_missing_bucket_is_one_line_and_never_an_empty_store(endpoint):
+    gone = place(url(endpoint, "nobucket/pre"))
+    for act in (
+        lambda: blobs.put(gone, TENSORS), lambda: blobs.get(gone, "0" * 64), lambda: list(files(gone)), gone.exists,
+        lambda: checkpoint.load(gone), lambda: read_features(gone, TRUNK, "gate", start=0, end=9, features=F),
+    ):  # fmt: skip
+        one_line(act, "s3://nobucket: there is no such bucket; create it")
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_wrong_credentials_are_one_line(endpoint, root, monkeypatch, name):
+    monkeypatch.setenv(name, "AKIAWRONGWRONGWRONG0")
+    storage._connected.cache_clear()
+    for act in (lambda: blobs.put(root, TENSORS), lambda: blobs.get(root, "0" * 64), lambda: list(files(root))):
+        one_line(act, "refuses these credentials; set AWS_ACCESS_KEY_ID")
+    storage._connected.cache_clear()
+
+
+@pytest.mark.slow  # the client tries again for seconds
+def test_a_store_that_cannot_be_reached_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    one_line(
+        lambda: place(url(f"127.0.0.1:{port}", "artifacts/x")).exists(), "does not answer.*check endpoint and network"
+    )
+
+
+def test_doctor_looks_at_the_store(endpoint, capsys):
+    def told(key: str) -> dict[str, str]:
+        main(["doctor", "--json", f"ledger.artifacts={url(endpoint, key)}"])
+        return next(c for c in json.loads(capsys.readouterr().out)["checks"] if c["name"] == "store")
+
+    assert told("artifacts/new")["state"] == "ok"
+    assert names(place(url(endpoint, "artifacts/new"))) == []
+    assert (told("nobucket/x")["state"], told("nobucket/x")["advice"]) == (
+        "fail",
+        "create it, or correct ledger.artifacts",
+    )
+
+
+def test_gc_on_a_store(endpoint, root, tmp_path, capsys):
+    Ledger.open(f"sqlite:///{tmp_path}/ledger.db")
+    digest = blobs.put(root / "states", TENSORS)
+    write_atomic(root / "anchors" / "ab" / "kept", b"1")
+    words = ["gc", "--json", f"ledger.url=sqlite:///{tmp_path}/ledger.db", f"ledger.artifacts={root}"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["files"] == 0, "younger than the grace"
+    assert main([*words, "--grace-hours", "0"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["names"]["states"] == [f"states/{digest[:2]}/{digest}.safetensors"]
+    assert names(root) == ["kept"]
+
+
+def test_an_unknown_option_is_one_line():
+    one_line(place("s3://artifacts/x?nonsense=1").exists, "not a URL of a store: .*nonsense")
