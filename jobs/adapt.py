@@ -43,19 +43,17 @@ def adapt_step(
 ) -> dict[str, object]:
     """Hand the sites to the shards → counts. The same step serves ``cycle``."""
     from pipeline.cluster import fleet
-    from pipeline.cluster.shard import ShardJob
+    from pipeline.cluster.shard import shard_job
 
     source = source_model(ledger)
     pending = {r.site: r.ingested - r.learned for r in ledger.sites() if not sites or r.site in sites}
     if not pending:
         raise ValueError("no site is registered; run `palisade ingest` first")
     judged = ledger.outcomes(cycle.id)
-    job = ShardJob(config.model_dump_json(), source.path, source.version, ledger.anchor(source.trunk), cycle)
-    size = config.cluster
-    placement = fleet.Placement(size.shards, min(1.0, size.cpus / size.shards), config.bank.sites, config.bank.hot_mb)
-    with connected(size), terminal.progress("adapt", "sites") as advance:
+    job = shard_job(config, ledger, cycle)
+    with connected(config.cluster), terminal.progress("adapt", "sites") as advance:
         left = {site: n for site, n in pending.items() if site not in judged}
-        failed = fleet.adapt(job, left, placement=placement, on_progress=advance)
+        failed = fleet.adapt(job, left, placement=fleet.placement(config), on_progress=advance)
     ledger.set_status(failed)
     for site, reason in failed.items():
         terminal.say(f"warning: {site}: not adapted: {reason}")
@@ -111,7 +109,7 @@ def show(terminal: Terminal, cycle: Cycle, summary: dict[str, object], verdicts:
 
 
 def _row(v: VerdictRow) -> dict[str, object]:
-    kept = {k: c for k, c in v.counters.items() if k not in ("outcomes", "rows")}
+    kept = {k: c for k, c in v.counters.items() if k not in ("outcomes", "rows", "lost")}
     return {"site": v.site, "state": v.state, "outcome": v.verdict.outcome, "reason": v.verdict.decisive,
             "offset_from": v.offset_from,
             "offset_to": v.offset_to, "trust_ratio": v.evidence.trust_ratio, **kept}  # fmt: skip

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from jobs import bench_fleet_ingest
 from jobs import bench_fleet_runs as runs
 from jobs.bench import Figure, conclude, context
 from jobs.deployment import now, open_ledger
@@ -42,10 +43,12 @@ class Size:
     captures: int = 8
     longer: int = 16  # captures of a site in the comparison of Ray with a plain loop
     learning: int = 128  # samples of a site in the runs with kills
+    ingested: int = 100  # sites in the comparison of ingest
+    each: int = 160  # captures of such a site
     registered: int = 100_000
 
 
-QUICK = Size(small=100, large=400, learning=32, registered=10_000)
+QUICK = Size(small=100, large=400, learning=32, ingested=20, registered=10_000)
 
 
 def bench_fleet(config: Config, terminal: Terminal, *, quick: bool) -> int:
@@ -56,7 +59,8 @@ def bench_fleet(config: Config, terminal: Terminal, *, quick: bool) -> int:
     with connected(ground.config.cluster):
         found |= _cycles(ground, size, terminal)
         found |= _kills(ground, size, terminal)
-        found |= _ingest(ground, size, terminal)
+        terminal.say("bench fleet: ingest beside a decoding loop and a DataLoader")
+        found |= bench_fleet_ingest.measure(ground, terminal, sites=size.ingested, captures=size.each)
     terminal.say("bench fleet: steps of a bank")
     found |= _steps(checkpoint.load(open_ledger(ground.config).source().path), batch=ground.config.bank.batch)
     terminal.say(f"bench fleet: {size.registered} registered sites")
@@ -114,10 +118,6 @@ def _kills(ground: runs.Ground, size: Size, terminal: Terminal) -> dict[str, flo
     }  # fmt: skip
 
 
-def _ingest(ground: runs.Ground, size: Size, terminal: Terminal) -> dict[str, float | None]:
-    return {}
-
-
 def _steps(model: SourceModel, *, batch: int) -> dict[str, float | None]:
     quiet = Danet()
     methods: dict[str, SiteMethod] = {"learns": LEARNS, "quiet": quiet}
@@ -171,8 +171,10 @@ def figures(found: dict[str, float | None], size: Size) -> list[Figure]:
         ("bank_over_one_site_at_a_time", "bank.alone", 5, "64 sites, every sample teaches"),
         ("bank_over_tent_through_trunk", "bank.tent", 5, "features are there; "
          + also("bank.tent.trunk", "paying for the trunk as well: {:.1f}")),
-        ("ingest_over_decode_loop", "ingest", 0.85, also("ingest.trunk", "with the trunk {:.2f}; the loop times the cores")),
-        ("ingest_over_dataloader", "ingest.loader", 1.0, "two workers, the same files, the same decoding"),
+        ("ingest_over_decode_loop", "ingest", 0.85, "loop times cores; ingest with the smallest trunk; "
+         + also("ingest.trunk", "with the model's own {:.2f}")),
+        ("ingest_over_dataloader", "ingest.loader", 1.0, "two workers that decode, the trunk in the main process; "
+         + also("ingest.rate", "ingest {:.0f} captures/s")),
         ("ray_over_plain_loop", "ray", 0.9, f"cycle of {size.small} sites; " + also("ray.ingest", "ingest {:.2f}, ")
          + also("ray.adapt", "adapt {:.2f}")),
         ("throughput_under_kills", "kills", 0.7, also("kills.count", "{:.0f} shards killed in ")

@@ -23,19 +23,19 @@ from jobs.deployment import lease, now, open_ledger, source_model
 from jobs.ingest import ingest_step
 from pipeline.cluster import assign, fleet
 from pipeline.cluster import ingest as cluster_ingest
-from pipeline.cluster.shard import ShardJob, adapt_chunk
+from pipeline.cluster.shard import adapt_chunk, shard_job
 from pipeline.data import crowd
 from pipeline.data.features import FeatureBlock, read_features
 from pipeline.ledger import SegmentRow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import pyarrow as pa
 
     from jobs import Terminal
     from pipeline.config import Config
-    from pipeline.ledger import Cycle, Ledger
+    from pipeline.ledger import Ledger
 
 KILL_SECONDS = 10.0
 BLOCK = 1000  # sites registered or committed at once by the fixtures
@@ -102,7 +102,7 @@ class Ground:
         return config
 
 
-def moved(config: Config, **sections: dict[str, object]) -> Config:
+def moved(config: Config, **sections: Mapping[str, object]) -> Config:
     """``config`` with other values in some sections, validated."""
     changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     return config.model_copy(update=changed)
@@ -139,7 +139,7 @@ def plain(config: Config) -> Timed:
         ingested = time.perf_counter()
         pending = {r.site: r.ingested - r.learned for r in ledger.sites()}
         for call in assign.calls(pending, slots=config.bank.sites):
-            adapt_chunk(_job(config, ledger, held), call)
+            adapt_chunk(shard_job(config, ledger, held), call)
         ledger.finish_cycle(held, summary={}, now=now())
         adapted = time.perf_counter()
     _check(ledger)
@@ -164,9 +164,9 @@ def adapted(config: Config, terminal: Terminal, *, kill_every: float | None = No
         began = time.perf_counter()
         with terminal.progress("bench fleet, adapt", "sites") as advance:
             failed = fleet.adapt(
-                _job(config, ledger, held),
+                shard_job(config, ledger, held),
                 pending,
-                placement=_placement(config),
+                placement=fleet.placement(config),
                 on_progress=advance,
                 on_shard=alive.append,
             )
@@ -203,7 +203,7 @@ def resumed(config: Config, terminal: Terminal) -> tuple[float, int]:
     with lease(config, ledger, "adapt") as held:
         assert held.resumed, "the killed driver's cycle is the one that goes on"
         pending = {r.site: r.ingested - r.learned for r in ledger.sites() if r.learned < r.ingested}
-        fleet.adapt(_job(config, ledger, held), pending, placement=_placement(config), on_progress=committed)
+        fleet.adapt(shard_job(config, ledger, held), pending, placement=fleet.placement(config), on_progress=committed)
         ledger.finish_cycle(held, summary={}, now=now())
     _check(ledger)
     terminal.say(f"resumed with {sites - before} of {sites} sites left")
@@ -221,16 +221,6 @@ def resident(url: str) -> float:
     assign.homes(list(pending), 28)
     assign.calls(pending, slots=256)
     return psutil.Process().memory_info().rss / 2**30
-
-
-def _job(config: Config, ledger: Ledger, held: Cycle) -> ShardJob:
-    source = source_model(ledger)
-    return ShardJob(config.model_dump_json(), source.path, source.version, ledger.anchor(source.trunk), held)
-
-
-def _placement(config: Config) -> fleet.Placement:
-    size = config.cluster
-    return fleet.Placement(size.shards, min(1.0, size.cpus / size.shards), config.bank.sites, config.bank.hot_mb)
 
 
 def _check(ledger: Ledger) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.ledger import Cycle, SourceRow
 
 RENEW_SECONDS = 30
+CLOCK_SECONDS = 2  # by which a start may seem to move when the boot time is corrected
 
 
 def now() -> datetime:
@@ -68,9 +69,7 @@ def source_model(ledger: Ledger, version: int | None = None) -> SourceRow:
     """A source version (default: the champion) whose checkpoint is there."""
     row = ledger.source(version)
     if not place(row.path).exists():
-        raise LedgerError(
-            f"source v{row.version}: its model {row.path} is missing; restore it or run `palisade train`"
-        )
+        raise LedgerError(f"source v{row.version}: its model {row.path} is missing; restore it or run `palisade train`")
     return row
 
 
@@ -110,11 +109,13 @@ def _dead(holder: str) -> bool:
     """Whether a holder on this very host is gone; of other hosts only the lease's end tells."""
     host, _, rest = holder.partition(":")
     pid, _, started = rest.partition(":")
-    if host != socket.gethostname() or not pid.isdigit():
+    if host != socket.gethostname() or not (pid.isdigit() and started.isdigit()):
         return False
     if int(pid) == os.getpid():
         return True  # this process itself, from an earlier job that did not end well
     try:
-        return f"{psutil.Process(int(pid)).create_time():.0f}" != started
+        process = psutil.Process(int(pid))
+        another = abs(process.create_time() - float(started)) > CLOCK_SECONDS
+        return another or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True

@@ -9,7 +9,8 @@ import torch
 
 from jobs.deployment import source_model
 from jobs.scoring import labels_of
-from pipeline.cluster.shard import features_of, load_state
+from pipeline.cluster.judge import features_of
+from pipeline.cluster.shard import load_state
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment
 from pipeline.data.features import FeatureBlock, read_features

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import sys
 import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import Exit, table
 from jobs.deployment import check_size, lease, now, open_ledger, source_model
-from pipeline.cluster import connected
+from pipeline.cluster import connected, repair
 from pipeline.cluster import ingest as cluster_ingest
+from pipeline.cluster.featurise import REPEATED
 from pipeline.ledger import CycleBusy, StaleGeneration
+from pipeline.storage import StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from jobs import Terminal
     from pipeline.cluster.ingest import Found, Ingested
     from pipeline.config import Config
-    from pipeline.ledger import Cycle, Ledger
+    from pipeline.ledger import Cycle, Ledger, SiteRow
+    from pipeline.storage import Place
 
 ROUND = 256  # segments that a round of --follow takes, so that others come to the lease and a signal is soon answered
+LOST = "features lost"  # reason in quarantine, kind in the audit chain
 RETRY = 60.0  # seconds after which --follow tries a failed site again
 
 
@@ -53,17 +55,17 @@ def follow(config: Config, terminal: Terminal, *, interval: float) -> int:
         terminal.say(f"following {config.data.captures}; SIGINT or SIGTERM ends it")
         while not stop.is_set():
             retry = {site: at for site, at in retry.items() if at > time.monotonic()}
-            more = bool(_find(config, ledger, without=retry).new)
-            if more:
-                try:
+            more = False
+            try:
+                if more := bool(_find(config, ledger, without=retry).new):
                     with lease(config, ledger, "ingest") as cycle:
                         summary, done = _step(config, ledger, cycle, terminal, most=ROUND, without=retry)
                         ledger.finish_cycle(cycle, summary=summary, now=now())
                     retry |= {site: time.monotonic() + RETRY for site, _ in done.failed}
                     show(terminal, ledger, cycle, summary, brief=True)
-                except (CycleBusy, StaleGeneration) as e:
-                    terminal.say(f"waiting: {e}")
-                    more = False
+            except (CycleBusy, StaleGeneration, StoreUnavailable) as e:
+                terminal.say(f"waiting: {e}")
+                more = False
             stop.wait(0 if more else interval)
     return Exit.DONE
 
@@ -107,7 +109,7 @@ def _step(
     for stray in found.strays:
         terminal.say(f"warning: {stray}")
     if config.data.retention == "until_ingested":
-        _forget_counted(ledger, found)
+        _forget_counted(config, ledger, found)
     done = cluster_ingest.Ingested((), (), (), ())
     if found.new:
         with connected(config.cluster), terminal.progress("ingest", "segments") as advance:
@@ -115,13 +117,14 @@ def _step(
                 config, found.new, checkpoint=source.path, on_progress=advance,
                 history=lambda site: {s.sha256: s.name for s, _ in ledger.segments(site) if s.rows},
             )  # fmt: skip
+    _repair(config, ledger, cycle, terminal, found, without=without)
     cluster_ingest.forget_orphans(config, source.trunk, done)
     ledger.commit_ingest(cycle, done.segments, done.quarantined, now=now())
     ledger.set_status(dict(done.failed))
     for site, reason in done.failed:
         terminal.say(f"warning: {site}: not ingested, the next cycle tries again: {reason}")
     if config.data.retention == "until_ingested":
-        _forget(found, done)
+        _forget(config, found, done)
     counted = [s for s in done.segments if s.name.endswith(".parquet")]  # refused ones carry their digest
     return {
         "segments": len(counted), "samples": sum(s.good for s in counted), "new_sites": len(new_sites),
@@ -137,22 +140,63 @@ def _find(config: Config, ledger: Ledger, *, most: int | None = None, without: C
     )
 
 
-def _forget(found: Found, done: Ingested) -> None:
+def _repair(
+    config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal, found: Found, *, without: Collection[str]
+) -> None:
+    """Make again what of failed sites' features is damaged or missing; where the captures are gone, the site goes on.
+
+    Only failed sites are looked at, so a healthy fleet pays nothing.
+    """
+    failed = [r for r in ledger.sites() if r.status == "failed" and r.learned < r.ingested and r.site not in without]
+    if not failed:
+        return
+    stretches = [_stretch(ledger, row, found) for row in failed]
+    with connected(config.cluster):
+        done = repair.run(config, stretches, checkpoint=source_model(ledger).path)
+    ledger.lose(cycle, [(d.site, name) for d in done for name in d.lost], reason=LOST, now=now())
+    for d in done:
+        if d.restored:
+            terminal.say(f"{d.site}: features of {', '.join(d.restored)} did not verify and were made again")
+        if d.lost:
+            terminal.say(
+                f"warning: {d.site}: {LOST}: {', '.join(d.lost)}: they do not verify and the captures are gone; these samples "
+                "are quarantined, the site goes on with what comes next"
+            )
+        if d.error:
+            terminal.say(f"warning: {d.site}: its features are not repaired, the next cycle tries again: {d.error}")
+    ledger.set_status({d.site: "" for d in done if (d.restored or d.lost) and not d.error})
+
+
+def _stretch(ledger: Ledger, row: SiteRow, found: Found) -> repair.Stretch:
+    rows = [s for s, _ in ledger.segments(row.site) if s.rows and row.learned <= s.base_offset < row.ingested]
+    refused = ledger.quarantined(row.site)
+    there = {path.name: path for path in found.counted.get(row.site, ())}
+    repeated = [
+        frozenset(q.row for q in refused if q.segment == s.name and q.reason.startswith(REPEATED)) for s in rows
+    ]
+    return repair.Stretch(row.site, tuple(rows), tuple(repeated), tuple(there.get(s.name) for s in rows))
+
+
+def _forget(config: Config, found: Found, done: Ingested) -> None:
     """Frames do not outlive ingest; a segment with a refused row stays for whoever looks into it."""
-    clean = {(s.site, s.name) for s in done.segments if not s.quarantined}
+    clean = {(s.site, s.name): s.sha256 for s in done.segments if not s.quarantined}
     for backlog in found.new:
-        for path in map(Path, backlog.paths):
-            if (backlog.site, path.name) in clean:
-                path.unlink(missing_ok=True)
+        for path in map(cluster_ingest.segment_at, backlog.paths):
+            _unlink(path, clean.get((backlog.site, path.name)), config.data.max_bytes)
 
 
-def _forget_counted(ledger: Ledger, found: Found) -> None:
-    """What ``_forget`` did not come to after an earlier commit; bytes that the ledger does not know are left alone."""
+def _forget_counted(config: Config, ledger: Ledger, found: Found) -> None:
+    """What ``_forget`` did not come to after an earlier commit."""
     for site, paths in found.counted.items():
         clean = {s.name: s.sha256 for s, _ in ledger.segments(site) if not s.quarantined}
         for path in paths:
-            if path.name in clean and hashlib.sha256(path.read_bytes()).hexdigest() == clean[path.name]:
-                path.unlink(missing_ok=True)
+            _unlink(path, clean.get(path.name), config.data.max_bytes)
+
+
+def _unlink(path: Place, sha256: str | None, limit: int) -> None:
+    """Delete a segment whose bytes are those that the ledger counts; others are left alone."""
+    if sha256 and cluster_ingest.digest(path, limit) == sha256:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

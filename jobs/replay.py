@@ -19,7 +19,7 @@ from jobs import Exit, percent, table
 from jobs.deployment import open_ledger, source_model
 from jobs.scoring import labels_of
 from pipeline import bank, whatif
-from pipeline.cluster.shard import Window, features_of, judge
+from pipeline.cluster.judge import Window, features_of, judge
 from pipeline.data.anchor import open_sealed
 from pipeline.data.blobs import BadBlob
 from pipeline.data.features import read_features
@@ -178,7 +178,7 @@ def _replayed(
     for start in range(0, len(recordings), config.bank.sites):
         part = recordings[start : start + config.bank.sites]
         states, traces = _run(config, model, fresh, part, min(config.bank.sites, slots), on_samples)
-        windows = [Window(r.row, r.block, fresh, fresh, None, 0.0) for r in part]
+        windows = [Window(r.row, r.block, fresh, fresh, None, None, 0.0) for r in part]
         judged = judge(config, model, anchor, windows, states, traces) if anchor else []
         verdicts = [verdict for _, verdict in judged] or [None] * len(part)
         found += [

@@ -67,8 +67,8 @@ def tune(config: Config, terminal: Terminal, *, what: str) -> int:
 
 def _site_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[str, object]]:
     """Replay the development sites under sampled settings."""
+    from pipeline.cluster.judge import features_of
     from pipeline.cluster.search import Stream, search
-    from pipeline.cluster.shard import features_of
 
     ledger = open_ledger(config, create=False)
     source = source_model(ledger)

@@ -28,6 +28,7 @@ class BankConfig(Section):
 
     sites: int = Field(default=16, ge=1, description="K, sites stepped together")
     batch: int = Field(default=8, ge=1, description="B, samples per site and step")
+    hot_mb: int = Field(default=256, ge=16, description="MiB of site states that a shard keeps in memory between calls")
 
 
 class Trace(NamedTuple):

@@ -50,6 +50,7 @@ class ClusterConfig(Section):
     train_gpu: bool = False
     shards: int = Field(default=2, ge=1, description="shard actors; about one per core")
     ingest_workers: int = Field(default=2, ge=1, description="parallel ingest tasks")
+    ingest_gpus: float = Field(default=0, ge=0, description="share of a GPU per ingest task; has not been run on a GPU")
     object_store_mb: int = Field(default=512, ge=80)
     image: str = Field(default="ghcr.io/palisade/palisade:0.1.0", description="container image of the manifests")
     namespace: str = "palisade"
@@ -125,7 +126,6 @@ class BenchConfig(Section):
 
 class Config(Section):
     """The deployment. ``source`` and ``site`` hold the Config of the method that their ``kind`` names."""
-
     data: DataConfig
     model: ModelConfig
     source: SerializeAsAny[Schedule]

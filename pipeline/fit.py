@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline import metrics
 from pipeline.calibrate import calibrated, reference, replay, validation
-from pipeline.models import ModelConfig
+from pipeline.models import ModelConfig, unfinished
 from pipeline.models import tail as tails
 from pipeline.models.checkpoint import Manifest, SourceModel, seal
 from pipeline.models.trunk import build_trunk, fold
+from pipeline.models.unfinished import TENSORS as TENSORS
 from pipeline.sampler import FitError, ahead, batch, check_validation, draw, stratify
 
 if TYPE_CHECKING:
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 CLIP = 5.0  # largest gradient norm
 WARMUP = 0.05  # share of the steps in which the rate rises
 FROZEN_TAIL = "site."  # the site adapter is the identity in a source model
-TENSORS, STATE = "fit.safetensors", "fit.json"
 TRUNK, TAIL = "model.trunk.", "model._tail."
 
 
@@ -194,21 +191,19 @@ def save(state: Fit, folder: Path) -> None:
     tensors = {f"model.{n}": t for n, t in state.objective.state_dict().items()}
     for i, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{n}": torch.as_tensor(t) for n, t in moments.items()}
-    save_file({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, folder / TENSORS)
-    meta = {"step": state.step, "kind": state.task.method.kind, "fingerprint": state.task.fingerprint}
-    (folder / STATE).write_text(json.dumps(meta))
+    facts = {"step": state.step, "kind": state.task.method.kind, "fingerprint": state.task.fingerprint}
+    unfinished.write(folder, tensors, facts)
 
 
 def restore(state: Fit, folder: Path) -> None:
-    """Continue from ``save``; refuses the state of another configuration."""
-    meta = json.loads((folder / STATE).read_text())
+    """Continue from ``save``; FitError for the state of another configuration, ValueError for a damaged one."""
+    tensors, meta = unfinished.read(folder)
     mine = {"kind": state.task.method.kind, "fingerprint": state.task.fingerprint}
     for name, value in mine.items():
         if meta[name] != value:
             raise FitError(
                 f"{folder}: saved fit has {name} {meta[name]!r}, this one {value!r}; choose another run name"
             )
-    tensors = load_file(folder / TENSORS)
     model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     state.objective.load_state_dict(model)
     moments: dict[int, dict[str, Tensor]] = {}
@@ -221,7 +216,7 @@ def restore(state: Fit, folder: Path) -> None:
         for name, t in moments_of.items():
             if t.shape == p.shape:  # the fused step reads memory in order: a moment must be laid out like its parameter
                 moments_of[name] = torch.empty_like(p, requires_grad=False).copy_(t)
-    state.step = int(meta["step"])
+    state.step = cast("int", meta["step"])
 
 
 def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> SourceModel:
@@ -256,11 +251,11 @@ def scores(model: SourceModel, z: Tensor, present: Tensor) -> Tensor:
 def _take_over(start: Path, trunk: nn.Module, tail: Params) -> None:
     """Trunk and tail of the fit that ``save`` left in ``start``; a head that it does not have stays as it is."""
     try:
-        stored = load_file(start / TENSORS)
+        stored, _ = unfinished.read(start)
         trunk.load_state_dict({n.removeprefix(TRUNK): t for n, t in stored.items() if n.startswith(TRUNK)})
-    except (OSError, SafetensorError, RuntimeError) as e:
+    except (ValueError, RuntimeError) as e:
         raise FitError(
-            f"source.start: {start} is no fit of this model.trunk: {' '.join(str(e).split())[:120]}"
+            f"source.start: {start} is no fit of this model.trunk: {' '.join(str(e).split())[:200]}"
         ) from None
     for name in tail:
         there = stored.get(f"{TAIL}{_plain(name)}")

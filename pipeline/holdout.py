@@ -6,9 +6,12 @@ test splits, under every pattern of missing modalities, with the complement and 
 
 from __future__ import annotations
 
+import struct
 import time
+import zipfile
+import zlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 
 FILLS = ("complement", "zero-fill")  # what stands in for an absent modality
 FORMAT = 1
+T = TypeVar("T")
+DAMAGED = (OSError, KeyError, ValueError, TypeError, EOFError, IndexError, RuntimeError, SyntaxError, zipfile.BadZipFile,
+           zlib.error, struct.error)  # fmt: skip  # what zipfile and numpy raise for archives with flipped bits
 
 
 class Split(NamedTuple):
@@ -126,12 +132,17 @@ def to_arrays(result: Result) -> dict[str, np.ndarray]:
 
 def from_file(path: Path) -> Result:
     """What ``to_arrays`` stored; ValueError for anything else."""
+    return read_stored(path, _from_arrays)
+
+
+def read_stored(path: Path, made: Callable[[dict[str, np.ndarray]], T]) -> T:
+    """``made`` of the arrays in an .npz file; ValueError with the next step where it is damaged or of another version."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            return _from_arrays({name: stored[name] for name in stored.files})
-    except (OSError, KeyError, ValueError, EOFError) as e:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return made({name: stored[name] for name in stored.files})
+    except DAMAGED as e:
         raise ValueError(
-            f"{path}: not a stored result of this version ({' '.join(str(e).split())}); delete it"
+            f"{path}: not a stored result of this version ({' '.join(str(e).split())[:120]}); delete it and run again"
         ) from None
 
 

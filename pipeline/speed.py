@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,10 +19,11 @@ from pipeline.models import tail as tails
 from pipeline.models.trunk import features, prepare
 from pipeline.sampler import ahead, batch, draw, stratify
 from pipeline.source import Batch
+from pipeline.trust import entropy
 from pipeline.types import Features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -131,27 +133,98 @@ def adaptation(
 
     One thread; all take turns, so that they meet the same machine.
     """
+    frames, given = _mixed(model, sites, batch)
+    there = given.present.flatten(0, 1)
+    z = features(model.trunk, frames, there)
+    states = {name: bank.stack([m.init(model.tail)] * sites) for name, m in methods.items()}
+
+    def forward_only() -> None:
+        features(model.trunk, frames, there)
+        with torch.no_grad():
+            tails.score(model.tail, z, there)
+
+    def adapt(name: str) -> None:
+        features(model.trunk, frames, there)
+        states[name], _ = bank.step(methods[name], model.tail, states[name], given)
+
+    spent = _in_turns({"": forward_only, **{name: partial(adapt, name) for name in methods}})
+    return {name: spent[name] / spent[""] for name in methods}
+
+
+class Banked(NamedTuple):
+    """What it brings to adapt many sites in one step: ratios of sites per second."""
+
+    alone: float  # over the same method, one site after the other, K = 64
+    tent: float  # over a loop that back-propagates entropy through the trunk, site by site
+    tent_trunk: float  # the same where the bank pays for the trunk too
+    wide: float  # cost of a site at K = 256 over that at K = 16
+
+
+def banked(model: SourceModel, method: SiteMethod, *, batch: int) -> Banked:
+    """Measure ``method`` on mixed batches; one thread, all in turns."""
+    sites = 64
+    frames, given = _mixed(model, sites, batch)
+    states = {k: bank.stack([method.init(model.tail)] * k) for k in (1, 16, sites, 256)}
+    batches = {k: _mixed(model, k, batch)[1] for k in (1, 16, 256)} | {sites: given}
+
+    def together(k: int) -> None:
+        states[k], _ = bank.step(method, model.tail, states[k], batches[k])
+
+    def with_trunk() -> None:
+        features(model.trunk, frames, given.present.flatten(0, 1))
+        together(sites)
+
+    loop = {1: partial(together, 1), 16: partial(together, 16), 64: partial(together, 64), 256: partial(together, 256)}
+    tent = partial(_tent_through_trunk, model, frames[:batch], given.present[0])
+    spent = _in_turns({**{str(k): run for k, run in loop.items()}, "trunk": with_trunk, "tent": tent})
+    one = spent["64"] / sites
+    return Banked(
+        spent["1"] / one,
+        spent["tent"] / one,
+        spent["tent"] * sites / spent["trunk"],
+        (spent["256"] / 256) / (spent["16"] / 16),
+    )
+
+
+def _tent_through_trunk(model: SourceModel, frames: Tensor, present: Tensor) -> None:
+    """One step of one site as TENT (Wang et al., 2021) is used on whole networks: every scale and shift of the trunk moves."""
+    moving = [p for p in model.trunk.parameters() if p.dim() <= 1]
+    own = [p.detach().clone() for p in moving]
+    for p in moving:
+        p.requires_grad_(True)
+    p = tails.score(model.tail, model.trunk(prepare(frames), present), present)
+    entropy(p).mean().backward()
+    with torch.no_grad():
+        for parameter, before in zip(moving, own, strict=True):
+            assert parameter.grad is not None
+            parameter -= 1e-3 * parameter.grad
+            parameter.copy_(before)  # the next site has its own
+            parameter.grad = None
+            parameter.requires_grad_(False)
+
+
+def _mixed(model: SourceModel, sites: int, batch: int) -> tuple[Tensor, Features]:
+    """Random frames [sites * batch, 5, S, S] and their features as one batch of a bank."""
     random = torch.Generator().manual_seed(0)
     size, shape = model.manifest.size, (sites, batch)
     frames = torch.randint(0, 256, (sites * batch, 5, size, size), generator=random, dtype=torch.uint8)
     there = torch.ones(sites * batch, tails.MODALITIES, dtype=torch.bool)
     z = features(model.trunk, frames, there)
-    given = Features(z.view(*shape, *z.shape[1:]), there.view(*shape, -1), torch.ones(shape, dtype=torch.bool),
-                     torch.arange(sites * batch).view(shape))  # fmt: skip
-    states = {name: bank.stack([m.init(model.tail)] * sites) for name, m in methods.items()}
-    spent = dict.fromkeys(("", *methods), 0.0)
+    valid, session = torch.ones(shape, dtype=torch.bool), torch.arange(sites * batch).view(shape)
+    return frames, Features(z.view(*shape, *z.shape[1:]), there.view(*shape, -1), valid, session)
+
+
+def _in_turns(runs: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+    """Seconds of each, the median of BLOCK rounds after WARM; one thread."""
+    spent: dict[str, list[float]] = {name: [] for name in runs}
     with threads(1):
         for at in range(WARM + BLOCK):
-            for name in spent:
+            for name, run in runs.items():
                 began = time.perf_counter()
-                features(model.trunk, frames, there)
-                if name:
-                    states[name], _ = bank.step(methods[name], model.tail, states[name], given)
-                else:
-                    with torch.no_grad():
-                        tails.score(model.tail, z, there)
-                spent[name] += (time.perf_counter() - began) * (at >= WARM)
-    return {name: spent[name] / spent[""] for name in methods}
+                run()
+                if at >= WARM:
+                    spent[name].append(time.perf_counter() - began)
+    return {name: float(np.median(seconds)) for name, seconds in spent.items()}
 
 
 class _Rows(Dataset[tuple[np.ndarray, int, int, int]]):

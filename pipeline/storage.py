@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pyarrow import NativeFile
     from pyarrow.fs import FileInfo, FileSystem
 
 SCHEMES = ("s3", "gs", "abfs", "abfss")
@@ -70,16 +71,26 @@ class Remote:
 
     def size(self) -> int:
         """Bytes of the object; raises FileNotFoundError."""
+        return self.version()[0]
+
+    def version(self) -> tuple[int, int]:
+        """See ``version``."""
         with _named(self):
             found = self._store().get_file_info(self.key)
             if not found.is_file:
                 raise FileNotFoundError
-        return int(found.size)
+        return int(found.size), int(found.mtime_ns)
 
     def read_bytes(self) -> bytes:
         """The whole object; raises FileNotFoundError."""
         with _named(self), self._store().open_input_stream(self.key) as stream:
             return stream.read()
+
+    @contextmanager
+    def open(self, _mode: Literal["rb"], /) -> Iterator[NativeFile]:
+        """The object, to be read in parts; raises FileNotFoundError."""
+        with _named(self), self._store().open_input_file(self.key) as file:
+            yield file
 
     def glob(self, pattern: str) -> Iterator[Remote]:
         """Objects right below this prefix whose name matches."""
@@ -165,6 +176,14 @@ def hidden(text: str) -> str:
 def size(path: Place) -> int:
     """Bytes of a file or object; raises FileNotFoundError."""
     return path.size() if isinstance(path, Remote) else path.stat().st_size
+
+
+def version(path: Place) -> tuple[int, int]:
+    """(bytes, nanoseconds since 1970 when it was written): tells a file or object from a later one of its name."""
+    if isinstance(path, Remote):
+        return path.version()
+    info = path.stat()
+    return info.st_size, info.st_mtime_ns
 
 
 def files(root: Place) -> Iterator[Stored]:

@@ -10,7 +10,7 @@ import torch
 
 from pipeline import fit as fits
 from pipeline import metrics
-from pipeline.models import ModelConfig, TailConfig, TinyConfig
+from pipeline.models import ModelConfig, TailConfig, TinyConfig, unfinished
 from pipeline.models import checkpoint as cp
 from pipeline.models import tail as tails
 from pipeline.models.trunk import features
@@ -102,6 +102,22 @@ def test_state_of_another_configuration_is_refused(tmp_path: Path) -> None:
     fits.save(fits.begin(task("erm"), domains=3), tmp_path)
     with pytest.raises(FitError, match="saved fit has kind 'erm', this one 'rise'"):
         fits.restore(fits.begin(task("rise"), domains=3), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fit.json", "fit.safetensors"])
+def test_no_flipped_bit_of_a_saved_fit_is_restored(tmp_path: Path, name: str) -> None:
+    fits.save(fits.begin(task("erm"), domains=3), tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    for bit in np.linspace(0, 8 * len(whole) - 1, 60).astype(int):
+        spoiled = bytearray(whole)
+        spoiled[bit // 8] ^= 1 << bit % 8
+        (tmp_path / name).write_bytes(spoiled)
+        with pytest.raises(ValueError, match=r"not a readable fit \(.*\); delete it$"):
+            unfinished.read(tmp_path)
+    with pytest.raises(FitError, match=r"source\.start: .*not a readable fit"):
+        fits.begin(task(start=str(tmp_path)), domains=3)
+    (tmp_path / name).write_bytes(whole)
+    fits.restore(fits.begin(task("erm"), domains=3), tmp_path)
 
 
 def test_saved_state_holds_no_pickle(tmp_path: Path) -> None:

@@ -60,6 +60,28 @@ def test_a_result_survives_its_file_bit_for_bit(result: Result, tmp_path: Path) 
     assert (again.known, again.radius) == (result.known, result.radius)
 
 
+def test_a_damaged_file_is_one_clear_line_that_says_what_to_do(result: Result, tmp_path: Path) -> None:
+    path = tmp_path / "r.npz"
+    np.savez_compressed(path, allow_pickle=False, **to_arrays(result))
+    whole = path.read_bytes()
+    lines = list[str]()
+    for bit in np.linspace(0, 8 * len(whole) - 1, 400).astype(int):
+        spoiled = bytearray(whole)
+        spoiled[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(spoiled)
+        try:
+            again = to_arrays(from_file(path))
+        except ValueError as e:
+            lines.append(str(e))
+        else:  # of a date, say
+            assert all(np.array_equal(again[n], a) for n, a in to_arrays(result).items())
+    assert lines
+    assert all(line.endswith("; delete it and run again") and "\n" not in line for line in lines)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="delete it and run again"):
+        from_file(path)
+
+
 def test_a_foreign_file_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "r.npz").write_bytes(b"not an archive")
     with pytest.raises(ValueError, match="not a stored result of this version"):

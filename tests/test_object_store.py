@@ -16,13 +16,17 @@ import pytest
 import torch
 
 from jobs.__main__ import main
+from jobs.ingest import _forget, _forget_counted
 from pipeline import storage
+from pipeline.config import Config, load
 from pipeline.data import blobs
 from pipeline.data.anchor import open_sealed, seal
+from pipeline.data.captures import BadSegment, check_segment, list_segments, read_segment
 from pipeline.data.features import forget_range, read_features, write_features
 from pipeline.ledger import Ledger
 from pipeline.models import checkpoint
-from pipeline.storage import StoreUnavailable, files, place, write_atomic
+from pipeline.storage import Remote, StoreUnavailable, files, place, write_atomic
+from tests.cluster.test_ingest import SIZE, Fleet, model, segment  # noqa: F401  # a fixture
 from tests.test_storage import TENSORS, TRUNK, F, anchor, block, source
 
 REPO = Path(__file__).resolve().parent.parent
@@ -255,3 +259,117 @@ def test_gc_on_a_store(endpoint, root, tmp_path, capsys):
 
 def test_an_unknown_option_is_one_line():
     one_line(place("s3://artifacts/x?nonsense=1").exists, "not a URL of a store: .*nonsense")
+
+
+@pytest.fixture
+def config(root, tmp_path) -> Config:
+    return load(None, [f"data.captures={root / 'captures'}", f"data.size={SIZE}", f"ledger.artifacts={root / 'artifacts'}",
+                       f"ledger.url=sqlite:///{tmp_path}/ledger.db"])  # fmt: skip
+
+
+@pytest.fixture
+def fleet(config, model) -> Fleet:  # noqa: F811
+    return Fleet(config, model)
+
+
+def sent(fleet: Fleet, folder: Path, name: str, *ids: str) -> Remote:
+    """A segment as a site uploads it."""
+    path = segment(folder / name, *ids)
+    there = fleet.captures.joinpath(*name.split("/"))
+    there.put(path.read_bytes())
+    return there
+
+
+def test_captures_in_a_store_are_ingested_in_order(fleet, tmp_path):
+    sent(fleet, tmp_path, "gate/segment-10.parquet", "e", "f")
+    sent(fleet, tmp_path, "gate/segment-9.parquet", "c", "d")
+    sent(fleet, tmp_path, "door/segment-0.parquet", "x")
+    torn = fleet.captures / "door" / "segment-1.parquet"
+    torn.put(b"no Parquet file")
+    fleet.round()
+    assert fleet.stored("gate") == {"c": 0, "d": 1, "e": 2, "f": 3}
+    assert fleet.stored("door") == {"x": 0}
+    assert fleet.refused("door") == [("segment-1.parquet", -1, "door/segment-1.parquet: is no Parquet file")]
+    assert not fleet.find().new, "refused bytes are not judged again"
+    sent(fleet, tmp_path, "door/segment-2.parquet", "y")
+    torn.put(segment(tmp_path / "mended" / "door" / "segment-1.parquet", "z").read_bytes())
+    assert {b.site: len(b.paths) for b in fleet.find().new} == {"door": 2}
+    fleet.round()
+    assert fleet.stored("door") == {"x": 0, "z": 1, "y": 2}
+
+
+def test_keys_that_are_no_segments_are_strays_with_a_line_each(fleet, tmp_path):
+    from moto.s3.models import s3_backends
+
+    good = sent(fleet, tmp_path, "gate/segment-0.parquet", "a")
+    (account,) = s3_backends.values()
+    bucket, _, prefix = fleet.captures.key.partition("/")
+    strays = [
+        "../segment-0.parquet", "../../etc/segment-0.parquet", "gate/2026/segment-0.parquet", "gate/2026/segment-1.parquet",
+        "gate/segment-a?b.parquet", "gate/segment-\n.parquet", "gate/segment-é.parquet", "gate/notes.txt",
+        "gate//segment-0.parquet", "/segment-0.parquet", "segment-9.parquet", "site=gate/segment-0.parquet",
+        "A b/segment-0.parquet", "_sealed/segment-0.parquet", "gate/.tmp-segment-1.parquet",
+    ]  # fmt: skip
+    for key in strays:
+        account["aws"].put_object(bucket, f"{prefix}/{key}", b"x" * 20)  # a client would tidy some of them
+    found = list_segments(fleet.captures)
+    assert found.segments == {"gate": [good]}
+    assert found.sizes == {good: good.size()}
+    allowed = "allowed are 1-63 of a-z 0-9 _ -, starting with a letter or digit"
+    assert sorted(found.rejected) == sorted([
+        f"site id '..': {allowed}", f"site id 'A b': {allowed}", "gate/2026: lies deeper than <site>/segment-*.parquet",
+        "gate/segment-a?b.parquet: a segment's name has letters, digits and . _ = - only",
+        "gate/segment-\\n.parquet: a segment's name has letters, digits and . _ = - only",
+        "gate/segment-\\xe9.parquet: a segment's name has letters, digits and . _ = - only",
+        "site=gate/segment-0.parquet: gate has two segments of this name, one counts",
+        "segment-9.parquet: is no folder of a site", f"site id '': {allowed}", "gate/: lies deeper than <site>/segment-*.parquet",
+    ])  # fmt: skip
+
+
+def test_a_bucket_of_many_sites_is_listed_at_once(fleet, tmp_path, monkeypatch):
+    for k in range(5):
+        sent(fleet, tmp_path, f"site-{k}/segment-0.parquet", "a")
+    asked = []
+    listed = Remote._listed
+    monkeypatch.setattr(Remote, "_listed", lambda self, **how: asked.append(self) or listed(self, **how))
+    monkeypatch.setattr(Remote, "version", lambda self: pytest.fail("asked for one object"))
+    assert [b.size > 1000 for b in fleet.find().new] == [True] * 5
+    assert asked == [fleet.captures]
+
+
+def test_a_large_object_is_refused_before_its_bytes_are_read(fleet, tmp_path, monkeypatch):
+    there = sent(fleet, tmp_path, "gate/segment-0.parquet", "a")
+    small = fleet.config.data.model_copy(update={"max_bytes": 1000})
+    said = f"gate/segment-0.parquet: has {there.size()} bytes, allowed 1000"
+    for judge in (check_segment, read_segment):
+        with pytest.raises(BadSegment, match=said):
+            judge(there, site="gate", limits=small)
+    assert check_segment(there, site="gate", limits=fleet.config.data) == 1
+
+
+def test_an_object_that_vanishes_is_tried_again(fleet, tmp_path, monkeypatch):
+    there = sent(fleet, tmp_path, "gate/segment-0.parquet", "a")
+    sent(fleet, tmp_path, "gate/segment-1.parquet", "b")
+    whole, found = there.read_bytes(), fleet.find()
+    there.unlink()
+    monkeypatch.setattr(fleet, "find", lambda **_: found)
+    assert fleet.round().failed == (("gate", "segment-0.parquet: it vanished after it was listed"),)
+    assert (fleet.stored("gate"), fleet.refused("gate")) == ({}, [])
+    monkeypatch.undo()
+    there.put(whole)
+    fleet.round()
+    assert fleet.stored("gate") == {"a": 0, "b": 1}
+
+
+def test_frames_in_a_store_are_deleted_only_if_they_are_those_that_count(fleet, tmp_path):
+    clean = sent(fleet, tmp_path, "gate/segment-0.parquet", "a")
+    changed = sent(fleet, tmp_path, "gate/segment-1.parquet", "b")
+    later = sent(fleet, tmp_path, "gate/segment-2.parquet", "c")
+    found, done = fleet.find(), fleet.round()
+    changed.put(segment(tmp_path / "other" / "gate" / "segment-1.parquet", "never ingested").read_bytes())
+    kept = later.read_bytes()
+    _forget(fleet.config, found, done)
+    assert [p.exists() for p in (clean, changed, later)] == [False, True, False]
+    later.put(kept)
+    _forget_counted(fleet.config, fleet.ledger, fleet.find())
+    assert [p.exists() for p in (changed, later)] == [True, False]

@@ -31,7 +31,7 @@ from pipeline.data.anchor import AnchorSet, seal
 from pipeline.data.captures import check_segment
 from pipeline.data.corpora import synth
 from pipeline.data.corpus import read_corpus
-from pipeline.data.features import mask_to_bool
+from pipeline.data.features import _sealed, mask_to_bool
 from pipeline.data.fleet import demo_fleet, simulate
 from pipeline.guards import Reason, Verdict
 from pipeline.ledger import Ledger, SegmentRow
@@ -424,7 +424,9 @@ def rewritten(**columns: pa.Array | None):
         for name, values in columns.items():
             i = t.schema.get_field_index(name)
             t = t.remove_column(i) if values is None else t.set_column(i, name, pa.concat_arrays([values] * len(t)))
-        pq.write_table(t, path)
+        sink = pa.BufferOutputStream()
+        pq.write_table(t, sink)
+        path.write_bytes(_sealed(sink.getvalue().to_pybytes()))  # what is wrong must be what is in it
 
     return rewrite
 

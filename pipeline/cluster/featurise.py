@@ -19,7 +19,7 @@ from pipeline.data.features import FeatureBlock, forget_range, mask_to_bool, pse
 from pipeline.models.trunk import features as features_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from pipeline.data import DataConfig
     from pipeline.models.checkpoint import SourceModel
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CHUNK = 256  # captures decoded and featurised together, which bounds a task's memory
 SLICE = 64  # of them in the trunk at once: its activations then stay in a core's cache, 1.3 times as fast
+REPEATED = "sample_id: already at offset"  # how the reason of such a row begins
 REMEMBERED = 1000  # offsets before a segment among which its sample ids are looked for: what an uploader sends again
 
 
@@ -63,28 +64,25 @@ def store_segment(
 
     ``earlier``: offsets by sample id of the site's samples before it; those of this segment come to it.
     """
-    bad, blocks = list(read.bad), []
+    bad = list(read.bad)
     oldest = segment.base_offset - REMEMBERED
     fresh: list[Capture] = []
     for c in read.good:
         known = earlier.get(c["sample_id"], -1)
         if known >= max(0, oldest):
-            bad.append(BadRow(c["row"], c["sample_id"], f"sample_id: already at offset {known} of the site"))
+            bad.append(BadRow(c["row"], c["sample_id"], f"{REPEATED} {known} of the site"))
         else:
             fresh.append(c)
-    for frames in decoded(fresh, size):
-        block, worse = _block(frames, segment, through_trunk(model, frames))
-        blocks.append(block)
-        bad += [*frames.bad, *worse]
-    trunk, end = model.manifest.trunk_digest, segment.base_offset + segment.rows
-    forget_range(features, trunk, segment.site, start=segment.base_offset, end=end)
-    if sum(map(len, blocks)):
-        whole = FeatureBlock(
-            *(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__)
-        )
-        write_features(features, trunk, segment.site, whole)
-        earlier.update(zip(whole.sample_id.tolist(), whole.offset.tolist()))
-    return sorted(bad, key=lambda b: b.row)
+    worse, stored = _store(segment, fresh, size, model, features)
+    earlier.update(stored)
+    return sorted([*bad, *worse], key=lambda b: b.row)
+
+
+def restore_segment(
+    segment: NewSegment, read: Segment, repeated: Collection[int], size: int, model: SourceModel, features: Place
+) -> None:
+    """Store again what ``store_segment`` stored; ``repeated``: the rows that it refused for being at an earlier offset."""
+    _store(segment, [c for c in read.good if c["row"] not in repeated], size, model, features)
 
 
 def earlier_ids(features: Place, model: SourceModel, site: str, *, end: int) -> dict[str, int]:
@@ -127,6 +125,24 @@ def through_trunk(model: SourceModel, frames: Frames) -> np.ndarray:
     if not len(there):
         return np.zeros((0, there.shape[1], model.manifest.config.trunk.features), np.float16)
     return features_of(model.trunk, torch.from_numpy(frames.pixels), there, batch=SLICE).numpy().astype(np.float16)
+
+
+def _store(
+    segment: NewSegment, captures: Sequence[Capture], size: int, model: SourceModel, features: Place
+) -> tuple[list[BadRow], dict[str, int]]:
+    """Decode, featurise and store → the bad rows and the offsets of the others by sample id."""
+    bad, blocks = list[BadRow](), list[FeatureBlock]()
+    for frames in decoded(captures, size):
+        block, worse = _block(frames, segment, through_trunk(model, frames))
+        blocks.append(block)
+        bad += [*frames.bad, *worse]
+    trunk, end = model.manifest.trunk_digest, segment.base_offset + segment.rows
+    forget_range(features, trunk, segment.site, start=segment.base_offset, end=end)
+    if not sum(map(len, blocks)):
+        return bad, {}
+    whole = FeatureBlock(*(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__))
+    write_features(features, trunk, segment.site, whole)
+    return bad, dict(zip(whole.sample_id.tolist(), whole.offset.tolist()))
 
 
 def _block(frames: Frames, segment: NewSegment, z: np.ndarray) -> tuple[FeatureBlock, list[BadRow]]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
+from pipeline.cluster import ClusterError
 from pipeline.cluster.assign import calls, homes
 from pipeline.cluster.shard import Shard, ShardJob
 
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
 
     from ray.actor import ActorClass, ActorHandle, ActorProxy
 
+    from pipeline.config import Config
+
 RETRIES = 5  # of a site whose shard died; of a shard that does not start
 PLACED_SECONDS = 120  # to wait for a first shard before saying that none fits
 BASE_MB = 700  # of a shard beside its hot states
+DIED = (RayActorError, OutOfMemoryError)  # the latter: killed by its node, which had no memory left
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,12 @@ class Placement:
     cpus: float
     slots: int  # sites stepped together
     hot_mb: int
+
+
+def placement(config: Config) -> Placement:
+    """What the deployment gives its shards."""
+    size = config.cluster
+    return Placement(size.shards, min(1.0, size.cpus / size.shards), config.bank.sites, config.bank.hot_mb)
 
 
 @dataclass
@@ -73,8 +83,13 @@ def adapt(
             ready = _next(running, starting, placement)
             if ready in starting:
                 free = starting.pop(ready)
-                if not _joined(ready, free, work, on_shard):
-                    start(free)
+                if reason := _joined(ready, free, work, on_shard):
+                    if work.unstarted[free] <= RETRIES:
+                        start(free)
+                    elif len(shards) > 1:
+                        del shards[free]  # its node is sick: its calls go to the others
+                    else:
+                        raise ClusterError(f"the last shard died {RETRIES} times while it started: {reason}")
                     continue
             else:
                 free, sites = running.pop(ready)
@@ -117,21 +132,17 @@ def _next(
     return ready[0]
 
 
-def _joined(ready: ray.ObjectRef, k: int, work: _Work, on_shard: Callable[[int], None] | None) -> bool:
-    """Whether the shard has started; one that never does ends the run."""
+def _joined(ready: ray.ObjectRef, k: int, work: _Work, on_shard: Callable[[int], None] | None) -> str:
+    """Why the shard has not started; empty where it has."""
     try:
         pid = ray.get(ready)
-    except RayActorError as e:
+    except DIED as e:
         work.unstarted[k] += 1
-        if work.unstarted[k] > RETRIES:
-            raise RuntimeError(
-                f"a shard died {RETRIES} times while it started: {' '.join(str(e).split())[:300]}"
-            ) from None
-        return False
+        return " ".join(str(e).split())[:300]
     work.unstarted[k] = 0
     if on_shard:
         on_shard(pid)
-    return True
+    return ""
 
 
 def _settled(ready: ray.ObjectRef, sites: list[str], k: int, work: _Work) -> bool:
@@ -144,7 +155,7 @@ def _settled(ready: ray.ObjectRef, sites: list[str], k: int, work: _Work) -> boo
         if type(cause).__name__ in ("StaleGeneration", "LedgerUnavailable"):
             raise cause from None
         _halve(sites, k, work, reason=f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
-    except RayActorError:
+    except DIED:
         if len(sites) == 1:
             work.died[sites[0]] += 1
         if len(sites) == 1 and work.died[sites[0]] <= RETRIES:

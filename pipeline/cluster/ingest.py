@@ -28,20 +28,19 @@ from pipeline.data.captures import BadRow, BadSegment, list_segments, read_segme
 from pipeline.data.features import forget_range
 from pipeline.ledger import QuarantineRow, SegmentRow
 from pipeline.models import checkpoint as checkpoint_io
-from pipeline.storage import place
+from pipeline.storage import place, version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     import numpy as np
 
-    from pipeline.config import Config
+    from pipeline.config import ClusterConfig, Config
     from pipeline.models.checkpoint import SourceModel
     from pipeline.storage import Place
 
 __all__ = ["Backlog", "Found", "Ingested", "NewSegment", "find", "ingest_segment", "run"]
 BLOCK_BYTES = 32 * 2**20  # of captures in a task: seconds, so that progress moves and a lost worker costs little
-
 SITE_BYTES = 2**16  # what a site costs however little it sent, in bytes of captures
 
 
@@ -51,17 +50,17 @@ class Backlog:
 
     site: str
     base_offset: int  # of the first row
-    paths: tuple[str, ...]
+    paths: tuple[str, ...]  # or URLs
     size: int  # bytes
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the captures folder holds beyond the ledger."""
+    """What the captures hold beyond the ledger."""
 
     sites: tuple[str, ...]
     new: tuple[Backlog, ...]
-    counted: Mapping[str, tuple[Path, ...]]  # segments that the ledger has and the disk still holds, by site
+    counted: Mapping[str, tuple[Place, ...]]  # segments that the ledger has and that are still there, by site
     strays: tuple[str, ...]  # folders that are no site, one line each
 
 
@@ -100,9 +99,9 @@ def find(
 
     At most ``most`` of them, every site's first before any site's second; none of the sites in ``without``.
     """
-    listing = list_segments(Path(limits.captures))
-    fresh: dict[str, list[Path]] = {}
-    counted: dict[str, tuple[Path, ...]] = {}
+    listing = list_segments(place(limits.captures))
+    fresh: dict[str, list[Place]] = {}
+    counted: dict[str, tuple[Place, ...]] = {}
     for site, paths in listing.segments.items():
         names = known.get(site, ())
         new = _not_refused([p for p in paths if p.name not in names], names, limits.max_bytes)
@@ -112,7 +111,7 @@ def find(
             counted[site] = tuple(p for p in paths if p.name in names)
     turns = sorted((turn, site) for site, paths in fresh.items() for turn in range(len(paths)))[:most]
     taken = {site: turn + 1 for turn, site in turns}  # the last turn of each site counts
-    backlogs = (_backlog(site, next_offset(site), fresh[site][:n]) for site, n in sorted(taken.items()))
+    backlogs = (_backlog(site, next_offset(site), fresh[site][:n], listing.sizes) for site, n in sorted(taken.items()))
     return Found(tuple(listing.segments), tuple(backlogs), counted, tuple(listing.rejected))
 
 
@@ -137,17 +136,18 @@ def run(
     context.enable_progress_bars = False
     context.max_errored_blocks = -1  # a worker that a file killed costs the sites of its task, not the fleet
     workers = config.cluster.ingest_workers
-    items = _dealt(new, workers)
+    items, (cpus, gpus) = _dealt(new, workers), resources(config.cluster)
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _ingest_batch,  # pyright: ignore[reportArgumentType]: what reaches it is the numpy batch format
         batch_size=1,
         compute=ray.data.TaskPoolStrategy(size=workers),
-        num_cpus=config.cluster.cpus / workers / 2 if config.cluster.address == "local" else 1,
         fn_kwargs={
             "limits": config.data.model_dump_json(),
             "checkpoint": checkpoint,
             "features": str(config.place("features")),
         },
+        num_cpus=cpus,
+        num_gpus=gpus or None,
     )
     done: list[Done] = []
     total = sum(len(b.paths) for b in new)
@@ -156,6 +156,11 @@ def run(
         done += json.loads(row["result"])
         on_progress(len(done), total)
     return collect(new, done, {b.site: history(b.site) for b in new if b.base_offset})
+
+
+def resources(cluster: ClusterConfig) -> tuple[float, float]:
+    """(CPUs, GPUs) that a task asks Ray for."""
+    return cluster.cpus / cluster.ingest_workers / 2 if cluster.address == "local" else 1.0, cluster.ingest_gpus
 
 
 def forget_orphans(config: Config, trunk: str, done: Ingested) -> None:
@@ -173,7 +178,7 @@ def collect(new: Sequence[Backlog], done: Sequence[Done], history: Mapping[str, 
     orphans: list[tuple[str, int, int]] = []
     for backlog in new:
         site, same = backlog.site, dict(history.get(backlog.site, {}))
-        for name in (Path(p).name for p in backlog.paths):
+        for name in (segment_at(p).name for p in backlog.paths):
             d = by_key.get((site, name))
             if d is None or d["error"]:
                 failed[site] = f"{name}: {d['error'] if d else 'its worker died or was killed'}"
@@ -196,11 +201,11 @@ def ingest_site(backlog: Backlog, limits: DataConfig, checkpoint: str, features:
     """One site's segments in order: one that breaks is reported, never raised, so that it stops no other site."""
     done: list[Done] = []
     site, base, earlier = backlog.site, backlog.base_offset, None
-    for path in map(Path, backlog.paths):
+    for path in map(segment_at, backlog.paths):
         result = Done(site=site, name=path.name, base_offset=base, rows=0, sha256="", bad=[], refused="", error="")
         done.append(result)
         try:
-            model = _model(checkpoint)
+            model = load_model(checkpoint)
             if earlier is None:
                 earlier = earlier_ids(features, model, site, end=base) if base else {}
             read = read_segment(path, site=site, limits=limits)
@@ -209,24 +214,57 @@ def ingest_site(backlog: Backlog, limits: DataConfig, checkpoint: str, features:
             result.update(rows=segment.rows, sha256=read.sha256, bad=bad)
             base += segment.rows
         except BadSegment as e:
-            result.update(sha256=_digest(path, limits.max_bytes), refused=str(e))
+            result.update(sha256=digest(path, limits.max_bytes), refused=str(e))
+        except FileNotFoundError:
+            result["error"] = "it vanished after it was listed"
+            break
         except Exception as e:  # a site may fail, the fleet may not: the reason is kept and shown
             result["error"] = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
             break
     return done
 
 
-def _backlog(site: str, base: int, paths: Sequence[Path]) -> Backlog:
-    return Backlog(site, base, tuple(str(p.absolute()) for p in paths), sum(p.lstat().st_size for p in paths))
+def segment_at(text: str) -> Place:
+    """The place of one of ``Backlog.paths``; a link keeps its own name."""
+    return place(text) if "://" in text else Path(text)
 
 
-def _not_refused(paths: list[Path], names: Collection[str], limit: int) -> list[Path]:
+def digest(path: Place, limit: int) -> str:
+    """sha256 of a file of at most ``limit`` bytes; empty when it is no file, larger, or cannot be read."""
+    try:
+        if isinstance(path, Path) and not path.is_file():
+            return ""
+        size, written = version(path)
+        return _hashed(path, size, written) if size <= limit else ""
+    except OSError:
+        return ""
+
+
+@lru_cache(maxsize=2)
+def load_model(path: str) -> SourceModel:
+    """The source model of this process's tasks, where their share of a GPU is."""
+    import ray
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)  # tasks fill the cores; threads of their own make decoding 1.6 times as slow
+    model = checkpoint_io.load(path)
+    if ray.is_initialized() and ray.get_gpu_ids():
+        model.trunk.to("cuda")
+    return model
+
+
+def _backlog(site: str, base: int, paths: Sequence[Place], sizes: Mapping[Place, int]) -> Backlog:
+    held = sum(sizes[p] if p in sizes else version(p)[0] for p in paths)
+    return Backlog(site, base, tuple(map(str, paths)), held)
+
+
+def _not_refused(paths: list[Place], names: Collection[str], limit: int) -> list[Place]:
     """``paths`` without those whose very content was refused; a file is only read for it where its name was refused."""
     marks = {n for n in names if "@" in n} if paths else set()
     if not marks:
         return paths
     suspects = {n.partition("@")[0] for n in marks}
-    return [p for p in paths if p.name not in suspects or _marked(p.name, _digest(p, limit)) not in marks]
+    return [p for p in paths if p.name not in suspects or _marked(p.name, digest(p, limit)) not in marks]
 
 
 def _marked(name: str, sha256: str) -> str:
@@ -252,24 +290,11 @@ def _ingest_batch(batch: dict[str, np.ndarray], *, limits: str, checkpoint: str,
     return {"result": [json.dumps(ingest_site(b, data, checkpoint, place(features))) for b in sites]}
 
 
-def _digest(path: Path, limit: int) -> str:
-    """sha256 of a file of at most ``limit`` bytes; empty when it is no file, larger, or cannot be read."""
-    try:
-        info = path.stat()
-        return _hashed(path, info.st_size, info.st_mtime_ns) if path.is_file() and info.st_size <= limit else ""
-    except OSError:
-        return ""
-
-
 @lru_cache(maxsize=4096)
-def _hashed(path: Path, size: int, changed: int) -> str:
-    """``changed`` (and ``size``) tell that the file is no longer the one that was read."""
+def _hashed(path: Place, size: int, written: int) -> str:
+    """``written`` (and ``size``) tell that the file is no longer the one that was read."""
+    found = hashlib.sha256()
     with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-@lru_cache(maxsize=2)
-def _model(path: str) -> SourceModel:
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)  # tasks fill the cores; threads of their own make decoding 1.6 times as slow
-    return checkpoint_io.load(path)
+        while data := f.read(2**20):
+            found.update(data)
+    return found.hexdigest()

@@ -23,6 +23,7 @@ from pipeline.data.corpus import read_corpus
 from pipeline.data.features import mask_to_bool, read_features
 from pipeline.data.protocols import usable
 from pipeline.data.scenarios import POISON, Drawn, Scenario, at_a_door, draw
+from pipeline.holdout import read_stored
 from pipeline.models import checkpoint
 from pipeline.models import tail as tails
 from pipeline.models.trunk import features as features_of
@@ -114,9 +115,11 @@ def prepare(job: SourceJob, given: Given, path: str, rival: str, out: str) -> No
 
 
 def read_prepared(path: Path) -> Prepared:
-    """What ``prepare`` stored."""
-    with np.load(path, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
+    """What ``prepare`` stored; ValueError for anything else."""
+    return read_stored(path, _prepared)
+
+
+def _prepared(arrays: dict[str, np.ndarray]) -> Prepared:
     every: dict[str, Stream] = {}
     for name in sorted({n.rsplit(".", 1)[0] for n in arrays if "." in n}):
         a = {

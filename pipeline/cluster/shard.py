@@ -8,7 +8,6 @@ found by the digests that the ledger gives out: the least recently used goes fir
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,25 +19,22 @@ import torch
 from cachetools import LRUCache
 
 from pipeline import bank
+from pipeline.cluster.judge import Window, features_of, judge, rescored, slot_of
 from pipeline.config import Config, parse
 from pipeline.data import blobs
 from pipeline.data.anchor import AnchorSet, open_sealed
-from pipeline.data.features import FeatureBlock, mask_to_bool, read_features
-from pipeline.guards import Evidence, Verdict, assess, evidence_of
-from pipeline.ledger import Cycle, Ledger, ShardRow, SiteRow, StateRow
+from pipeline.data.features import FeatureBlock, read_features
+from pipeline.ledger import Cycle, Ledger, ShardRow, StateRow
 from pipeline.models import checkpoint, tail
-from pipeline.types import Features
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
     from pipeline.models.checkpoint import SourceModel
     from pipeline.site import SiteMethod, State
     from pipeline.storage import Place
-
-    Known = MutableMapping[bytes, np.ndarray]  # what was computed for a state, by the digest of what it moved
 
 JUDGED = 1024  # states whose anchor scores are kept
 
@@ -54,16 +50,10 @@ class ShardJob:
     cycle: Cycle
 
 
-@dataclass(frozen=True)
-class Window:
-    """One site with what it has not learned from yet."""
-
-    row: SiteRow
-    block: FeatureBlock
-    learner: State  # what learning goes on from
-    stable: State  # what the site serves
-    parent: str | None
-    age_seconds: float
+def shard_job(config: Config, ledger: Ledger, cycle: Cycle) -> ShardJob:
+    """What the shards of ``cycle`` are given: the champion source model and the anchor set of its trunk."""
+    source = ledger.source()
+    return ShardJob(config.model_dump_json(), source.path, source.version, ledger.anchor(source.trunk), cycle)
 
 
 def adapt_chunk(job: ShardJob, sites: Sequence[str]) -> dict[str, str]:
@@ -85,14 +75,14 @@ def _windows(
     rows = {row.site: row for row in ledger.sites_named(sites)}
     serving, pending = ledger.serving(sites), ledger.pending(sites)
     stored = ledger.states([r.learner for r in rows.values()] + [s.state for s in serving.values()])
-    now = datetime.now(UTC)
+    now, store, fresh = datetime.now(UTC), config.place("features"), cast("SiteMethod", config.site).init(model.tail)
     windows: list[Window] = []
     failed: dict[str, str] = {}
     for site in sites:
         row, served, (want, newest) = rows[site], serving.get(site), pending[site]
         try:
             block = read_features(
-                config.place("features"), model.manifest.trunk_digest, site,
+                store, model.manifest.trunk_digest, site,
                 start=row.learned, end=row.ingested, features=model.manifest.config.trunk.features,
             )  # fmt: skip
             if len(block) != want:
@@ -103,13 +93,25 @@ def _windows(
             own = own if own and own.source_version == job.source_version else None
             stable = stored.get(served.state) if served and served.state else None
             stable = stable if stable and stable.source_version == job.source_version else None
-            learner, champion = load_state(config, model, own), load_state(config, model, stable)
+            champion = load_state(config, model, stable, fresh=fresh)
+            learner, parent, lost = _learner(config, model, own, fresh), own, None
+            if learner is None:
+                learner, parent, lost = champion, stable, own
         except (blobs.BadBlob, OSError) as e:
             failed[site] = str(e)
             continue
         age = (now - newest).total_seconds() if newest else float("nan")
-        windows.append(Window(row, block, learner, champion, own.id if own else None, age))
+        parent_id, lost_id = (state.id if state else None for state in (parent, lost))
+        windows.append(Window(row, block, learner, champion, parent_id, lost_id, age))
     return windows, failed
+
+
+def _learner(config: Config, model: SourceModel, row: StateRow | None, fresh: State) -> State | None:
+    """What learning goes on from; None where its blob is damaged: then the site goes on from what it serves."""
+    try:
+        return load_state(config, model, row, fresh=fresh)
+    except blobs.BadBlob:
+        return None
 
 
 def _learn_and_judge(config: Config, model: SourceModel, job: ShardJob, windows: Sequence[Window]) -> list[ShardRow]:
@@ -120,7 +122,7 @@ def _learn_and_judge(config: Config, model: SourceModel, job: ShardJob, windows:
     blob = blobs.put(config.place("states"), states)
     anchor, known = _anchor(config.place("anchors"), job.anchor), _known(job.anchor, job.checkpoint)
     judged = judge(config, model, anchor, windows, states, traces, known=known)
-    scored = [_rescored(model, w, _slot(states, k), streams[k]) for k, w in enumerate(windows)]
+    scored = [rescored(model, w, slot_of(states, k), streams[k]) for k, w in enumerate(windows)]
     outcomes = blobs.put(config.place("outcomes"), _outcomes(windows, traces, scored))
     ends = np.cumsum([len(w.block) for w in windows]).tolist()
     return [
@@ -128,65 +130,17 @@ def _learn_and_judge(config: Config, model: SourceModel, job: ShardJob, windows:
             site=w.row.site, offset_from=w.row.learned, offset_to=w.row.ingested, source_version=job.source_version,
             method=method.kind, blob=blob if len(w.block) else None, slot=k, parent=w.parent,
             counters={"samples": len(w.block), "outcomes": outcomes, "rows": [ends[k] - len(w.block), ends[k]],
-                      **_counters(w.block, traces[k])},
+                      "lost": w.lost, **_counters(w.block, traces[k])},
             verdict=verdict, evidence=evidence,
         )
         for k, (w, (evidence, verdict)) in enumerate(zip(windows, judged, strict=True))
     ]  # fmt: skip
 
 
-def judge(
-    config: Config,
-    model: SourceModel,
-    anchor: AnchorSet,
-    windows: Sequence[Window],
-    states: State,
-    traces: Sequence[bank.Trace],
-    *,
-    known: Known | None = None,
-) -> list[tuple[Evidence, Verdict]]:
-    """Replay the anchor set against every candidate and champion under every missing-modality pattern, then assess.
-
-    Each state is scored by itself, and once: sites that have not moved share what ``known`` has of the source model.
-    """
-    patterns, present = anchor.replayed()
-    known = {} if known is None else known
-    judged: list[tuple[Evidence, Verdict]] = []
-    for k, w in enumerate(windows):
-        candidate, own = _slot(states, k), anchor_scores(model, anchor, _slot(states, k), known)
-        finite = all(bool(torch.isfinite(t).all()) for t in candidate.values() if t.is_floating_point())
-        evidence = evidence_of(
-            own, anchor_scores(model, anchor, w.stable, known), anchor.label.numpy(), anchor.species, patterns,
-            model.manifest.threshold, trust_ratio=bank.distance(model.tail, states, k), stream_n=len(w.block),
-            age_seconds=w.age_seconds, stream_finite=finite and bool(torch.isfinite(traces[k].score).all()),
-            valid=present.any(-1).numpy(), holds_before=w.row.holds,
-        )  # fmt: skip
-        judged.append((evidence, assess(config.guards, evidence)))
-    return judged
-
-
-def anchor_scores(model: SourceModel, anchor: AnchorSet, state: State, known: Known) -> np.ndarray:
-    """Scores [P, N] of one state under every pattern; looked up in and added to ``known``."""
-    key = _moved(state)
-    if key not in known:
-        present = anchor.replayed()[1]
-        params = tail.moved(model.tail, state)
-        with torch.no_grad():
-            known[key] = torch.stack([tail.score(params, anchor.z, p) for p in present]).numpy()
-    return known[key]
-
-
-def features_of(block: FeatureBlock) -> Features:
-    """A block of the store as one site's stream."""
-    present = torch.from_numpy(mask_to_bool(block.present))
-    z, session = torch.from_numpy(block.z.astype(np.float32)), torch.from_numpy(block.session)
-    return Features(z, present, torch.ones(len(block), dtype=torch.bool), session)
-
-
-def load_state(config: Config, model: SourceModel, row: StateRow | None) -> State:
-    """The state a ledger row points to; the source model's own where there is none or it belongs to another model or method."""
+def load_state(config: Config, model: SourceModel, row: StateRow | None, *, fresh: State | None = None) -> State:
+    """The state a ledger row points to; the source model's own, ``fresh``, where there is none or it is of another method."""
     method = cast("SiteMethod", config.site)
-    fresh = method.init(model.tail)
+    fresh = fresh or method.init(model.tail)
     if row is None:
         return fresh
     hot = _hot(config.bank.hot_mb)
@@ -198,27 +152,6 @@ def load_state(config: Config, model: SourceModel, row: StateRow | None) -> Stat
         moved = {name: state[name] for name in tail.MOVABLE if name in state}  # an earlier version had fewer
         return {**fresh, **moved}  # another method: what it learned, not how
     return state
-
-
-def _rescored(model: SourceModel, window: Window, candidate: State, stream: Features) -> tuple[Tensor, Tensor]:
-    """The stream's scores [N] by what the site serves and by the candidate."""
-    with torch.no_grad():
-        before = tail.score(tail.moved(model.tail, window.stable), stream.z, stream.present)
-        if _moved(candidate) == _moved(window.stable):
-            return before, before
-        return before, tail.score(tail.moved(model.tail, candidate), stream.z, stream.present)
-
-
-def _slot(stacked: State, k: int) -> State:
-    return {name: t[k] for name, t in stacked.items()}
-
-
-def _moved(state: State) -> bytes:
-    """Digest of what decides a state's scores."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in tail.MOVABLE:
-        digest.update(state[name].contiguous().numpy().tobytes())
-    return digest.digest()
 
 
 def _outcomes(

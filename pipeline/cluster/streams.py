@@ -24,6 +24,7 @@ from pipeline.cluster.prepare import Given, SourceJob, prepare, read_prepared
 from pipeline.cluster.train import started
 from pipeline.config import method_config
 from pipeline.data.corpus import read_corpus, read_manifest
+from pipeline.holdout import read_stored
 from pipeline.models import ModelConfig, checkpoint
 from pipeline.online import Course, Rates
 from pipeline.storage import write_atomic
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
 
 POLL = 0.5  # seconds between looks at what is done
 STREAMS = ("data/scenarios.py", "data/rig.py", "data/render.py", "data/heads.py", "data/decode.py", "data/captures.py",
-           "cluster/prepare.py", "cluster/ingest.py", "site/*.py", "shift.py", "trust.py", "bank.py")  # fmt: skip
-METHODS = ("online.py", "metrics.py", "bank.py", "shift.py", "trust.py", "site/__init__.py", "cluster/streams.py")
+           "data/rows.py", "cluster/prepare.py", "cluster/ingest.py", "cluster/featurise.py", "site/*.py", "shift.py",
+           "reservoir.py", "trust.py", "bank.py")  # fmt: skip
+METHODS = ("online.py", "metrics.py", "bank.py", "shift.py", "reservoir.py", "trust.py", "site/__init__.py",
+           "cluster/streams.py")  # fmt: skip
 FILLS = ("zero-fill", "zero-fill, own thresholds", "mean-fill", "substitute", "substitute + enhance")
 SHUT = -30.0  # of a gate through which nothing comes
 
@@ -98,9 +101,11 @@ def run_methods(
 
 
 def read_courses(path: Path) -> dict[str, Course]:
-    """What ``run_methods`` stored, by stream."""
-    with np.load(path, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
+    """What ``run_methods`` stored, by stream; ValueError for anything else."""
+    return read_stored(path, _courses)
+
+
+def _courses(arrays: dict[str, np.ndarray]) -> dict[str, Course]:
     found: dict[str, Course] = {}
     for name in {n.rsplit(".", 1)[0] for n in arrays}:
         facts = json.loads(str(arrays[f"{name}.facts"]))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from pipeline.storage import named
 from pipeline.types import Section
 
 
@@ -17,11 +18,19 @@ class DataConfig(Section):
     anchor: str | None = Field(
         default=None, description="corpus sealed as anchor set; null = test splits of the domains"
     )
-    captures: str = Field(default="run/captures", description="site captures: <site>/segment-*.parquet")
+    captures: Annotated[str, AfterValidator(named)] = Field(
+        "run/captures", description="site captures: <site>/segment-*.parquet in a folder or below s3://bucket/x"
+    )
     sealed: str | None = Field(default=None, description="folder of <site>-labels.parquet, only ever used for scoring")
     redteam: str | None = Field(default=None, description="folder of <site>-labels.parquet of red-team presentations")
     size: int = Field(default=48, ge=16, le=512, description="frame side in pixels after decoding")
     max_rows: int = Field(default=20_000, ge=1, description="rows a capture segment may hold")
-    max_bytes: int = Field(default=512 * 2**20, ge=1, description="bytes a capture segment may have")
+    max_bytes: int = Field(
+        default=96 * 2**20,
+        ge=1,
+        description="bytes of a capture segment, packed and unpacked; 5 times as much to read it",
+    )
     retention: Literal["keep", "until_ingested"] = "keep"
-    keep_days: int = Field(default=30, ge=0, description="days that `palisade gc` leaves features that were learned from")
+    keep_days: int = Field(
+        default=30, ge=0, description="days that `palisade gc` leaves features that were learned from"
+    )

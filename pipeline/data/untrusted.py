@@ -11,17 +11,23 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import os
 import stat
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data import thrift
+from pipeline.storage import StoreUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from pipeline.storage import Place
 
 MAGIC = b"PAR1"
 MAX_FOOTER = 2**20
@@ -31,6 +37,7 @@ PHYSICAL = {1: "INT32", 2: "INT64", 3: "INT96", 4: "FLOAT", 5: "DOUBLE", 6: "BYT
 CONVERTED = {0: "STRING", 9: "TIMESTAMP(milliseconds, UTC)", 10: "TIMESTAMP(microseconds, UTC)"}
 UNITS = {1: "milliseconds", 2: "microseconds", 3: "nanoseconds"}
 LOGICAL_STRING, LOGICAL_TIMESTAMP = 1, 8
+REQUIRED, OPTIONAL = 0, 1
 # PLAIN, PLAIN_DICTIONARY, RLE, BIT_PACKED, RLE_DICTIONARY; the delta encodings repeat megabytes with a few bits
 ENCODINGS = frozenset((0, 2, 3, 4, 8))
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
@@ -62,14 +69,12 @@ class _Chunk(NamedTuple):
 
 class _Footer(NamedTuple):
     columns: tuple[str, ...]  # in the order of the file
-    optional: tuple[int, ...]  # 1 where a column may hold nulls
     groups: tuple[tuple[int, tuple[_Chunk, ...]], ...]  # (rows, chunks)
 
 
-def check_footer(path: Path, limits: Limits) -> int:
-    """Judge ``path`` by its footer and return its number of rows; raises BadParquet."""
-    size = _size(path, limits)
-    with path.open("rb") as file:
+def check_footer(path: Place, limits: Limits) -> int:
+    """Judge ``path`` by its footer and return its number of rows; raises BadParquet and what ``read_table`` does."""
+    with _opened(path, limits) as (file, size):
         head = file.read(4)
         file.seek(size - 8)
         length = _footer_length(head, file.read(8), size)
@@ -78,16 +83,17 @@ def check_footer(path: Path, limits: Limits) -> int:
     return sum(rows for rows, _ in footer.groups)
 
 
-def read_table(path: Path, limits: Limits) -> tuple[pa.Table, str]:
-    """The table in ``path`` and the sha256 of the file, after checking footer and pages; raises BadParquet.
+def read_table(path: Place, limits: Limits) -> tuple[pa.Table, str]:
+    """The table in ``path`` and the sha256 of the file, after checking size, footer and pages, in this order.
 
-    Byte columns stay dictionaries, so that repeats are held once.
+    Byte columns stay dictionaries, so that repeats are held once. Raises BadParquet for what the file is, FileNotFoundError
+    and StoreUnavailable for what may be otherwise next time. No bit of a file of checksummed version 1 pages
+    (``write_segment``) changes what is read unseen: the pages' bytes by their checksums, and of the rest nothing is taken
+    that has a second legal reading one bit away, wherefore a column must be nullable (of a required one the same page gives
+    other values) and no two chunks may overlap (a page may be another column's).
     """
-    size = _size(path, limits)
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise BadParquet(f"cannot be read: {e.strerror}") from None
+    with _opened(path, limits) as (file, size):
+        data = file.read(size + 1)
     if len(data) != size:
         raise BadParquet("changed while it was read")
     digest = hashlib.sha256(data).hexdigest()
@@ -108,18 +114,24 @@ def read_table(path: Path, limits: Limits) -> tuple[pa.Table, str]:
     return table, digest
 
 
-def _size(path: Path, limits: Limits) -> int:
+@contextmanager
+def _opened(path: Place, limits: Limits) -> Iterator[tuple[IO[bytes] | pa.NativeFile, int]]:
+    """The file and its size, which is allowed; nothing of it is read yet."""
     try:
-        info = path.stat()
+        if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):  # a pipe would block for ever
+            raise BadParquet("is no regular file")
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > limits.size:
+                raise BadParquet(f"has {size} bytes, allowed {limits.size}")
+            if size < 12:
+                raise BadParquet("is no Parquet file")
+            file.seek(0)
+            yield file, size
+    except (FileNotFoundError, StoreUnavailable):
+        raise
     except OSError as e:
         raise BadParquet(f"cannot be read: {e.strerror}") from None
-    if not stat.S_ISREG(info.st_mode):  # a pipe would block for ever
-        raise BadParquet("is no regular file")
-    if info.st_size > limits.size:
-        raise BadParquet(f"has {info.st_size} bytes, allowed {limits.size}")
-    if info.st_size < 12:
-        raise BadParquet("is no Parquet file")
-    return info.st_size
 
 
 def _footer_length(head: bytes, end: bytes, size: int) -> int:
@@ -135,18 +147,21 @@ def _footer(data: bytes, limits: Limits, size: int) -> _Footer:
     try:
         raw, _ = thrift.read_struct(data, 0)
         _check_keys(thrift.children(raw, 5))
-        columns, optional = _columns(thrift.children(raw, 2), limits.columns)
+        columns = _columns(thrift.children(raw, 2), limits.columns)
         rows = thrift.integer(raw, 3)
         if not 0 <= rows <= limits.rows:
             raise BadParquet(f"claims {rows} rows, allowed {limits.rows}")
         groups = thrift.children(raw, 4)
         if len(groups) > MAX_ROW_GROUPS:
             raise BadParquet(f"has {len(groups)} row groups, allowed {MAX_ROW_GROUPS}")
-        footer = _Footer(columns, optional, tuple(_group(g, columns, size) for g in groups))
+        footer = _Footer(columns, tuple(_group(g, columns, size) for g in groups))
     except thrift.BadThrift as e:
         raise BadParquet(f"has a damaged footer: {e}") from None
     if sum(n for n, _ in footer.groups) != rows:
         raise BadParquet(f"claims {rows} rows, its row groups do not")
+    spans = sorted((c.start, c.start + c.packed) for n, chunks in footer.groups if n for c in chunks)
+    if any(start < end for (_, end), (start, _) in pairwise(spans)):
+        raise BadParquet("has columns that share bytes")
     unpacked = sum(c.unpacked for _, chunks in footer.groups for c in chunks)
     if unpacked > limits.size:
         raise BadParquet(f"unpacks to {unpacked} bytes, allowed {limits.size}")
@@ -166,18 +181,19 @@ def _check_keys(entries: Sequence[thrift.Struct]) -> None:
             raise BadParquet("names an Arrow extension type, allowed are plain columns")
 
 
-def _columns(
-    elements: Sequence[thrift.Struct], allowed: Mapping[str, tuple[str, str]]
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _columns(elements: Sequence[thrift.Struct], allowed: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
     names = [ascii(thrift.binary(e, 4).decode(errors="replace"))[1:-1] for e in elements[1:]]
     if sorted(names) != sorted(allowed) or thrift.integer(elements[0], 5, 0) != len(names):
         raise BadParquet(f"has columns {', '.join(names)[:200] or 'none'}; allowed exactly {', '.join(allowed)}")
     for name, element in zip(names, elements[1:]):
         found = PHYSICAL.get(thrift.integer(element, 1, -1), "a group"), _logical(element)
-        if found != allowed[name] or thrift.integer(element, 5, 0) or thrift.integer(element, 3, -1) not in (0, 1):
+        repetition = thrift.integer(element, 3, -1)
+        if found != allowed[name] or thrift.integer(element, 5, 0) or repetition not in (REQUIRED, OPTIONAL):
             shape = "/".join(found) if found != allowed[name] else "nested"
             raise BadParquet(f"column {name} is {shape}, allowed {'/'.join(allowed[name])}")
-    return tuple(names), tuple(thrift.integer(e, 3) for e in elements[1:])
+        if repetition == REQUIRED:
+            raise BadParquet(f"column {name} is required, allowed are nullable columns")
+    return tuple(names)
 
 
 def _logical(element: thrift.Struct) -> str:
@@ -255,9 +271,9 @@ def _written(footer: _Footer, limits: Limits) -> bytes:
     t, codes = thrift, {v: k for k, v in PHYSICAL.items()}
     converted = {v: k for k, v in CONVERTED.items()}
     schema: list[object] = [{4: (t.BINARY, b"schema"), 5: (t.I32, len(footer.columns))}]
-    for name, optional in zip(footer.columns, footer.optional):
+    for name in footer.columns:
         physical, logical = limits.columns[name]
-        element = {1: (t.I32, codes[physical]), 3: (t.I32, optional), 4: (t.BINARY, name.encode())}
+        element = {1: (t.I32, codes[physical]), 3: (t.I32, OPTIONAL), 4: (t.BINARY, name.encode())}
         schema.append(element if logical == "NONE" else {**element, 6: (t.I32, converted[logical])})
     groups: list[object] = []
     for rows, chunks in footer.groups:

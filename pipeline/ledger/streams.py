@@ -136,6 +136,28 @@ class Streams(Store):
                 c.execute(move, [{"s": s, "v_end": end} for s, end in sorted(moved.items())])
         return [(r.site, r.name) for r in rows if (r.site, r.name) in known]
 
+    def lose(self, cycle: Cycle, lost: Sequence[tuple[str, str]], *, reason: str, now: datetime) -> None:
+        """Quarantine, with ``reason``, every sample that still counts of segments (site, name) whose features are lost.
+
+        Their offsets stay taken, so that the site goes on behind them. In the audit chain.
+        """
+        with self._write(alone=True) as c:
+            self._fence(c, cycle)
+            for site, name in lost:
+                own = sa.and_(segments.c.site == site, segments.c.name == name)
+                row = c.execute(sa.select(segments).where(own)).first()
+                if row is None or not row.good:
+                    continue
+                told = sa.and_(quarantine.c.site == site, quarantine.c.segment == name)
+                refused = set(c.scalars(sa.select(quarantine.c.row).where(told)))
+                gone = [{"site": site, "segment": name, "row": n, "sample_id": None, "reason": reason, "cycle": cycle.id}
+                        for n in range(row.rows) if n not in refused]  # fmt: skip
+                c.execute(quarantine.insert(), gone)
+                c.execute(segments.update().where(own).values(good=0, quarantined=row.rows))
+                span = [row.base_offset, row.base_offset + row.rows]
+                said = {"site": site, "segment": name, "samples": len(gone), "offsets": span, "cycle": cycle.id}
+                self._append(c, reason, said, now)
+
     def quarantined(self, site: str | None = None, *, cycle: str | None = None) -> list[QuarantineRow]:
         """Refused rows, all or of one site or cycle."""
         query = sa.select(*(quarantine.c[n] for n in QuarantineRow.__dataclass_fields__)).order_by(quarantine.c.id)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from jobs.deployment import now
-from jobs.ingest import _forget_counted
+from jobs.ingest import LOST, _forget_counted, _stretch
 from pipeline.cluster import ingest
 from pipeline.cluster.featurise import CHUNK, decoded, store_segment
 from pipeline.cluster.ingest import Backlog, Done, collect, find
+from pipeline.cluster.repair import Repaired, repair_site
 from pipeline.config import Config, load
 from pipeline.data.captures import SCHEMA, read_segment, write_segment
 from pipeline.data.features import read_features
@@ -23,6 +24,7 @@ from pipeline.ledger import Cycle, Ledger
 from pipeline.models import ModelConfig, TinyConfig, checkpoint
 from pipeline.models import tail as tails
 from pipeline.models.trunk import build_trunk, fold
+from pipeline.storage import StoreUnavailable, place
 
 NOON = datetime(2026, 5, 4, 12, tzinfo=UTC)
 SIZE = 16
@@ -72,7 +74,7 @@ class Fleet:
     def __init__(self, config: Config, model: checkpoint.SourceModel) -> None:
         self.config, self.model = config, model
         self.ledger = Ledger.open(config.ledger.url)
-        self.captures = Path(config.data.captures)
+        self.captures = place(config.data.captures)
 
     def find(self, **bounds: object) -> ingest.Found:
         offsets = {row.site: row.ingested for row in self.ledger.sites()}
@@ -263,7 +265,7 @@ def test_what_a_crash_left_of_frames_is_forgotten_later(fleet: Fleet) -> None:
     changed.unlink()
     segment(changed, "never ingested")
     new = segment(fleet.captures / "gate/segment-3.parquet", "d")
-    _forget_counted(fleet.ledger, fleet.find())
+    _forget_counted(fleet.config, fleet.ledger, fleet.find())
     assert [p.exists() for p in (clean, doubtful, changed, new)] == [False, True, True, True]
 
 
@@ -278,6 +280,93 @@ def test_chunks_are_aligned_with_their_captures(fleet: Fleet) -> None:
     again = next(decoded([good[-1]], SIZE)).pixels[0]
     assert np.array_equal(parts[1].pixels[-1], again)
     assert [b.row for p in parts for b in p.bad] == [1]
+
+
+def mended(fleet: Fleet) -> Repaired:
+    """What the next ingest does for a site that adaptation could not read."""
+    stretch = _stretch(fleet.ledger, fleet.ledger.site("gate"), fleet.find())
+    return repair_site(
+        stretch, fleet.config.data, str(fleet.config.place("models", "m")), fleet.config.place("features")
+    )
+
+
+def test_damaged_and_missing_features_are_made_again_to_the_last_bit(fleet: Fleet) -> None:
+    """Also beside rows that were refused, for what they are and for being sent before."""
+    segment(fleet.captures / "gate/segment-0.parquet", *(f"a{k}" for k in range(CHUNK)), "b", "b", "c")
+    segment(fleet.captures / "gate/segment-1.parquet", "c", "d")
+    segment(fleet.captures / "gate/segment-2.parquet", "e", rgb=b"no image")
+    segment(fleet.captures / "gate/segment-3.parquet", "f")
+    fleet.round()
+    paths = sorted(Path(str(fleet.config.place("features"))).rglob("*.parquet"))
+    before = {p: p.read_bytes() for p in paths}
+    assert [p.name for p in paths] == [f"{a:012d}-{b:012d}.parquet" for a, b in ((0, 259), (260, 261), (262, 263))]
+    assert mended(fleet) == Repaired("gate")
+    spoiled = bytearray(before[paths[0]])
+    spoiled[len(spoiled) // 2] ^= 1
+    paths[0].write_bytes(spoiled)
+    paths[1].unlink()
+    paths[2].with_name("000000000000-000000000999.parquet").write_bytes(before[paths[2]])
+    ledger = fleet.ledger.segments("gate"), fleet.refused("gate"), fleet.ledger.site("gate")
+    assert mended(fleet).restored[:2] == ("segment-0.parquet", "segment-1.parquet")
+    assert {p: p.read_bytes() for p in Path(str(fleet.config.place("features"))).rglob("*.parquet")} == before
+    assert (fleet.ledger.segments("gate"), fleet.refused("gate"), fleet.ledger.site("gate")) == ledger
+    assert mended(fleet) == Repaired("gate")
+
+
+def test_features_whose_capture_is_gone_or_another_are_lost_and_the_site_goes_on(fleet: Fleet) -> None:
+    gone = segment(fleet.captures / "gate/segment-0.parquet", "a", "a", "b")
+    another = segment(fleet.captures / "gate/segment-1.parquet", "c")
+    segment(fleet.captures / "gate/segment-2.parquet", "d")
+    fleet.round()
+    for path in Path(str(fleet.config.place("features"))).rglob("*.parquet"):
+        path.write_bytes(path.read_bytes()[:-1])
+    gone.unlink()
+    another.unlink()
+    segment(another, "never ingested")
+    told = mended(fleet)
+    assert told == Repaired("gate", ("segment-2.parquet",), ("segment-0.parquet", "segment-1.parquet"))
+    assert fleet.ledger.pending(["gate"])["gate"][0] == 4
+    cycle = fleet.begin()
+    for _ in range(2):  # a second time changes nothing
+        fleet.ledger.lose(cycle, [("gate", name) for name in told.lost], reason=LOST, now=now())
+    assert fleet.ledger.pending(["gate"])["gate"][0] == 1
+    assert fleet.stored("gate") == {"d": 4}
+    assert mended(fleet) == Repaired("gate")
+    assert sorted(fleet.refused("gate")) == [
+        ("segment-0.parquet", 0, LOST), ("segment-0.parquet", 1, "sample_id: already in row 0"), ("segment-0.parquet", 2, LOST),
+        ("segment-1.parquet", 0, LOST),
+    ]  # fmt: skip
+    counts = [(s.rows, s.good, s.quarantined) for s, _ in fleet.ledger.segments("gate")]
+    assert counts == [(3, 0, 3), (1, 0, 1), (1, 1, 0)]
+    assert [(p["segment"], p["samples"], p["offsets"]) for _, _, kind, p in fleet.ledger.audit() if kind == LOST] == [
+        ("segment-0.parquet", 2, [0, 3]), ("segment-1.parquet", 1, [3, 4])
+    ]  # fmt: skip
+    assert fleet.ledger.broken_audit() is None
+
+
+def test_a_store_that_is_away_loses_nothing(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment(fleet.captures / "gate/segment-0.parquet", "a")
+    fleet.round()
+    (path,) = Path(str(fleet.config.place("features"))).rglob("*.parquet")
+    path.unlink()
+
+    def away(*_: object, **__: object) -> None:
+        raise StoreUnavailable("s3://captures: the store does not answer")
+
+    monkeypatch.setattr("pipeline.cluster.repair.read_segment", away)
+    told = mended(fleet)
+    assert (told.restored, told.lost) == ((), ())
+    assert told.error == "StoreUnavailable: s3://captures: the store does not answer"
+    monkeypatch.undo()
+    assert mended(fleet).restored == ("segment-0.parquet",)
+
+
+def test_a_task_asks_for_its_share_of_a_gpu() -> None:
+    """And only where one is configured; the trunk follows the share that Ray gives."""
+    plain = load(None, ["cluster.cpus=4", "cluster.ingest_workers=2"]).cluster
+    assert ingest.resources(plain) == (1, 0)
+    shared = load(None, ["cluster.address=auto", "cluster.ingest_gpus=0.25"]).cluster
+    assert ingest.resources(shared) == (1, 0.25)
 
 
 @pytest.mark.cluster

@@ -275,9 +275,48 @@ def test_files_that_are_no_parquet_are_refused(path: Path, content: bytes) -> No
             judge(path)
 
 
-def test_a_missing_file_is_refused(path: Path) -> None:
+def test_a_missing_file_is_no_bad_file(path: Path) -> None:
+    """It may be there next time."""
     for judge in (check, read):
-        with pytest.raises(BadSegment, match="cannot be read"):
+        with pytest.raises(FileNotFoundError):
+            judge(path)
+    with pytest.raises(BadSegment, match="cannot be read"):
+        read_labels(path)
+
+
+LAYOUTS: dict[str, tuple[dict[str, object], int]] = {  # how it is written, every how many-th bit is flipped
+    "as write_segment does": ({"compression": "zstd", "use_dictionary": False, "write_statistics": False}, 7),
+    "row groups": ({"compression": "zstd", "use_dictionary": False, "row_group_size": 3}, 61),
+    "dictionaries": ({"compression": "snappy"}, 61),
+    "as it is": ({"compression": "none", "use_dictionary": False}, 61),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_flipped_bit_changes_rows_unseen(path: Path, layout: str) -> None:
+    """Columns of equal size, so that pages could stand for each other."""
+    options, stride = LAYOUTS[layout]
+    rows = [row(k, rgb=bytes([k]) * 40, depth=bytes([k + 9]) * 40, ir=None if k % 3 else b"z" * 5) for k in range(8)]
+    pq.write_table(table(*rows), path, write_page_checksum=True, **options)  # pyright: ignore[reportArgumentType]
+    before, data = read(path), path.read_bytes()
+    lines = list[str]()
+    for bit in range(0, 8 * len(data), stride):
+        spoiled = bytearray(data)
+        spoiled[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(spoiled)
+        try:
+            assert read(path) == before, f"bit {bit}"
+        except BadSegment as e:
+            lines.append(str(e))
+    assert lines
+    assert not any("\n" in line for line in lines)
+
+
+def test_a_required_column_is_refused_since_one_bit_makes_a_nullable_one_of_it(path: Path) -> None:
+    field = SCHEMA.field("sample_id").with_nullable(False)
+    pq.write_table(table(row(0)).cast(SCHEMA.set(0, field)), path)
+    for judge in (check, read):
+        with pytest.raises(BadSegment, match="column sample_id is required, allowed are nullable columns"):
             judge(path)
 
 
@@ -318,7 +357,7 @@ def test_sites_are_listed_in_stream_order_and_strays_reported(tmp_path: Path) ->
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "note.txt").write_text("")
-    segments, rejected = list_segments(tmp_path)
+    segments, rejected, _ = list_segments(tmp_path)
     assert {s: [p.name for p in paths] for s, paths in segments.items()} == {
         "gate": ["segment-9.parquet", "segment-10.parquet"],
         "kiosk": ["segment-0.parquet"],
@@ -332,7 +371,7 @@ def test_two_folders_of_one_site_are_one_stream(tmp_path: Path) -> None:
     for name in ("gate/segment-0.parquet", "site=gate/segment-1.parquet", "site=gate/segment-0.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    segments, rejected = list_segments(tmp_path)
+    segments, rejected, _ = list_segments(tmp_path)
     assert [p.name for p in segments["gate"]] == ["segment-0.parquet", "segment-1.parquet"]
     assert len(rejected) == 1
 
@@ -346,7 +385,7 @@ def test_links_out_of_the_captures_folder_are_refused(tmp_path: Path) -> None:
     (captures / "linked").symlink_to(outside)
     link = captures / "gate" / "segment-0000.parquet"
     link.symlink_to(outside / "segment-0000.parquet")
-    segments, rejected = list_segments(captures)
+    segments, rejected, _ = list_segments(captures)
     assert segments == {"gate": []}
     assert len(rejected) == 2
     for judge in (check, read):
@@ -383,7 +422,7 @@ def test_doubtful_labels_are_refused(tmp_path: Path, second: tuple[str | None, s
 
 
 def test_the_reference_streams_pass(padbench: Path) -> None:
-    segments, rejected = list_segments(padbench / "streams")
+    segments, rejected, _ = list_segments(padbench / "streams")
     assert len(segments) == 7
     assert not rejected
     for site, paths in segments.items():

@@ -202,8 +202,8 @@ def claiming(path: Path, rows: int) -> None:
 SEGMENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "extension": (extension, "names an Arrow extension type, allowed are plain columns"),
     "rows": (lambda p: claiming(p, 2**31), "claims 2147483648 rows, allowed 20000"),
-    "pages": (lambda p: written(p, *(row(sample_id=f"{k}", rgb=bytes(2**26) + bytes([k])) for k in range(9)),
-                                compression="zstd", use_dictionary=False), "unpacks to 603980324 bytes, allowed 536870912"),
+    "pages": (lambda p: written(p, *(row(sample_id=f"{k}", rgb=bytes(2**24) + bytes([k])) for k in range(9)),
+                                compression="zstd", use_dictionary=False), "unpacks to 150995491 bytes, allowed 100663296"),
     "empty": (lambda p: p.write_bytes(b""), "is no Parquet file"),
     "zip": (lambda p: p.write_bytes(zipped()), "is no Parquet file"),
     "pickle": (lambda p: p.write_bytes(pickle.dumps(Payload(p))), "is no Parquet file"),
@@ -232,6 +232,11 @@ def told(
         for entry in ("footer", "segment"):
             corpus.append((f"{name} {entry}", entry, f"captures/gate/{file}"))
             expected[f"{name} {entry}"] = f"gate/{file}: {reason}"
+    large = gate / "segment-large.parquet"  # just within what is allowed
+    written(large, *(row(sample_id=f"{k}", rgb=bytes(2**22 - 1100) + bytes([k])) for k in range(24)), compression="zstd",
+            use_dictionary=False)  # fmt: skip
+    corpus.append(("large", "segment", "captures/gate/segment-large.parquet"))
+    expected["large"] = "; ".join(["rgb: neither JPEG nor PNG"] * 24)
     _strays(root, corpus, expected)
     _artifacts(root, canary, corpus, expected)
     (root / "corpus.json").write_text(json.dumps(corpus))

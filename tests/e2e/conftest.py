@@ -63,8 +63,8 @@ def copy(root: Path, to: Path) -> None:
     subprocess.run(["cp", "-r", str(root), str(to)], check=True)
 
 
-def fresh(root: Path) -> Deployment:
-    (root / "palisade.yaml").write_text(YAML.format(root=root))
+def fresh(root: Path, text: str = YAML) -> Deployment:
+    (root / "palisade.yaml").write_text(text.format(root=root))
     return Deployment(root)
 
 

@@ -1,104 +1,241 @@
-"""Killing what adapts changes nothing: every offset has effect exactly once, states are those of an undisturbed run."""
+"""Killing what adapts changes nothing: every offset has effect exactly once, states are those of an undisturbed run.
+
+A shard process is here what it is in a Ray actor, ``adapt_chunk`` on one call after another. Instants are random, with fixed
+seeds; what is asserted holds whatever they hit.
+"""
 
 from __future__ import annotations
 
-import os
+import itertools
 import signal
-import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
-from jobs.deployment import lease, now
 from pipeline.cluster import fleet
-from pipeline.cluster.shard import ShardJob
-from pipeline.data import blobs
-from pipeline.ledger import StaleGeneration
-from tests.e2e.conftest import copy
+from tests.e2e.crowds import (
+    DAYS,
+    FORK,
+    HOSTILE,
+    INSTANTS,
+    QUIET,
+    SITES,
+    STALE,
+    Life,
+    States,
+    assert_same,
+    dealt,
+    ground,
+    reborn,
+    undisturbed,
+)
 
-pytestmark = pytest.mark.e2e
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
+    from pathlib import Path
 
+    from pipeline.ledger import Cycle
 
-def adapt(d, *, on_shard=None) -> dict[str, str]:
-    config, ledger = d.config, d.ledger
-    source = ledger.source()
-    with lease(config, ledger, "adapt") as cycle:
-        job = ShardJob(config.model_dump_json(), source.path, source.version, ledger.anchor(source.trunk), cycle)
-        placement = fleet.Placement(shards=2, cpus=1, slots=config.bank.sites, hot_mb=config.bank.hot_mb)
-        pending = {s.site: s.ingested - s.learned for s in ledger.sites()}
-        failed = fleet.adapt(job, pending, placement=placement, on_progress=lambda *_: None, on_shard=on_shard)
-        ledger.finish_cycle(cycle, summary={"source_version": source.version}, now=now())
-    return failed
-
-
-def states(d) -> dict[str, dict[str, torch.Tensor]]:
-    found = {}
-    for s in d.ledger.states([v.state for v in d.ledger.verdicts()]).values():
-        found[s.site] = {k: t[s.slot] for k, t in blobs.get(d.config.place("states"), s.blob).items()}
-    return found
-
-
-def killer(d, pids: list[int]) -> None:
-    """One shard at once, every shard that is alive once the first chunk is committed."""
-    os.kill(pids[0], signal.SIGKILL)
-    ledger, deadline = d.ledger, time.monotonic() + 60
-    while not ledger.verdicts() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in pids[1:]:
-        if psutil.pid_exists(pid):
-            os.kill(pid, signal.SIGKILL)
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+KILLED = -signal.SIGKILL
+ORDER = ("a blob under its temporary name", *(name for name in INSTANTS if "temporary" not in name))
+EXACT, RANDOM, PAIRED, RAY = 36, 44, 24, 12  # kills at least
+PER_RUN = 6  # kills of Ray's shards: one that dies with a site alone five times gives the site up
+SHARD_SECONDS = 1.5  # that a shard of Ray lives at most when it is to be killed
 
 
-def test_killed_shards_lose_and_repeat_nothing(deployment, tmp_path):
-    assert deployment.run("ingest") == 0
-    undisturbed = type(deployment)(tmp_path / "copy")
-    copy(deployment.root, undisturbed.root)
-    text = (deployment.root / "palisade.yaml").read_text().replace(str(deployment.root), str(undisturbed.root))
-    (undisturbed.root / "palisade.yaml").write_text(text)
-    assert adapt(undisturbed) == {}
+@dataclass(frozen=True)
+class Born:
+    """A crowd to copy, and what becomes of it when nobody is killed."""
 
-    killed: list[int] = []
+    life: Life
+    states: States
+    seconds: float  # of a process that adapts a day
 
-    def strike(pids: list[int]) -> None:
-        killed.extend(pids)
-        threading.Thread(target=killer, args=(deployment, pids), daemon=True).start()
-
-    assert adapt(deployment, on_shards=strike) == {}
-    assert killed
-    ledger = deployment.ledger
-    assert all(s.learned == s.ingested for s in ledger.sites())
-    verdicts = ledger.verdicts()
-    assert sorted(v.site for v in verdicts) == [s.site for s in ledger.sites()]
-    assert {v.site: (v.offset_from, v.offset_to) for v in verdicts} == {s.site: (0, s.ingested) for s in ledger.sites()}
-    mine, theirs = states(deployment), states(undisturbed)
-    assert mine.keys() == theirs.keys()
-    for site, state in mine.items():
-        assert all(torch.equal(t, theirs[site][k]) for k, t in state.items()), site
+    def days(self, folder: Path, enough: Callable[[], bool]) -> Iterator[tuple[Life, Cycle]]:
+        """Days to adapt, life after life until it is ``enough``. Each must end in the undisturbed states (I7)."""
+        for k in itertools.count():
+            life = reborn(self.life, folder / str(k))
+            for day in range(DAYS):
+                life.arrive(day)
+                yield life, life.begin()
+                cycle = life.newest()
+                life.finish(cycle)
+            assert_same(life.states(), self.states)
+            life.ledger.close()
+            if enough():
+                return
 
 
-def test_a_replaced_driver_cannot_write(deployment):
-    assert deployment.run("ingest") == 0
-    ledger, config = deployment.ledger, deployment.config
-    old = ledger.begin_cycle(
-        "adapt", config.fingerprint(), "{}", holder="elsewhere:1:1", dead=lambda _: False, now=now()
-    )
-    new = ledger.begin_cycle("adapt", config.fingerprint(), "{}", holder="here:1:1", dead=lambda _: True, now=now())
-    assert new.resumed and new.generation == old.generation + 1
-    before = ledger.sites()
-    with pytest.raises(StaleGeneration):
-        ledger.commit_shard(old, [], now=now())
-    assert ledger.sites() == before
+@pytest.fixture(scope="module")
+def born(tmp_path_factory) -> Born:
+    root = tmp_path_factory.mktemp("crowd")
+    (root / "template").mkdir()
+    life = ground(root / "template")
+    undisturbed(reborn(life, root / "warm"))  # starts the process that all others are forked from
+    began = time.monotonic()
+    states = undisturbed(reborn(life, root / "calm"))
+    return Born(life, states, (time.monotonic() - began) / DAYS)
 
 
-def test_one_damaged_site_does_not_stop_the_others(deployment):
-    assert deployment.run("ingest") == 0
-    broken = next((deployment.root / "artifacts" / "features").rglob("site=lobby-north/*.parquet"))
+def test_every_site_learns_and_a_hostile_one_stays_alone(born, tmp_path):
+    """I9, and that bit-equality says something: each day moves each state."""
+    for site in SITES:
+        days = [state["site.gamma"] for (s, _), state in sorted(born.states.items()) if s == site]
+        assert len(days) == DAYS
+        assert all(not torch.equal(a, b) for a, b in itertools.pairwise(days))
+        assert all(bool(torch.isfinite(d).all()) for d in days), site
+    (tmp_path / "clean").mkdir()
+    clean = undisturbed(ground(tmp_path / "clean", hostile=False))
+    assert_same(clean, born.states, without=[HOSTILE])
+    hit = [key for key in clean if key[0] == HOSTILE]
+    assert all(not torch.equal(clean[key]["site.gamma"], born.states[key]["site.gamma"]) for key in hit)
+
+
+def test_killed_at_exact_instants(born, tmp_path):
+    rng, kills = np.random.default_rng(1), Counter[str]()
+    for life, cycle in born.days(tmp_path, lambda: kills.total() >= EXACT):
+        for instant in ORDER:
+            child = life.start(cycle, dealt(rng), instant=(instant, int(rng.integers(1, 4))))
+            child.join()
+            assert child.exitcode == KILLED, instant
+            kills[instant] += 1
+            life.check(cycle)
+        complete(life, cycle, rng)
+    assert kills.total() >= EXACT
+
+
+def test_killed_at_random_instants(born, tmp_path):
+    rng, kills = np.random.default_rng(2), Counter[str]()
+    for life, cycle in born.days(tmp_path, lambda: kills.total() >= RANDOM):
+        ended = False
+        while not ended:
+            child = life.start(cycle, dealt(rng))
+            child.join(rng.uniform(0, born.seconds))
+            child.kill()
+            child.join()
+            assert child.exitcode in (0, KILLED)
+            ended = child.exitcode == 0
+            kills["shard"] += not ended
+            life.check(cycle)
+    assert kills.total() >= RANDOM
+
+
+def test_two_at_once_on_the_same_sites(born, tmp_path):
+    rng, kills = np.random.default_rng(3), Counter[str]()
+    for life, cycle in born.days(tmp_path, lambda: kills.total() >= PAIRED):
+        ended = False
+        while not ended:
+            pair = [life.start(cycle, dealt(rng)) for _ in range(2)]
+            began = time.monotonic()
+            for child, at in zip(pair, np.sort(rng.uniform(0, 2 * born.seconds, 2)), strict=True):
+                child.join(max(0.0, began + at - time.monotonic()))
+                child.kill()
+                child.join()
+                life.check(cycle)
+            codes = [child.exitcode for child in pair]
+            assert set(codes) <= {0, KILLED}
+            kills["shard"] += codes.count(KILLED)
+            ended = 0 in codes
+    assert kills.total() >= PAIRED
+
+
+def test_a_stale_generation_commits_nothing(born, tmp_path):
+    rng, fenced = np.random.default_rng(4), Counter[str]()
+    for life, old in born.days(tmp_path, lambda: fenced.total() >= DAYS):
+        here, there = FORK.Pipe()
+        name = next(n for n in ("before a blob", "after a blob", "before a commit") if not fenced[n])
+        stale = life.start(old, dealt(rng), instant=(name, 2), gate=there)
+        assert here.recv()
+        before, new = life.check(old), life.begin()
+        assert (new.id, new.generation) == (old.id, old.generation + 1)
+        here.send(True)
+        stale.join()
+        assert stale.exitcode == STALE
+        assert life.check(new) == before
+        fenced[name] += 1
+        late = life.start(new, dealt(rng))  # replaced at any moment, by one that works beside it
+        late.join(rng.uniform(0, born.seconds))
+        complete(life, life.begin(), rng)
+        late.join()
+        assert late.exitcode in (0, STALE)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_killed_actors(tmp_path):
+    born = quiet(tmp_path)
+    rng, kills = np.random.default_rng(5), Counter[str]()
+    for life, cycle in born.days(tmp_path, lambda: kills.total() >= RAY):
+        if kills.total() < RAY:
+            kills["shard"] += struck(life, cycle, rng)
+        else:
+            complete(life, cycle, rng)
+    assert kills.total() >= RAY
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_one_damaged_site_does_not_stop_the_others(born, tmp_path):
+    life = reborn(born.life, tmp_path / "damaged")
+    life.arrive(0)
+    broken = next((life.d.root / "artifacts" / "features").rglob(f"site={SITES[5]}/*.parquet"))
     broken.write_bytes(b"not parquet")
-    failed = adapt(deployment)
-    assert list(failed) == ["lobby-north"]
-    assert "ingest" in failed["lobby-north"]
-    assert {v.site for v in deployment.ledger.verdicts()} == {s.site for s in deployment.ledger.sites()} - {
-        "lobby-north"
-    }
+    cycle = life.begin()
+    failed = adapt(life, cycle)
+    assert list(failed) == [SITES[5]]
+    assert "ingest" in failed[SITES[5]]
+    assert life.check(cycle) == set(SITES) - {SITES[5]}
+
+
+def quiet(folder: Path) -> Born:
+    """A crowd without gradients, which need four seconds of imports in each new worker."""
+    (folder / "template").mkdir()
+    life = ground(folder / "template", text=QUIET)
+    return Born(life, undisturbed(reborn(life, folder / "calm")), 0.0)
+
+
+def adapt(life: Life, cycle: Cycle, *, on_shard: Callable[[int], None] | None = None) -> dict[str, str]:
+    bank = life.d.config.bank
+    pending = {s.site: s.ingested - s.learned for s in life.ledger.sites()}
+    placement = fleet.Placement(shards=2, cpus=1, slots=bank.sites, hot_mb=bank.hot_mb)
+    return fleet.adapt(life.job(cycle), pending, placement=placement, on_progress=lambda *_: None, on_shard=on_shard)
+
+
+def struck(life: Life, cycle: Cycle, rng: np.random.Generator) -> int:
+    """Adapt under Ray while the first shards are killed → how many were."""
+    waits = rng.uniform(0, SHARD_SECONDS, PER_RUN).tolist()
+    strikes: list[Future[bool]] = []
+
+    def strike(pid: int, wait: float) -> bool:
+        time.sleep(wait)
+        try:
+            process = psutil.Process(pid)
+            if not any("Shard" in part for part in process.cmdline()):
+                return False
+            process.kill()
+        except psutil.NoSuchProcess:
+            return False
+        life.check(cycle)
+        return True
+
+    with ThreadPoolExecutor(PER_RUN) as pool:
+
+        def joined(pid: int) -> None:
+            if waits:
+                strikes.append(pool.submit(strike, pid, waits.pop()))
+
+        assert adapt(life, cycle, on_shard=joined) == {}
+        return sum(s.result() for s in strikes)
+
+
+def complete(life: Life, cycle: Cycle, rng: np.random.Generator) -> None:
+    child = life.start(cycle, dealt(rng))
+    child.join()
+    assert child.exitcode == 0

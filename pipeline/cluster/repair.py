@@ -1,0 +1,118 @@
+"""Features that are damaged or missing → the same again, from captures that are still there.
+
+A sample that counts keeps its offset: only the features of segments that the ledger has are made, from the very bytes that
+were ingested. What cannot be made again is lost, and the caller says so in the ledger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.cluster.featurise import NewSegment, restore_segment
+from pipeline.cluster.ingest import load_model, resources
+from pipeline.data.blobs import BadBlob
+from pipeline.data.captures import BadSegment, read_segment
+from pipeline.data.features import forget_range, read_features
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.config import Config
+    from pipeline.data import DataConfig
+    from pipeline.data.captures import Segment
+    from pipeline.ledger import SegmentRow
+    from pipeline.models.checkpoint import SourceModel
+    from pipeline.storage import Place
+
+TASK = 32  # sites in a task
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What a site has not learned from yet, in stream order."""
+
+    site: str
+    segments: tuple[SegmentRow, ...]
+    repeated: tuple[frozenset[int], ...]  # per segment, rows that ingest refused for being at an earlier offset
+    captures: tuple[Place | None, ...]  # per segment, where it is still there
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What became of a site's features."""
+
+    site: str
+    restored: tuple[str, ...] = ()  # segments
+    lost: tuple[str, ...] = ()  # segments with no capture to make them from; what was left of their features is gone
+    error: str = ""  # tried again by the next cycle
+
+
+def run(config: Config, stretches: Sequence[Stretch], *, checkpoint: str) -> list[Repaired]:
+    """``repair_site`` for all of them, as Ray tasks; needs a connected Ray."""
+    import ray
+    from ray.exceptions import RayError
+
+    cpus, gpus = resources(config.cluster)
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(_repair_sites)
+    parts = [stretches[i : i + TASK] for i in range(0, len(stretches), TASK)]
+    waiting = [task.remote(list(part), config.data, checkpoint, config.place("features")) for part in parts]
+    done: list[Repaired] = []
+    for part, ref in zip(parts, waiting, strict=True):
+        try:
+            done += ray.get(ref)
+        except RayError as e:
+            done += [Repaired(s.site, error=str(e).strip().splitlines()[-1][:300]) for s in part]
+    return done
+
+
+def repair_site(stretch: Stretch, limits: DataConfig, checkpoint: str, features: Place) -> Repaired:
+    """Make again the features of those segments that do not verify; what breaks is reported, never raised."""
+    restored, lost = list[str](), list[str]()
+    try:
+        model = load_model(checkpoint)
+        for row, repeated, path in zip(stretch.segments, stretch.repeated, stretch.captures, strict=True):
+            if _whole(row, model, features):
+                continue
+            read = _same(row, path, limits)
+            if read is None:
+                end = row.base_offset + row.rows
+                forget_range(features, model.manifest.trunk_digest, row.site, start=row.base_offset, end=end)
+                lost += [row.name] if row.good else []
+                continue
+            segment = NewSegment(row.site, row.name, str(path), row.rows, row.base_offset)
+            restore_segment(segment, read, repeated, limits.size, model, features)
+            if not _whole(row, model, features):
+                raise ValueError(f"{row.name}: the same capture no longer gives {row.good} samples")
+            restored.append(row.name)
+    except Exception as e:  # a site may fail, the fleet may not: the reason is kept and shown
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        return Repaired(stretch.site, tuple(restored), tuple(lost), reason)
+    return Repaired(stretch.site, tuple(restored), tuple(lost))
+
+
+def _repair_sites(stretches: Sequence[Stretch], limits: DataConfig, checkpoint: str, features: Place) -> list[Repaired]:
+    return [repair_site(s, limits, checkpoint, features) for s in stretches]
+
+
+def _whole(row: SegmentRow, model: SourceModel, features: Place) -> bool:
+    """Whether every good sample of the segment has its features."""
+    trunk, width = model.manifest.trunk_digest, model.manifest.config.trunk.features
+    try:
+        block = read_features(
+            features, trunk, row.site, start=row.base_offset, end=row.base_offset + row.rows, features=width
+        )
+    except BadBlob:
+        return False
+    return len(block) == row.good
+
+
+def _same(row: SegmentRow, path: Place | None, limits: DataConfig) -> Segment | None:
+    """The segment that was ingested, None where it is gone or another."""
+    if path is None:
+        return None
+    try:
+        read = read_segment(path, site=row.site, limits=limits)
+    except (BadSegment, FileNotFoundError):
+        return None
+    return read if read.sha256 == row.sha256 else None

@@ -1,0 +1,70 @@
+"""A feature file that is damaged costs its site one cycle and no bit of what it learns."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from jobs.ingest import LOST
+from pipeline.data import blobs
+from tests.e2e.conftest import SITES, Deployment, copy, fresh
+
+pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.timeout(180)]
+GONE, SITE = SITES[:2]
+
+
+def test_the_next_cycle_makes_damaged_features_again_or_goes_on_without_them(deployment, tmp_path, capsys):
+    """Two sites' features are damaged; the captures of one are gone."""
+    assert deployment.run("ingest") == 0
+    other = tmp_path / "undisturbed"
+    copy(deployment.root, other)
+    undisturbed = fresh(other)  # its model is the other's
+    said(undisturbed, capsys, "adapt")
+    ledger = deployment.ledger
+    before = ledger.segments(SITE), ledger.quarantined(SITE)
+    lost = ledger.segments(GONE)[0][0].name
+    for site in (GONE, SITE):
+        damage(deployment, site)
+    (deployment.root / "captures" / GONE / lost).unlink()
+    told, _ = said(deployment, capsys, "cycle")
+    assert (told["adapted"], told["failed_sites"]) == (len(SITES) - 2, 2)
+    assert ledger.site(SITE).status == ledger.site(GONE).status == "failed"
+    told, line = said(deployment, capsys, "cycle")
+    assert told["failed_sites"] == 0
+    assert f"{SITE}: features of segment-" in line
+    assert f"warning: {GONE}: {LOST}: {lost}: they do not verify and the captures are gone" in line
+    for site in (SITE, GONE):
+        row = ledger.site(site)
+        assert (row.status, row.learned) == ("active", row.ingested)
+    assert (ledger.segments(SITE), ledger.quarantined(SITE)) == before
+    mine, theirs = learned(deployment), learned(undisturbed)
+    for site in set(SITES) - {GONE}:
+        assert mine[site].keys() == theirs[site].keys()
+        assert all(torch.equal(t, theirs[site][n]) for n, t in mine[site].items()), site
+    assert [(p["site"], p["segment"]) for _, _, kind, p in ledger.audit() if kind == LOST] == [(GONE, lost)]
+    assert ledger.broken_audit() is None
+
+
+def damage(d: Deployment, site: str) -> None:
+    """One bit of its first feature file."""
+    path = min((d.root / "artifacts" / "features").glob(f"*/site={site}/*.parquet"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+
+
+def learned(d: Deployment) -> dict[str, dict[str, torch.Tensor]]:
+    """What each site has learned."""
+    ledger = d.ledger
+    rows = {s.site: ledger.states([s.learner])[s.learner] for s in ledger.sites() if s.learner}
+    places = d.config.place("states")
+    return {site: {n: t[r.slot] for n, t in blobs.get(places, r.blob).items()} for site, r in rows.items()}
+
+
+def said(d: Deployment, capsys, *words: str) -> tuple[dict[str, object], str]:
+    capsys.readouterr()
+    assert d.run(*words, "--json") in (0, 3)
+    captured = capsys.readouterr()
+    return json.loads(captured.out), captured.err
