@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from typer.exceptions import TyperException
@@ -29,6 +30,25 @@ class Later(ModuleType):
         if sys.modules.get(name) is self:
             del sys.modules[name]
         return getattr(importlib.import_module(name), attribute)
+
+
+class Brought:
+    """Finds a submodule that its package, when ``Later`` loaded it, has brought along: Python would load it once more."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if target is not None or name not in sys.modules:
+            return None
+        return ModuleSpec(name, Brought, loader_state=sys.modules[name].__spec__)  # pyright: ignore[reportArgumentType]
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> ModuleType:
+        return sys.modules[spec.name]
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__ = module.__spec__.loader_state
 
 
 def gather(argv: Sequence[str]) -> list[str]:
@@ -54,6 +74,7 @@ def lazy(name: str) -> None:
     if name not in sys.modules and spec is not None:
         sys.modules[name] = later = Later(name)
         later.__spec__ = spec
+        sys.meta_path.insert(0, Brought)  # pyright: ignore[reportArgumentType]
 
 
 def exit_code(e: Exception) -> Exit | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -16,12 +18,16 @@ from jobs.deployment import now, open_ledger
 from jobs.train import train
 from pipeline import speed
 from pipeline.cluster import connected
+from pipeline.cluster.bench import code_of
 from pipeline.data import crowd
 from pipeline.data.corpora import synth
 from pipeline.models import TailConfig, TinyConfig, checkpoint, tail, trunk
 from pipeline.site.danet import Config as Danet
+from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jobs import Terminal
     from pipeline.config import Config
     from pipeline.models.checkpoint import SourceModel
@@ -55,16 +61,11 @@ def bench_fleet(config: Config, terminal: Terminal, *, quick: bool) -> int:
     """Make the ground, run everything, compare."""
     started, size = time.monotonic(), QUICK if quick else Size()
     ground = _ground(config, terminal)
+    parts = {"cycles": _cycles, "kills": _kills, "ingest": _ingest, "steps": _steps, "registered": _registered}
     found: dict[str, float | None] = {}
     with connected(ground.config.cluster):
-        found |= _cycles(ground, size, terminal)
-        found |= _kills(ground, size, terminal)
-        terminal.say("bench fleet: ingest beside a decoding loop and a DataLoader")
-        found |= bench_fleet_ingest.measure(ground, terminal, sites=size.ingested, captures=size.each)
-    terminal.say("bench fleet: steps of a bank")
-    found |= _steps(checkpoint.load(open_ledger(ground.config).source().path), batch=ground.config.bank.batch)
-    terminal.say(f"bench fleet: {size.registered} registered sites")
-    found["resident"] = _resident(ground, size.registered)
+        for name, measure in parts.items():
+            found |= _once(ground, size, name, lambda measure=measure: measure(ground, size, terminal))
     facts = context(started, seeds=[0], quick=quick, sites=[size.small, size.large], **_told(found))
     return conclude(terminal, figures(found, size), facts)
 
@@ -86,6 +87,20 @@ def _ground(config: Config, terminal: Terminal) -> runs.Ground:
         synth.write(root / "corpora", size=config.data.size, domains=("A", "B"), samples=300)
     train(ground, replace(terminal, as_json=False, out=terminal.err), champion=True)
     return runs.Ground(ground, crowd.pool(root / "pool"), root / "runs")
+
+
+def _once(
+    ground: runs.Ground, size: Size, name: str, measure: Callable[[], dict[str, float | None]]
+) -> dict[str, float | None]:
+    """A part's figures as they were stored by this very code, else measured now: an interrupted benchmark goes on."""
+    told = json.dumps([asdict(size), ground.config.model_dump(mode="json")], sort_keys=True)
+    key = hashlib.sha256((code_of(["**/*.py"]) + told).encode()).hexdigest()[:12]
+    path = ground.root / f"{name}-{key}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    figures = measure()
+    write_atomic(path, json.dumps(figures).encode())
+    return figures
 
 
 def _cycles(ground: runs.Ground, size: Size, terminal: Terminal) -> dict[str, float | None]:
@@ -118,7 +133,14 @@ def _kills(ground: runs.Ground, size: Size, terminal: Terminal) -> dict[str, flo
     }  # fmt: skip
 
 
-def _steps(model: SourceModel, *, batch: int) -> dict[str, float | None]:
+def _ingest(ground: runs.Ground, size: Size, terminal: Terminal) -> dict[str, float | None]:
+    terminal.say("bench fleet: ingest beside a decoding loop and a DataLoader")
+    return bench_fleet_ingest.measure(ground, terminal, sites=size.ingested, captures=size.each)
+
+
+def _steps(ground: runs.Ground, _: Size, terminal: Terminal) -> dict[str, float | None]:
+    terminal.say("bench fleet: steps of a bank")
+    model, batch = checkpoint.load(open_ledger(ground.config).source().path), ground.config.bank.batch
     quiet = Danet()
     methods: dict[str, SiteMethod] = {"learns": LEARNS, "quiet": quiet}
     here = speed.adaptation(model, methods, batch=batch)
@@ -142,11 +164,12 @@ def _production(model: SourceModel) -> SourceModel:
     return replace(model, trunk=trunk.fold(trunk.build_trunk(config, side)), tail=params, manifest=manifest)
 
 
-def _resident(ground: runs.Ground, sites: int) -> float:
+def _registered(ground: runs.Ground, size: Size, terminal: Terminal) -> dict[str, float | None]:
+    terminal.say(f"bench fleet: {size.registered} registered sites")
     config = ground.deployment("registered")
-    open_ledger(config).register_sites({site: {} for site in crowd.names(sites)}, now=now())
+    open_ledger(config).register_sites({site: {} for site in crowd.names(size.registered)}, now=now())
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(runs.resident, (config.ledger.url,))
+        return {"resident": pool.apply(runs.resident, (config.ledger.url,))}
 
 
 def figures(found: dict[str, float | None], size: Size) -> list[Figure]:

@@ -216,9 +216,10 @@ def _corpora(config: Config) -> Check:
 
 def _captures(config: Config) -> Check:
     from pipeline.data.captures import list_segments
+    from pipeline.storage import place
 
-    root = Path(config.data.captures)
-    if not root.is_dir():
+    root = place(config.data.captures)
+    if isinstance(root, Path) and not root.is_dir():
         return Check("captures", "warn", f"no folder {root}", "let sites write data.captures/<site>/segment-*.parquet")
     listing = list_segments(root)
     found = f"{len(listing.segments)} sites, {sum(len(files) for files in listing.segments.values())} segments"

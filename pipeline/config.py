@@ -126,6 +126,7 @@ class BenchConfig(Section):
 
 class Config(Section):
     """The deployment. ``source`` and ``site`` hold the Config of the method that their ``kind`` names."""
+
     data: DataConfig
     model: ModelConfig
     source: SerializeAsAny[Schedule]

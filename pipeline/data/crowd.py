@@ -35,7 +35,9 @@ def pool(folder: Path) -> pa.Table:
     paths = [folder / "captures" / site for site in SITES]
     if not all(p.exists() for p in paths):
         simulate(folder, scripts, phase=1)
-    parts = [pq.read_table(segment, columns=list(IMAGES)) for p in paths for segment in sorted(p.glob("segment-*.parquet"))]
+    parts = [
+        pq.read_table(segment, columns=list(IMAGES)) for p in paths for segment in sorted(p.glob("segment-*.parquet"))
+    ]
     return pa.concat_tables(parts).combine_chunks()
 
 

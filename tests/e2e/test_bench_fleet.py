@@ -66,5 +66,11 @@ def test_a_figure_that_was_not_measured_does_not_hold() -> None:
 
 
 def test_registered_sites_are_counted_with_what_drives_them(ground) -> None:
-    gib = bench_fleet._resident(ground, 50)
-    assert 0.02 < gib < 2
+    found = bench_fleet._registered(ground, replace(Size(), registered=50), Terminal(as_json=True))
+    assert 0.02 < found["resident"] < 2
+
+
+def test_a_part_is_measured_once(ground) -> None:
+    given = [{"x": 1.0}, {"x": 2.0}]
+    found = [bench_fleet._once(ground, size, "part", lambda: given.pop(0)) for size in (Size(), Size(), Size(small=3))]
+    assert found == [{"x": 1.0}, {"x": 1.0}, {"x": 2.0}]

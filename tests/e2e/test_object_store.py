@@ -58,7 +58,7 @@ def test_a_cycle_on_an_object_store(remote, capsys):
     for state in ledger.states([s.learner for s in ledger.sites()]).values():
         blobs.get(config.place("states"), state.blob)
     left = {f.inside[-2:] for f in files(place(config.data.captures))}
-    doubtful = {(s.site, s.name) for site in SITES for s, _ in ledger.segments(site) if s.quarantined}
+    doubtful = {(q.site, q.segment) for q in ledger.quarantined()}
     assert left == doubtful, "frames do not outlive ingest, but for those that somebody may look into"
     assert Path(str(told["report"])).is_file(), "a page is for people: it lies on this machine"
     assert not (remote.root / "artifacts").exists()

@@ -18,6 +18,8 @@ def writes(ledger, cycle):
         lambda: ledger.commit_shard(cycle, [], now=T0),
         lambda: ledger.commit_ingest(cycle, [segment()], [], now=T0),
         lambda: ledger.commit_ingest(cycle, [], [], now=T0),
+        lambda: ledger.lose(cycle, [("s0", "segment-1.parquet")], reason="features lost", now=T0),
+        lambda: ledger.lose(cycle, [], reason="features lost", now=T0),
         lambda: ledger.renew(cycle, now=T0),
         lambda: ledger.finish_cycle(cycle, summary={}, now=T0),
     )
@@ -25,7 +27,7 @@ def writes(ledger, cycle):
 
 def test_every_write_with_a_cycle_is_fenced(ledger):
     takers = {n for n in dir(ledger) if not n.startswith("_") and "Cycle" in signature(ledger, n)}
-    assert takers == {"commit_shard", "commit_ingest", "renew", "finish_cycle"}  # what ``writes`` lists
+    assert takers == {"commit_shard", "commit_ingest", "lose", "renew", "finish_cycle"}  # what ``writes`` lists
 
 
 def signature(ledger, name):
@@ -41,6 +43,20 @@ def test_sites_are_registered_once(ledger):
         ledger.site("s00")
     with pytest.raises(UnknownSite, match="'nowhere': not registered"):
         ledger.sites_named(["s1", "nowhere"])
+
+
+def test_lost_samples_are_quarantined_once_and_keep_their_offsets(ledger):
+    cycle = begin(ledger)
+    ledger.commit_ingest(cycle, [segment()], [QuarantineRow("s0", "segment-1.parquet", 3, "x", "rgb: torn")], now=T0)
+    for _ in range(2):
+        ledger.lose(cycle, [("s0", "segment-1.parquet"), ("s0", "unknown")], reason="features lost", now=T0)
+    ((row, _),) = ledger.segments("s0")
+    assert (row.rows, row.good, row.quarantined, ledger.site("s0").ingested) == (10, 0, 10, 10)
+    lost = [q.row for q in ledger.quarantined("s0") if q.reason == "features lost"]
+    assert lost == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    told = [payload for _, _, kind, payload in ledger.audit() if kind == "features lost"]
+    assert [(t["segment"], t["samples"], t["offsets"]) for t in told] == [("segment-1.parquet", 9, [0, 10])]
+    assert ledger.broken_audit() is None
 
 
 def test_ingest_counts_rows_and_keeps_what_was_refused(ledger):

@@ -62,7 +62,9 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     assert all(torch.equal(before.tail[n], after.tail[n]) for n in before.tail)
     assert after.manifest == before.manifest
     assert digest == after.manifest.digest == cp.read_manifest(tmp_path / "deep" / "m").digest
-    assert sorted(p.name for p in (tmp_path / "deep" / "m").iterdir()) == [cp.MANIFEST, cp.WEIGHTS], "nothing else is left"
+    assert sorted(p.name for p in (tmp_path / "deep" / "m").iterdir()) == [cp.MANIFEST, cp.WEIGHTS], (
+        "nothing else is left"
+    )
 
 
 def test_digests_name_what_they_should() -> None:
