@@ -1,6 +1,4 @@
-"""One flat YAML per deployment → one validated, frozen Config. Section classes live beside what they configure;
-those of the layers above this file (cluster, ledger, lineage, search) live here.
-"""
+"""One flat YAML → one validated, frozen Config. Section classes live beside what they configure; those of layers above, here."""
 
 from __future__ import annotations
 
