@@ -154,12 +154,14 @@ def seen(config: Config) -> FeatureBlock:
     return read_features(config.place("features"), source.trunk, row.site, start=0, end=row.ingested, features=width)
 
 
-def adapted(config: Config, terminal: Terminal, *, kill_every: float | None = None) -> tuple[float, int]:
+def adapted(
+    config: Config, terminal: Terminal, *, kill_every: float | None = None, most: int = sys.maxsize
+) -> tuple[float, int]:
     """(seconds to adapt everything that is pending, shards killed by SIGKILL on the way) under the connected Ray."""
     ledger = open_ledger(config)
     alive: list[int] = []
     killed: list[int] = []
-    with lease(config, ledger, "adapt") as held, _killing(alive, killed, kill_every):
+    with lease(config, ledger, "adapt") as held, _killing(alive, killed, kill_every, most):
         pending = {r.site: r.ingested - r.learned for r in ledger.sites()}
         began = time.perf_counter()
         with terminal.progress("bench fleet, adapt", "sites") as advance:
@@ -232,12 +234,12 @@ def _check(ledger: Ledger) -> None:
 
 
 @contextmanager
-def _killing(alive: list[int], killed: list[int], every: float | None) -> Iterator[None]:
-    """SIGKILL the youngest shard every so often."""
+def _killing(alive: list[int], killed: list[int], every: float | None, most: int) -> Iterator[None]:
+    """SIGKILL the youngest shard every so often, ``most`` times."""
     ended = threading.Event()
 
     def strike() -> None:
-        while every is not None and not ended.wait(every):
+        while every is not None and len(killed) < most and not ended.wait(every):
             for pid in reversed(alive):
                 if psutil.pid_exists(pid) and pid not in killed:
                     os.kill(pid, signal.SIGKILL)

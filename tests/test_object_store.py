@@ -42,6 +42,8 @@ def endpoint():
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    _auth(f"{host}:{port}", "inf")  # of a server that another module had in this process
+    requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10)
     given = {"endpoint_url": f"http://{host}:{port}", "region_name": "us-east-1"}
     boto3.client("s3", **given, aws_access_key_id="x", aws_secret_access_key="x").create_bucket(Bucket="artifacts")
     iam = boto3.client("iam", **given, aws_access_key_id="x", aws_secret_access_key="x")
@@ -49,7 +51,7 @@ def endpoint():
     allowed = '{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}'
     iam.put_user_policy(UserName="palisade", PolicyName="all", PolicyDocument=allowed)
     key = iam.create_access_key(UserName="palisade")["AccessKey"]
-    requests.post(f"http://{host}:{port}/moto-api/reset-auth", data="0", timeout=10)
+    _auth(f"{host}:{port}", "0")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
@@ -58,6 +60,13 @@ def endpoint():
         yield f"{host}:{port}"
     storage._connected.cache_clear()
     server.stop()
+
+
+def _auth(endpoint: str, unasked: str) -> None:
+    """How many requests the server answers before it asks for credentials."""
+    import requests
+
+    requests.post(f"http://{endpoint}/moto-api/reset-auth", data=unasked, timeout=10)
 
 
 @pytest.fixture
@@ -223,6 +232,7 @@ def test_wrong_credentials_are_one_line(endpoint, root, monkeypatch, name):
 
 
 @pytest.mark.slow  # the client tries again for seconds
+@pytest.mark.usefixtures("endpoint")
 def test_a_store_that_cannot_be_reached_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
