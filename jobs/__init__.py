@@ -46,13 +46,13 @@ class Terminal:
     def result(self, data: Mapping[str, object], *shown: Table | str) -> None:
         """The outcome: ``data`` with ``--json``, else what is ``shown``."""
         if self.as_json:
-            print(json.dumps(_known(data), default=str, allow_nan=False), file=self.out.file, flush=True)
-            return
-        for part in shown:
+            print(json.dumps(_known(data), default=str, allow_nan=False), file=self.out.file)
+        for part in () if self.as_json else shown:
             if isinstance(part, str):
                 self.out.print(part, markup=False)
             else:
                 self.out.print(part)
+        self.out.file.flush()  # whoever follows a job reads it now
 
     @contextmanager
     def progress(self, label: str, unit: str = "") -> Iterator[Advance]:

@@ -80,7 +80,7 @@ def record(config: Config, ledger: Ledger, cycle: Cycle, summary: dict[str, obje
 
 def exit_code(verdicts: Sequence[VerdictRow], *, failed: int) -> Exit:
     """DONE when any candidate passed; else what kept all of them from it."""
-    outcomes = {v.verdict.outcome for v in verdicts}
+    outcomes = {v.outcome for v in verdicts}
     if not outcomes and failed:
         return Exit.INFRASTRUCTURE
     if "pass" in outcomes or not outcomes:
@@ -91,14 +91,14 @@ def exit_code(verdicts: Sequence[VerdictRow], *, failed: int) -> Exit:
 def show(terminal: Terminal, cycle: Cycle, summary: dict[str, object], verdicts: Sequence[VerdictRow]) -> None:
     """One line per site, worst first."""
     order = {"fail": 0, "hold": 1, "pass": 2}
-    worst = sorted(verdicts, key=lambda v: (order[v.verdict.outcome], v.site))
+    worst = sorted(verdicts, key=lambda v: (order[v.outcome], v.site))
     rows = [
-        [v.site, v.counters["samples"], v.verdict.outcome, "" if v.verdict.outcome == "pass" else v.verdict.decisive]
+        [v.site, v.counters["samples"], v.outcome, "" if v.outcome == "pass" else v.verdict.decisive]
         for v in worst[:SHOWN]
     ]
     more = f"and {len(worst) - SHOWN} more; see `palisade site list`" if len(worst) > SHOWN else ""
     listed = [
-        {"site": v.site, "outcome": v.verdict.outcome, "reason": v.verdict.decisive, "samples": v.counters["samples"]}
+        {"site": v.site, "outcome": v.outcome, "reason": v.verdict.decisive, "samples": v.counters["samples"]}
         for v in worst
     ]
     terminal.result(
@@ -110,6 +110,6 @@ def show(terminal: Terminal, cycle: Cycle, summary: dict[str, object], verdicts:
 
 def _row(v: VerdictRow) -> dict[str, object]:
     kept = {k: c for k, c in v.counters.items() if k not in ("outcomes", "rows", "lost")}
-    return {"site": v.site, "state": v.state, "outcome": v.verdict.outcome, "reason": v.verdict.decisive,
+    return {"site": v.site, "state": v.state, "outcome": v.outcome, "reason": v.verdict.decisive,
             "offset_from": v.offset_from,
             "offset_to": v.offset_to, "trust_ratio": v.evidence.trust_ratio, **kept}  # fmt: skip

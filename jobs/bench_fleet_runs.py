@@ -103,7 +103,7 @@ class Ground:
 
 
 def moved(config: Config, **sections: Mapping[str, object]) -> Config:
-    """``config`` with other values in some sections, validated."""
+    """``config`` with other values in some sections, as they are given."""
     changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     return config.model_copy(update=changed)
 

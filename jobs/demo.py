@@ -126,7 +126,7 @@ def _show(
     for s in report.sites:
         why = s.reasons[0] if s.verdict != "pass" and s.reasons else ""
         if s.site == TAMPERED:
-            s = replace(s, samples=int(str(spoilt.counters["samples"])), verdict=spoilt.verdict.outcome)
+            s = replace(s, samples=int(str(spoilt.counters["samples"])), verdict=spoilt.outcome)
             why = f"spoilt on purpose: {spoilt.verdict.decisive}"
         rows.append([s.site, s.samples, _change(s.before, s.after, "hter"), _change(s.before, s.after, "max_apcer"),
                      _change(s.before, s.after, "bpcer"), s.verdict, s.wave, why[:60]])  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -86,7 +85,6 @@ def show(terminal: Terminal, ledger: Ledger, cycle: Cycle, summary: dict[str, ob
     listed = [{"site": s, "where": w, "reason": r, "count": n} for (s, w, r), n in reasons.items()]
     data = {"cycle": cycle.id, **summary, "refused": listed}
     terminal.result(data, *parts, f"{cycle.id}: {said}" if brief else said)
-    sys.stdout.flush()  # whoever follows reads it now
 
 
 def _step(

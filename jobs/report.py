@@ -124,7 +124,7 @@ def _site(
 ) -> SiteReport:  # fmt: skip
     waves = {s: i + 1 for i, w in enumerate(release.plan.waves) for s in w.sites} if release else {}
     samples = int(str(v.counters["samples"])) if v else 0
-    outcome = v.verdict.outcome if v else None
+    outcome = v.outcome if v else None
     status = "failed" if outcome == "fail" else "ok" if outcome == "pass" else "held"
     if v is None or (samples == 0 and refused):
         status = "broken"
@@ -142,8 +142,9 @@ def _site(
 
 
 def _reasons(v: VerdictRow) -> tuple[str, ...]:
-    first = v.verdict.decisive
-    every = [f"{r.guard}: {r.text}{' (advisory)' if r.advisory else ''}" for r in v.verdict.reasons]
+    verdict = v.verdict
+    first = verdict.decisive
+    every = [f"{r.guard}: {r.text}{' (advisory)' if r.advisory else ''}" for r in verdict.reasons]
     return tuple(dict.fromkeys([first, *every] if first else every))
 
 

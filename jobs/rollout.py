@@ -165,15 +165,15 @@ def _facts(config: Config, ledger: Ledger) -> dict[str, SiteFacts]:
         candidate = None
         if verdict and verdict.state and states[verdict.state].source_version == champion:
             again = assess(config.guards, verdict.evidence)
-            outcome = again.outcome if verdict.verdict.outcome == "pass" else verdict.verdict.outcome
+            outcome = again.outcome if verdict.outcome == "pass" else verdict.outcome
             to = Pointer(state_id=verdict.state, source_version=champion)
             candidate = Candidate(to=to, verdict_id=verdict.id, outcome=outcome, reason=verdict.verdict.decisive)
         elif verdict:
             here = Pointer(state_id=None, source_version=champion)
             candidate = Candidate(
-                to=here, verdict_id=verdict.id, outcome=verdict.verdict.outcome, reason=verdict.verdict.decisive
+                to=here, verdict_id=verdict.id, outcome=verdict.outcome, reason=verdict.verdict.decisive
             )
-            candidate = candidate if verdict.verdict.outcome != "pass" else None
+            candidate = candidate if verdict.outcome != "pass" else None
         last_good = good.get(row.site)
         facts[row.site] = SiteFacts(
             serving=_pointer(ledger, served), candidate=candidate, control=row.site in controls,

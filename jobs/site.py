@@ -23,7 +23,7 @@ def list_sites(config: Config, terminal: Terminal) -> int:
     listed: list[dict[str, object]] = []
     for row in ledger.sites():
         verdict, served = latest.get(row.site), serving.get(row.site)
-        outcome = verdict.verdict.outcome if verdict else None
+        outcome = verdict.outcome if verdict else None
         rows.append(
             [row.site, row.status, row.learned, outcome, serving_name(ledger, served), served.wave if served else None]
         )
@@ -44,14 +44,14 @@ def show(config: Config, terminal: Terminal, *, site: str) -> int:
     terminal.result(
         {"site": site, "status": row.status, "reason": row.reason, "ingested": row.ingested, "learned": row.learned,
          "segments": [vars(s) for s, _ in segments], "quarantine": dict(reasons),
-         "verdicts": [{"cycle": v.cycle, "outcome": v.verdict.outcome, "reason": v.verdict.decisive} for v in verdicts]},
+         "verdicts": [{"cycle": v.cycle, "outcome": v.outcome, "reason": v.verdict.decisive} for v in verdicts]},
         head,
         table("segments", ["segment", "offsets", "good", "refused", "ingested"],
               [[s.name, f"{s.base_offset}–{s.base_offset + s.rows}", s.good, s.quarantined, f"{at:%Y-%m-%d %H:%M}"]
                for s, at in segments]),
         *([table("refused", ["reason", "count"], [[r, n] for r, n in reasons.most_common()])] if reasons else []),
         table("verdicts", ["cycle", "offsets", "samples", "verdict", "why"],
-              [[v.cycle, f"{v.offset_from}–{v.offset_to}", v.counters["samples"], v.verdict.outcome, v.verdict.decisive]
+              [[v.cycle, f"{v.offset_from}–{v.offset_to}", v.counters["samples"], v.outcome, v.verdict.decisive]
                for v in verdicts]),
     )  # fmt: skip
     return Exit.DONE
@@ -82,7 +82,7 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
                 "candidate",
                 f"{state.id} by {state.method}, blob {state.blob[:12]} slot {state.slot}, parent {state.parent or 'source'}",
             ),
-            ("verdict", f"{verdict.verdict.outcome} at {verdict.at:%Y-%m-%d %H:%M:%S} UTC: {_findings(verdict)}"),
+            ("verdict", f"{verdict.outcome} at {verdict.at:%Y-%m-%d %H:%M:%S} UTC: {_findings(verdict)}"),
         ]
     if served:
         steps.append(("wave", _wave(ledger, served)))
@@ -91,7 +91,7 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
         steps.append(
             (
                 "newest",
-                f"candidate of {last[0].cycle}: {last[0].verdict.outcome}: {last[0].verdict.decisive or 'not released yet'}",
+                f"candidate of {last[0].cycle}: {last[0].outcome}: {last[0].verdict.decisive or 'not released yet'}",
             )
         )
     elif not last:

@@ -16,7 +16,6 @@ from pipeline.models import ModelConfig, unfinished
 from pipeline.models import tail as tails
 from pipeline.models.checkpoint import Manifest, SourceModel, seal
 from pipeline.models.trunk import build_trunk, fold
-from pipeline.models.unfinished import TENSORS as TENSORS
 from pipeline.sampler import FitError, ahead, batch, check_validation, draw, stratify
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from jobs.scoring import scored
 from pipeline import bank, whatif
 from pipeline import fit as fits
 from pipeline.bank import Trace
-from pipeline.cluster import ingest
+from pipeline.cluster import featurise, ingest
 from pipeline.cluster.shard import ShardJob, adapt_chunk
 from pipeline.config import Config, ConfigError, altered, load
 from pipeline.data.anchor import AnchorSet, seal
@@ -134,11 +134,9 @@ def ingested(config: Config, model: checkpoint.SourceModel, backlog: ingest.Back
     rows, base = [], backlog.base_offset
     for path in map(Path, backlog.paths):
         n = check_segment(path, site=backlog.site, limits=config.data)
-        told = ingest.ingest_segment(
-            ingest.NewSegment(backlog.site, path.name, str(path), n, base), config.data, model, config.place("features")
-        )
-        bad = len(told["bad"])  # pyright: ignore
-        rows.append(SegmentRow(backlog.site, path.name, str(told["sha256"]), n, base, n - bad, bad))
+        segment = featurise.NewSegment(backlog.site, path.name, str(path), n, base)
+        sha256, bad = featurise.ingest_segment(segment, config.data, model, config.place("features"))
+        rows.append(SegmentRow(backlog.site, path.name, sha256, n, base, n - len(bad), len(bad)))
         base += n
     return rows
 

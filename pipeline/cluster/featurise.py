@@ -51,10 +51,12 @@ class Frames(NamedTuple):
     bad: list[BadRow]
 
 
-def ingest_segment(segment: NewSegment, limits: DataConfig, model: SourceModel, features: Place) -> dict[str, object]:
-    """Validate, decode, featurise and store one segment → its digest and bad rows (row, sample id, reason)."""
+def ingest_segment(
+    segment: NewSegment, limits: DataConfig, model: SourceModel, features: Place
+) -> tuple[str, list[BadRow]]:
+    """Validate, decode, featurise and store one segment → its sha256 and bad rows."""
     read = read_segment(Path(segment.path), site=segment.site, limits=limits)
-    return {"bad": store_segment(segment, read, {}, limits.size, model, features), "sha256": read.sha256, "error": ""}
+    return read.sha256, store_segment(segment, read, {}, limits.size, model, features)
 
 
 def store_segment(

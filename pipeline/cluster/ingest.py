@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypedDict
 import cv2
 import torch
 
-from pipeline.cluster.featurise import NewSegment, earlier_ids, ingest_segment, store_segment
+from pipeline.cluster.featurise import NewSegment, earlier_ids, store_segment
 from pipeline.data import DataConfig
 from pipeline.data.captures import BadRow, BadSegment, list_segments, read_segment
 from pipeline.data.features import forget_range
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from pipeline.models.checkpoint import SourceModel
     from pipeline.storage import Place
 
-__all__ = ["Backlog", "Found", "Ingested", "NewSegment", "find", "ingest_segment", "run"]
 BLOCK_BYTES = 32 * 2**20  # of captures in a task: seconds, so that progress moves and a lost worker costs little
 SITE_BYTES = 2**16  # what a site costs however little it sent, in bytes of captures
 

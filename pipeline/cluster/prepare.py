@@ -15,7 +15,7 @@ import torch
 from pipeline import bank
 from pipeline.calibrate import validation
 from pipeline.cluster.bench import store
-from pipeline.cluster.ingest import NewSegment, ingest_segment
+from pipeline.cluster.featurise import NewSegment, ingest_segment
 from pipeline.config import method_config
 from pipeline.data import DataConfig
 from pipeline.data.captures import check_segment, list_segments, read_labels

@@ -24,7 +24,7 @@ import torch
 from pipeline import fit as fits
 from pipeline.config import parse
 from pipeline.data.corpus import read_corpus, read_manifest
-from pipeline.models import checkpoint
+from pipeline.models import checkpoint, unfinished
 from pipeline.revision import code_revision
 from pipeline.sampler import FitError, check_validation
 
@@ -123,9 +123,9 @@ def started(start: str | None) -> tuple[str, ...]:
     if start is None:
         return ()
     try:
-        return (hashlib.sha256((Path(start) / fits.TENSORS).read_bytes()).hexdigest(),)
+        return (hashlib.sha256((Path(start) / unfinished.TENSORS).read_bytes()).hexdigest(),)
     except OSError:
-        raise FitError(f"source.start: {start} holds no {fits.TENSORS}; run `palisade pretrain`") from None
+        raise FitError(f"source.start: {start} holds no {unfinished.TENSORS}; run `palisade pretrain`") from None
 
 
 def _scaling(config: Config) -> ray.train.ScalingConfig:

@@ -86,10 +86,6 @@ class Streams(Store):
         with self._read() as c:
             return [(SegmentRow(*r[:7]), datetime.fromisoformat(r.ingested_at)) for r in c.execute(query)]
 
-    def ingested_at(self, names: Sequence[str]) -> dict[str, datetime]:
-        """When the newest segment of each site was ingested; a site without segments is left out."""
-        return {site: at for site, (_, at) in self.pending(names).items() if at is not None}
-
     def pending(self, names: Sequence[str]) -> dict[str, tuple[int, datetime | None]]:
         """By site: good samples that it has not learned from yet, and when its newest segment was ingested (None: never).
 

@@ -76,7 +76,6 @@ def hot_path(w, cycle, part, at):
         "sites_named": lambda: ledger.sites_named(part),
         "serving": lambda: ledger.serving(part),
         "pending": lambda: ledger.pending(part),
-        "ingested_at": lambda: ledger.ingested_at(part),
         "states": lambda: ledger.states(learners),
         "commit_shard": lambda: ledger.commit_shard(cycle, [shard(s, at, more) for s in part], now=T0),
         "commit_shard again": lambda: ledger.commit_shard(cycle, [shard(s, at, more) for s in part], now=T0),
@@ -104,7 +103,7 @@ def fleets(tmp_path_factory):
 
 def test_a_chunk_costs_the_same_in_any_fleet_after_any_past(fleets):
     small, large, long = ({name: w.cost(do) for name, do in hot_path(w, *rest).items()} for w, *rest in fleets)
-    assert len(small) == 13 and all(v > EVERY for k, v in small.items())
+    assert len(small) == 12 and all(v > EVERY for k, v in small.items())
     assert {k: v for k, v in large.items() if v > 1.1 * small[k]} == {}
     assert {k: v for k, v in long.items() if v > 1.1 * small[k]} == {}
 
