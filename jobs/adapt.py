@@ -10,6 +10,7 @@ import pyarrow as pa
 from jobs import Exit, table
 from jobs.deployment import lease, now, open_ledger, source_model
 from pipeline.cluster import connected
+from pipeline.ledger import RETIRED
 from pipeline.lineage import Lineage, flat
 from pipeline.revision import code_revision
 
@@ -46,7 +47,8 @@ def adapt_step(
     from pipeline.cluster.shard import shard_job
 
     source = source_model(ledger)
-    pending = {r.site: r.ingested - r.learned for r in ledger.sites() if not sites or r.site in sites}
+    pending = {r.site: r.ingested - r.learned for r in ledger.sites()
+               if r.site in sites or (not sites and r.status != RETIRED)}  # fmt: skip
     if not pending:
         raise ValueError("no site is registered; run `palisade ingest` first")
     judged = ledger.outcomes(cycle.id)
@@ -66,10 +68,12 @@ def adapt_step(
     }
 
 
-def record(config: Config, ledger: Ledger, cycle: Cycle, summary: dict[str, object]) -> None:
-    """The cycle's run in MLflow: counts, the per-site table, parents, digests."""
+def record(
+    config: Config, ledger: Ledger, cycle: Cycle, summary: dict[str, object], *, version: int | None = None
+) -> None:
+    """The cycle's run in MLflow: counts, the per-site table, parents, digests; ``version`` of the source, if not the champion."""
     lineage = Lineage.open(config.lineage, code_revision=code_revision())
-    source = ledger.source()
+    source = ledger.source(version)
     verdicts = ledger.verdicts(cycle=cycle.id)
     tags = {"fingerprint": config.fingerprint(), "source.version": source.version, "source.digest": source.digest,
             "source.run": source.lineage, "anchor": ledger.anchor(source.trunk), "cycle": cycle.id}  # fmt: skip

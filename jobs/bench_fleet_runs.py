@@ -133,7 +133,7 @@ def plain(config: Config) -> Timed:
         found = cluster_ingest.find(config.data, {}, lambda _: 0)
         ledger.register_sites({site: {} for site in found.sites}, now=now())
         place = config.place("features")
-        done = [d for b in found.new for d in cluster_ingest.ingest_site(b, config.data, source.path, place)]
+        done = [d for b in found.new for d in cluster_ingest.ingest_site(b, config.data, [source.path], place)]
         taken = cluster_ingest.collect(found.new, done, {})
         ledger.commit_ingest(held, taken.segments, taken.quarantined, now=now())
         ingested = time.perf_counter()

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs import Terminal
+from jobs.commands_audit import audit_app, tell_app
 from jobs.commands_bench import bench_app
+from jobs.commands_guard import anchor_app, guard_app
 from jobs.commands_rollout import EVERYWHERE, rollout_app
 from jobs.commands_site import site_app
 
@@ -30,9 +32,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(tell_app)
 app.add_typer(bench_app, name="bench")
 app.add_typer(rollout_app, name="rollout")
 app.add_typer(site_app, name="site")
+app.add_typer(guard_app, name="guard")
+app.add_typer(anchor_app, name="anchor")
+app.add_typer(audit_app, name="audit")
 
 
 @dataclass(frozen=True)

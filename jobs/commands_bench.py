@@ -58,3 +58,18 @@ def bench_fleet(
     from jobs.bench_fleet import bench_fleet
 
     return bench_fleet(config, ctx.obj.terminal, quick=quick)
+
+
+@bench_app.command("rollout", epilog=EVERYWHERE)
+def bench_rollout(
+    ctx: typer.Context,
+    quick: Annotated[bool, typer.Option(help="A tenth of it: seconds, and no evidence.")] = False,
+) -> int:
+    """Measure what a rollout costs and what its guards see, and simulate a month of all that can go wrong.
+
+    Uses conf/bench.yaml where no --config is given.
+    """
+    config = ctx.obj.benchmark
+    from jobs.bench_rollout import bench_rollout
+
+    return bench_rollout(config, ctx.obj.terminal, quick=quick)

@@ -73,17 +73,27 @@ def source_model(ledger: Ledger, version: int | None = None) -> SourceRow:
     return row
 
 
+def featured_by(config: Config, ledger: Ledger) -> list[SourceRow]:
+    """The source models whose trunks every new sample goes through: the champion, then the challenger while there is one."""
+    rows, challenger = [source_model(ledger)], ledger.challenger()
+    if challenger is not None:
+        rows.append(source_model(ledger, challenger))
+    for row in rows:
+        check_size(config, row)
+    return rows if rows[-1].trunk != rows[0].trunk else rows[:1]
+
+
 @contextmanager
-def lease(config: Config, ledger: Ledger, kind: str) -> Iterator[Cycle]:
+def lease(config: Config, ledger: Ledger, kind: str, *, purpose: str = "") -> Iterator[Cycle]:
     """Hold the fleet's lease for a cycle of ``kind``; whoever dies in it is resumed by the next to call this.
 
-    The caller ends the cycle with ``finish_cycle``.
+    The caller ends the cycle with ``finish_cycle``. A cycle that was begun for another ``purpose`` is not gone on with.
     """
     host = socket.gethostname()
     own = psutil.Process()
     holder = f"{host}:{own.pid}:{own.create_time():.0f}"
     cycle = ledger.begin_cycle(
-        kind, config.fingerprint(), config.model_dump_json(), holder=holder, dead=_dead, now=now()
+        kind, config.fingerprint() + purpose, config.model_dump_json(), holder=holder, dead=_dead, now=now()
     )
     ended = threading.Event()
 

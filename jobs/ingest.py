@@ -10,20 +10,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from jobs import Exit, table
-from jobs.deployment import check_size, lease, now, open_ledger, source_model
+from jobs.deployment import featured_by, lease, now, open_ledger, source_model
 from pipeline.cluster import connected, repair
 from pipeline.cluster import ingest as cluster_ingest
-from pipeline.cluster.featurise import REPEATED
 from pipeline.ledger import CycleBusy, StaleGeneration
 from pipeline.storage import StoreUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from jobs import Terminal
     from pipeline.cluster.ingest import Found, Ingested
     from pipeline.config import Config
-    from pipeline.ledger import Cycle, Ledger, SiteRow
+    from pipeline.ledger import Cycle, Ledger, SegmentRow, SiteRow
     from pipeline.storage import Place
 
 ROUND = 256  # segments that a round of --follow takes, so that others come to the lease and a signal is soon answered
@@ -74,6 +73,20 @@ def ingest_step(config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal
     return _step(config, ledger, cycle, terminal)[0]
 
 
+def captured(config: Config, ledger: Ledger) -> Found:
+    """Which segments that the ledger has are still there."""
+    return _find(config, ledger, most=0)
+
+
+def stretch(ledger: Ledger, site: str, segments: Iterable[SegmentRow], found: Found) -> repair.Stretch:
+    """Segments of a site that count, with what is needed to make their features (again)."""
+    rows = tuple(segments)
+    bad = ledger.quarantined(site)
+    refused = tuple(frozenset(q.row for q in bad if q.segment == s.name) for s in rows)
+    there = {path.name: path for path in found.counted.get(site, ())}
+    return repair.Stretch(site, rows, refused, tuple(there.get(s.name) for s in rows))
+
+
 def show(terminal: Terminal, ledger: Ledger, cycle: Cycle, summary: dict[str, object], *, brief: bool = False) -> None:
     """Counts, and why rows were refused; ``brief``: one line."""
     reasons = Counter(
@@ -96,8 +109,7 @@ def _step(
     most: int | None = None,
     without: Collection[str] = (),
 ) -> tuple[dict[str, object], Ingested]:
-    source = source_model(ledger)
-    check_size(config, source)
+    sources = featured_by(config, ledger)
     found = _find(config, ledger, most=most, without=without)
     if not found.sites:
         raise ValueError(
@@ -112,11 +124,11 @@ def _step(
     if found.new:
         with connected(config.cluster), terminal.progress("ingest", "segments") as advance:
             done = cluster_ingest.run(
-                config, found.new, checkpoint=source.path, on_progress=advance,
+                config, found.new, checkpoints=[s.path for s in sources], on_progress=advance,
                 history=lambda site: {s.sha256: s.name for s, _ in ledger.segments(site) if s.rows},
             )  # fmt: skip
     _repair(config, ledger, cycle, terminal, found, without=without)
-    cluster_ingest.forget_orphans(config, source.trunk, done)
+    cluster_ingest.forget_orphans(config, [s.trunk for s in sources], done)
     ledger.commit_ingest(cycle, done.segments, done.quarantined, now=now())
     ledger.set_status(dict(done.failed))
     for site, reason in done.failed:
@@ -148,7 +160,7 @@ def _repair(
     failed = [r for r in ledger.sites() if r.status == "failed" and r.learned < r.ingested and r.site not in without]
     if not failed:
         return
-    stretches = [_stretch(ledger, row, found) for row in failed]
+    stretches = [stretch(ledger, row.site, _ahead(ledger, row), found) for row in failed]
     with connected(config.cluster):
         done = repair.run(config, stretches, checkpoint=source_model(ledger).path)
     ledger.lose(cycle, [(d.site, name) for d in done for name in d.lost], reason=LOST, now=now())
@@ -165,14 +177,9 @@ def _repair(
     ledger.set_status({d.site: "" for d in done if (d.restored or d.lost) and not d.error})
 
 
-def _stretch(ledger: Ledger, row: SiteRow, found: Found) -> repair.Stretch:
-    rows = [s for s, _ in ledger.segments(row.site) if s.rows and row.learned <= s.base_offset < row.ingested]
-    refused = ledger.quarantined(row.site)
-    there = {path.name: path for path in found.counted.get(row.site, ())}
-    repeated = [
-        frozenset(q.row for q in refused if q.segment == s.name and q.reason.startswith(REPEATED)) for s in rows
-    ]
-    return repair.Stretch(row.site, tuple(rows), tuple(repeated), tuple(there.get(s.name) for s in rows))
+def _ahead(ledger: Ledger, row: SiteRow) -> Iterator[SegmentRow]:
+    """What the site has not learned from yet."""
+    return (s for s, _ in ledger.segments(row.site) if s.rows and row.learned <= s.base_offset < row.ingested)
 
 
 def _forget(config: Config, found: Found, done: Ingested) -> None:

@@ -19,7 +19,7 @@ from jobs import Exit, percent, table
 from jobs.deployment import open_ledger, source_model
 from jobs.scoring import labels_of
 from pipeline import bank, whatif
-from pipeline.cluster.judge import Window, features_of, judge
+from pipeline.cluster.judge import Window, features_of, judge, rescored, slot_of
 from pipeline.data.anchor import open_sealed
 from pipeline.data.blobs import BadBlob
 from pipeline.data.features import read_features
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.data.anchor import AnchorSet
     from pipeline.data.features import FeatureBlock
+    from pipeline.guards import Evidence, Verdict
     from pipeline.ledger import Ledger, SiteRow, SourceRow
     from pipeline.models.checkpoint import SourceModel
     from pipeline.site import SiteMethod, State
@@ -179,13 +180,21 @@ def _replayed(
         part = recordings[start : start + config.bank.sites]
         states, traces = _run(config, model, fresh, part, min(config.bank.sites, slots), on_samples)
         windows = [Window(r.row, r.block, fresh, fresh, None, None, 0.0) for r in part]
-        judged = judge(config, model, anchor, windows, states, traces) if anchor else []
+        judged = _judged(config, model, anchor, windows, states, traces) if anchor else []
         verdicts = [verdict for _, verdict in judged] or [None] * len(part)
         found += [
             whatif.Replayed(trace, bank.distance(model.tail, states, k), verdict)
             for k, (trace, verdict) in enumerate(zip(traces, verdicts, strict=True))
         ]
     return found
+
+
+def _judged(
+    config: Config, model: SourceModel, anchor: AnchorSet, windows: Sequence[Window], states: State,
+    traces: Sequence[bank.Trace],
+) -> list[tuple[Evidence, Verdict]]:  # fmt: skip
+    scored = [rescored(model, w, slot_of(states, k), features_of(w.block)) for k, w in enumerate(windows)]
+    return judge(config, model, anchor, windows, states, traces, scored=scored)
 
 
 def _run(

@@ -80,6 +80,7 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
     joined = {site: _joined(config, source, v) for site, v in verdicts.items()}
     refused = _refused(ledger, cycle)
     serving, release = ledger.serving(), _release(ledger, verdicts)
+    waves = {s: t.wave + 1 for s, t in ledger.targets(release.plan.release).items()} if release else {}
     counts = {s.site: sum(q.site == s.site for q in refused) for s in sites}
     return CycleReport(
         cycle_id=cycle, started=datetime.fromisoformat(row.started), finished=datetime.fromisoformat(row.finished),
@@ -92,7 +93,7 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
         digests=(("anchor set", ledger.anchor(source.trunk)), ("trunk", source.trunk),
                  ("MLflow run of the source", source.lineage)),
         sites=tuple(
-            _site(s, verdicts.get(s.site), joined.get(s.site), threshold, counts[s.site], release, ledger,
+            _site(s, verdicts.get(s.site), joined.get(s.site), threshold, counts[s.site], waves.get(s.site), ledger,
                   serving.get(s.site))
             for s in sites
         ),
@@ -101,7 +102,7 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
         rollout=_rollout(ledger, release),
         totals=FleetTotals(
             registered=len(ledger.sites()), idle=sum(not v.counters["samples"] for v in verdicts.values()),
-            controls=len(release.plan.controls) if release else 0,
+            controls=release.plan.controls if release else 0,
             stage_seconds=tuple((k.removesuffix("_seconds"), float(v)) for k, v in summary.items() if k.endswith("_seconds")),
         ),
         notes=(
@@ -120,9 +121,8 @@ def _joined(config: Config, source: SourceRow, verdict: VerdictRow) -> Scored | 
 
 def _site(
     row: SiteRow, v: VerdictRow | None, joined: Scored | None, threshold: float, refused: int,
-    release: Rollout | None, ledger: Ledger, served: ServingRow | None,
+    wave: int | None, ledger: Ledger, served: ServingRow | None,
 ) -> SiteReport:  # fmt: skip
-    waves = {s: i + 1 for i, w in enumerate(release.plan.waves) for s in w.sites} if release else {}
     samples = int(str(v.counters["samples"])) if v else 0
     outcome = v.outcome if v else None
     status = "failed" if outcome == "fail" else "ok" if outcome == "pass" else "held"
@@ -136,7 +136,7 @@ def _site(
         omega=_thin(joined.omega) if joined else np.zeros(0), instability=_thin(joined.instability) if joined else np.zeros(0),
         restores=int(str(v.counters["restores"])) if v else 0, verdict=outcome,
         reasons=tuple([f"cluster: {row.reason}"] if row.reason else []) + (_reasons(v) if v else ()),
-        wave=waves.get(row.site), promoted=bool(served and v and v.state and served.state == v.state),
+        wave=wave, promoted=bool(served and v and v.state and served.state == v.state),
         serving=serving_name(ledger, served),
     )  # fmt: skip
 
@@ -229,20 +229,21 @@ def _quarantine(refused: Sequence[Refused]) -> tuple[QuarantineRow, ...]:
 def _release(ledger: Ledger, verdicts: dict[str, VerdictRow]) -> Rollout | None:
     """The newest rollout that carries a candidate of this cycle."""
     ids = {v.id for v in verdicts.values()}
-    every = (Rollout.model_validate_json(r.body) for r in ledger.rollouts())
-    return next((r for r in every if any(t.verdict_id in ids for t in r.plan.targets.values())), None)
+    for row in ledger.rollouts():
+        if any(t.verdict_id in ids for t in ledger.targets(row.id).values()):
+            return Rollout.model_validate_json(row.body)
+    return None
 
 
 def _rollout(ledger: Ledger, r: Rollout | None) -> RolloutReport | None:
     if r is None:
         return None
-    serving = ledger.serving(list(r.plan.targets))
     waves = []
     for i, w in enumerate(r.plan.waves):
-        on = [s for s in w.sites if s in serving and serving[s].state == r.plan.targets[s].to.state_id]
+        seen = ledger.wave_seen(r.plan.release, i, without=())
         state = "done" if i < r.wave or r.status == "completed" else str(r.status) if i == r.wave else "waiting"
-        failing = sum(s in r.failed for s in w.sites)
-        waves.append(WaveReport(i + 1, w.share, len(w.sites), len(on), failing, state, None))
+        failing = sum(wave == i for wave in r.failed.values())
+        waves.append(WaveReport(i + 1, w.share, seen.sites, seen.sites - sum(seen.late.values()), failing, state, None))
     events = [
         RolloutEvent(at, "palisade", f"{payload.get('event', kind)}")
         for _, at, kind, payload in ledger.audit() if payload.get("rollout") == r.plan.release and kind == "rollout"

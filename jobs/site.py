@@ -1,18 +1,29 @@
-"""``palisade site``: what is known of a site, and why it serves what it serves."""
+"""``palisade site``: what is known of a site, why it serves what it serves, and what people say of it."""
 
 from __future__ import annotations
 
+import csv
+import getpass
+import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from jobs import Exit, table
-from jobs.deployment import open_ledger
+from jobs.deployment import now, open_ledger
 from pipeline.models.checkpoint import Manifest
+from pipeline.rollout.calendar import known_zone
+from pipeline.types import Modality
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
     from jobs import Terminal
     from pipeline.config import Config
     from pipeline.ledger import Ledger, ServingRow, VerdictRow
+
+TAG = re.compile(r"[a-z][a-z0-9_]{0,31}")
+MODALITIES = tuple(m.name.lower() for m in Modality)
 
 
 def list_sites(config: Config, terminal: Terminal) -> int:
@@ -108,6 +119,33 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
     return Exit.DONE
 
 
+def tag(config: Config, terminal: Terminal, *, site: str | None, pairs: Sequence[str], file: Path | None) -> int:
+    """Give a site tags, or the sites of a CSV ``file``; nothing changes unless everything can."""
+    if (site is None) == (file is None) or (site is not None and not pairs):
+        raise ValueError(
+            "site tag: write either SITE key=value …, or --from FILE.csv with a column site and one per tag"
+        )
+    changes = {site: _tags([p.partition("=") for p in pairs], site)} if site is not None else {}
+    if file is not None:
+        changes = dict(_listed(file))
+    changed = open_ledger(config, create=False).set_tags(changes, now=now())
+    terminal.result(
+        {"changed": changed, "given": len(changes)}, f"{len(changed)} of {len(changes)} sites have other tags now"
+    )
+    return Exit.DONE
+
+
+def retire(config: Config, terminal: Terminal, *, site: str, reason: str, retired: bool) -> int:
+    """Take a site out of service, or back into it."""
+    if not reason.strip():
+        raise ValueError("site: an empty --reason says nothing to an auditor; say why")
+    who = getpass.getuser()
+    changed = open_ledger(config, create=False).set_retired(site, retired=retired, reason=f"{who}: {reason}", now=now())
+    state = "retired: no release plans it or waits for it" if retired else "back in service"
+    terminal.result({"site": site, "retired": retired, "changed": changed}, f"{site} is {state}")
+    return Exit.DONE
+
+
 def serving_name(ledger: Ledger, served: ServingRow | None) -> str:
     """What a site serves, in a word."""
     if served is None:
@@ -123,3 +161,49 @@ def _wave(ledger: Ledger, served: ServingRow) -> str:
     release = next((r for r in ledger.rollouts() if r.id == served.rollout), None)
     state = f" ({release.status}, plan {release.plan_hash[:8]})" if release else ""
     return f"{served.kind} in wave {served.wave} of {served.rollout}{state}"
+
+
+def _listed(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """(site, its tags) of a CSV; an empty cell leaves the tag as it is."""
+    seen: set[str] = set()
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            rows = csv.reader(stream, strict=True)
+            head = [name.strip() for name in next(rows, [])]
+            if head[:1] != ["site"] or len(head) < 2 or len(set(head)) != len(head):
+                raise ValueError(f"{file}: the first line must name the columns: site, then one per tag, each once")
+            for row in rows:
+                where = f"{file} line {rows.line_num}"
+                if len(row) != len(head) or not row[0].strip():
+                    raise ValueError(f"{where}: {len(row)} cells, {len(head)} with a site first are needed")
+                site = row[0].strip()
+                if site in seen:
+                    raise ValueError(f"{where}: site {site} is there twice")
+                seen.add(site)
+                cells = zip(head[1:], row[1:], strict=True)
+                yield site, _tags([(k, "=", v.strip()) for k, v in cells if v.strip()], where)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ValueError(f"{file}: not a CSV in UTF-8: {e}") from None
+
+
+def _tags(pairs: Sequence[tuple[str, str, str]], where: str) -> dict[str, str]:
+    tags: dict[str, str] = {}
+    for key, eq, value in pairs:
+        if not eq or not TAG.fullmatch(key) or key in tags:
+            raise ValueError(
+                f"{where}: {key + eq + value!r}: write key=value, each key once, of a-z 0-9 _ and at most 32 long"
+            )
+        if len(value) > 100 or not value.isprintable():
+            raise ValueError(f"{where}: {key}: a value has at most 100 characters, all printable")
+        if key == "tz" and value and not known_zone(value):
+            raise ValueError(f"{where}: tz={value}: not an IANA time zone, e.g. Europe/Berlin")
+        if (
+            key == "rig"
+            and value
+            and not (set(parts := value.split("+")) <= set(MODALITIES) and len(set(parts)) == len(parts))
+        ):
+            raise ValueError(f"{where}: rig={value}: write what it has of {', '.join(MODALITIES)}, e.g. rgb+ir")
+        tags[key] = value
+    return tags

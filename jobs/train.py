@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
 from jobs import Exit, percent, table
+from jobs.anchor import seal_built
 from jobs.deployment import corpora, now, open_ledger
 from pipeline.cluster import connected
-from pipeline.data.anchor import AnchorSet, seal
-from pipeline.data.corpus import read_corpus, read_manifest
-from pipeline.data.features import mask_to_bool
+from pipeline.data.corpus import read_manifest
 from pipeline.lineage import Lineage, flat
 from pipeline.models import checkpoint
-from pipeline.models.trunk import features
 from pipeline.revision import code_revision
 
 if TYPE_CHECKING:
     from jobs import Terminal
     from pipeline.config import Config
-    from pipeline.ledger import Ledger, SourceRow
+    from pipeline.ledger import SourceRow
     from pipeline.models.checkpoint import SourceModel
 
 
@@ -65,7 +59,7 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
             lineage=run.id,
             now=now(),
         )
-        _seal_anchor(config, ledger, model, folders, terminal)
+        seal_built(config, ledger, model, terminal)
         with checkpoint.folder(path) as local:
             registered = lineage.register_source(
                 run,
@@ -81,23 +75,6 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
         lineage.set_alias("champion" if crowned == version else "challenger", registered.version)
     _show(terminal, model, ledger.source(version), champion=crowned == version)
     return Exit.DONE
-
-
-def _seal_anchor(config: Config, ledger: Ledger, model: SourceModel, folders: list[Path], terminal: Terminal) -> None:
-    """Featurise the labelled anchor samples with the new trunk and pin their digest."""
-    sets = (
-        [read_corpus(Path(config.data.anchor))] if config.data.anchor else [read_corpus(p, ("test",)) for p in folders]
-    )
-    frames = torch.from_numpy(np.concatenate([c.frame for c in sets]))
-    present = torch.from_numpy(mask_to_bool(np.concatenate([c.present for c in sets])))
-    species = tuple(str(s) for c in sets for s in c.pai)
-    label = torch.from_numpy(np.concatenate([c.label for c in sets]).astype(np.int8))
-    anchor = AnchorSet(features(model.trunk, frames, present), present, label, species)
-    digest = seal(config.place("anchors"), anchor)
-    names, counts = np.unique(species, return_counts=True)
-    summary = {"items": len(label), "species": {str(n): int(k) for n, k in zip(names, counts, strict=True)}}
-    ledger.pin_anchor(digest, trunk=model.manifest.trunk_digest, summary=summary, now=now())
-    terminal.say(f"anchor set {digest[:12]} sealed: {len(label)} labelled samples of {len(names) - 1} attack species")
 
 
 def _show(terminal: Terminal, model: SourceModel, row: SourceRow, *, champion: bool) -> None:

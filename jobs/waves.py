@@ -5,57 +5,65 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jobs import Exit, table
-from pipeline.rollout import Pointer, Rollout, Status
+from pipeline.rollout import TERMINAL, Draft, Pointer, Rollout, Status, approved, needed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from jobs import Terminal
+    from pipeline.ledger import Ledger
+
+LISTED = 20
+SHARE, CLEAN, HARMED = "5 %", "2", "10"  # what a plan says it can detect: see pipeline.rollout.power
 
 
-def show_plan(terminal: Terminal, r: Rollout) -> None:
-    """Waves, who is in none and why, and what to do next."""
-    p = r.plan
-    waves = [
-        [i + 1, f"{w.share:.0%}", len(w.sites), w.abort_at, ", ".join(w.sites[:4]) + (" …" if len(w.sites) > 4 else "")]
+def show_plan(terminal: Terminal, r: Rollout, draft: Draft, *, stored: bool) -> None:
+    """Waves, what each can detect, who is in none and why, and what to do next."""
+    p, hash8 = r.plan, r.plan_hash[:8]
+    sites = [draft.wave(i) for i in range(len(p.waves))]
+    rows = [
+        [i + 1, f"{w.share:.0%}", w.sites, w.abort_at, needed(p, i),
+         "nothing" if w.detects_days is None else f"{w.detects_days:.1f} days",
+         ", ".join(sites[i][:3]) + (" …" if w.sites > 3 else "")]
         for i, w in enumerate(p.waves)
-    ]
-    parts = [
-        table(
-            f"{p.release}: {len(p.targets)} sites in {len(p.waves)} waves",
-            ["wave", "up to", "sites", "aborts at", ""],
-            waves,
-        )
-    ]
-    if p.excluded:
-        parts.append(table("in no wave", ["site", "why"], [[s, e.reason] for s, e in p.excluded.items()][:20]))
+    ]  # fmt: skip
+    what = f"source v{p.source_version}" if p.kind == "source" else "candidates"
+    parts = [table(f"{p.release}: {what} for {len(draft.targets)} sites in {len(p.waves)} waves",
+                   ["wave", "up to", "sites", "aborts at", "approvals", "detects in", ""], rows)]  # fmt: skip
+    out = [[s, e.reason] for s, e in draft.excluded.items() if s not in set(draft.controls)]
+    if out:
+        more, out = f" ({LISTED} of {len(out)})" if len(out) > LISTED else "", out[:LISTED]
+        parts.append(table(f"in no wave{more}", ["site", "why"], out))
+    per_day = p.config.presentations_per_day
+    known = f"with {per_day:g} labelled attack presentations per site and day"
+    next_step = f"look at `palisade rollout diff`, then `palisade rollout apply {hash8}`"
     terminal.result(
-        {"release": p.release, "plan_hash": r.plan_hash, **p.model_dump(mode="json", include={"waves", "excluded", "controls"}),
+        {"release": p.release, "plan_hash": r.plan_hash, "kind": p.kind, "source_version": p.source_version, "stored": stored,
+         "waves": [{**w.model_dump(mode="json"), "sites": list(sites[i])} for i, w in enumerate(p.waves)],
+         "excluded": {s: e._asdict() for s, e in draft.excluded.items()}, "controls": list(draft.controls),
          "duration_seconds": p.duration_seconds, "rollback_seconds": p.rollback_seconds},
         *parts,
-        f"controls, kept on the source model: {', '.join(p.controls) or 'none'}",
-        f"takes {p.duration_seconds:.0f} s when nothing holds; a rollback reaches every site within {p.rollback_seconds:.0f} s",
-        f"plan hash {r.plan_hash[:8]}; look at `palisade rollout diff`, then `palisade rollout apply {r.plan_hash[:8]}`",
+        f"controls, kept on the source model: {_some(draft.controls) or 'none'}",
+        f"detects in: until a wave stops when {SHARE} of its sites go from APCER {CLEAN} to {HARMED} %, {known}",
+        f"takes {_span(p.duration_seconds)} when nothing holds; a rollback reaches every site within {_span(p.rollback_seconds)}",
+        f"plan hash {hash8}; {next_step}" if stored else "a draft: nothing was stored; without --dry-run it is",
     )  # fmt: skip
 
 
-def show_status(terminal: Terminal, release: str, r: Rollout, serving: Mapping[str, Pointer]) -> Exit:
+def show_status(terminal: Terminal, ledger: Ledger, release: str, r: Rollout) -> Exit:
     """Wave by wave what is served; HOLD where the rollout waits for data or a person."""
     rows: list[list[object]] = []
     for i, w in enumerate(r.plan.waves):
-        on = sum(serving[s] == r.plan.targets[s].to for s in w.sites)
-        rows.append([i + 1, f"{w.share:.0%}", len(w.sites), on, sum(s in r.failed for s in w.sites)])
-    next_step = {
-        Status.PLANNED: f"`palisade rollout apply {r.plan_hash[:8]}` starts it",
-        Status.PAUSED: f"`palisade rollout apply {r.plan_hash[:8]}` goes on, `palisade rollout abort` goes back",
-        Status.HOLD: "waits for data; it pauses for a person after rollout.hold_seconds",
-        Status.BAKING: "the next `palisade rollout apply` or `palisade cycle` moves it on",
-    }.get(r.status, "")
-    said = f"{release} is {r.status}{f': {r.reason}' if r.reason else ''}{f'; {next_step}' if next_step else ''}"
-    listed = [dict(zip(("wave", "share", "sites", "promoted", "failed"), x, strict=True)) for x in rows]
+        seen = ledger.wave_seen(release, i, without=())
+        failed = sum(wave == i for wave in r.failed.values())
+        rows.append([i + 1, f"{w.share:.0%}", seen.sites, seen.sites - sum(seen.late.values()), failed, w.abort_at])
+    who = ", ".join(sorted(approved(r))) or "nobody"
+    said = f"{release} is {r.status}{f': {r.reason}' if r.reason else ''}"
     terminal.result(
-        {"release": release, "status": r.status, "reason": r.reason, "plan_hash": r.plan_hash, "waves": listed},
-        table(release, ["wave", "up to", "sites", "serving it", "failed"], rows), said,
+        {"release": release, "status": r.status, "reason": r.reason, "plan_hash": r.plan_hash, "joined": r.joined,
+         "approvals": sorted(approved(r)), "failed": sorted(r.failed),
+         "waves": [dict(zip(("wave", "share", "sites", "promoted", "failed", "aborts_at"), x, strict=True)) for x in rows]},
+        table(release, ["wave", "up to", "sites", "serving it", "failed", "aborts at"], rows),
+        f"approved by {who}" + (f"; {r.joined} sites joined the last wave" if r.joined else ""),
+        f"{said}{'; ' if (step := _next(r)) else ''}{step}",
     )  # fmt: skip
     return Exit.HOLD if r.status in {Status.HOLD, Status.PAUSED} else Exit.DONE
 
@@ -63,3 +71,29 @@ def show_status(terminal: Terminal, release: str, r: Rollout, serving: Mapping[s
 def name_of(pointer: Pointer) -> str:
     """What a pointer points to, in a word."""
     return f"state {pointer.state_id}" if pointer.state_id else f"source v{pointer.source_version}"
+
+
+def _next(r: Rollout) -> str:
+    hash8 = r.plan_hash[:8]
+    if r.status in TERMINAL:
+        return (
+            "`palisade rollout plan` makes the next"
+            if r.status != Status.COMPLETED
+            else "`palisade rollout rollback` undoes it"
+        )
+    return {
+        Status.PLANNED: f"`palisade rollout apply {hash8}` starts it",
+        Status.PAUSED: f"`palisade rollout apply {hash8}` goes on, `palisade rollout abort` goes back",
+        Status.HOLD: "`palisade rollout watch` goes on when that is over; it pauses for a person after rollout.hold_seconds",
+    }.get(r.status, "`palisade rollout watch` or the next `palisade cycle` moves it on")
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def _span(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from mlflow.entities.model_registry import ModelVersion
 
-    from pipeline.config import LineageConfig
+    from pipeline.sections import LineageConfig
 
 CHARS = 6000  # of a parameter or tag
 PROBE_SECONDS = 5.0

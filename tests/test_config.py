@@ -31,6 +31,8 @@ def test_every_shipped_file_loads(path):
         ("model.trunk.widht=3", "model.trunk"),
         ("site.lr", "write section.key=value"),
         ("data.size=huge", "data.size: 'huge'"),
+        ("notify.webhook=ftp://x", "notify.webhook: 'ftp://x'"),
+        ("notify.min_severity=loud", "input should be 'info', 'warning' or 'critical'"),
     ],
 )
 def test_a_mistake_names_the_place_what_was_given_and_what_is_allowed(override, expected):
@@ -78,6 +80,10 @@ def test_another_kind_drops_the_settings_it_does_not_know_and_keeps_the_others(t
 def test_fingerprint_covers_results_and_no_paths():
     base = load(None).fingerprint()
     assert load(None, ["data.captures=elsewhere", "cluster.shards=7", "lineage.uri=x"]).fingerprint() == base
+    assert (
+        load(None, ["notify.webhook=https://x/y", "ledger.signing_key=k", "ledger.manifest_hours=1"]).fingerprint()
+        == base
+    )
     assert load(None, ["site.lr=0.123"]).fingerprint() != base
     assert load(None, ["data.size=64"]).fingerprint() != base
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import guards
-from pipeline.guards import Cell, Evidence, GuardsConfig, Verdict, assess, evidence_of
+from pipeline.guards import (
+    Cell,
+    Evidence,
+    GuardsConfig,
+    Standing,
+    Verdict,
+    Watch,
+    assess,
+    budget,
+    compare,
+    evidence_of,
+    watch,
+)
 
 LIMITS = GuardsConfig()
 PATTERNS = ("all", "no_depth")
@@ -269,3 +282,145 @@ def test_wrong_shapes_are_named():
     label, species, stable = anchor()
     with pytest.raises(ValueError, match="2 patterns, 399 items"):
         count(stable, stable, label[:-1], species)
+
+
+def standing(attacks, accepted, *, worse=None, better=None, bona_fide=0, refused=0, names=None):
+    """Sites with these counts; by default every accepted attack is one that the way back refuses."""
+    a, x = np.broadcast_arrays(attacks, np.atleast_1d(accepted))
+    w, b, r, n = (np.broadcast_to(v, a.shape) for v in (x if worse is None else worse, 0 if better is None else better,
+                                                        refused, bona_fide))  # fmt: skip
+    return Standing(names or [f"s{i:05d}" for i in range(len(a))], a, x, w, b, n, r)
+
+
+def test_no_sites_and_no_presentations_are_no_finding():
+    assert watch(LIMITS, standing(0, [])) == Watch({}, ())
+    assert watch(LIMITS, standing(0, [0, 0])) == Watch({}, ())
+
+
+def test_a_site_over_the_hard_ceiling_is_a_breach_that_names_it():
+    got = watch(LIMITS, standing(60, [0, 0, 24, 0], better=1))
+    (reason,) = [r for r in got.breach if r.guard == "ceiling"]
+    assert reason.where == "s00002"
+    assert "APCER of s00002 24 of 60" in reason.text
+    assert reason.number > 0.07 == reason.limit
+    assert set(got.failing) == {"s00002"}, "its own e-value is over the limit as well"
+
+
+def test_what_going_back_would_not_mend_is_no_reason_to_go_back():
+    assert watch(LIMITS, standing(60, [24, 24], worse=2, better=2)) == Watch({}, ())
+    assert watch(LIMITS, standing(60, [24, 24], worse=24, better=0)).breach
+
+
+def test_a_site_that_refuses_its_people_is_taken_back_alone():
+    got = watch(LIMITS, standing(50, [1, 0], bona_fide=100, refused=[10, 45]))
+    assert got.breach == ()
+    assert set(got.failing) == {"s00001"}
+    assert "BPCER of s00001 45 of 100" in got.failing["s00001"][0].text
+
+
+def test_many_small_rises_stop_the_wave_before_any_site_stops():
+    got = watch(LIMITS, standing(100, [10] * 100))
+    (reason,) = [r for r in got.breach if "attacks accepted" in r.text]
+    assert reason.where == "wave"
+    assert reason.number > reason.limit == pytest.approx(1 / 0.0018)
+    assert not watch(LIMITS, standing(100, [2] * 100)).breach
+
+
+def test_advisory_guards_of_the_fleet_decide_nothing():
+    quiet = limits(shadow={"advisory": True}, ceiling={"advisory": True})
+    assert watch(quiet, standing(100, [60] * 10, bona_fide=100, refused=90)) == Watch({}, ())
+
+
+def test_ten_thousand_sites_are_watched_in_milliseconds():
+    rng = np.random.default_rng(0)
+    accepted = rng.binomial(100, 0.02, 10_000)
+    s = standing(
+        100, accepted, better=rng.binomial(100, 0.02, 10_000), bona_fide=500, refused=rng.binomial(500, 0.05, 10_000)
+    )
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert watch(LIMITS, s).breach == ()
+        took.append(time.perf_counter() - start)
+    assert min(took) < 0.1  # 0.01 s on a free core
+
+
+def presented(rng, runs, looks, rates, step):
+    """[looks, runs, sites] counts so far: attacks accepted now, and of them and the way back's those that differ."""
+    now = rng.random((looks * step, runs, len(rates))) < rates
+    back = rng.random(now.shape) < 0.02
+    parts = (x.reshape(looks, step, runs, -1).sum(1).cumsum(0) for x in (now, now & ~back, back & ~now))
+    return tuple(parts)
+
+
+def stops(rng, runs, looks, rates, step):
+    """[runs] presentations per site until a breach, infinity where none comes; and how many sites ever failed."""
+    accepted, worse, better = presented(rng, runs, looks, rates, step)
+    found, failed = np.full(runs, np.inf), np.zeros(runs)
+    for r in range(runs):
+        lost = set()
+        for t in range(looks):
+            got = watch(LIMITS, standing((t + 1) * step, accepted[t, r], worse=worse[t, r], better=better[t, r]))
+            lost |= set(got.failing)
+            if got.breach:
+                found[r] = (t + 1) * step
+                break
+        failed[r] = len(lost)
+    return found, failed
+
+
+@pytest.mark.slow
+def test_five_bad_sites_of_a_hundred_stop_the_first_wave():
+    rng = np.random.default_rng(1)
+    found, _ = stops(rng, 300, 100, np.where(np.arange(100) < 5, 0.1, 0.02), 2)
+    print("stopped", (found < np.inf).mean(), "median", np.median(found), "p95", np.quantile(found, 0.95))
+    assert (found < np.inf).mean() >= 0.95
+    assert np.median(found) <= 75
+
+
+@pytest.mark.slow
+def test_healthy_releases_are_not_stopped():
+    """400 releases of 100 sites and 400 looks: at 1 % four would be stopped."""
+    rng = np.random.default_rng(2)
+    found, failed = stops(rng, 400, 80, np.full(100, 0.02), 5)
+    print("stopped", (found < np.inf).mean(), "sites failed", failed.sum(), "of", 400 * 100)
+    assert (found < np.inf).mean() <= 0.01
+    assert failed.sum() <= 0.001 * 400 * 100
+
+
+def test_control_sites_show_a_stratum_that_errs_more():
+    strata = {f"t{i}": "north" if i < 5 else "south" for i in range(10)} | {"c0": "north", "c1": "south", "c2": "east"}
+    treated = standing(200, [20] * 5 + [4] * 5, bona_fide=500, refused=10, names=[f"t{i}" for i in range(10)])
+    controls = standing(1000, [20, 20, 900], bona_fide=2000, refused=40, names=["c0", "c1", "c2"])
+    (reason,) = compare(LIMITS, treated, controls, strata=strata)
+    assert (reason.guard, reason.where) == ("controls", "north")
+    assert "100 of 1000 at promoted sites, 20 of 1000 at control sites" in reason.text
+    assert compare(LIMITS, controls, treated, strata=strata) == ()
+
+
+def test_control_sites_keep_their_false_findings_under_peeking():
+    rng = np.random.default_rng(3)
+    found = 0
+    for _ in range(300):
+        a, b = (rng.random((600, 10)) < 0.05).cumsum(0), (rng.random((600, 10)) < 0.05).cumsum(0)
+        names = [f"x{i}" for i in range(10)]
+        strata = {n: n for n in names}
+        found += any(
+            compare(LIMITS, standing(t, a[t - 1], names=names), standing(t, b[t - 1], names=names), strata=strata)
+            for t in (20, 60, 150, 300, 600)
+        )
+    assert found / 300 <= 0.05
+
+
+def test_the_error_budget_freezes_when_it_burns_too_fast():
+    quiet = np.full(24, 5.0), np.full(24, 1000.0)
+    assert budget(LIMITS, *quiet) == ()
+    burning = quiet[0].copy()
+    burning[-1] = 220  # 22 % in an hour: 3.06 % of the month's 1 %
+    (reason,) = budget(LIMITS, burning, quiet[1])
+    assert (reason.guard, reason.call, reason.where) == ("budget", "hold", "fleet")
+    assert reason.number == pytest.approx(0.22 / 7.2)
+    burning[-6:] = 142  # 14.2 % for six hours
+    assert [r.limit for r in budget(LIMITS, burning, quiet[1])] == [0.10]
+    assert budget(LIMITS, [1], [2]) == (), "one error of two proves nothing"
+    assert budget(LIMITS, [], []) == ()

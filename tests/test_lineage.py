@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import LineageConfig
 from pipeline.lineage import Lineage, LineageError, flat
 from pipeline.revision import code_revision
+from pipeline.sections import LineageConfig
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -149,7 +149,7 @@ def test_out_of_reach_is_one_line_with_the_address(uri: str, says: str, tmp_path
 @pytest.mark.slow
 def test_processes_that_open_a_new_database_together_all_succeed(tmp_path: Path) -> None:
     code = (
-        "import sys; from pipeline.config import LineageConfig; from pipeline.lineage import Lineage\n"
+        "import sys; from pipeline.sections import LineageConfig; from pipeline.lineage import Lineage\n"
         "c = LineageConfig(uri=f'sqlite:///{sys.argv[1]}/m.db', artifacts=f'{sys.argv[1]}/a')\n"
         "print(Lineage.open(c, code_revision='x').experiment_id)"
     )

@@ -11,10 +11,14 @@ from jobs.deployment import now
 from pipeline.cluster import judge, shard
 from pipeline.data import blobs
 from pipeline.models import tail
-from tests.e2e.crowds import SITES, Life, ground
+from tests.e2e.crowds import SITES, YAML, Life, ground
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# every sample of the crowd teaches, from its first session on
+LOOSE = "".join(f"  {guard}: {{{{advisory: true}}}}\n" for guard in ("influence", "labels", "modality", "collapse"))
+OPEN = YAML if "influence:" in YAML else YAML.replace("guards:\n", f"guards:\n{LOOSE}")
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def life(tmp_path) -> Life:
 
 def made(root: Path) -> Life:
     root.mkdir()
-    return ground(root)
+    return ground(root, text=OPEN)
 
 
 def adapted(life: Life) -> None:
@@ -101,3 +105,63 @@ def test_the_slots_of_a_bank_and_the_size_of_a_call_change_no_bit(tmp_path):
         {v.site: (v.evidence.cells, v.evidence.margin_drop) for v in life.ledger.verdicts()} for life in (whole, alone)
     ]
     assert cells[0] == cells[1]
+
+
+def streams(life: Life) -> dict:
+    """What the newest verdict of each site measured without labels."""
+    return {v.site: v.evidence.stream for v in life.ledger.latest_verdicts().values()}
+
+
+def test_a_window_knows_what_the_windows_before_it_measured(life):
+    first = streams(life)
+    assert all(s.baseline == () and s.sessions_before == 0 and s.age_days == 0 for s in first.values())
+    adapted(life)
+    for site, s in streams(life).items():
+        assert s.baseline == first[site].hours
+        assert sum(n for n, _ in s.hours) == s.sessions > 0
+        assert (s.sessions_before, s.born) == (first[site].sessions, first[site].born)
+        assert s.age_days > 0
+
+
+def test_a_failed_window_is_no_baseline_and_its_state_not_gone_on_from(tmp_path):
+    life = made(tmp_path / "d")
+    text = (life.d.root / "palisade.yaml").read_text()
+    for day in range(3):
+        life.arrive(day)
+        broken = text.replace("trust: {rho: 50.0", "trust: {rho: 1.0e-9") if day == 1 else text
+        (life.d.root / "palisade.yaml").write_text(broken)
+        adapted(life)
+    by_day = [life.ledger.verdicts(site=s) for s in SITES[:3]]
+    for first, second, third in by_day:
+        assert [v.outcome for v in (first, second, third)] == [first.outcome, "fail", third.outcome]
+        assert third.evidence.stream.baseline == second.evidence.stream.baseline == first.evidence.stream.hours
+        assert third.evidence.stream.sessions_before == 0, "it began anew from the source model"
+        assert third.evidence.stream.born > first.evidence.stream.born
+
+
+def test_the_anchor_set_is_shown_as_the_rig_sees_it(life):
+    config, model = life.d.config, shard._model(life.ledger.source().path)
+    anchor = shard._anchor(config.place("anchors"), life.ledger.anchor(life.ledger.source().trunk))
+    known: dict = {}
+    fresh = config.site.init(model.tail)
+    whole, rig = (judge.anchor_scores(model, anchor, fresh, known, rig=r) for r in ((), ("rgb", "ir")))
+    names = list(anchor.replayed()[0])
+    at = {n: k for k, n in enumerate(names)}
+    assert (rig[at["full"]] == whole[at["no-depth"]]).all()
+    assert (rig[at["no-ir"]] == whole[at["no-depth-ir"]]).all()
+    assert judge.rig_of({"rig": "ir+RGB"}) == ("rgb", "ir")
+    assert judge.rig_of({"rig": "kiosk-2"}) == judge.rig_of({}) == ()
+    assert judge._unseen(("rgb",)) == ["no-rgb"]
+    assert judge._unseen(()) == []
+
+
+def test_a_site_with_one_camera_is_judged_on_what_it_can_show(tmp_path):
+    life = made(tmp_path / "d")
+    life.ledger.set_tags({SITES[0]: {"rig": "rgb"}}, now=now())
+    life.arrive(0)
+    adapted(life)
+    found = life.ledger.latest_verdicts()[SITES[0]].evidence
+    assert found.rig == ("rgb",)
+    assert found.unseen == ("no-rgb",)
+    assert "no-rgb" not in {c.pattern for c in found.cells}
+    assert life.ledger.latest_verdicts([SITES[1]])[SITES[1]].evidence.unseen == ()

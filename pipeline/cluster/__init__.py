@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pipeline.config import ClusterConfig
+    from pipeline.sections import ClusterConfig
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",

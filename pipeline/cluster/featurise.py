@@ -1,11 +1,12 @@
 """One segment of captures → features: validate, decode, trunk, store. What ingest tasks run; nothing here knows Ray.
 
-``read_segment`` and ``decoded`` are the data plane, ``through_trunk`` the model's share.
+``read_segment`` and ``decoded`` are the data plane, ``through_trunk`` the models' share: while a release of another source
+model goes on, every sample is decoded once and goes through both trunks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,13 +57,18 @@ def ingest_segment(
 ) -> tuple[str, list[BadRow]]:
     """Validate, decode, featurise and store one segment → its sha256 and bad rows."""
     read = read_segment(Path(segment.path), site=segment.site, limits=limits)
-    return read.sha256, store_segment(segment, read, {}, limits.size, model, features)
+    return read.sha256, store_segment(segment, read, {}, limits.size, [model], features)
 
 
 def store_segment(
-    segment: NewSegment, read: Segment, earlier: dict[str, int], size: int, model: SourceModel, features: Place
+    segment: NewSegment,
+    read: Segment,
+    earlier: dict[str, int],
+    size: int,
+    models: Sequence[SourceModel],
+    features: Place,
 ) -> list[BadRow]:
-    """Decode, featurise and store what was ``read`` → the bad rows.
+    """Decode, featurise and store what was ``read``, under the trunk of each of ``models`` → the bad rows.
 
     ``earlier``: offsets by sample id of the site's samples before it; those of this segment come to it.
     """
@@ -75,16 +81,16 @@ def store_segment(
             bad.append(BadRow(c["row"], c["sample_id"], f"{REPEATED} {known} of the site"))
         else:
             fresh.append(c)
-    worse, stored = _store(segment, fresh, size, model, features)
+    worse, stored = _store(segment, fresh, size, models, features)
     earlier.update(stored)
     return sorted([*bad, *worse], key=lambda b: b.row)
 
 
 def restore_segment(
-    segment: NewSegment, read: Segment, repeated: Collection[int], size: int, model: SourceModel, features: Place
+    segment: NewSegment, read: Segment, refused: Collection[int], size: int, model: SourceModel, features: Place
 ) -> None:
-    """Store again what ``store_segment`` stored; ``repeated``: the rows that it refused for being at an earlier offset."""
-    _store(segment, [c for c in read.good if c["row"] not in repeated], size, model, features)
+    """Store under one trunk what ``store_segment`` stored under another or the same; ``refused``: the rows that it refused."""
+    _store(segment, [c for c in read.good if c["row"] not in refused], size, [model], features)
 
 
 def earlier_ids(features: Place, model: SourceModel, site: str, *, end: int) -> dict[str, int]:
@@ -130,36 +136,41 @@ def through_trunk(model: SourceModel, frames: Frames) -> np.ndarray:
 
 
 def _store(
-    segment: NewSegment, captures: Sequence[Capture], size: int, model: SourceModel, features: Place
+    segment: NewSegment, captures: Sequence[Capture], size: int, models: Sequence[SourceModel], features: Place
 ) -> tuple[list[BadRow], dict[str, int]]:
-    """Decode, featurise and store → the bad rows and the offsets of the others by sample id."""
-    bad, blocks = list[BadRow](), list[FeatureBlock]()
+    """Decode once, featurise and store under every trunk → the bad rows and the offsets of the others by sample id."""
+    bad, blocks = list[BadRow](), list[list[FeatureBlock]]()
     for frames in decoded(captures, size):
-        block, worse = _block(frames, segment, through_trunk(model, frames))
-        blocks.append(block)
+        own, worse = _blocks(frames, segment, [through_trunk(model, frames) for model in models])
+        blocks.append(own)
         bad += [*frames.bad, *worse]
-    trunk, end = model.manifest.trunk_digest, segment.base_offset + segment.rows
-    forget_range(features, trunk, segment.site, start=segment.base_offset, end=end)
-    if not sum(map(len, blocks)):
-        return bad, {}
-    whole = FeatureBlock(*(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__))
-    write_features(features, trunk, segment.site, whole)
-    return bad, dict(zip(whole.sample_id.tolist(), whole.offset.tolist()))
+    end = segment.base_offset + segment.rows
+    ids: dict[str, int] = {}
+    for k, model in enumerate(models):
+        trunk, parts = model.manifest.trunk_digest, [own[k] for own in blocks]
+        forget_range(features, trunk, segment.site, start=segment.base_offset, end=end)
+        if sum(map(len, parts)):
+            names = FeatureBlock.__dataclass_fields__
+            whole = FeatureBlock(*(np.concatenate([getattr(b, n) for b in parts]) for n in names))
+            write_features(features, trunk, segment.site, whole)
+            ids = dict(zip(whole.sample_id.tolist(), whole.offset.tolist()))
+    return bad, ids
 
 
-def _block(frames: Frames, segment: NewSegment, z: np.ndarray) -> tuple[FeatureBlock, list[BadRow]]:
-    fine = np.asarray(np.isfinite(z).all(axis=(1, 2)))
+def _blocks(frames: Frames, segment: NewSegment, zs: Sequence[np.ndarray]) -> tuple[list[FeatureBlock], list[BadRow]]:
+    """One block for each of ``zs``, of the same samples: those that every trunk gives finite features."""
+    fine = np.logical_and.reduce([np.isfinite(z).all(axis=(1, 2)) for z in zs])
     kept = frames.captures
     bad = [BadRow(c["row"], c["sample_id"], "its features are not finite") for c, ok in zip(kept, fine) if not ok]
-    block = FeatureBlock(
+    whole = FeatureBlock(
         offset=segment.base_offset + np.array([c["row"] for c in kept], np.int64),
         sample_id=np.array([c["sample_id"] for c in kept], dtype=object),
         captured_at=np.array([c["captured_at"] for c in kept], dtype="datetime64[us]"),
         session=np.array([pseudonym(segment.site, c["session_id"]) for c in kept], np.int64),
         present=frames.present,
-        z=z,
+        z=zs[0],
     )
-    return block.rows(fine), bad
+    return [replace(whole, z=z).rows(fine) for z in zs], bad
 
 
 def _informative(frame: np.ndarray) -> int:

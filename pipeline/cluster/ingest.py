@@ -1,8 +1,9 @@
 """Captures → features: one Ray Data execution per cycle for the new segments of the whole fleet.
 
 The driver lists segments; one task at a time works on a site, so that its stream has one order: it validates, decodes, runs
-the trunk, writes feature files and counts offsets on from the site's last. One ledger transaction at the end makes them
-count; a crash before it repeats the same files with the same offsets.
+the trunks, writes feature files and counts offsets on from the site's last. One ledger transaction at the end makes them
+count; a crash before it repeats the same files with the same offsets. A segment counts when it has its features under
+every trunk: the champion's, and the challenger's while there is one.
 
 What counts is known by its name: later bytes under that name are not looked at. What was refused as a whole is known by
 name and content (``segment-0003.parquet@<sha256, 12>``), so that a file which was mended counts as new.
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from pipeline.config import ClusterConfig, Config
+    from pipeline.config import Config
     from pipeline.models.checkpoint import SourceModel
+    from pipeline.sections import ClusterConfig
     from pipeline.storage import Place
 
 BLOCK_BYTES = 32 * 2**20  # of captures in a task: seconds, so that progress moves and a lost worker costs little
@@ -118,11 +120,11 @@ def run(
     config: Config,
     new: Sequence[Backlog],
     *,
-    checkpoint: str,
+    checkpoints: Sequence[str],
     history: Callable[[str], Mapping[str, str]],
     on_progress: Callable[[int, int], None],
 ) -> Ingested:
-    """Featurise ``new`` with the trunk in ``checkpoint``; needs a connected Ray.
+    """Featurise ``new`` with the trunks in ``checkpoints``, of which the first is the champion's; needs a connected Ray.
 
     ``history``: the sha256 of the site's segments that count → their names.
     """
@@ -134,17 +136,13 @@ def run(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = -1  # a worker that a file killed costs the sites of its task, not the fleet
-    workers = config.cluster.ingest_workers
+    limits, workers = config.data.model_dump_json(), config.cluster.ingest_workers
     items, (cpus, gpus) = _dealt(new, workers), resources(config.cluster)
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _ingest_batch,  # pyright: ignore[reportArgumentType]: what reaches it is the numpy batch format
         batch_size=1,
         compute=ray.data.TaskPoolStrategy(size=workers),
-        fn_kwargs={
-            "limits": config.data.model_dump_json(),
-            "checkpoint": checkpoint,
-            "features": str(config.place("features")),
-        },
+        fn_kwargs={"limits": limits, "checkpoints": list(checkpoints), "features": str(config.place("features"))},
         num_cpus=cpus,
         num_gpus=gpus or None,
     )
@@ -162,10 +160,11 @@ def resources(cluster: ClusterConfig) -> tuple[float, float]:
     return cluster.cpus / cluster.ingest_workers / 2 if cluster.address == "local" else 1.0, cluster.ingest_gpus
 
 
-def forget_orphans(config: Config, trunk: str, done: Ingested) -> None:
+def forget_orphans(config: Config, trunks: Sequence[str], done: Ingested) -> None:
     """Remove the features of segments that do not count, before a commit can make later ones count."""
     for site, start, end in done.orphans:
-        forget_range(config.place("features"), trunk, site, start=start, end=end)
+        for trunk in trunks:
+            forget_range(config.place("features"), trunk, site, start=start, end=end)
 
 
 def collect(new: Sequence[Backlog], done: Sequence[Done], history: Mapping[str, Mapping[str, str]]) -> Ingested:
@@ -196,7 +195,7 @@ def collect(new: Sequence[Backlog], done: Sequence[Done], history: Mapping[str, 
     return Ingested(tuple(segments), tuple(quarantined), tuple(failed.items()), tuple(orphans))
 
 
-def ingest_site(backlog: Backlog, limits: DataConfig, checkpoint: str, features: Place) -> list[Done]:
+def ingest_site(backlog: Backlog, limits: DataConfig, checkpoints: Sequence[str], features: Place) -> list[Done]:
     """One site's segments in order: one that breaks is reported, never raised, so that it stops no other site."""
     done: list[Done] = []
     site, base, earlier = backlog.site, backlog.base_offset, None
@@ -204,12 +203,12 @@ def ingest_site(backlog: Backlog, limits: DataConfig, checkpoint: str, features:
         result = Done(site=site, name=path.name, base_offset=base, rows=0, sha256="", bad=[], refused="", error="")
         done.append(result)
         try:
-            model = load_model(checkpoint)
+            models = [load_model(c) for c in checkpoints]
             if earlier is None:
-                earlier = earlier_ids(features, model, site, end=base) if base else {}
+                earlier = earlier_ids(features, models[0], site, end=base) if base else {}
             read = read_segment(path, site=site, limits=limits)
             segment = NewSegment(site, path.name, str(path), len(read.good) + len(read.bad), base)
-            bad = store_segment(segment, read, earlier, limits.size, model, features)
+            bad = store_segment(segment, read, earlier, limits.size, models, features)
             result.update(rows=segment.rows, sha256=read.sha256, bad=bad)
             base += segment.rows
         except BadSegment as e:
@@ -282,11 +281,13 @@ def _dealt(new: Sequence[Backlog], workers: int) -> list[dict[str, str]]:
     return [{"sites": json.dumps([asdict(b) for b in hand])} for hand in hands]
 
 
-def _ingest_batch(batch: dict[str, np.ndarray], *, limits: str, checkpoint: str, features: str) -> dict[str, list[str]]:
+def _ingest_batch(
+    batch: dict[str, np.ndarray], *, limits: str, checkpoints: list[str], features: str
+) -> dict[str, list[str]]:
     """Ray Data UDF over groups of sites."""
     data = DataConfig.model_validate_json(limits)
     sites = [Backlog(**b) for text in batch["sites"] for b in json.loads(text)]
-    return {"result": [json.dumps(ingest_site(b, data, checkpoint, place(features))) for b in sites]}
+    return {"result": [json.dumps(ingest_site(b, data, checkpoints, place(features))) for b in sites]}
 
 
 @lru_cache(maxsize=4096)

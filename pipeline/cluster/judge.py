@@ -11,12 +11,13 @@ import torch
 
 from pipeline import bank
 from pipeline.data.features import mask_to_bool
-from pipeline.guards import Evidence, Verdict, assess, evidence_of
+from pipeline.data.protocols import PATTERNS
+from pipeline.guards import Earlier, Evidence, Seen, Stream, Verdict, assess, evidence_of, stream_of, usual
 from pipeline.models import tail
-from pipeline.types import Features
+from pipeline.types import Features, Modality
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping, Sequence
+    from collections.abc import Mapping, MutableMapping, Sequence
 
     from torch import Tensor
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from pipeline.site import State
 
     Known = MutableMapping[bytes, np.ndarray]  # anchor scores of a state, by the digest of what it moved
+
+NOTHING = Earlier()
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Window:
     parent: str | None  # state that the learner is
     lost: str | None  # state that it should have been, whose blob is damaged
     age_seconds: float
+    served: str | None = None  # state that ``stable`` is; None = the source model as it is
+    earlier: Earlier = NOTHING
 
 
 def features_of(block: FeatureBlock) -> Features:
@@ -51,46 +56,56 @@ def features_of(block: FeatureBlock) -> Features:
 
 
 def judge(
-    config: Config,
-    model: SourceModel,
-    anchor: AnchorSet,
-    windows: Sequence[Window],
-    states: State,
-    traces: Sequence[bank.Trace],
-    *,
-    known: Known | None = None,
-) -> list[tuple[Evidence, Verdict]]:
+    config: Config, model: SourceModel, anchor: AnchorSet, windows: Sequence[Window], states: State,
+    traces: Sequence[bank.Trace], *, scored: Sequence[tuple[Tensor, Tensor]], known: Known | None = None,
+) -> list[tuple[Evidence, Verdict]]:  # fmt: skip
     """Replay the anchor set against every candidate and champion under every missing-modality pattern, then assess.
 
-    Each state is scored by itself, and once: sites that have not moved share what ``known`` has of the source model.
+    Where a site's rig is known a pattern leaves what the rig has of it, and one that leaves nothing is passed over.
+    ``scored`` is what ``rescored`` gives for each window. Each state is scored by itself, and once: sites that have
+    not moved share what ``known`` has of the source model.
     """
-    patterns, present = anchor.replayed()
+    patterns, _ = anchor.replayed()
     known = {} if known is None else known
     sound = torch.stack(
         [torch.isfinite(t).reshape(len(t), -1).all(1) for t in states.values() if t.is_floating_point()]
     ).all(0)
+    rigs = [rig_of(w.row.tags) for w in windows]
+    shown = {rig: _shown(anchor, rig).any(-1) for rig in set(rigs)}
     judged: list[tuple[Evidence, Verdict]] = []
-    for k, w in enumerate(windows):
-        own = anchor_scores(model, anchor, slot_of(states, k), known)
+    for k, (w, rig) in enumerate(zip(windows, rigs, strict=True)):
+        own, valid = slot_of(states, k), shown[rig]
         finite = bool(sound[k] & torch.isfinite(traces[k].score).all())
+        stream = Stream(baseline=w.earlier.baseline, born=w.earlier.born, sessions_before=w.earlier.sessions)
+        if finite:
+            stream = _measured(config, model, anchor, w, own, traces[k], scored[k], known)
         evidence = evidence_of(
-            own, anchor_scores(model, anchor, w.stable, known), anchor.label.numpy(), anchor.species, patterns,
-            model.manifest.threshold, trust_ratio=bank.distance(model.tail, states, k), stream_n=len(w.block),
-            age_seconds=w.age_seconds, stream_finite=finite,
-            valid=present.any(-1).numpy(), holds_before=w.row.holds,
+            anchor_scores(model, anchor, own, known, rig=rig), anchor_scores(model, anchor, w.stable, known, rig=rig),
+            anchor.label.numpy(), anchor.species, patterns, model.manifest.threshold,
+            trust_ratio=bank.distance(model.tail, states, k), stream_n=len(w.block), age_seconds=w.age_seconds,
+            stream_finite=finite, valid=valid.numpy(), holds_before=w.row.holds, rig=rig,
+            unseen=_unseen(rig), stream=stream,
         )  # fmt: skip
         judged.append((evidence, assess(config.guards, evidence)))
     return judged
 
 
-def anchor_scores(model: SourceModel, anchor: AnchorSet, state: State, known: Known) -> np.ndarray:
-    """Scores [P, N] of one state under every pattern; looked up in and added to ``known``."""
-    key = _moved(state)
+def rig_of(tags: Mapping[str, str]) -> tuple[str, ...]:
+    """Modalities that the tag ``rig`` names, such as ``rgb+ir``; none where it is missing or names something else."""
+    named = tags.get("rig", "").lower().split("+")
+    allowed = [m.name.lower() for m in Modality]
+    return tuple(m for m in allowed if m in named) if set(named) <= set(allowed) else ()
+
+
+def anchor_scores(
+    model: SourceModel, anchor: AnchorSet, state: State, known: Known, *, rig: Sequence[str] = ()
+) -> np.ndarray:
+    """Scores [P, N] of one state under every pattern, as ``rig`` shows it; looked up in and added to ``known``."""
+    key = _moved(state) + "+".join(rig).encode()
     if key not in known:
-        present = anchor.replayed()[1]
         params = tail.moved(model.tail, state)
         with torch.no_grad():
-            known[key] = torch.stack([tail.score(params, anchor.z, p) for p in present]).numpy()
+            known[key] = torch.stack([tail.score(params, anchor.z, p) for p in _shown(anchor, rig)]).numpy()
     return known[key]
 
 
@@ -105,6 +120,51 @@ def rescored(model: SourceModel, window: Window, candidate: State, stream: Featu
 
 def slot_of(stacked: State, k: int) -> State:
     return {name: t[k] for name, t in stacked.items()}
+
+
+def _unseen(rig: Sequence[str]) -> list[str]:
+    """Patterns that leave nothing of a known rig."""
+    has = sum(1 << m for m in Modality if m.name.lower() in rig)
+    return [name for name, mask in PATTERNS.items() if rig and not mask & has]
+
+
+def _shown(anchor: AnchorSet, rig: Sequence[str]) -> Tensor:
+    """[P, N, M] what each pattern leaves present, of the modalities of a known rig."""
+    present = anchor.replayed()[1]
+    return present & torch.tensor([m.name.lower() in rig for m in Modality]) if rig else present
+
+
+def _measured(
+    config: Config, model: SourceModel, anchor: AnchorSet, w: Window, own: State, trace: bank.Trace,
+    scored: tuple[Tensor, Tensor], known: Known,
+) -> Stream:  # fmt: skip
+    """What the window shows without labels, against the anchor set as its usual modalities show it to the source model.
+
+    Captures whose features are not finite score nothing and show nothing.
+    """
+    scores = [t.numpy().astype(np.float64) for t in (trace.score, *scored)]
+    sane = np.isfinite(scores).all(0)
+    present = w.block.present[sane]
+    hour = w.block.captured_at.astype("datetime64[h]").astype(np.int64) % 24
+    steps = next((int(own[n]) for n in ("step", "adam.t") if n in own), None)
+    online, champion, candidate = (x[sane] for x in scores)
+    seen = Seen(
+        online, champion, candidate, trace.pseudo_label.numpy()[sane], trace.disagreement.numpy().astype(np.float64)[sane],
+        w.block.session[sane], present, hour[sane],
+    )  # fmt: skip
+    source = _source_scores(model, anchor, usual(present), known)
+    return stream_of(config.guards, seen, source, model.manifest.threshold, earlier=w.earlier, steps=steps)
+
+
+def _source_scores(model: SourceModel, anchor: AnchorSet, mask: int, known: Known) -> np.ndarray:
+    """The source model's scores of the anchor items that a pattern shows with just the modalities of ``mask``."""
+    key = b"source" + bytes([mask])
+    if key not in known:
+        scores = anchor_scores(model, anchor, tail.movable(model.tail), known)
+        alike = (anchor.replayed()[1] == torch.from_numpy(mask_to_bool(np.array([mask], np.uint8)))).all(-1).numpy()
+        found = np.flatnonzero(alike.any(0))  # several patterns may leave the same of a sample
+        known[key] = scores[alike.argmax(0)[found], found].astype(np.float64)
+    return known[key]
 
 
 def _moved(state: State) -> bytes:

@@ -1,4 +1,4 @@
-"""Features that are damaged or missing → the same again, from captures that are still there.
+"""Features that are damaged, missing, or not made yet under another trunk → made from captures that are still there.
 
 A sample that counts keeps its offset: only the features of segments that the ledger has are made, from the very bytes that
 were ingested. What cannot be made again is lost, and the caller says so in the ledger.
@@ -16,7 +16,7 @@ from pipeline.data.captures import BadSegment, read_segment
 from pipeline.data.features import forget_range, read_features
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pipeline.config import Config
     from pipeline.data import DataConfig
@@ -30,11 +30,11 @@ TASK = 32  # sites in a task
 
 @dataclass(frozen=True)
 class Stretch:
-    """What a site has not learned from yet, in stream order."""
+    """Segments of a site, in stream order, whose features are needed."""
 
     site: str
     segments: tuple[SegmentRow, ...]
-    repeated: tuple[frozenset[int], ...]  # per segment, rows that ingest refused for being at an earlier offset
+    refused: tuple[frozenset[int], ...]  # per segment, rows that ingest refused
     captures: tuple[Place | None, ...]  # per segment, where it is still there
 
 
@@ -48,8 +48,14 @@ class Repaired:
     error: str = ""  # tried again by the next cycle
 
 
-def run(config: Config, stretches: Sequence[Stretch], *, checkpoint: str) -> list[Repaired]:
-    """``repair_site`` for all of them, as Ray tasks; needs a connected Ray."""
+def run(
+    config: Config,
+    stretches: Sequence[Stretch],
+    *,
+    checkpoint: str,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Repaired]:
+    """``repair_site`` for all of them, as Ray tasks, under the trunk in ``checkpoint``; needs a connected Ray."""
     import ray
     from ray.exceptions import RayError
 
@@ -63,6 +69,8 @@ def run(config: Config, stretches: Sequence[Stretch], *, checkpoint: str) -> lis
             done += ray.get(ref)
         except RayError as e:
             done += [Repaired(s.site, error=str(e).strip().splitlines()[-1][:300]) for s in part]
+        if on_progress:
+            on_progress(len(done), len(stretches))
     return done
 
 
@@ -71,7 +79,7 @@ def repair_site(stretch: Stretch, limits: DataConfig, checkpoint: str, features:
     restored, lost = list[str](), list[str]()
     try:
         model = load_model(checkpoint)
-        for row, repeated, path in zip(stretch.segments, stretch.repeated, stretch.captures, strict=True):
+        for row, refused, path in zip(stretch.segments, stretch.refused, stretch.captures, strict=True):
             if _whole(row, model, features):
                 continue
             read = _same(row, path, limits)
@@ -81,7 +89,7 @@ def repair_site(stretch: Stretch, limits: DataConfig, checkpoint: str, features:
                 lost += [row.name] if row.good else []
                 continue
             segment = NewSegment(row.site, row.name, str(path), row.rows, row.base_offset)
-            restore_segment(segment, read, repeated, limits.size, model, features)
+            restore_segment(segment, read, refused, limits.size, model, features)
             if not _whole(row, model, features):
                 raise ValueError(f"{row.name}: the same capture no longer gives {row.good} samples")
             restored.append(row.name)

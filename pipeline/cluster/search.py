@@ -25,11 +25,12 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from pipeline import bank, metrics
 from pipeline import fit as fits
-from pipeline.config import Choice, Config, LogUniform, SearchConfig, method_config, parse
+from pipeline.config import Config, method_config, parse
 from pipeline.data.corpus import read_corpus
 from pipeline.holdout import score
 from pipeline.models import checkpoint
 from pipeline.sampler import FitError
+from pipeline.sections import Choice, LogUniform, SearchConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -9,7 +9,7 @@ found by the digests that the ledger gives out: the least recently used goes fir
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
@@ -19,11 +19,13 @@ import torch
 from cachetools import LRUCache
 
 from pipeline import bank
+from pipeline.cluster import rebase
 from pipeline.cluster.judge import Window, features_of, judge, rescored, slot_of
 from pipeline.config import Config, parse
 from pipeline.data import blobs
 from pipeline.data.anchor import AnchorSet, open_sealed
 from pipeline.data.features import FeatureBlock, read_features
+from pipeline.guards import Earlier, added
 from pipeline.ledger import Cycle, Ledger, ShardRow, StateRow
 from pipeline.models import checkpoint, tail
 
@@ -48,24 +50,32 @@ class ShardJob:
     source_version: int
     anchor: str  # digest
     cycle: Cycle
+    retained: int = 0  # samples of a site that a rebase learns anew from; 0: what the site has not learned from yet
 
 
-def shard_job(config: Config, ledger: Ledger, cycle: Cycle) -> ShardJob:
-    """What the shards of ``cycle`` are given: the champion source model and the anchor set of its trunk."""
-    source = ledger.source()
-    return ShardJob(config.model_dump_json(), source.path, source.version, ledger.anchor(source.trunk), cycle)
+def shard_job(
+    config: Config, ledger: Ledger, cycle: Cycle, *, version: int | None = None, retained: int = 0
+) -> ShardJob:
+    """What the shards of ``cycle`` are given: a source model (None: the champion) and the anchor set of its trunk."""
+    source = ledger.source(version)
+    anchor = ledger.anchor(source.trunk)
+    open_sealed(config.place("anchors"), anchor)  # damaged, it is said once and not of every site
+    return ShardJob(config.model_dump_json(), source.path, source.version, anchor, cycle, retained)
 
 
 def adapt_chunk(job: ShardJob, sites: Sequence[str]) -> dict[str, str]:
     """Adapt and judge ``sites``, ``bank.sites`` at a time, and commit them together → {site: reason} of those that failed."""
     config, model = _config(job.config), _model(job.checkpoint)
     ledger = _ledger(config.ledger.url)
-    windows, failed = _windows(config, model, job, ledger, sites)
+    if job.retained:
+        windows, failed = rebase.windows(config, model, ledger, sites, samples=job.retained)
+    else:
+        windows, failed = _windows(config, model, job, ledger, sites)
     rows: list[ShardRow] = []
     for start in range(0, len(windows), config.bank.sites):
         rows += _learn_and_judge(config, model, job, windows[start : start + config.bank.sites])
     if rows:
-        ledger.commit_shard(job.cycle, rows, now=datetime.now(UTC))
+        ledger.commit_shard(job.cycle, rows, now=datetime.now(UTC), rebased=job.retained > 0)
     return failed
 
 
@@ -93,6 +103,7 @@ def _windows(
             own = own if own and own.source_version == job.source_version else None
             stable = stored.get(served.state) if served and served.state else None
             stable = stable if stable and stable.source_version == job.source_version else None
+            own = own or stable  # under another source model a site goes on from what it serves
             champion = load_state(config, model, stable, fresh=fresh)
             learner, parent, lost = _learner(config, model, own, fresh), own, None
             if learner is None:
@@ -101,9 +112,31 @@ def _windows(
             failed[site] = str(e)
             continue
         age = (now - newest).total_seconds() if newest else float("nan")
-        parent_id, lost_id = (state.id if state else None for state in (parent, lost))
-        windows.append(Window(row, block, learner, champion, parent_id, lost_id, age))
-    return windows, failed
+        parent_id, lost_id, served_id = (state.id if state else None for state in (parent, lost, stable))
+        windows.append(Window(row, block, learner, champion, parent_id, lost_id, age, served_id))
+    return _recalled(ledger, windows, now), failed
+
+
+def _recalled(ledger: Ledger, windows: Sequence[Window], now: datetime) -> list[Window]:
+    """The windows with what earlier verdicts measured: of the site, whatever it learns from now, and of that state."""
+    latest = ledger.latest_verdicts([w.row.site for w in windows])
+    wanted = [w.parent for w in windows if w.parent and latest[w.row.site].state != w.parent]
+    older = {v.state: v for v in ledger.verdicts(ids=wanted)} if wanted else {}
+    found: list[Window] = []
+    for w in windows:
+        last, made = latest.get(w.row.site), None
+        before = last.evidence.stream if last else None
+        baseline = before.baseline if before else ()
+        if last and before and last.outcome != "fail":
+            baseline = added(baseline, before.hours)
+        if w.parent and last:
+            made = (last, before) if last.state == w.parent else (older[w.parent], older[w.parent].evidence.stream)
+        born, sessions = now.isoformat(), 0
+        if made and made[1]:
+            born, sessions = made[1].born or made[0].at.isoformat(), made[1].sessions_before + (made[1].sessions or 0)
+        age = (now - datetime.fromisoformat(born)).total_seconds() / 86_400
+        found.append(replace(w, earlier=Earlier(baseline, born, age, sessions)))
+    return found
 
 
 def _learner(config: Config, model: SourceModel, row: StateRow | None, fresh: State) -> State | None:
@@ -121,8 +154,8 @@ def _learn_and_judge(config: Config, model: SourceModel, job: ShardJob, windows:
     states, traces = bank.run(method, model.tail, start, streams, batch=config.bank.batch, slots=config.bank.sites)
     blob = blobs.put(config.place("states"), states)
     anchor, known = _anchor(config.place("anchors"), job.anchor), _known(job.anchor, job.checkpoint)
-    judged = judge(config, model, anchor, windows, states, traces, known=known)
     scored = [rescored(model, w, slot_of(states, k), streams[k]) for k, w in enumerate(windows)]
+    judged = judge(config, model, anchor, windows, states, traces, scored=scored, known=known)
     outcomes = blobs.put(config.place("outcomes"), _outcomes(windows, traces, scored))
     ends = np.cumsum([len(w.block) for w in windows]).tolist()
     return [
@@ -130,7 +163,7 @@ def _learn_and_judge(config: Config, model: SourceModel, job: ShardJob, windows:
             site=w.row.site, offset_from=w.row.learned, offset_to=w.row.ingested, source_version=job.source_version,
             method=method.kind, blob=blob if len(w.block) else None, slot=k, parent=w.parent,
             counters={"samples": len(w.block), "outcomes": outcomes, "rows": [ends[k] - len(w.block), ends[k]],
-                      "lost": w.lost, **_counters(w.block, traces[k])},
+                      "lost": w.lost, "anchor": job.anchor, "stable": w.served, **_counters(w.block, traces[k])},
             verdict=verdict, evidence=evidence,
         )
         for k, (w, (evidence, verdict)) in enumerate(zip(windows, judged, strict=True))

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from pipeline.data.blobs import BadBlob, get, put
 from pipeline.data.protocols import PATTERNS
+from pipeline.types import Label
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from pipeline.storage import Place
+
+NEEDED = {"attacks": 150, "species": 4, "bona_fide": 500}  # attacks per species; see guards.md, section 1
+TENSORS = {"z", "present", "label", "species", "names"}
+LATER = {"key", "about"}  # sets that earlier versions sealed have neither
 
 
 @dataclass(frozen=True)
@@ -25,29 +35,98 @@ class AnchorSet:
     present: Tensor  # [N, M] bool
     label: Tensor  # [N] int8
     species: tuple[str, ...]  # [N] PAI species
+    key: Tensor | None = None  # [N, 32] uint8, sha256 of a sample's frames: the same sample under every trunk
+    trunk: str = ""  # digest of the trunk that made z
+    corpora: dict[str, str] = field(default_factory=dict)  # domain → digest of the corpus that the samples are from
 
     def replayed(self) -> tuple[tuple[str, ...], Tensor]:
         """Names of the missing-modality patterns and what each leaves present: [P, N, M] bool."""
         keep = torch.tensor([[bool(mask >> m & 1) for m in range(self.present.shape[1])] for mask in PATTERNS.values()])
         return tuple(PATTERNS), self.present & keep[:, None, :]
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Species (bona fide among them) → pattern → samples of which the pattern shows anything."""
+        patterns, present = self.replayed()
+        seen, names = present.any(-1).numpy(), np.array(self.species)  # [P, N]
+        listed = np.unique(names).tolist()
+        return {s: dict(zip(patterns, seen[:, names == s].sum(1).tolist(), strict=True)) for s in listed}
+
+    def keys(self) -> list[bytes]:
+        """Each sample's key; empty where an earlier version sealed the set."""
+        return [] if self.key is None else [bytes(k) for k in self.key.numpy()]
+
+
+class Flaws(NamedTuple):
+    """What is wrong with an anchor set, a line each."""
+
+    errors: tuple[str, ...]  # it must not be used
+    warnings: tuple[str, ...]  # it shows less than it should
+
+
+def frame_keys(frames: NDArray[np.uint8]) -> list[bytes]:
+    """sha256 of each of N frames."""
+    return [hashlib.sha256(np.ascontiguousarray(f).data).digest() for f in frames]
+
+
+def flaws(anchor: AnchorSet, trained: Collection[bytes] | None) -> Flaws:
+    """Judge an anchor set by its own samples and the frames that models were ``trained`` on (None: not known)."""
+    errors: list[str] = []
+    warnings: list[str] = []
+    if not torch.isfinite(anchor.z[anchor.present]).all():
+        errors.append("features that are not finite: every candidate would be held")
+    keys, label = anchor.keys(), anchor.label.numpy()
+    if not keys:
+        warnings.append("sealed without item keys by an earlier version: not checked against the training corpora")
+    elif trained is None:
+        warnings.append("the training corpora are not there: not checked against them")
+    elif shared := sum(k in trained for k in keys):
+        errors.append(f"{shared} of {len(keys)} samples are in the training split of data.domains")
+    if twice := len(keys) - len(set(keys)):
+        warnings.append(f"{twice} samples are there more than once")
+    counts = anchor.counts()
+    real = {s for s, y in zip(anchor.species, label.tolist(), strict=True) if y == Label.BONA_FIDE}
+    attacks = {s: c for s, c in counts.items() if s not in real}
+    if len(attacks) < NEEDED["species"]:
+        warnings.append(f"{len(attacks)} PAI species, at least {NEEDED['species']} are needed")
+    for species, seen in counts.items():
+        need = NEEDED["bona_fide" if species in real else "attacks"]
+        pattern = min(seen, key=lambda p: seen[p])
+        if seen[pattern] < need:
+            warnings.append(f"{species}: {seen[pattern]} samples under {pattern}, at least {need} are needed")
+    for kind, absent in (("attack", not attacks), ("bona fide presentation", not real)):
+        if absent:
+            errors.append(f"no {kind}: every candidate would be held")
+    return Flaws(tuple(errors), tuple(warnings))
+
 
 def seal(root: Place, anchor: AnchorSet) -> str:
-    """Store ``anchor`` → its digest; the ledger pins it."""
+    """Store ``anchor`` → its digest, the same for the same content; the ledger pins it."""
     names = sorted(set(anchor.species))
     index = torch.tensor([names.index(s) for s in anchor.species])
     tensors = {"z": anchor.z.half(), "present": anchor.present, "label": anchor.label, "species": index.to(torch.int32)}
+    if anchor.key is not None:
+        about = json.dumps({"trunk": anchor.trunk, "corpora": anchor.corpora}, sort_keys=True)
+        tensors |= {"key": anchor.key, "about": _text(about)}
     return put(root, {**tensors, "names": _text(json.dumps(names))})
 
 
 def open_sealed(root: Place, digest: str) -> AnchorSet:
     """The anchor set whose bytes have ``digest``; raises BadBlob when they have changed."""
-    t = get(root, digest)
-    if set(t) != {"z", "present", "label", "species", "names"}:
-        raise BadBlob(f"anchor set {digest[:12]}: holds {sorted(t)}, not an anchor set; train seals a new one")
-    names = json.loads(bytes(t["names"].tolist()).decode())
-    return AnchorSet(t["z"].float(), t["present"], t["label"], tuple(names[i] for i in t["species"].tolist()))
+    try:
+        t = get(root, digest)
+    except BadBlob as e:
+        raise type(e)(f"anchor set {e}, or make it anew with `palisade anchor seal`") from None
+    if not TENSORS <= set(t) <= TENSORS | LATER:
+        raise BadBlob(f"anchor set {digest[:12]}: holds {sorted(t)}, not an anchor set; run `palisade anchor seal`")
+    names = json.loads(_read(t["names"]))
+    about = json.loads(_read(t["about"])) if "about" in t else {"trunk": "", "corpora": {}}
+    species = tuple(names[i] for i in t["species"].tolist())
+    return AnchorSet(t["z"].float(), t["present"], t["label"], species, t.get("key"), about["trunk"], about["corpora"])
 
 
 def _text(text: str) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def _read(text: Tensor) -> str:
+    return bytes(text.tolist()).decode()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BeforeValidator
 
+from pipeline.guards.reason import Measured
+from pipeline.guards.stream import Stream
 from pipeline.metrics import BONA_FIDE, MIN_SPECIES, merge_small
 from pipeline.types import Section
 
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 
 REAL = "bona_fide"  # the row of a pattern whose errors are bona fide presentations called attack
 CLIP = 1e-6  # scores nearer to 0 or 1 have no larger margin
-
-# None = not measured; NaN and infinity become None, so that JSON holds everything
-Measured = Annotated[
-    float | None, BeforeValidator(lambda v: None if isinstance(v, float) and not math.isfinite(v) else v)
-]
 
 
 class Cell(Section):
@@ -51,12 +46,16 @@ class Evidence(Section):
     holds_before: int = 0  # holds in a row before this one
     merged: tuple[str, ...] = ()  # species counted together as "other"
     labels: str = "anchor"  # where the attack labels come from
+    rig: tuple[str, ...] = ()  # modalities that the site has; empty = unknown, every pattern shows what it leaves
+    unseen: tuple[str, ...] = ()  # patterns that leave nothing of the rig: no guard applies to them
+    stream: Stream = Stream()  # of the site, without labels
 
 
 def evidence_of(
     candidate: ArrayLike, stable: ArrayLike, label: ArrayLike, species: Sequence[str], patterns: Sequence[str],
     threshold: float, *, trust_ratio: float, stream_n: int, age_seconds: float, stable_threshold: float | None = None,
     stream_finite: bool = True, valid: ArrayLike | None = None, holds_before: int = 0, merge_below: int = MIN_SPECIES,
+    rig: Sequence[str] = (), unseen: Sequence[str] = (), stream: Stream | None = None,
 ) -> Evidence:  # fmt: skip
     """Count the anchor scores [P, N] of candidate and champion; label and species are per anchor item [N].
 
@@ -80,6 +79,7 @@ def evidence_of(
                     for i, p in enumerate(patterns) for k, j in enumerate(names) if n[i][k]),
         trust_ratio=float(trust_ratio), margin_drop=_margin_drop(c, s, ok, member[:, 1:]) if finite else None,
         stream_n=int(stream_n), age_seconds=float(age_seconds), finite=finite, holds_before=holds_before, merged=merged,
+        rig=tuple(rig), unseen=tuple(unseen), stream=stream or Stream(),
     )  # fmt: skip
 
 

@@ -53,6 +53,103 @@ class NoData(Section):
     max_holds: int = Field(default=2, ge=0, description="more holds in a row than this abort")
 
 
+class Shadow(Section):
+    """Guard ``shadow``, of sites since their promotion: e-processes on labelled attack presentations, tested per wave."""
+
+    advisory: bool = False
+    null: float = Field(default=0.02, gt=0, lt=1, description="APCER that is no reason to stop")
+    alpha: float = Field(
+        default=0.002, gt=0, lt=1, description="healthy waves that may be stopped; five waves: 1 % of healthy releases"
+    )
+    alpha_site: float = Field(default=0.001, gt=0, lt=1, description="healthy sites that may be taken back, ever")
+
+
+class Risk(Section):
+    """Guard ``risk``: proxy risk of the stream (the mean error that its scores admit) against the anchor set's."""
+
+    advisory: bool = True  # a shifted site is less certain than the source is at home: to be set per fleet
+    epsilon: float = Field(default=0.02, ge=0, lt=1, description="how much higher its lower bound may be")
+    alpha: float = Field(default=0.01, gt=0, lt=1, description="false alarms per window, both bounds together")
+
+
+class Drift(Section):
+    """Guard ``drift``: betting martingales on entropy and attack score against the source distribution."""
+
+    advisory: bool = True  # a shift is what adaptation is for
+    alpha: float = Field(default=0.01, gt=0, lt=1, description="false alarms per window and kind of score")
+
+
+class Ratchet(Section):
+    """Guard ``ratchet``: the rate of bona fide calls against the site's own hours of the day. An alarm fails."""
+
+    advisory: bool = False
+    kappa: float = Field(default=0.5, ge=0, description="how much the odds of a bona fide call may rise")
+    alpha: float = Field(default=0.01, gt=0, lt=1, description="false alarms per window")
+    baseline_min: int = Field(default=200, ge=1, description="earlier sessions before anything is compared")
+
+
+class Influence(Section):
+    """Guard ``influence``: how much of an update may come from one place. Of samples that taught."""
+
+    advisory: bool = False
+    per_session: int = Field(default=2, ge=1, description="samples of one session that may teach")
+    share: float = Field(default=0.05, gt=0, le=1, description="of a window's teaching samples from one session")
+    sessions: int = Field(default=20, ge=0, description="sessions that a window with an update needs")
+
+
+class Labels(Section):
+    """Guard ``labels``: what the site learned from may not be one class, nor be disputed."""
+
+    advisory: bool = False
+    bona_fide: float = Field(default=0.99, gt=0, le=1, description="share of pseudo labels that may be bona fide")
+    disagreement: float = Field(default=0.07, ge=0, description="nats between the heads on a sample that taught")
+    minimum: int = Field(default=50, ge=1, description="pseudo labels before their shares are judged")
+
+
+class ModalityFloor(Section):
+    """Guard ``modality``: samples with fewer modalities may move normalisation only, so none of them may teach."""
+
+    advisory: bool = False
+    modalities: int = Field(default=2, ge=1, le=3)
+    share: float = Field(default=0.0, ge=0, le=1, description="of teaching samples that may show fewer")
+
+
+class Collapse(Section):
+    """Guard ``collapse``: nearly every call the same, where the champion's calls on the same samples are not."""
+
+    advisory: bool = False
+    share: float = Field(default=0.99, gt=0.5, le=1, description="of the last calls that may be of one class")
+    calls: int = Field(default=200, ge=1, description="newest calls it looks at; fewer are not judged")
+    prior: float = Field(default=0.02, ge=0, le=1, description="least gap to the champion's share: an untypical prior")
+    flips: float = Field(default=0.5, gt=0, le=1, description="of the window's calls that may change either way")
+
+
+class Expiry(Section):
+    """Guard ``expiry``: candidates and states do not live for ever."""
+
+    advisory: bool = False
+    candidate_hours: float = Field(default=24.0, gt=0, description="unpromoted")
+    state_days: float = Field(default=30.0, gt=0, description="since the state left the source model")
+    state_steps: int = Field(default=10_000, ge=1, description="steps since then")
+
+
+class Controls(Section):
+    """Guard ``controls``: promoted sites against those that stay on the source model, per stratum."""
+
+    advisory: bool = False
+    fdr: float = Field(default=0.05, gt=0, lt=1, description="false findings among the findings (e-BH)")
+
+
+class Budget(Section):
+    """Guard ``budget``: errors of the fleet against what a month (30 days) allows; burning too fast freezes promotions."""
+
+    advisory: bool = False
+    allowed: float = Field(default=0.01, gt=0, lt=1, description="share of a month's presentations that may go wrong")
+    hour: float = Field(default=0.02, gt=0, le=1, description="of the month's budget, burnt within 1 h")
+    six_hours: float = Field(default=0.10, gt=0, le=1, description="of the month's budget, burnt within 6 h")
+    alpha: float = Field(default=0.001, gt=0, lt=1, description="doubt left that it burns that fast")
+
+
 class GuardsConfig(Section):
     """Section ``guards``."""
 
@@ -60,3 +157,20 @@ class GuardsConfig(Section):
     noninferiority: NonInferiority = NonInferiority()
     trust: TrustRegion = TrustRegion()
     no_data: NoData = NoData()
+    shadow: Shadow = Shadow()
+    risk: Risk = Risk()
+    drift: Drift = Drift()
+    ratchet: Ratchet = Ratchet()
+    influence: Influence = Influence()
+    labels: Labels = Labels()
+    modality: ModalityFloor = ModalityFloor()
+    collapse: Collapse = Collapse()
+    expiry: Expiry = Expiry()
+    controls: Controls = Controls()
+    budget: Budget = Budget()
+
+
+def of_source(limits: GuardsConfig) -> GuardsConfig:
+    """``limits`` as a bare source model is judged by them: it has no stream, and no distance from itself."""
+    no_data, trust = limits.no_data.model_copy(update={"n_min": 0}), limits.trust.model_copy(update={"advisory": True})
+    return limits.model_copy(update={"no_data": no_data, "trust": trust})

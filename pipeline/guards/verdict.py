@@ -9,11 +9,13 @@ unlike plain Wald it keeps a width without discordant items. A cell too small to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.guards.evidence import REAL, Cell, Evidence, Measured
+from pipeline.guards.evidence import REAL, Cell, Evidence
+from pipeline.guards.reason import Call, Reason
+from pipeline.guards.unlabelled import unlabelled
 from pipeline.metrics import clopper_pearson
 from pipeline.types import Section
 
@@ -28,20 +30,6 @@ if TYPE_CHECKING:
 
 ATTACKS = "all attacks"  # the sum of a pattern's species
 Z95 = 1.6448536269514722
-
-Call = Literal["pass", "fail", "hold"]
-
-
-class Reason(Section):
-    """One finding, decisive or not."""
-
-    guard: str
-    call: Call
-    where: str  # pattern/species
-    number: Measured
-    limit: Measured
-    text: str
-    advisory: bool = False
 
 
 class Verdict(Section):
@@ -66,6 +54,7 @@ def assess(limits: GuardsConfig, evidence: Evidence) -> Verdict:
         reasons += _ceiling(limits, evidence.cells)
         reasons += _noninferiority(limits, evidence.cells)
         reasons += _trust(limits.trust, evidence)
+        reasons += unlabelled(limits, evidence)
     calls = {r.call for r in reasons if not r.advisory}
     outcome: Call = "fail" if "fail" in calls else "hold" if "hold" in calls else "pass"
     abort = outcome == "hold" and evidence.holds_before + 1 > limits.no_data.max_holds
@@ -87,6 +76,11 @@ def _no_data(limits: GuardsConfig, e: Evidence) -> Iterator[Reason]:
     wanted = {p: None for patterns in decisive for p in patterns}
     if not decisive or not all(decisive):
         wanted |= {c.pattern: None for c in e.cells}
+    wanted = {p: None for p in wanted if p not in e.unseen}
+    if e.rig and not wanted:
+        text = f"no pattern that a guard applies to shows anything of the rig {'+'.join(e.rig)}"
+        yield _hold("rig", 0, 1, text)
+        return
     for pattern in wanted or ["anchor"]:
         for real, what in ((False, "attacks"), (True, "bona fide presentations")):
             if (pattern, real) not in have:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from pipeline.ledger.releases import last_served
 from pipeline.ledger.rows import Pointed
 from pipeline.ledger.store import Store
-from pipeline.ledger.tables import cycles, iso, named, rollouts, served, sites, states, verdicts
+from pipeline.ledger.tables import cycles, iso, named, rollouts, served, sites, states, targets, verdicts
 from pipeline.rollout import TERMINAL, Status
 
 if TYPE_CHECKING:
@@ -75,20 +75,11 @@ def _state_blobs(c: Connection, since: str) -> set[str]:
 def _planned(c: Connection) -> Iterator[str]:
     """States named by the plans that may still move a site."""
     started = False
-    newest_first = sa.select(rollouts).order_by(rollouts.c.created_at.desc(), rollouts.c.id.desc())
-    for r in c.execute(newest_first):
+    t = targets.c
+    newest_first = sa.select(rollouts.c.id, rollouts.c.status)
+    for r in list(c.execute(newest_first.order_by(rollouts.c.created_at.desc(), rollouts.c.id.desc()))):
         undone_next = not started and r.status not in NEVER_STARTED
         started = started or undone_next
         if undone_next or r.status not in TERMINAL:
-            yield from _state_ids(json.loads(r.body))
-
-
-def _state_ids(body: object) -> Iterator[str]:
-    """Every ``state_id`` in a rollout's JSON, wherever the plan has it."""
-    if isinstance(body, dict):
-        if isinstance(found := body.get("state_id"), str):
-            yield found
-        body = list(body.values())
-    if isinstance(body, list):
-        for part in body:
-            yield from _state_ids(part)
+            for state in (t.state, t.back_state):
+                yield from c.scalars(sa.select(state).where(t.rollout == r.id, state.is_not(None)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.guards import Evidence, Verdict
+from pipeline.guards import Call, Evidence, Verdict
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -121,7 +121,7 @@ class VerdictRow:
     site: str
     cycle: str
     state: str | None
-    outcome: str  # that of the verdict
+    outcome: Call  # that of the verdict
     verdict_json: str
     evidence_json: str
     counters: dict[str, object]

@@ -5,6 +5,7 @@ A step is frozen SQL: it never follows later changes of ``tables``. Version 1 is
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
@@ -14,7 +15,7 @@ from pipeline.ledger.tables import facts, meta
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
-SCHEMA = 2
+SCHEMA = 3
 GENESIS = "0" * 64  # what the first audit row names as the one before it
 STEPS: dict[int, tuple[str, ...]] = {
     2: (  # a chunk of sites costs the same however large the fleet and its history are
@@ -27,6 +28,21 @@ STEPS: dict[int, tuple[str, ...]] = {
         "drop index verdicts_cycle",
         "create index verdicts_cycle on verdicts (cycle, site, outcome)",
         "create index verdicts_at on verdicts (at)",
+    ),
+    3: (  # a plan is rows, a promotion one statement, and its audit row covers the rows that it made
+        "alter table served rename to served_2",
+        "create table served (site {text} not null, counter bigint not null, state {text}, source_version bigint not null, "
+        "rollout {text} not null, wave bigint not null, kind {text} not null, since {text} not null, "
+        "audit bigint default '0' not null, primary key (site, counter)){clustered}",
+        "insert into served select site, counter, state, source_version, rollout, wave, kind, since, 0 from served_2",
+        "drop table served_2",
+        "create index served_audit on served (audit)",
+        "create table targets (rollout {text} not null, site {text} not null, wave bigint not null, zone {text} not null, "
+        "state {text}, source_version bigint not null, back_state {text}, back_version bigint not null, "
+        "verdict {text} not null, reason {text} not null, primary key (rollout, site)){clustered}",
+        "create index targets_wave on targets (rollout, wave, site)",
+        "create table notices (key {text} not null, severity {text} not null, text {text} not null, "
+        "first_at {text} not null, last_at {text} not null, count bigint not null, sent_at {text}, primary key (key))",
     ),
 }
 TABLES_1 = ("meta", "sites", "segments", "quarantine", "states", "verdicts", "cycles", "anchors", "sources", "served",
@@ -57,9 +73,28 @@ def step(c: Connection, to: int) -> None:
     """From version ``to`` - 1 to ``to``, within the caller's transaction."""
     if to == 2 and c.dialect.name == "postgresql":
         _order_by_code_point(c)
+    postgres = c.dialect.name == "postgresql"
+    text, clustered = 'text collate "C"' if postgres else "text", "" if postgres else " without rowid"
     for statement in STEPS[to]:
-        c.exec_driver_sql(statement)
+        c.exec_driver_sql(statement.format(text=text, clustered=clustered))
+    if to == 3:
+        _plans_to_rows(c)
     c.execute(facts.update().where(facts.c.key == "schema").values(value=str(to)))
+
+
+def _plans_to_rows(c: Connection) -> None:
+    """Version 2 had the plan in the rollout's JSON. What was under way there is over; what it can be taken back to stays."""
+    for row in c.exec_driver_sql("select id, body from rollouts").all():
+        plan = json.loads(row.body).get("plan", {})
+        waves = {s: i for i, w in enumerate(plan.get("waves", [])) for s in w["sites"]}
+        for site, target in plan.get("targets", {}).items():
+            to, back = target["to"], target.get("back") or target["to"]
+            values = {"rollout": row.id, "site": site, "wave": waves.get(site, 0), "zone": "UTC",
+                      "state": to["state_id"], "source_version": to.get("source_version", 1),
+                      "back_state": back["state_id"], "back_version": back.get("source_version", 1),
+                      "verdict": target.get("verdict_id", ""), "reason": ""}  # fmt: skip
+            c.execute(sa.text(f"insert into targets ({', '.join(values)}) values ({', '.join(f':{k}' for k in values)})"),
+                      values)  # fmt: skip
 
 
 def _order_by_code_point(c: Connection) -> None:

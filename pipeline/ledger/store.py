@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.ledger.rows import Cycle
 
 VANISHED_SECONDS = 60
+CACHE = "cache_size=-65536"  # KiB: a wave of a large fleet is one transaction
 
 
 class Store:
@@ -160,6 +161,16 @@ class Store:
     def _fact(self, c: Connection, key: str) -> str | None:
         return c.scalar(sa.select(facts.c.value).where(facts.c.key == key))
 
+    def _name(self, c: Connection, role: str, version: int | None, now: datetime) -> None:
+        """Let a source model have a role (champion, challenger); None: nobody has it."""
+        before = self._fact(c, role)
+        if before == (None if version is None else str(version)):
+            return
+        c.execute(facts.delete().where(facts.c.key == role))
+        if version is not None:
+            c.execute(facts.insert(), {"key": role, "value": str(version)})
+        self._append(c, role, {"version": version, "before": before}, now)
+
     def _fence(self, c: Connection, cycle: Cycle, *, shared: bool = False) -> None:
         """Only the newest generation writes. ``shared``: beside other writers of the same cycle."""
         own = sa.select(cycles.c.generation, cycles.c.status).where(cycles.c.id == cycle.id)
@@ -185,7 +196,7 @@ class Store:
 
 def _sqlite_connect(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = None  # the driver's own BEGIN comes too late for write locks
-    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", CACHE):
         connection.execute(f"PRAGMA {pragma}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timedelta
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -10,7 +11,19 @@ import sqlalchemy as sa
 
 from pipeline.ledger.rows import Cycle, CycleBusy, LedgerError, QuarantineRow, SegmentRow, SiteRow, UnknownSite
 from pipeline.ledger.store import Store
-from pipeline.ledger.tables import cycles, dump, iso, make_row, named, parts, quarantine, segments, sites, storable
+from pipeline.ledger.tables import (
+    RETIRED,
+    cycles,
+    dump,
+    iso,
+    make_row,
+    named,
+    parts,
+    quarantine,
+    segments,
+    sites,
+    storable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +47,34 @@ class Streams(Store):
             if rows:
                 c.execute(sites.insert(), rows)
         return new
+
+    def set_tags(self, changes: Mapping[str, Mapping[str, str]], *, now: datetime) -> list[str]:
+        """Give sites these tags beside those they have; an empty value takes one away → sites that changed. Audited."""
+        with self._write(alone=True) as c:
+            query = sa.select(sites.c.site, sites.c.tags)
+            before = {r.site: json.loads(r.tags) for r in named(c, query, sites.c.site, list(changes))}
+            if unknown := sorted(changes.keys() - before.keys()):
+                raise UnknownSite(
+                    f"site {unknown[0]!r}: not registered ({len(unknown)} in all); nothing was changed; see `palisade site list`"
+                )
+            after = {s: {k: v for k, v in (before[s] | dict(tags)).items() if v} for s, tags in changes.items()}
+            moved = sorted(s for s in after if after[s] != before[s])
+            if moved:
+                change = sites.update().where(sites.c.site == sa.bindparam("s")).values(tags=sa.bindparam("v_tags"))
+                c.execute(change, [{"s": s, "v_tags": dump(after[s])} for s in moved])
+                self._append(c, "tags", {"sites": {s: dict(changes[s]) for s in moved}}, now)
+        return moved
+
+    def set_retired(self, site: str, *, retired: bool, reason: str, now: datetime) -> bool:
+        """Take a site out of service (status retired), or back into it → whether that changed anything. Audited."""
+        self.site(site)
+        other = sites.c.status != RETIRED if retired else sites.c.status == RETIRED
+        values = {"status": RETIRED, "reason": storable(reason)} if retired else {"status": "active", "reason": ""}
+        with self._write(alone=True) as c:
+            changed = c.execute(sites.update().where(sites.c.site == site, other).values(values)).rowcount == 1
+            if changed:
+                self._append(c, "retire" if retired else "restore", {"site": site, "reason": storable(reason)}, now)
+        return changed
 
     def sites(self) -> list[SiteRow]:
         """Every registered site, by id."""
@@ -62,8 +103,8 @@ class Streams(Store):
         return [found[n] if n in found else self.site(n) for n in names]
 
     def set_status(self, reasons: Mapping[str, str]) -> None:
-        """Mark sites as failed with a reason, or as active where it is empty."""
-        change = sites.update().where(sites.c.site == sa.bindparam("s"))
+        """Mark sites as failed with a reason, or as active where it is empty; a retired one stays retired."""
+        change = sites.update().where(sites.c.site == sa.bindparam("s"), sites.c.status != RETIRED)
         change = change.values(status=sa.bindparam("v_status"), reason=sa.bindparam("v_reason"))
         rows = [{"s": s, "v_status": "failed" if reason else "active", "v_reason": storable(reason)}
                 for s, reason in sorted(reasons.items())]  # fmt: skip

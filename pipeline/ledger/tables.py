@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 V = TypeVar("V")
+RETIRED = "retired"  # status of a site that no release plans or waits for
+FLEET = "*"  # the site of a verdict on a bare source model; its offsets are the version
 CHUNK = 1000  # names in one IN (...)
 # by code point on every database: the same fleet is listed in the same order
 TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 meta = sa.MetaData()
 
 
-def _table(name: str, *columns: sa.Column[object] | sa.Index) -> sa.Table:
-    return sa.Table(name, meta, *columns)
+def _table(name: str, *columns: sa.Column[object] | sa.Index, clustered: bool = False) -> sa.Table:
+    """``clustered``: SQLite keeps the rows in order of their key, as a fleet's rows are read and written."""
+    return sa.Table(name, meta, *columns, sqlite_with_rowid=not clustered)
 
 
 def _text(name: str, **options: bool) -> sa.Column[object]:
@@ -74,6 +77,14 @@ sources = _table(
 served = _table(
     "served", _text("site", primary_key=True), _int("counter", primary_key=True), _text("state", nullable=True),
     _int("source_version"), _text("rollout"), _int("wave"), _text("kind"), _text("since"),
+    sa.Column("audit", sa.BigInteger, nullable=False, server_default="0"), sa.Index("served_audit", "audit"),
+    clustered=True,
+)  # fmt: skip
+targets = _table(
+    "targets", _text("rollout", primary_key=True), _text("site", primary_key=True), _int("wave"), _text("zone"),
+    _text("state", nullable=True), _int("source_version"), _text("back_state", nullable=True), _int("back_version"),
+    _text("verdict"), _text("reason"), sa.Index("targets_wave", "rollout", "wave", "site"),
+    clustered=True,
 )  # fmt: skip
 rollouts = _table(
     "rollouts", _text("id", primary_key=True), _text("plan_hash"), _text("status"), _text("body"), _int("revision"),
@@ -82,6 +93,10 @@ rollouts = _table(
 audit = _table(
     "audit", sa.Column("seq", sa.Integer, primary_key=True), _text("at"), _text("kind"), _text("payload"),
     _text("prev_hash"), _text("hash"),
+)  # fmt: skip
+notices = _table(
+    "notices", _text("key", primary_key=True), _text("severity"), _text("text"), _text("first_at"), _text("last_at"),
+    _int("count"), _text("sent_at", nullable=True),
 )  # fmt: skip
 
 
@@ -96,6 +111,16 @@ def named(
 ) -> list[Row[*tuple[object, ...]]]:
     """Rows whose ``column`` is one of ``names``; databases bound how many values a statement may have."""
     return [r for part in parts(names) for r in c.execute(query.where(column.in_(part)))]
+
+
+def add(c: Connection, table: sa.Table, rows: Sequence[tuple[object, ...]]) -> None:
+    """Insert rows whose values are in the order of the table's columns; a fleet of them, so past the ORM's own handling."""
+    if not rows:
+        return
+    names = [column.name for column in table.columns]
+    made = table.insert().compile(c)
+    given = rows if made.positional else [dict(zip(names, row, strict=True)) for row in rows]
+    c.exec_driver_sql(str(made), given)  # pyright: ignore[reportArgumentType]
 
 
 def parts(values: Sequence[V]) -> Iterator[Sequence[V]]:

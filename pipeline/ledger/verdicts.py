@@ -1,4 +1,4 @@
-"""What adaptation made: states and verdicts of a shard in one commit; and what it starts from: anchor sets, sources.
+"""What adaptation made: states and verdicts of a shard in one commit; and the anchor sets that it is judged on.
 
 A shard's states, cursors, verdicts and counters of all its sites commit together, or nothing of them does.
 """
@@ -6,20 +6,33 @@ A shard's states, cursors, verdicts and counters of all its sites commit togethe
 from __future__ import annotations
 
 import hashlib
+import json
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from pipeline.ledger.releases import newest_served
-from pipeline.ledger.rows import LedgerError, SourceRow, StateRow, VerdictRow
+from pipeline.ledger.rows import LedgerError, StateRow, VerdictRow
 from pipeline.ledger.store import Store
-from pipeline.ledger.tables import anchors, dump, facts, iso, make_row, named, sites, sources, states, verdicts
+from pipeline.ledger.tables import (
+    RETIRED,
+    anchors,
+    audit,
+    cycles,
+    dump,
+    iso,
+    make_row,
+    named,
+    sites,
+    states,
+    verdicts,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from datetime import datetime
 
-    from sqlalchemy.engine import Connection, Row
+    from sqlalchemy.engine import Row
 
     from pipeline.ledger.rows import Cycle, ServingRow, ShardRow
 
@@ -28,15 +41,19 @@ MOVE = MOVE.values({n: sa.bindparam(f"v_{n}") for n in ("learned", "learner", "h
 LISTED = sa.select(
     *(c.label(f"{c.name}_json") if c.name in ("verdict", "evidence") else c for c in verdicts.c),
 )
+REBASES = sa.select(cycles.c.id).where(cycles.c.kind == "rebase")  # their verdicts lie beside the sites' streams
 
 
 class Verdicts(Store):
-    """Candidates with their verdicts, and the source models and anchor sets behind them."""
+    """Candidates with their verdicts, and the anchor sets behind them."""
 
-    def commit_shard(self, cycle: Cycle, rows: Sequence[ShardRow], *, now: datetime) -> list[str]:
+    def commit_shard(
+        self, cycle: Cycle, rows: Sequence[ShardRow], *, now: datetime, rebased: bool = False
+    ) -> list[str]:
         """States, cursors, verdicts and counters of many sites in one transaction → sites whose cursor had moved.
 
         Such a site is left as it is: its window was applied by somebody else, or by an earlier try of this call.
+        ``rebased``: states and verdicts alone, on a window that ends at the cursor; the sites stay as they are.
         """
         with self._write() as c:
             self._fence(c, cycle, shared=True)
@@ -46,8 +63,9 @@ class Verdicts(Store):
             own = [state_id(cycle.id, s) for s in names]
             judged = {s.site for s in named(c, sa.select(verdicts.c.site), verdicts.c.id, own)}
             fresh = [
-                r for r in rows if r.site not in judged and r.site in found and found[r.site].learned == r.offset_from
-            ]
+                r for r in rows if r.site not in judged and r.site in found
+                and found[r.site].learned == (r.offset_to if rebased else r.offset_from)
+            ]  # fmt: skip
             if fresh:
                 current = newest_served(c, [r.site for r in fresh if r.verdict.outcome == "fail"])
                 at = iso(now)
@@ -55,7 +73,8 @@ class Verdicts(Store):
                 if made:
                     c.execute(states.insert(), made)
                 c.execute(verdicts.insert(), [_verdict_values(r, cycle.id, at) for r in fresh])
-                c.execute(MOVE, [_moved(r, cycle.id, found[r.site], current.get(r.site)) for r in fresh])
+                if not rebased:
+                    c.execute(MOVE, [_moved(r, cycle.id, found[r.site], current.get(r.site)) for r in fresh])
         done = {r.site for r in fresh}
         return [r.site for r in rows if r.site not in done]
 
@@ -73,90 +92,85 @@ class Verdicts(Store):
     def verdicts(
         self, *, cycle: str | None = None, site: str | None = None, ids: Sequence[str] | None = None
     ) -> list[VerdictRow]:
-        """Verdicts of a cycle, of a site or by id, oldest first."""
+        """Verdicts of a cycle, of a site or by id, oldest first; those of a rebase only by their cycle or id."""
         query = LISTED.order_by(verdicts.c.at, verdicts.c.site, verdicts.c.offset_to)
         for column, value in ((verdicts.c.cycle, cycle), (verdicts.c.site, site)):
             query = query.where(column == value) if value is not None else query
+        if cycle is None and ids is None:
+            query = query.where(verdicts.c.cycle.not_in(REBASES))
         with self._read() as c:
             rows = c.execute(query) if ids is None else named(c, query, verdicts.c.id, ids)
             found = [make_row(VerdictRow, r) for r in rows]
         return found if ids is None else sorted(found, key=lambda v: (v.at, v.site, v.offset_to))
 
-    def latest_verdicts(self) -> dict[str, VerdictRow]:
-        """The newest verdict of every site."""
+    def judged(self, cycle: str, *, after: str = "", limit: int = 1000) -> list[VerdictRow]:
+        """At most ``limit`` verdicts of a cycle, of the sites behind ``after`` by id: a page of a fleet."""
+        own = sa.and_(verdicts.c.cycle == cycle, verdicts.c.site > after)
         with self._read() as c:
-            return {r.site: make_row(VerdictRow, r) for r in c.execute(_newest(LISTED))}
+            return [
+                make_row(VerdictRow, r) for r in c.execute(LISTED.where(own).order_by(verdicts.c.site).limit(limit))
+            ]
+
+    def evidence_digest(self, cycle: str) -> str:
+        """sha256 over every verdict of a cycle and its evidence, by site."""
+        digest = hashlib.sha256()
+        query = sa.select(verdicts.c.id, verdicts.c.verdict, verdicts.c.evidence).where(verdicts.c.cycle == cycle)
+        with self._read() as c:
+            for r in c.execute(query.order_by(verdicts.c.site)):
+                parts = [hashlib.sha256(text.encode()).hexdigest() for text in (r.verdict, r.evidence)]
+                digest.update(" ".join((r.id, *parts)).encode())
+        return digest.hexdigest()
+
+    def latest_verdicts(self, names: Sequence[str] | None = None) -> dict[str, VerdictRow]:
+        """The newest verdict of every site, or of ``names``."""
+        query = newest(LISTED)
+        with self._read() as c:
+            rows = c.execute(query) if names is None else named(c, query, sites.c.site, names)
+            return {r.site: make_row(VerdictRow, r) for r in rows}
 
     def outcomes(self, cycle: str | None = None) -> dict[str, str]:
         """pass, fail or hold by site, of a cycle or the newest of every site: a fleet's verdicts without what is in them."""
         query = sa.select(verdicts.c.site, verdicts.c.outcome)
-        query = _newest(query) if cycle is None else query.where(verdicts.c.cycle == cycle)
+        query = newest(query) if cycle is None else query.where(verdicts.c.cycle == cycle)
         with self._read() as c:
             return {r.site: r.outcome for r in c.execute(query)}
 
     def pin_anchor(self, digest: str, *, trunk: str, summary: Mapping[str, object], now: datetime) -> None:
-        """Seal an anchor set: from now on only the bytes with this digest count for this trunk."""
-        with self._write(alone=True) as c:
-            if not c.scalar(sa.select(anchors.c.digest).where(anchors.c.digest == digest)):
-                values = {"digest": digest, "trunk": trunk, "summary": dump(dict(summary)), "sealed_at": iso(now)}
-                c.execute(anchors.insert(), values)
-                self._append(c, "anchor", {"digest": digest, "trunk": trunk, **summary}, now)
+        """Seal an anchor set: from now on only the bytes with this digest count for this trunk.
 
-    def anchor(self, trunk: str) -> str:
-        """Digest of the newest anchor set of a trunk; LedgerError when none is sealed."""
+        One that was sealed earlier counts again; the one that counts already stays as it is.
+        """
+        with self._write(alone=True) as c:
+            newest = c.execute(_sealed(trunk)).first()
+            if newest and newest.digest == digest:
+                return
+            at = iso(now)
+            if newest and newest.sealed_at >= at:  # the clock was set back
+                at = iso(datetime.fromisoformat(newest.sealed_at) + timedelta(microseconds=1))
+            values = {"trunk": trunk, "summary": dump(dict(summary)), "sealed_at": at}
+            again = anchors.update().where(anchors.c.digest == digest).values(values)
+            if not c.execute(again).rowcount:
+                c.execute(anchors.insert(), {"digest": digest, **values})
+            self._append(c, "anchor", {"digest": digest, "trunk": trunk, **summary}, now)
+
+    def anchor(self, trunk: str, *, at: datetime | None = None) -> str:
+        """Digest of the anchor set that counts for a trunk, or counted ``at`` a time; LedgerError when none is sealed."""
         with self._read() as c:
-            query = sa.select(anchors.c.digest).where(anchors.c.trunk == trunk).order_by(anchors.c.sealed_at.desc())
-            found = c.scalar(query)
+            row = c.execute(_sealed(trunk)).first() if at is None else None
+            found = row.digest if row else None
+            if at is not None:
+                told = sa.select(audit.c.payload).where(audit.c.kind == "anchor", audit.c.at <= iso(at))
+                sealed = [json.loads(text) for text in c.scalars(told.order_by(audit.c.seq))]
+                found = next((s["digest"] for s in reversed(sealed) if s["trunk"] == trunk), None)
         if found is None:
             raise LedgerError(f"no anchor set is sealed for trunk {trunk[:12]}; `palisade train` seals one")
         return str(found)
 
-    def add_source(
-        self, digest: str, *, trunk: str, path: str, manifest: Mapping[str, object], lineage: str, now: datetime
-    ) -> int:
-        """Record a source model → its version; the same digest keeps its version. The first becomes the champion."""
-        with self._write(alone=True) as c:
-            known = c.scalar(sa.select(sources.c.version).where(sources.c.digest == digest))
-            if known is not None:
-                return int(known)
-            version = int(c.scalar(sa.select(sa.func.max(sources.c.version))) or 0) + 1
-            values = {"version": version, "digest": digest, "trunk": trunk, "path": path,
-                      "manifest": dump(dict(manifest)), "lineage": lineage, "created_at": iso(now)}  # fmt: skip
-            c.execute(sources.insert(), values)
-            self._append(c, "source", {"version": version, "digest": digest, "lineage": lineage}, now)
-            if self._fact(c, "champion") is None:
-                self._crown(c, version, now)
-            return version
-
-    def sources(self) -> list[SourceRow]:
-        """Every source model version, oldest first."""
+    def anchors(self) -> dict[str, str]:
+        """Digest → trunk of every anchor set that was ever sealed, in the order in which they were."""
         with self._read() as c:
-            rows = list(c.execute(sa.select(sources).order_by(sources.c.version)))
-        return [make_row(SourceRow, r) for r in rows]
-
-    def source(self, version: int | None = None) -> SourceRow:
-        """A version, by default the champion; LedgerError says how to get one."""
-        with self._read() as c:
-            champion = self._fact(c, "champion")
-        wanted = version if version is not None else int(champion) if champion else None
-        known = {s.version: s for s in self.sources()}
-        if wanted is None:
-            raise LedgerError("no source model yet; run `palisade train` first")
-        if wanted not in known:
-            raise LedgerError(f"source version {wanted}: not there; versions: {', '.join(map(str, known))}")
-        return known[wanted]
-
-    def set_champion(self, version: int, *, now: datetime) -> None:
-        """Make ``version`` the source model that the fleet adapts from."""
-        self.source(version)
-        with self._write(alone=True) as c:
-            self._crown(c, version, now)
-
-    def _crown(self, c: Connection, version: int, now: datetime) -> None:
-        before = self._fact(c, "champion")
-        c.execute(facts.delete().where(facts.c.key == "champion"))
-        c.execute(facts.insert(), {"key": "champion", "value": str(version)})
-        self._append(c, "champion", {"version": version, "before": before}, now)
+            query = sa.select(anchors.c.digest, anchors.c.trunk).order_by(anchors.c.sealed_at)
+            return {r.digest: r.trunk for r in c.execute(query)}
 
 
 def state_id(cycle: str, site: str) -> str:
@@ -164,10 +178,17 @@ def state_id(cycle: str, site: str) -> str:
     return hashlib.sha256(f"{cycle}/{site}".encode()).hexdigest()[:16]
 
 
-def _newest(query: sa.Select[*tuple[object, ...]]) -> sa.Select[*tuple[object, ...]]:
+def _sealed(trunk: str) -> sa.Select[*tuple[object, ...]]:
+    return sa.select(anchors.c.digest, anchors.c.sealed_at).where(anchors.c.trunk == trunk).order_by(
+        anchors.c.sealed_at.desc()
+    )  # fmt: skip
+
+
+def newest(query: sa.Select[*tuple[object, ...]]) -> sa.Select[*tuple[object, ...]]:
     """Of ``query`` over verdicts the newest row of each site: the one furthest in its stream."""
     v = verdicts.alias("v")
-    last = sa.select(v.c.id).where(v.c.site == sites.c.site).order_by(v.c.offset_to.desc(), v.c.at.desc()).limit(1)
+    own = sa.and_(v.c.site == sites.c.site, v.c.cycle.not_in(REBASES))
+    last = sa.select(v.c.id).where(own).order_by(v.c.offset_to.desc(), v.c.at.desc()).limit(1)
     return query.join_from(sites, verdicts, verdicts.c.id == last.correlate(sites).scalar_subquery())
 
 
@@ -198,6 +219,6 @@ def _moved(
         "v_learned": r.offset_to,
         "v_learner": learner,
         "v_holds": holds,
-        "v_status": "active",
-        "v_reason": "",
+        "v_status": site.status if site.status == RETIRED else "active",
+        "v_reason": site.reason if site.status == RETIRED else "",
     }

@@ -5,34 +5,47 @@ Pure: no clock, file, network or chance.
 
 from __future__ import annotations
 
-from pipeline.rollout.machine import (
-    FLYING,
-    TERMINAL,
-    WAITING,
-    Action,
-    HealthReport,
-    Notify,
-    Promote,
-    Rollback,
-    Rollout,
-    RolloutError,
-    Status,
-    WaveEvidence,
+from pipeline.rollout.calendar import Freeze
+from pipeline.rollout.machine import advance
+from pipeline.rollout.people import (
     abort,
-    advance,
     approve,
+    approved,
+    join,
+    needed,
+    open_to_joiners,
+    overridden,
+    override,
     pause,
     resume,
+    retry,
     start,
     supersede,
 )
+from pipeline.rollout.settings import RolloutConfig
+from pipeline.rollout.state import (
+    FLYING,
+    RETURNING,
+    TERMINAL,
+    WAITING,
+    Action,
+    Bring,
+    Failing,
+    Notify,
+    Promote,
+    Rollout,
+    RolloutError,
+    Seen,
+    Status,
+    WaveSeen,
+)
 from pipeline.rollout.waves import (
     Candidate,
+    Draft,
     Excluded,
     Plan,
     PlanDiff,
     Pointer,
-    RolloutConfig,
     SiteFacts,
     Target,
     Wave,
@@ -40,11 +53,13 @@ from pipeline.rollout.waves import (
     diff,
     plan,
     plan_hash,
+    roster,
 )
 
 __all__ = [
-    "FLYING", "TERMINAL", "WAITING", "Action", "Candidate", "Excluded", "HealthReport", "Notify", "Plan", "PlanDiff",
-    "Pointer", "Promote", "Rollback", "Rollout", "RolloutConfig", "RolloutError", "SiteFacts", "Status", "Target", "Wave",
-    "WaveEvidence", "abort", "advance", "approve", "choose_controls", "diff", "pause", "plan", "plan_hash", "resume",
-    "start", "supersede",
+    "FLYING", "RETURNING", "TERMINAL", "WAITING", "Action", "Bring", "Candidate", "Draft", "Excluded", "Failing", "Freeze",
+    "Notify", "Plan", "PlanDiff", "Pointer", "Promote", "Rollout", "RolloutConfig", "RolloutError", "Seen", "SiteFacts",
+    "Status", "Target", "Wave", "WaveSeen", "abort", "advance", "approve", "approved", "choose_controls", "diff", "join",
+    "needed", "open_to_joiners", "overridden", "override", "pause", "plan", "plan_hash", "resume", "retry", "roster", "start",
+    "supersede",
 ]  # fmt: skip

@@ -1,57 +1,37 @@
 """The plan: which site is promoted to what in which wave, who stays a control, who is left out and why.
 
-This file holds the section ``rollout``. A Plan that nobody stored is a draft.
+A Draft is a plan with everything that it says of single sites; stored, its
+sites are rows of the ledger, and the state machine needs the Plan alone, which stays small however large the fleet is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Literal
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import Field, model_validator
-
+from pipeline.guards.limits import Shadow
+from pipeline.rollout.calendar import known_zone
+from pipeline.rollout.power import days_to_detect
+from pipeline.rollout.settings import RolloutConfig
 from pipeline.types import Section
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+DAY = 86_400.0
 
 
-class RolloutConfig(Section):
-    """Section ``rollout``."""
-
-    waves: tuple[float, ...] = Field(default=(0.01, 0.05, 0.2, 0.5, 1.0), description="cumulative shares of the fleet")
-    stage_seconds: float = Field(default=600, ge=0, description="time for the sites of a wave to take the new state")
-    bake_seconds: float = Field(default=3600, ge=0, description="time a wave must do well before the next one")
-    hold_seconds: float = Field(default=86_400, ge=0, description="a hold longer than this is paused for a person")
-    expire_seconds: float = Field(default=86_400, gt=0, description="a plan not started by then expires")
-    rollback_seconds: float = Field(default=300, gt=0, description="bound for sites to take a rollback")
-    abort_share: float = Field(default=0.02, ge=0, lt=1, description="more than this of a wave failing aborts")
-    abort_min_sites: int = Field(default=5, ge=1, description="and at least so many sites, or the whole wave")
-    missing_share: float = Field(default=0.0, ge=0, lt=1, description="share of a wave that may end it without data")
-    control_share: float = Field(default=0.05, ge=0, lt=1, description="sites kept on the source model for good")
-    control_min_sites: int = Field(default=10, ge=1, description="strata smaller than this need no control")
-    health_samples: int = Field(
-        default=50, ge=0, description="captures a promoted site must bring before it counts as data"
-    )
-    stratum: str = Field(default="", description="tag whose values are the strata of the controls; empty = one stratum")
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _rising(self) -> RolloutConfig:
-        if not self.waves or self.waves[-1] != 1 or list(self.waves) != sorted({w for w in self.waves if w > 0}):
-            raise ValueError(f"waves {list(self.waves)}: rising shares above 0 that end with 1.0 are needed")
-        return self
-
-
-class Pointer(Section):
+class Pointer(NamedTuple):
     """What a site serves: a state of the ledger, or the bare source model (``state_id`` None)."""
 
     state_id: str | None
     source_version: int
 
 
-class Candidate(Section):
+class Candidate(NamedTuple):
     """What a site may be promoted to, with its stored verdict."""
 
     to: Pointer
@@ -60,24 +40,28 @@ class Candidate(Section):
     reason: str = ""
 
 
-class SiteFacts(Section):
+@dataclass(frozen=True)
+class SiteFacts:
     """What the plan needs of one site. ``last_good`` was served under a release that completed and still passes."""
 
     serving: Pointer | None
     last_good: Pointer | None = None
     candidate: Candidate | None = None
     control: bool = False
+    tags: Mapping[str, str] | None = None
 
 
-class Target(Section):
+class Target(NamedTuple):
     """One planned site."""
 
+    wave: int  # index
     to: Pointer
     back: Pointer  # where a rollback goes
     verdict_id: str
+    zone: str = "UTC"
 
 
-class Excluded(Section):
+class Excluded(NamedTuple):
     """Why a site is in no wave."""
 
     reason: str
@@ -88,21 +72,40 @@ class Wave(Section):
     """Sites promoted together; ``abort_at`` failing sites abort the rollout."""
 
     share: float
-    sites: tuple[str, ...]
+    sites: int
     abort_at: int
+    detects_days: float | None = None  # see power.days_to_detect
 
 
 class Plan(Section):
-    """What will happen, site by site. Sites that join later wait for the next release."""
+    """What will happen. ``roster`` is the sha256 over what it says of each site, so its own hash covers everything."""
 
     release: str
+    kind: Literal["candidates", "source"] = "candidates"
+    source_version: int  # the source model under the targets
+    source_before: int  # the champion source model when it was planned
     waves: tuple[Wave, ...]
-    targets: dict[str, Target]
-    controls: tuple[str, ...]
-    excluded: dict[str, Excluded]
-    duration_seconds: float  # predicted: staging and baking of every wave
+    zones: tuple[str, ...] = ()
+    controls: int = 0
+    excluded: int = 0
+    duration_seconds: float  # predicted: staging and baking of every wave, and its night
     rollback_seconds: float
+    roster: str
     config: RolloutConfig
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan with its sites."""
+
+    plan: Plan
+    targets: dict[str, Target]
+    excluded: dict[str, Excluded]
+    controls: tuple[str, ...]
+
+    def wave(self, index: int) -> tuple[str, ...]:
+        """Sites of one wave, sorted."""
+        return tuple(sorted(s for s, t in self.targets.items() if t.wave == index))
 
 
 class PlanDiff(Section):
@@ -114,38 +117,44 @@ class PlanDiff(Section):
     moved: dict[str, tuple[int, int]]  # site → wave index in a, in b
 
 
-def plan(release: str, sites: Mapping[str, SiteFacts], source_version: int, config: RolloutConfig) -> Plan:
+def plan(
+    release: str, sites: Mapping[str, SiteFacts], source_version: int, config: RolloutConfig, *,
+    source_before: int | None = None, shadow: Shadow | None = None,
+) -> Draft:  # fmt: skip
     """Waves over the sites whose candidate has a passing verdict; the same inputs give the same plan.
 
-    ``source_version`` is the source model that sites without a good earlier version go back to.
+    ``source_version`` is the source model that the candidates adapt; sites without a good earlier version go back to it, or
+    to ``source_before`` where the release brings a new one. Then the controls follow with the last wave. ``shadow`` is the guard
+    that the bakes are watched by, for what each wave can detect.
     """
+    before = source_version if source_before is None else source_before
     excluded: dict[str, Excluded] = {}
-    targets: dict[str, Target] = {}
+    chosen: dict[str, SiteFacts] = {}
     for site, facts in sorted(sites.items()):
-        if facts.control:
+        if facts.control and source_before is None:
+            excluded[site] = Excluded("control: stays on the source model")
             continue
         why = _why_not(facts)
-        c = facts.candidate
-        if why or c is None or c.verdict_id is None:
-            excluded[site] = Excluded(reason=why or "no candidate", verdict_id=c.verdict_id if c else None)
+        if why:
+            excluded[site] = Excluded(why, facts.candidate.verdict_id if facts.candidate else None)
         else:
-            good = facts.last_good if facts.last_good != c.to else None
-            back = good or Pointer(state_id=None, source_version=source_version)
-            targets[site] = Target(to=c.to, back=back, verdict_id=c.verdict_id)
-    order = sorted(targets, key=lambda site: (_draw(config.seed, release, site), site))
-    waves: list[Wave] = []
-    start = 0
-    for share in config.waves:
-        end = len(order) if share == 1 else max(1, int(share * len(order)))
-        if members := tuple(sorted(order[start:end])):
-            waves.append(Wave(share=share, sites=members, abort_at=_abort_at(config, len(members))))
-        start = max(start, end)
-    return Plan(
-        release=release, waves=tuple(waves), targets=targets, excluded=excluded, config=config,
-        controls=tuple(s for s, f in sorted(sites.items()) if f.control),
-        duration_seconds=len(waves) * (config.stage_seconds + config.bake_seconds),
+            chosen[site] = facts
+    last = sorted(s for s, f in chosen.items() if f.control)
+    parts = _parts(release, {s: f.tags or {} for s, f in chosen.items() if not f.control}, config, late=last)
+    targets = {s: _target(i, chosen[s], before) for i, (_, members) in enumerate(parts) for s in members}
+    controls = tuple(s for s, f in sorted(sites.items()) if f.control)
+    waves = tuple(Wave(share=share, sites=len(members), abort_at=_abort_at(config, len(members)),
+                       detects_days=days_to_detect(len(members), config.presentations_per_day, shadow or Shadow()))
+                  for share, members in parts)  # fmt: skip
+    night = DAY if config.night else 0.0
+    made = Plan(
+        release=release, kind="candidates" if source_before is None else "source", source_version=source_version,
+        source_before=before, waves=waves, zones=tuple(sorted({t.zone for t in targets.values()})),
+        controls=len(controls), excluded=len(excluded), config=config, roster=roster(targets, excluded),
+        duration_seconds=len(waves) * (config.stage_seconds + config.bake_seconds + night),
         rollback_seconds=config.rollback_seconds,
     )  # fmt: skip
+    return Draft(made, targets, excluded, controls)
 
 
 def choose_controls(tags: Mapping[str, Mapping[str, str]], config: RolloutConfig) -> tuple[str, ...]:
@@ -153,15 +162,20 @@ def choose_controls(tags: Mapping[str, Mapping[str, str]], config: RolloutConfig
 
     Taken in an order that depends on the site id only, so that a growing fleet keeps the controls it has.
     """
-    strata: dict[str, list[str]] = {}
-    for site, tag in tags.items():
-        strata.setdefault(tag.get(config.stratum, ""), []).append(site)
     chosen: list[str] = []
-    for members in strata.values():
+    for members in _strata(tags, config).values():
         least = 1 if len(members) >= config.control_min_sites and config.control_share > 0 else 0
         members.sort(key=lambda site: (_draw(config.seed, "control", site), site))
         chosen += members[: max(least, int(config.control_share * len(members)))]
     return tuple(sorted(chosen))
+
+
+def roster(targets: Mapping[str, Target], excluded: Mapping[str, Excluded]) -> str:
+    """sha256 over one line per site, in order."""
+    lines = [f"{s} {t.wave} {t.to[0]} {t.to[1]} {t.back[0]} {t.back[1]} {t.verdict_id} {t.zone}"
+             for s, t in sorted(targets.items())]  # fmt: skip
+    lines += [f"{s} - {e.verdict_id} {e.reason}" for s, e in sorted(excluded.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def plan_hash(plan: Plan) -> str:
@@ -170,14 +184,13 @@ def plan_hash(plan: Plan) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def diff(a: Plan, b: Plan) -> PlanDiff:
-    """What ``b`` does otherwise than ``a``."""
-    wave_a, wave_b = ({s: i for i, w in enumerate(p.waves) for s in w.sites} for p in (a, b))
-    both = sorted(wave_a.keys() & wave_b.keys())
+def diff(a: Mapping[str, Target], b: Mapping[str, Target]) -> PlanDiff:
+    """What the targets ``b`` do otherwise than ``a``."""
+    both = sorted(a.keys() & b.keys())
     return PlanDiff(
-        added=tuple(sorted(wave_b.keys() - wave_a.keys())), removed=tuple(sorted(wave_a.keys() - wave_b.keys())),
-        retargeted=tuple(s for s in both if a.targets[s].to != b.targets[s].to),
-        moved={s: (wave_a[s], wave_b[s]) for s in both if wave_a[s] != wave_b[s]},
+        added=tuple(sorted(b.keys() - a.keys())), removed=tuple(sorted(a.keys() - b.keys())),
+        retargeted=tuple(s for s in both if a[s].to != b[s].to),
+        moved={s: (a[s].wave, b[s].wave) for s in both if a[s].wave != b[s].wave},
     )  # fmt: skip
 
 
@@ -187,7 +200,79 @@ def _why_not(facts: SiteFacts) -> str:
         return "no candidate"
     if c.outcome != "pass" or c.verdict_id is None:
         return f"verdict {c.outcome}: {c.reason}" if c.verdict_id is not None else "no stored verdict"
+    if not known_zone(_zone(facts)):
+        return f"time zone {_zone(facts)!r} is not known; mend it with `palisade site tag`"
     return "already serves it" if facts.serving == c.to else ""
+
+
+def _zone(facts: SiteFacts) -> str:
+    return (facts.tags or {}).get("tz", "UTC")
+
+
+def _target(wave: int, facts: SiteFacts, source_version: int) -> Target:
+    c = facts.candidate
+    assert c is not None and c.verdict_id is not None
+    good = facts.last_good if facts.last_good != c.to else None
+    return Target(wave, c.to, good or Pointer(None, source_version), c.verdict_id, _zone(facts))
+
+
+def _parts(
+    release: str, tags: Mapping[str, Mapping[str, str]], config: RolloutConfig, *, late: Sequence[str]
+) -> list[tuple[float, list[str]]]:
+    """(cumulative share, sites) of every wave that is not empty. What the caps keep out of the last one comes in more."""
+    queue = deque(_order(release, tags, config))
+    total, parts = len(queue), list[tuple[float, list[str]]]()
+    limits = {tag: _limits(Counter(t.get(tag, "") for t in tags.values()), cap) for tag, cap in config.caps.items()}
+    for share in config.waves:
+        end = total if share == 1 else max(1, int(share * total))
+        if members := _taken(queue, end - (total - len(queue)), tags, limits):
+            parts.append((share, sorted(members)))
+    while queue:
+        parts.append((1.0, sorted(_taken(queue, len(queue), tags, limits))))
+    if late:
+        share, members = parts.pop() if parts else (1.0, [])
+        parts.append((share, sorted([*members, *late])))
+    return parts
+
+
+def _order(release: str, tags: Mapping[str, Mapping[str, str]], config: RolloutConfig) -> list[str]:
+    """All sites such that every beginning of the list holds about the same share of each stratum."""
+    placed: list[tuple[float, bytes, str]] = []
+    for key, members in _strata(tags, config).items():
+        drawn = sorted((_draw(config.seed, release, site), site) for site in members)
+        shift = int.from_bytes(_draw(config.seed, release, "/".join(key))[:4], "big") / 2**32
+        placed += [((i + shift) / len(drawn), draw, site) for i, (draw, site) in enumerate(drawn)]
+    return [site for _, _, site in sorted(placed)]
+
+
+def _strata(tags: Mapping[str, Mapping[str, str]], config: RolloutConfig) -> dict[tuple[str, ...], list[str]]:
+    strata: dict[tuple[str, ...], list[str]] = {}
+    for site, tag in tags.items():
+        strata.setdefault(tuple(tag.get(name, "") for name in config.strata), []).append(site)
+    return strata
+
+
+def _limits(sizes: Mapping[str, int], cap: float) -> dict[str, int]:
+    return {value: int(cap) if cap >= 1 else max(1, int(cap * n)) for value, n in sizes.items()}
+
+
+def _taken(
+    queue: deque[str], count: int, tags: Mapping[str, Mapping[str, str]], limits: Mapping[str, Mapping[str, int]]
+) -> list[str]:
+    """The first ``count`` of ``queue`` that no cap keeps out; the others stay in it, in order."""
+    taken: list[str] = []
+    used: Counter[tuple[str, str]] = Counter()
+    left: deque[str] = deque()
+    while queue and len(taken) < count:
+        site = queue.popleft()
+        own = [(tag, tags[site].get(tag, "")) for tag in limits]
+        if any(used[key] >= limits[key[0]][key[1]] for key in own):
+            left.append(site)
+            continue
+        used.update(own)
+        taken.append(site)
+    queue.extendleft(reversed(left))
+    return taken
 
 
 def _abort_at(config: RolloutConfig, sites: int) -> int:

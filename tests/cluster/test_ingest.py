@@ -11,15 +11,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs.deployment import now
-from jobs.ingest import LOST, _forget_counted, _stretch
+from jobs.deployment import featured_by, now
+from jobs.ingest import LOST, _ahead, _forget_counted, stretch
 from pipeline.cluster import ingest
-from pipeline.cluster.featurise import CHUNK, decoded, store_segment
+from pipeline.cluster.featurise import CHUNK, decoded, store_segment, through_trunk
 from pipeline.cluster.ingest import Backlog, Done, collect, find
 from pipeline.cluster.repair import Repaired, repair_site
 from pipeline.config import Config, load
 from pipeline.data.captures import SCHEMA, read_segment, write_segment
-from pipeline.data.features import read_features
+from pipeline.data.features import read_features, write_features
 from pipeline.ledger import Cycle, Ledger
 from pipeline.models import ModelConfig, TinyConfig, checkpoint
 from pipeline.models import tail as tails
@@ -60,11 +60,16 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def model(config: Config) -> checkpoint.SourceModel:
+    return made(config, "m")
+
+
+def made(config: Config, name: str) -> checkpoint.SourceModel:
+    """Another trunk with every call."""
     architecture = ModelConfig(trunk=TinyConfig(width=4, features=8))
     tail = tails.init_tail(architecture.tail, 8, generator=torch.Generator().manual_seed(0))
     manifest = checkpoint.Manifest(config=architecture, size=SIZE, threshold=0.5, method="erm")
     made = checkpoint.seal(fold(build_trunk(architecture.trunk, SIZE)), tail, manifest)
-    checkpoint.save(config.place("models", "m"), made)
+    checkpoint.save(config.place("models", name), made)
     return made
 
 
@@ -72,7 +77,7 @@ class Fleet:
     """A captures folder with a ledger and what ingest does to them, without Ray."""
 
     def __init__(self, config: Config, model: checkpoint.SourceModel) -> None:
-        self.config, self.model = config, model
+        self.config, self.model, self.models = config, model, {"m": model}
         self.ledger = Ledger.open(config.ledger.url)
         self.captures = place(config.data.captures)
 
@@ -86,23 +91,24 @@ class Fleet:
         done: list[Done] = []
         for b in found.new:
             done += ingest.ingest_site(
-                b, self.config.data, str(self.config.place("models", "m")), self.config.place("features")
+                b,
+                self.config.data,
+                [str(self.config.place("models", m)) for m in self.models],
+                self.config.place("features"),
             )
         history = {b.site: {s.sha256: s.name for s, _ in self.ledger.segments(b.site) if s.rows} for b in found.new}
         result = collect(found.new, done, history)
-        ingest.forget_orphans(self.config, self.model.manifest.trunk_digest, result)
+        ingest.forget_orphans(self.config, [m.manifest.trunk_digest for m in self.models.values()], result)
         self.ledger.commit_ingest(self.begin(), result.segments, result.quarantined, now=now())
         return result
 
     def begin(self) -> Cycle:
         return self.ledger.begin_cycle("ingest", "f", "{}", holder="t", dead=lambda _: True, now=now())
 
-    def stored(self, site: str) -> dict[str, int]:
+    def stored(self, site: str, model: str = "m") -> dict[str, int]:
         """Offset by sample id of the features that can be read."""
-        end = self.ledger.site(site).ingested
-        block = read_features(
-            self.config.place("features"), self.model.manifest.trunk_digest, site, start=0, end=end, features=8
-        )
+        end, trunk = self.ledger.site(site).ingested, self.models[model].manifest.trunk_digest
+        block = read_features(self.config.place("features"), trunk, site, start=0, end=end, features=8)
         return dict(zip(block.sample_id.tolist(), block.offset.tolist()))
 
     def refused(self, site: str) -> list[tuple[str, int, str]]:
@@ -284,9 +290,12 @@ def test_chunks_are_aligned_with_their_captures(fleet: Fleet) -> None:
 
 def mended(fleet: Fleet) -> Repaired:
     """What the next ingest does for a site that adaptation could not read."""
-    stretch = _stretch(fleet.ledger, fleet.ledger.site("gate"), fleet.find())
+    needed = _ahead(fleet.ledger, fleet.ledger.site("gate"))
     return repair_site(
-        stretch, fleet.config.data, str(fleet.config.place("models", "m")), fleet.config.place("features")
+        stretch(fleet.ledger, "gate", needed, fleet.find()),
+        fleet.config.data,
+        str(fleet.config.place("models", "m")),
+        fleet.config.place("features"),
     )
 
 
@@ -361,6 +370,67 @@ def test_a_store_that_is_away_loses_nothing(fleet: Fleet, monkeypatch: pytest.Mo
     assert mended(fleet).restored == ("segment-0.parquet",)
 
 
+def test_every_sample_goes_through_both_trunks_and_counts_when_both_have_it(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet.models["n"] = made(fleet.config, "n")
+    segment(fleet.captures / "gate/segment-0.parquet", "a", "b", "b")
+    segment(fleet.captures / "gate/segment-1.parquet", "c")
+    torn = fleet.models["n"].manifest.trunk_digest
+
+    def full(root, trunk, site, block):
+        if trunk == torn and block.offset[0] == 3:
+            raise OSError(28, "No space left on device")
+        return write_features(root, trunk, site, block)
+
+    monkeypatch.setattr("pipeline.cluster.featurise.write_features", full)
+    assert fleet.round().failed == (("gate", "segment-1.parquet: OSError: [Errno 28] No space left on device"),)
+    assert fleet.stored("gate") == fleet.stored("gate", "n") == {"a": 0, "b": 1}
+    monkeypatch.undo()
+    fleet.round()
+    assert fleet.stored("gate") == fleet.stored("gate", "n") == {"a": 0, "b": 1, "c": 3}
+    each = [sorted(p.read_bytes() for p in (Path(str(fleet.config.place("features"))) / trunk).rglob("*.parquet"))
+            for trunk in (m.manifest.trunk_digest[:16] for m in fleet.models.values())]  # fmt: skip
+    assert [len(e) for e in each] == [2, 2] and each[0] != each[1]
+
+
+def test_a_sample_that_one_trunk_can_make_nothing_of_counts_under_neither(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet.models["n"] = made(fleet.config, "n")
+    segment(fleet.captures / "gate/segment-0.parquet", "a", "b")
+    segment(fleet.captures / "gate/segment-1.parquet", rgb=b"no image")
+
+    def overflown(model, frames):
+        z = through_trunk(model, frames)
+        z[1:, 0, 0] = np.inf if model.manifest.digest == fleet.models["n"].manifest.digest else 1
+        return z
+
+    monkeypatch.setattr("pipeline.cluster.featurise.through_trunk", overflown)
+    fleet.round()
+    monkeypatch.undo()
+    assert fleet.refused("gate") == [("segment-0.parquet", 1, "its features are not finite")]
+    assert fleet.stored("gate") == fleet.stored("gate", "n") == {"a": 0}
+    for path in Path(str(fleet.config.place("features"))).rglob("*.parquet"):
+        path.unlink()
+    assert mended(fleet).restored == ("segment-0.parquet",)
+    assert fleet.stored("gate") == {"a": 0}, "what was refused stays refused"
+
+
+def test_who_featurises_is_the_champion_and_the_challenger(fleet: Fleet) -> None:
+    config, ledger, path = fleet.config, fleet.ledger, str(fleet.config.place("models", "m"))
+    for digest, trunk, size in (("a", "t1", SIZE), ("b", "t2", SIZE), ("c", "t1", SIZE), ("d", "t3", 2 * SIZE)):
+        ledger.add_source(digest, trunk=trunk, path=path, manifest={"size": size}, lineage="", now=now())
+    named = {}
+    for challenger in (None, 1, 2, 3):
+        ledger.set_challenger(challenger, now=now())
+        named[challenger] = [s.version for s in featured_by(config, ledger)]
+    assert named == {None: [1], 1: [1], 2: [1, 2], 3: [1]}, "a trunk that they share is asked once"
+    ledger.set_challenger(4, now=now())
+    with pytest.raises(ValueError, match=f"^data.size: {SIZE}, but source v4 was trained at {2 * SIZE}$"):
+        featured_by(config, ledger)
+
+
 def test_a_task_asks_for_its_share_of_a_gpu() -> None:
     """And only where one is configured; the trunk follows the share that Ray gives."""
     plain = load(None, ["cluster.cpus=4", "cluster.ingest_workers=2"]).cluster
@@ -378,7 +448,7 @@ def test_under_ray_the_fleet_is_the_same(fleet: Fleet, ray_local: None) -> None:
     found, steps = fleet.find(), []
     fleet.ledger.register_sites({s: {} for s in found.sites}, now=now())
     result = ingest.run(
-        fleet.config, found.new, checkpoint=str(fleet.config.place("models", "m")), history=lambda _: {},
+        fleet.config, found.new, checkpoints=[str(fleet.config.place("models", "m"))], history=lambda _: {},
         on_progress=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
     assert steps[0] == (0, 12)

@@ -28,7 +28,8 @@ guards:
   noninferiority: {{attacks: 1.0, worst_species: 1.0, bona_fide: 1.0}}
   trust: {{rho: 5.0, margin: 5.0}}
   no_data: {{n_min: 40, anchor_min: 1}}
-rollout: {{waves: [0.4, 1.0], stage_seconds: 5, bake_seconds: 0, health_samples: 0, control_share: 0}}
+rollout: {{waves: [0.4, 1.0], stage_seconds: 5, bake_seconds: 0, health_samples: 0, health_presentations: 0,
+          two_people_from: null, control_share: 0}}
 cluster: {{shards: 2, ingest_workers: 1}}
 ledger: {{url: "sqlite:///{root}/ledger.db", artifacts: {root}/artifacts}}
 lineage: {{uri: "sqlite:///{root}/mlflow.db", artifacts: {root}/mlflow}}

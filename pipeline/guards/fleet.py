@@ -1,0 +1,190 @@
+"""Guards over the whole fleet: promoted sites since their promotion, control sites, and the error budget. Pure, vectorised.
+
+Everything is a count, looked at as often as one likes: the tests are e-processes (``pipeline.sequential``). Of a healthy
+wave, one whose sites keep to ``shadow.null`` and are not more often worse than better than their way back, at most
+``shadow.alpha`` are ever stopped: RATE of it by the rate, the rest by the pairs, both on the mean of the sites'
+e-values, which holds however sites depend on each other. One bad site among many shows in that mean, late;
+``alpha_site`` takes it back by itself sooner. As each wave joins the mean is over a new set of sites: its alpha is spent anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline import sequential
+from pipeline.guards.reason import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from pipeline.guards.limits import GuardsConfig
+
+    Counts = NDArray[np.int64]
+    Floats = NDArray[np.float64]
+
+RATE = 0.9  # of an alpha is for the rate, which sees most; the rest for the pairs, which see what has a bad way back
+MONTH = 720  # hours
+LARGEST = 690.0  # nats: e-values above are shown as this
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Counts [S] of promoted sites since their promotion, of presentations whose label is known."""
+
+    sites: Sequence[str]
+    attacks: Counts
+    accepted: Counts  # attacks that what the site serves calls bona fide
+    worse: Counts  # attacks served wrong where the way back is right
+    better: Counts  # and the other way round
+    bona_fide: Counts
+    refused: Counts  # bona fide that what the site serves calls attack
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What must be taken back: single sites, or with any ``breach`` the whole release."""
+
+    failing: dict[str, tuple[Reason, ...]]
+    breach: tuple[Reason, ...]  # where: the site, or "wave"
+
+
+def watch(limits: GuardsConfig, standing: Standing) -> Watch:
+    """Judge the promoted sites. What going back would not mend, worse <= better, counts against no site's attacks.
+
+    Breach: the lower confidence-sequence bound of a site's APCER over the hard ceiling, at shadow.alpha over all sites
+    together (Bonferroni); or the wave's merged e-value of rate or pairs over its limit. Failing: a site's own e-value of
+    rate or pairs over 1/alpha_site, or the lower bound of its BPCER over the hard ceiling at alpha_site: 10,000 healthy
+    sites give 10 such stops in all their days by guarantee, far from a wave's abort share.
+    """
+    s, rule = standing, limits.shadow
+    count = len(s.sites)
+    if not count:
+        return Watch({}, ())
+    harmed = np.flatnonzero(s.worse > s.better)
+    failing: dict[str, list[Reason]] = {}
+    breach: list[Reason] = []
+    if not limits.ceiling.advisory:
+        breach += _over_ceiling(limits, s, harmed)
+        for i in _beyond(s.refused, s.bona_fide, limits.ceiling.bpcer, rule.alpha_site):
+            counts = int(s.refused[i]), int(s.bona_fide[i])
+            found = _rate("BPCER", s.sites[i], *counts, limits.ceiling.bpcer, rule.alpha_site)
+            failing.setdefault(s.sites[i], []).append(found)
+    if not rule.advisory:
+        for name, share, log_e in (
+            ("rate", RATE, sequential.bernoulli_e(s.accepted[harmed], s.attacks[harmed], rule.null)),
+            ("pairs", 1 - RATE, sequential.paired_e(s.worse[harmed], s.better[harmed])),
+        ):
+            for at in np.flatnonzero(log_e >= -np.log(rule.alpha_site * share)).tolist():
+                i = int(harmed[at])
+                text = f"{_counts(name, s, i, rule.null)}: its own"
+                found = _finding(s.sites[i], float(log_e[at]), rule.alpha_site * share, text)
+                failing.setdefault(found.where, []).append(found)
+            merged = float(sequential.merge(log_e) + np.log(len(harmed) / count)) if len(harmed) else -np.inf
+            if merged >= -np.log(rule.alpha * share):
+                worst = int(harmed[np.argmax(log_e)])
+                text = f"{count} sites, most of it from {s.sites[worst]} ({_counts(name, s, worst, rule.null)}): their"
+                breach.append(_finding("wave", merged, rule.alpha * share, text))
+    return Watch({site: tuple(found) for site, found in failing.items()}, tuple(breach))
+
+
+def compare(
+    limits: GuardsConfig, treated: Standing, controls: Standing, *, strata: Mapping[str, str]
+) -> tuple[Reason, ...]:
+    """Strata in which promoted sites err more than the control sites of the same stratum, APCER and BPCER apart.
+
+    ``strata`` names the stratum of every site. The e-values of "the promoted sites' rate is at most the
+    controls'" are ``sequential.two_sample_e``; e-BH keeps false findings at ``fdr`` of all findings, however strata depend on each other. Assumes that a stratum's presentations have one rate per group.
+    """
+    names = sorted({strata[s] for s in treated.sites} & {strata[s] for s in controls.sites})
+    if not names:
+        return ()
+    rates = (("APCER", "accepted", "attacks"), ("BPCER", "refused", "bona_fide"))
+    rows: list[tuple[str, str]] = [(rate[0], name) for rate in rates for name in names]
+    x, n, y, m = (
+        np.concatenate([_sum(group, getattr(group, columns[k]), strata, names) for columns in rates])
+        for group in (treated, controls) for k in (1, 2)
+    )  # fmt: skip
+    log_e = sequential.two_sample_e(x, n, y, m)
+    found: list[Reason] = []
+    for i in map(int, sequential.e_bh(log_e, limits.controls.fdr)):
+        what, name = rows[i]
+        text = (
+            f"{what} in stratum {name}: {x[i]:.0f} of {n[i]:.0f} at promoted sites, {y[i]:.0f} of {m[i]:.0f} at control sites: "
+            f"e-value {_e(float(log_e[i])):.3g}, false findings at most {limits.controls.fdr:.1%}"
+        )
+        found.append(Reason(guard="controls", call="fail", where=name, number=_e(float(log_e[i])), limit=limits.controls.fdr,
+                            text=text, advisory=limits.controls.advisory))  # fmt: skip
+    return tuple(found)
+
+
+def budget(limits: GuardsConfig, errors: ArrayLike, total: ArrayLike) -> tuple[Reason, ...]:
+    """Why promotions must freeze, if they must: ``errors`` of ``total`` presentations of the fleet per hour [H], newest last.
+
+    A month's budget is ``allowed`` of its presentations; burning ``hour`` of it within 1 h or ``six_hours`` within 6 h is a
+    rate of errors, and a finding is an e-value against every lower rate. Nothing presented burns nothing.
+    """
+    rule = limits.budget
+    e, n = (np.asarray(x, np.float64) for x in (errors, total))
+    found: list[Reason] = []
+    for hours, burn in ((1, rule.hour), (6, rule.six_hours)):
+        bad, seen, rate = float(e[-hours:].sum()), float(n[-hours:].sum()), burn * MONTH / hours * rule.allowed
+        if rate >= 1 or not seen or sequential.bernoulli_e(bad, seen, rate) < -np.log(rule.alpha):
+            continue
+        burnt = bad / seen * hours / (MONTH * rule.allowed)
+        text = (
+            f"{bad:.0f} of {seen:.0f} presentations went wrong in {hours} h: {burnt:.1%} of the month's error budget, "
+            f"limit {burn:.1%}"
+        )
+        found.append(Reason(guard="budget", call="hold", where="fleet", number=burnt, limit=burn, text=text,
+                            advisory=rule.advisory))  # fmt: skip
+    return tuple(found)
+
+
+def _over_ceiling(limits: GuardsConfig, s: Standing, harmed: NDArray[np.intp]) -> list[Reason]:
+    alpha, limit = limits.shadow.alpha / len(s.sites), limits.ceiling.apcer
+    over = [int(harmed[k]) for k in _beyond(s.accepted[harmed], s.attacks[harmed], limit, alpha)]
+    found = [_rate("APCER", s.sites[i], int(s.accepted[i]), int(s.attacks[i]), limit, alpha) for i in over]
+    note = (f"; its way back errs on {s.better[i]} of them alone, it on {s.worse[i]}" for i in over)
+    return [r.model_copy(update={"text": r.text + more}) for r, more in zip(found, note, strict=True)]
+
+
+def _beyond(errors: Counts, n: Counts, limit: float, alpha: float) -> list[int]:
+    """Where the lower confidence-sequence bound of a rate is over ``limit``."""
+    high = np.flatnonzero(errors > n * limit)
+    if limit >= 1 or not len(high):
+        return []
+    over = sequential.bernoulli_e(errors[high], n[high], limit) >= -np.log(alpha)
+    return [int(i) for i in high[over]]
+
+
+def _rate(what: str, site: str, errors: int, n: int, limit: float, alpha: float) -> Reason:
+    lower = float(sequential.bernoulli_cs(errors, n, alpha)[0])
+    text = f"{what} of {site} {errors} of {n}, lower bound {lower:.2%} at alpha {alpha:.2g}, limit {limit:.2%}"
+    return Reason(guard="ceiling", call="fail", where=site, number=lower, limit=limit, text=text)
+
+
+def _counts(name: str, s: Standing, i: int, null: float) -> str:
+    if name == "rate":
+        return f"{s.accepted[i]} of {s.attacks[i]} attacks accepted against {null:.1%}"
+    return f"{s.worse[i]} attacks worse and {s.better[i]} better than the way back"
+
+
+def _finding(where: str, log_e: float, alpha: float, text: str) -> Reason:
+    limit = 1 / alpha
+    text = f"{'' if where == 'wave' else where + ': '}{text} e-value {_e(log_e):.4g}, limit {limit:.4g}"
+    return Reason(guard="shadow", call="fail", where=where, number=_e(log_e), limit=limit, text=text)
+
+
+def _e(log_e: float) -> float:
+    return float(np.exp(min(log_e, LARGEST)))
+
+
+def _sum(g: Standing, values: Counts, strata: Mapping[str, str], names: Sequence[str]) -> Floats:
+    place = {name: k for k, name in enumerate(names)}
+    at = np.array([place.get(strata[s], len(names)) for s in g.sites], np.intp)
+    return np.bincount(at, weights=values, minlength=len(names) + 1)[: len(names)].astype(np.float64)

@@ -1,0 +1,228 @@
+"""Rollouts and their plans: the state machine's memory in one row, what the plan says of each site in rows of ``targets``."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import sqlalchemy as sa
+
+from pipeline.ledger.rows import RolloutRow, StaleGeneration
+from pipeline.ledger.store import Store
+from pipeline.ledger.tables import (
+    FLEET,
+    RETIRED,
+    add,
+    facts,
+    iso,
+    make_row,
+    named,
+    parts,
+    rollouts,
+    segments,
+    served,
+    sites,
+    targets,
+    verdicts,
+)
+from pipeline.rollout import Excluded, Pointer, Target, WaveSeen
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from datetime import datetime
+
+    from sqlalchemy.engine import Connection
+
+    from pipeline.rollout import Draft
+
+    Where = sa.ColumnElement[bool]
+
+OUT = -1  # wave of a site that is in none
+
+
+class Promoted(NamedTuple):
+    """A site that serves what the plan gave it."""
+
+    site: str
+    wave: int
+    to: Pointer
+    back: Pointer
+
+
+class Plans(Store):
+    """Rollouts."""
+
+    def save_rollout(
+        self,
+        rollout: str,
+        *,
+        plan_hash: str,
+        status: str,
+        body: str,
+        revision: int,
+        event: Mapping[str, object],
+        now: datetime,
+        draft: Draft | None = None,
+        joined: Mapping[str, Target] | None = None,
+        roles: Mapping[str, int | None] | None = None,
+    ) -> int:
+        """Store a rollout's state if nobody did since ``revision`` (0 = new) → the new revision; audits ``event``.
+
+        ``draft`` is its plan with the first state; ``joined`` are sites that were added to it. ``roles`` are source models
+        that become champion or challenger with it (None: nobody), so that no overtaken driver names one.
+        """
+        values = {
+            "plan_hash": plan_hash,
+            "status": status,
+            "body": body,
+            "revision": revision + 1,
+            "updated_at": iso(now),
+        }
+        with self._write(alone=True) as c:
+            if revision == 0:
+                c.execute(rollouts.insert(), {"id": rollout, "created_at": iso(now), **values})
+            else:
+                same = sa.and_(rollouts.c.id == rollout, rollouts.c.revision == revision)
+                if c.execute(rollouts.update().where(same).values(values)).rowcount != 1:
+                    raise StaleGeneration(
+                        f"rollout {rollout}: somebody else moved it on; look at `palisade rollout status`"
+                    )
+            if joined:
+                for part in parts(list(joined)):
+                    c.execute(targets.delete().where(targets.c.rollout == rollout, targets.c.site.in_(part)))
+            add(c, targets, [
+                *(_target_row(rollout, s, t) for s, t in (draft.targets if draft else joined or {}).items()),
+                *((rollout, s, OUT, "UTC", None, 0, None, 0, e.verdict_id or "", e.reason)
+                  for s, e in (draft.excluded if draft else {}).items()),
+            ])  # fmt: skip
+            for role, version in (roles or {}).items():
+                self._name(c, role, version, now)
+            self._append(c, "rollout", {"rollout": rollout, "status": status, **event}, now)
+        return revision + 1
+
+    def rollouts(self) -> list[RolloutRow]:
+        """Every rollout, newest first."""
+        with self._read() as c:
+            rows = list(c.execute(sa.select(rollouts).order_by(rollouts.c.created_at.desc(), rollouts.c.id.desc())))
+        return [make_row(RolloutRow, r) for r in rows]
+
+    def rollout(self, rollout: str) -> RolloutRow:
+        """One rollout as it is stored now."""
+        with self._read() as c:
+            return make_row(RolloutRow, c.execute(sa.select(rollouts).where(rollouts.c.id == rollout)).one())
+
+    def targets(self, rollout: str, names: Sequence[str] | None = None) -> dict[str, Target]:
+        """What the plan says of its sites, of all or of ``names``."""
+        query = sa.select(targets).where(targets.c.rollout == rollout, targets.c.wave != OUT).order_by(targets.c.site)
+        with self._read() as c:
+            rows = c.execute(query) if names is None else named(c, query, targets.c.site, names)
+            return {r.site: Target(r.wave, Pointer(r.state, r.source_version), Pointer(r.back_state, r.back_version), r.verdict,
+                                   r.zone) for r in rows}  # fmt: skip
+
+    def rollout_sites(self, rollout: str) -> frozenset[str]:
+        """Sites that the plan says anything of, and the controls that it knew."""
+        with self._read() as c:
+            return frozenset(c.scalars(sa.select(targets.c.site).where(targets.c.rollout == rollout)))
+
+    def excluded(self, rollout: str) -> dict[str, Excluded]:
+        """Why sites are in no wave of the plan."""
+        query = sa.select(targets).where(targets.c.rollout == rollout, targets.c.wave == OUT).order_by(targets.c.site)
+        with self._read() as c:
+            return {r.site: Excluded(r.reason, r.verdict or None) for r in c.execute(query)}
+
+    def wave_seen(self, rollout: str, wave: int, *, without: Collection[str]) -> WaveSeen:
+        """A wave without the failed sites ``without`` and the retired ones: how many, and who does not serve its target."""
+        t = targets.c
+        with self._read() as c:
+            now_on, joined = beside(c)
+            n, late = sa.func.count(), sa.func.sum(sa.case((now_on, 0), else_=1))
+            first = sa.func.min(sa.case((now_on, None), else_=t.site))
+            query = sa.select(t.zone, n.label("n"), late.label("late"), first.label("first")).select_from(joined)
+            query = query.where(t.rollout == rollout, t.wave == wave, t.site.not_in(without), living()).group_by(t.zone)
+            rows = list(c.execute(query))
+        names = sorted(r.first for r in rows if r.first is not None)
+        return WaveSeen(
+            sites=sum(r.n for r in rows), late={r.zone: int(r.late) for r in rows if r.late},
+            first_late=names[0] if names else "",
+        )  # fmt: skip
+
+    def returnable(self, rollout: str, only: Collection[str] | None = None) -> int:
+        """How many sites, of all or of ``only``, serve their target and could go back."""
+        t = targets.c
+        with self._read() as c:
+            now_on, joined = beside(c)
+            query = sa.select(sa.func.count()).select_from(joined).where(t.rollout == rollout, now_on, moves())
+            return int(c.scalar(query if only is None else query.where(t.site.in_(only))) or 0)
+
+    def promoted(self, rollout: str, *, upto: int, names: Sequence[str]) -> list[Promoted]:
+        """Of the sites ``names`` those of the waves up to index ``upto`` that serve their target, by name."""
+        t = targets.c
+        with self._read() as c:
+            now_on, joined = beside(c)
+            query = (
+                sa.select(targets)
+                .select_from(joined)
+                .where(t.rollout == rollout, t.wave.between(0, upto), now_on, living())
+            )
+            rows = named(c, query, t.site, names)
+        return sorted(Promoted(r.site, r.wave, Pointer(r.state, r.source_version), Pointer(r.back_state, r.back_version))
+                      for r in rows)  # fmt: skip
+
+    def silent(self, rollout: str, *, upto: int, samples: int, without: Collection[str]) -> dict[int, tuple[int, str]]:
+        """By wave up to index ``upto``: living sites on their target with fewer good ``samples`` since, and the first of them."""
+        t, s = targets.c, segments.c
+        if samples <= 0:
+            return {}
+        with self._read() as c:
+            now_on, joined = beside(c)
+            since = sa.select(sa.func.sum(s.good)).where(
+                s.site == t.site, s.ingested_at > sa.func.coalesce(served.c.since, "")
+            )
+            brought = sa.func.coalesce(since.correlate(targets, served).scalar_subquery(), 0)
+            query = sa.select(t.wave, sa.func.count().label("n"), sa.func.min(t.site).label("first")).select_from(
+                joined
+            )
+            query = query.where(t.rollout == rollout, t.wave.between(0, upto), t.site.not_in(without), now_on, living(),
+                                brought < samples).group_by(t.wave)  # fmt: skip
+            return {r.wave: (r.n, r.first) for r in c.execute(query)}
+
+
+def beside(c: Connection) -> tuple[Where, sa.FromClause]:
+    """Whether a target is what its site serves, and the tables that this is asked of: targets and newest served row."""
+    return _beside(int(c.scalar(sa.select(facts.c.value).where(facts.c.key == "champion")) or 0))
+
+
+@lru_cache(maxsize=8)  # building it takes longer than asking it of a small fleet
+def _beside(champion: int) -> tuple[Where, sa.FromClause]:
+    earlier = served.alias("earlier")
+    last = sa.select(sa.func.max(earlier.c.counter)).where(earlier.c.site == targets.c.site).correlate(targets)
+    newest = sa.and_(served.c.site == targets.c.site, served.c.counter == last.scalar_subquery())
+    version = sa.func.coalesce(served.c.source_version, champion)
+    on = sa.and_(
+        targets.c.state.is_not_distinct_from(served.c.state), targets.c.source_version == version, targets.c.wave != OUT
+    )
+    return on, targets.outerjoin(served, newest)
+
+
+def living() -> Where:
+    """That a target's site is not retired."""
+    return targets.c.site.not_in(sa.select(sites.c.site).where(sites.c.status == RETIRED))
+
+
+def moves() -> Where:
+    """Whether going back changes what a site serves."""
+    t = targets.c
+    return ~sa.and_(t.state.is_not_distinct_from(t.back_state), t.source_version == t.back_version)
+
+
+def has_verdict() -> Where:
+    """That a verdict is the passing one on a target: on that very state of that very site, or on the bare source model."""
+    t, v = targets.c, verdicts.c
+    own = sa.and_(v.site == t.site, v.state == t.state)
+    source = sa.and_(t.state.is_(None), v.site == FLEET, v.offset_to == t.source_version)
+    return sa.and_(v.id == t.verdict, v.outcome == "pass", sa.or_(own, source))
+
+
+def _target_row(rollout: str, site: str, t: Target) -> tuple[object, ...]:
+    return (rollout, site, t.wave, t.zone, t.to.state_id, t.to.source_version, t.back.state_id, t.back.source_version,
+            t.verdict_id, "")  # fmt: skip
