@@ -64,6 +64,7 @@ def adapt_step(
         "source_version": source.version,
         "adapted": sum(outcomes.values()),
         "failed_sites": len(failed),
+        "evidence": ledger.evidence_digest(cycle.id),  # in the audit chain, so that nobody changes it unseen
         **outcomes,
     }
 
@@ -113,7 +114,7 @@ def show(terminal: Terminal, cycle: Cycle, summary: dict[str, object], verdicts:
 
 
 def _row(v: VerdictRow) -> dict[str, object]:
-    kept = {k: c for k, c in v.counters.items() if k not in ("outcomes", "rows", "lost")}
+    kept = {k: c for k, c in v.counters.items() if k not in ("outcomes", "rows", "lost", "anchor", "stable")}
     return {"site": v.site, "state": v.state, "outcome": v.outcome, "reason": v.verdict.decisive,
             "offset_from": v.offset_from,
             "offset_to": v.offset_to, "trust_ratio": v.evidence.trust_ratio, **kept}  # fmt: skip

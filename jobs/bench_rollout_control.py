@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pipeline.rollout import Candidate, Rollout, RolloutConfig
 
 START = datetime(2026, 3, 2, tzinfo=UTC)
-LATER = START + timedelta(days=365)  # when all sites brought data: after whatever promotion
 SINGLE = 300  # sites that are served one commit each
 
 
@@ -96,14 +95,13 @@ def healthy(ledger: Ledger, rollout: str, r: Rollout) -> Seen:
 
 
 def _ground(folder: Path, sites: int) -> tuple[Path, dict[str, Candidate]]:
-    """A ledger whose sites all have a candidate, and data whenever it is asked for."""
+    """A ledger whose sites all have a candidate that passes."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "ground.db"
-    _gone(path)
+    gone(path)
     names = crowd.names(sites)
     with closing(fleet.found(path, {s: {} for s in names}, START)) as ledger:
         candidates = fleet.learn(ledger, dict.fromkeys(names, 0), START)
-        fleet.report(ledger, dict.fromkeys(names, 0), "segment-000.parquet", LATER)
     return path, candidates
 
 
@@ -132,7 +130,7 @@ def _one_by_one(ledger: Ledger, candidates: dict[str, Candidate]) -> float:
     names = list(candidates)[:SINGLE]
     started = time.perf_counter()
     for site in names:
-        ledger.serve({site: tuple(candidates[site].to)}, rollout="single", wave=1, kind="promote", reason="", now=LATER)
+        ledger.serve({site: tuple(candidates[site].to)}, rollout="single", wave=1, kind="promote", reason="", now=START)
     return (time.perf_counter() - started) / len(names)
 
 
@@ -145,14 +143,15 @@ def _check(ledger: Ledger, row: RolloutRow, status: Status, on: int) -> None:
 
 
 def _copied(origin: Path, path: Path) -> Path:
-    _gone(path)
+    gone(path)
     shutil.copyfile(origin, path)
     with path.open("rb") as f:
         os.fsync(f.fileno())
     return path
 
 
-def _gone(path: Path) -> None:
+def gone(path: Path) -> None:
+    """Without the ledger at ``path``, and what SQLite keeps beside it."""
     for suffix in ("", "-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 

@@ -20,7 +20,7 @@ from jobs import bench_rollout_fleet as fleet
 from pipeline import rollout as machine
 from pipeline.data import crowd
 from pipeline.guards import Standing, budget, watch
-from pipeline.rollout import FLYING, Candidate, Failing, Pointer, Rollout, Seen, SiteFacts, Status, WaveSeen
+from pipeline.rollout import FLYING, RETURNING, Candidate, Failing, Pointer, Rollout, Seen, SiteFacts, Status, WaveSeen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,14 +112,14 @@ def measure(on: Fleet, terminal: Terminal, *, seeds: int, harmed: bool) -> Found
 
 
 def release(on: Fleet, seed: int, *, harmed: bool) -> Outcome:
-    """One release; with harm only its first wave, without all of it."""
+    """One release; with harm only its first wave. A hold at the end of its bake has stopped it: it goes on for nobody alone."""
     draws, run = _Draws(on, seed, harmed), _Run(on)
     threshold = ranks = None
     for look in range(1, (1 if harmed else len(on.sizes)) * DAYS * LOOKS + 1):
         wave = (look - 1) // (DAYS * LOOKS)
         draws.present(on.ends[wave], fresh=on.ends[wave - 1] if wave and (look - 1) % (DAYS * LOOKS) == 0 else None)
         at = look * ATTACKS // LOOKS
-        run.look(draws, look, last=harmed)
+        run.look(draws, look)
         if threshold is None and _over(draws, on.limits.ceiling.apcer):
             threshold = at
         if ranks is None and look % LOOKS == 0 and _ranks(draws, on.ends, wave):
@@ -183,21 +183,18 @@ class _Run:
         self.held, self.freezes = False, 0
         self._settle(Seen(), START)
 
-    def look(self, draws: _Draws, look: int, *, last: bool) -> None:
-        """Judge what was presented, unless it has ended. ``last``: the next wave is of no interest."""
+    def look(self, draws: _Draws, look: int) -> None:
+        """Judge what was presented, unless it has ended or waits for a person."""
         now = START + timedelta(hours=look * HOURS)
         if self.r.status not in FLYING or self.held:
             return
         errors, total = zip(*draws.hours[-6:], strict=True)
         freeze = budget(self._on.limits, errors, total)
         self.freezes += bool(freeze)
-        before = self.r.wave
         self._settle(self._seen(draws, freeze[0].text if freeze else ""), now)
-        if self.r.status == Status.ABORTING:
-            self.stopped = look * ATTACKS // LOOKS
         self.held = self.r.status in {Status.HOLD, Status.PAUSED}
-        if last and self.r.wave > before:
-            self.held = False
+        if self.held or self.r.status in RETURNING:
+            self.stopped = look * ATTACKS // LOOKS
 
     def _seen(self, draws: _Draws, freeze: str) -> Seen:
         end = self._on.ends[self._promoted - 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jobs.deployment import now
+from jobs.deployment import check_size, now, source_model
 from pipeline import rollout as machine
 from pipeline.guards import assess, expired
 from pipeline.guards.limits import of_source
@@ -39,24 +39,36 @@ def candidates(
 
 
 def of_new_source(
-    config: Config, ledger: Ledger, terminal: Terminal, *, version: int, states: str
+    config: Config, ledger: Ledger, terminal: Terminal, *, version: int, states: str, dry_run: bool = False
 ) -> dict[str, SiteFacts]:
     """Every site under source model ``version``: its rebased state where ``states`` is rebase and that passes, else reset to
-    the bare model, which needs the model's own passing verdict against the present one.
-    """  # fmt: skip
+    the bare model. Nothing is released unless the bare model passes against the present one.
+
+    From then on it is the challenger: new captures get features under both trunks.
+    """
     from jobs.anchor import compare_sources
 
-    old, new = ledger.source(), ledger.source(version)
+    old, new = ledger.source(), source_model(ledger, version)
+    if version == old.version:
+        raise ValueError(f"source v{version} is the champion already; `palisade train` makes another")
+    if dry_run and states == "rebase":
+        raise ValueError("--dry-run with --states rebase would fit every site's state; leave one of them out")
+    check_size(config, new)
     evidence = compare_sources(config, ledger, old, new)
     verdict = assess(of_source(config.guards), evidence)
-    judged = ledger.judge_source(version, verdict, evidence, now=now())
-    bare = Candidate(Pointer(None, version), judged, verdict.outcome, verdict.decisive)
+    if verdict.outcome != "pass":
+        raise ValueError(f"source v{version} may not be released: verdict {verdict.outcome}: {verdict.decisive}")
+    bare = Candidate(Pointer(None, version), ledger.judge_source(version, verdict, evidence, now=now()), "pass")
     rows = _living(ledger)
     found: dict[str, Candidate | None] = dict.fromkeys([r.site for r in rows], bare)
-    if states == "rebase" and verdict.outcome == "pass":
+    if not dry_run:
+        ledger.set_challenger(version, now=now())
+    if states == "rebase":
         from jobs.rebase import rebase_fleet
 
         done = rebase_fleet(config, ledger, terminal, version=version)
+        for site, why in [*done.reset.items(), *done.failed.items()]:
+            terminal.say(f"{site}: reset to the bare source model: {why}")
         for site, v in done.candidates.items():
             if v.outcome == "pass" and site in found:
                 found[site] = Candidate(Pointer(v.state, version), v.id, "pass")

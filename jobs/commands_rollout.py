@@ -35,6 +35,17 @@ def rollout_plan(
     return plan(config, ctx.obj.terminal, source=source, states=states, dry_run=dry_run)
 
 
+@rollout_app.command("rebase", epilog=EVERYWHERE)
+def rollout_rebase(
+    ctx: typer.Context, source: Annotated[int, typer.Option(help="Source model version that the states are fitted on.")]
+) -> int:
+    """Fit every site's state anew under another source model, beside what it serves; plan --states rebase does so too."""
+    config = ctx.obj.config
+    from jobs.rebase import rebase
+
+    return rebase(config, ctx.obj.terminal, version=source)
+
+
 @rollout_app.command("diff", epilog=EVERYWHERE)
 def rollout_diff(ctx: typer.Context) -> int:
     """What the planned release would change, site by site."""

@@ -37,7 +37,8 @@ CONF = Path("conf/demo.yaml")
 SAMPLES = 900  # per domain
 TAMPERED = "terminal-gate"  # its candidate is spoilt on purpose
 RECKLESS = ("site.kind=tent", "site.lr=0.5")
-LOOSE = tuple(f"guards.{g}.advisory=true" for g in ("ceiling", "noninferiority", "trust"))
+GUARDS = ("ceiling", "noninferiority", "trust", "influence", "labels", "modality", "collapse", "ratchet")
+LOOSE = tuple(f"guards.{g}.advisory=true" for g in GUARDS)
 
 
 def demo(path: Path | None, overrides: Sequence[str], terminal: Terminal, *, out: Path) -> int:

@@ -152,8 +152,9 @@ def _roles(r: Rollout) -> dict[str, int | None]:
     """What an ended source release makes of the source models."""
     if r.plan.kind != "source" or r.status not in {Status.COMPLETED, Status.ROLLED_BACK, Status.EXPIRED}:
         return {}  # whoever supersedes it names the next challenger
-    champion = {Status.COMPLETED: r.plan.source_version, Status.ROLLED_BACK: r.plan.source_before}
-    return {"challenger": None} | ({"champion": champion[r.status]} if r.status in champion else {})
+    if r.status == Status.COMPLETED:  # the old trunk's features go on, for the way back, until the next plan
+        return {"champion": r.plan.source_version, "challenger": r.plan.source_before}
+    return {"challenger": None} | ({"champion": r.plan.source_before} if r.status == Status.ROLLED_BACK else {})
 
 
 def _tell(config: Config, ledger: Ledger, rollout: str, before: Rollout, after: Rollout, terminal: Terminal) -> None:

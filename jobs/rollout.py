@@ -40,12 +40,7 @@ def plan(
         facts = candidates(config, ledger, terminal)
         made = machine.plan(release, facts, before, config.rollout, shadow=config.guards.shadow)
     else:
-        if source == before:
-            raise ValueError(f"source v{source} is the champion already; `palisade train` makes another")
-        ledger.source(source)
-        if not dry_run:
-            ledger.set_challenger(source, now=now())  # from now on new captures get features under both trunks
-        facts = of_new_source(config, ledger, terminal, version=source, states=states)
+        facts = of_new_source(config, ledger, terminal, version=source, states=states, dry_run=dry_run)
         made = machine.plan(release, facts, source, config.rollout, source_before=before, shadow=config.guards.shadow)
     if not made.targets:
         reasons = "; ".join(sorted({e.reason for e in made.excluded.values()})[:3]) or "no site is registered"
@@ -55,6 +50,8 @@ def plan(
         if busy:
             over = machine.supersede(load(busy), by="a newer plan", now=now())
             save(ledger, busy, over, over.reason, at=now())
+        if source is None:
+            ledger.set_challenger(None, now=now())  # of a source release that ended or was never carried out
         ledger.save_rollout(
             release, plan_hash=started.plan_hash, status=started.status, body=started.model_dump_json(), revision=0,
             event={"event": "planned", "sites": len(made.targets)}, now=now(), draft=made,

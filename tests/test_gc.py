@@ -22,6 +22,7 @@ from pipeline.data import blobs
 from pipeline.data.features import FeatureBlock, read_features, write_features
 from pipeline.guards import Cell, Evidence, GuardsConfig, assess
 from pipeline.ledger import Ledger, Pointed, SegmentRow, ShardRow
+from pipeline.rollout import Draft, Pointer, RolloutConfig, Target, plan
 from pipeline.storage import TEMPORARY, Stored, files
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -76,11 +77,11 @@ class Fleet:
         passed = [v for v in self.ledger.verdicts(site=site) if v.verdict.outcome == "pass"]
         if passed:
             name = f"release-{self.day}-{site}"
-            target = {"state_id": passed[-1].state, "source_version": 1}
+            target = Target(0, Pointer(passed[-1].state, 1), Pointer(None, 1), passed[-1].id)
+            draft = Draft(plan(name, {}, 1, RolloutConfig()).plan, {site: target}, {}, ())
             self.ledger.save_rollout(
-                name, plan_hash="h", status="completed", body=json.dumps({"plan": {"targets": {site: {"to": target}}}}),
-                revision=0, event={}, now=self.now,
-            )  # fmt: skip
+                name, plan_hash="h", status="completed", body="{}", revision=0, event={}, now=self.now, draft=draft
+            )
             self.ledger.serve(
                 {site: (passed[-1].state, 1)}, rollout=name, wave=1, kind="promote", reason="", now=self.now
             )

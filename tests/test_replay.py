@@ -52,6 +52,7 @@ guards:
   noninferiority: {{attacks: 1.0, worst_species: 1.0, bona_fide: 1.0}}
   trust: {{rho: 0.5, margin: 50.0}}
   no_data: {{n_min: 20, anchor_min: 1}}
+  influence: {{advisory: true}}
 ledger: {{url: "sqlite:///{root}/ledger.db", artifacts: {root}/artifacts}}
 lineage: {{uri: "sqlite:///{root}/mlflow.db", artifacts: {root}/mlflow}}
 """

@@ -16,10 +16,6 @@ from tests.e2e.crowds import SITES, YAML, Life, ground
 if TYPE_CHECKING:
     from pathlib import Path
 
-# every sample of the crowd teaches, from its first session on
-LOOSE = "".join(f"  {guard}: {{{{advisory: true}}}}\n" for guard in ("influence", "labels", "modality", "collapse"))
-OPEN = YAML if "influence:" in YAML else YAML.replace("guards:\n", f"guards:\n{LOOSE}")
-
 
 @pytest.fixture
 def life(tmp_path) -> Life:
@@ -34,7 +30,7 @@ def life(tmp_path) -> Life:
 
 def made(root: Path) -> Life:
     root.mkdir()
-    return ground(root, text=OPEN)
+    return ground(root, text=YAML)
 
 
 def adapted(life: Life) -> None:

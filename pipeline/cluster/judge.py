@@ -122,6 +122,11 @@ def slot_of(stacked: State, k: int) -> State:
     return {name: t[k] for name, t in stacked.items()}
 
 
+def steps_of(state: State) -> int | None:
+    """Steps that a state has taken since it left the source model; None where its method does not count them."""
+    return next((int(state[n]) for n in ("step", "adam.t") if n in state), None)
+
+
 def _unseen(rig: Sequence[str]) -> list[str]:
     """Patterns that leave nothing of a known rig."""
     has = sum(1 << m for m in Modality if m.name.lower() in rig)
@@ -146,14 +151,13 @@ def _measured(
     sane = np.isfinite(scores).all(0)
     present = w.block.present[sane]
     hour = w.block.captured_at.astype("datetime64[h]").astype(np.int64) % 24
-    steps = next((int(own[n]) for n in ("step", "adam.t") if n in own), None)
     online, champion, candidate = (x[sane] for x in scores)
     seen = Seen(
         online, champion, candidate, trace.pseudo_label.numpy()[sane], trace.disagreement.numpy().astype(np.float64)[sane],
         w.block.session[sane], present, hour[sane],
     )  # fmt: skip
     source = _source_scores(model, anchor, usual(present), known)
-    return stream_of(config.guards, seen, source, model.manifest.threshold, earlier=w.earlier, steps=steps)
+    return stream_of(config.guards, seen, source, model.manifest.threshold, earlier=w.earlier, steps=steps_of(own))
 
 
 def _source_scores(model: SourceModel, anchor: AnchorSet, mask: int, known: Known) -> np.ndarray:

@@ -20,7 +20,7 @@ from cachetools import LRUCache
 
 from pipeline import bank
 from pipeline.cluster import rebase
-from pipeline.cluster.judge import Window, features_of, judge, rescored, slot_of
+from pipeline.cluster.judge import Window, features_of, judge, rescored, slot_of, steps_of
 from pipeline.config import Config, parse
 from pipeline.data import blobs
 from pipeline.data.anchor import AnchorSet, open_sealed
@@ -114,7 +114,7 @@ def _windows(
         age = (now - newest).total_seconds() if newest else float("nan")
         parent_id, lost_id, served_id = (state.id if state else None for state in (parent, lost, stable))
         windows.append(Window(row, block, learner, champion, parent_id, lost_id, age, served_id))
-    return _recalled(ledger, windows, now), failed
+    return [_renewed(config, w, fresh) for w in _recalled(ledger, windows, now)], failed
 
 
 def _recalled(ledger: Ledger, windows: Sequence[Window], now: datetime) -> list[Window]:
@@ -137,6 +137,14 @@ def _recalled(ledger: Ledger, windows: Sequence[Window], now: datetime) -> list[
         age = (now - datetime.fromisoformat(born)).total_seconds() / 86_400
         found.append(replace(w, earlier=Earlier(baseline, born, age, sessions)))
     return found
+
+
+def _renewed(config: Config, w: Window, fresh: State) -> Window:
+    """A site whose state has come to its age (guard ``expiry``) begins again from the source model."""
+    rule, age, steps = config.guards.expiry, w.earlier.age_days or 0.0, steps_of(w.learner) or 0
+    if rule.advisory or w.parent is None or (age <= rule.state_days and steps <= rule.state_steps):
+        return w
+    return replace(w, learner=fresh, parent=None, earlier=Earlier(baseline=w.earlier.baseline, age_days=0.0))
 
 
 def _learner(config: Config, model: SourceModel, row: StateRow | None, fresh: State) -> State | None:

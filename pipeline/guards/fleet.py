@@ -97,8 +97,9 @@ def compare(
 ) -> tuple[Reason, ...]:
     """Strata in which promoted sites err more than the control sites of the same stratum, APCER and BPCER apart.
 
-    ``strata`` names the stratum of every site. The e-values of "the promoted sites' rate is at most the
-    controls'" are ``sequential.two_sample_e``; e-BH keeps false findings at ``fdr`` of all findings, however strata depend on each other. Assumes that a stratum's presentations have one rate per group.
+    ``strata`` names the stratum of every site. The e-values of "the promoted sites' rate is at most the controls'" are
+    ``sequential.two_sample_e``; e-BH keeps false findings at ``fdr`` of all findings, however strata depend on each other.
+    Assumes that a stratum's presentations have one rate per group.
     """
     names = sorted({strata[s] for s in treated.sites} & {strata[s] for s in controls.sites})
     if not names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 import sqlalchemy as sa
@@ -29,7 +30,6 @@ from pipeline.rollout import Excluded, Pointer, Target, WaveSeen
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
-    from datetime import datetime
 
     from sqlalchemy.engine import Connection
 
@@ -80,7 +80,7 @@ class Plans(Store):
         }
         with self._write(alone=True) as c:
             if revision == 0:
-                c.execute(rollouts.insert(), {"id": rollout, "created_at": iso(now), **values})
+                c.execute(rollouts.insert(), {"id": rollout, "created_at": _after_all(c, now), **values})
             else:
                 same = sa.and_(rollouts.c.id == rollout, rollouts.c.revision == revision)
                 if c.execute(rollouts.update().where(same).values(values)).rowcount != 1:
@@ -221,6 +221,12 @@ def has_verdict() -> Where:
     own = sa.and_(v.site == t.site, v.state == t.state)
     source = sa.and_(t.state.is_(None), v.site == FLEET, v.offset_to == t.source_version)
     return sa.and_(v.id == t.verdict, v.outcome == "pass", sa.or_(own, source))
+
+
+def _after_all(c: Connection, now: datetime) -> str:
+    """When a rollout was made, so that the newest is the one that was made last even if the clock was set back."""
+    last = c.scalar(sa.select(sa.func.max(rollouts.c.created_at)))
+    return iso(now if last is None else max(now, datetime.fromisoformat(last) + timedelta(microseconds=1)))
 
 
 def _target_row(rollout: str, site: str, t: Target) -> tuple[object, ...]:

@@ -112,16 +112,17 @@ class Releases(Plans):
         Every row belongs to an audit row, whose digest covers exactly its rows; a site's counter grows by one from row to row.
         """
         with self._read() as c:
-            moves = c.execute(sa.select(audit).where(audit.c.kind.in_(("promote", "rollback"))).order_by(audit.c.seq))
-            found = [f"audit row {r.seq}: the rows that it covers were changed" for r in moves if not _covers(c, r)]
-            orphans = c.scalar(sa.select(sa.func.count()).select_from(served).where(
-                served.c.audit != 0, served.c.audit.not_in(sa.select(audit.c.seq))))  # fmt: skip
+            moves = sa.select(audit).where(audit.c.kind.in_(("promote", "rollback"))).order_by(audit.c.seq)
+            covered = [(r.seq, *_covers(c, r)) for r in c.execute(moves).all()]
+            found = [f"audit row {seq}: the rows that it covers were changed" for seq, same, _ in covered if not same]
+            rows = int(c.scalar(sa.select(sa.func.count()).select_from(served)) or 0)
+            orphans = rows - sum(count for _, _, count in covered)
             n, last = sa.func.count(), sa.func.max(served.c.counter)
             gaps = c.execute(
                 sa.select(served.c.site, n.label("n"), last.label("last")).group_by(served.c.site).having(n != last)
             )
             found += [f"site {r.site}: {r.n} rows of what it served, but its counter is at {r.last}" for r in gaps]
-        return found + ([f"{orphans} rows of what sites served belong to no audit row"] if orphans else [])
+        return found + ([f"{orphans} rows of what sites served belong to no audit row"] if orphans > 0 else [])
 
     def _still(self, c: Connection, rollout: str, revision: int) -> None:
         """A tick that was overtaken must not undo a rollback."""
@@ -175,18 +176,20 @@ def _check_verdicts(c: Connection, changes: Mapping[str, tuple[str | None, int]]
             )
 
 
-def _covers(c: Connection, row: Row[*tuple[object, ...]]) -> bool:
-    """Whether the rows of an audit row are what it says."""
+def _covers(c: Connection, row: Row[*tuple[object, ...]]) -> tuple[bool, int]:
+    """Whether the rows of an audit row are what it says, and how many it says there are."""
     said = json.loads(str(row.payload))
+    own = sa.and_(served.c.rollout == said["rollout"], served.c.wave == said["wave"], served.c.kind == row.kind)
     if "digest" in said:
-        return _digest(c, row.seq) == (said["sites"], said["digest"])
-    found = named(c, sa.select(served), served.c.site, list(said["sites"]))  # schema 2 had the rows in the audit
-    return all(any([r.counter, r.state, r.source_version] == wanted for r in found if r.site == site)
-               for site, wanted in said["sites"].items())  # fmt: skip
+        return _digest(c, row.seq, own) == (said["sites"], said["digest"]), said["sites"]
+    found = named(c, sa.select(served).where(own), served.c.site, list(said["sites"]))  # schema 2 had the rows in the audit
+    pointers = {(r.site, r.counter): [r.counter, r.state, r.source_version] for r in found}
+    same = all(pointers.get((site, wanted[0])) == wanted for site, wanted in said["sites"].items())
+    return same, len(said["sites"])
 
 
-def _digest(c: Connection, seq: int) -> tuple[int, str]:
-    """Number of the rows that an audit row covers, and sha256 over them, a line each, in order of the site."""
+def _digest(c: Connection, seq: int, own: sa.ColumnElement[bool] | None = None) -> tuple[int, str]:
+    """Number of the rows (that are ``own``) of an audit row, and sha256 over them, a line each, in order of the site."""
     s = served.c
     parts = (
         s.site,
@@ -198,6 +201,6 @@ def _digest(c: Connection, seq: int) -> tuple[int, str]:
     line = parts[0]
     for part in parts[1:]:
         line = line + " " + part
-    lines = sa.select(line.label("line")).where(s.audit == seq).order_by(s.site).subquery()
+    lines = sa.select(line.label("line")).where(s.audit == seq, sa.true() if own is None else own).order_by(s.site).subquery()
     count, text = c.execute(sa.select(sa.func.count(), sa.func.aggregate_strings(lines.c.line, "\n"))).one()
     return int(count), hashlib.sha256((text or "").encode()).hexdigest()

@@ -6,7 +6,7 @@ A step is frozen SQL: it never follows later changes of ``tables``. Version 1 is
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
@@ -83,18 +83,53 @@ def step(c: Connection, to: int) -> None:
 
 
 def _plans_to_rows(c: Connection) -> None:
-    """Version 2 had the plan in the rollout's JSON. What was under way there is over; what it can be taken back to stays."""
+    """Version 2 had the whole plan in the rollout's JSON: its sites become rows, and the rest what version 3 keeps of it.
+
+    Nothing of what each site may serve and go back to is lost, so a rollout of then goes on, or is taken back, as any other.
+    """
     for row in c.exec_driver_sql("select id, body from rollouts").all():
-        plan = json.loads(row.body).get("plan", {})
+        body = json.loads(row.body)
+        plan = body.get("plan", {})
         waves = {s: i for i, w in enumerate(plan.get("waves", [])) for s in w["sites"]}
         for site, target in plan.get("targets", {}).items():
             to, back = target["to"], target.get("back") or target["to"]
-            values = {"rollout": row.id, "site": site, "wave": waves.get(site, 0), "zone": "UTC",
-                      "state": to["state_id"], "source_version": to.get("source_version", 1),
-                      "back_state": back["state_id"], "back_version": back.get("source_version", 1),
-                      "verdict": target.get("verdict_id", ""), "reason": ""}  # fmt: skip
-            c.execute(sa.text(f"insert into targets ({', '.join(values)}) values ({', '.join(f':{k}' for k in values)})"),
-                      values)  # fmt: skip
+            _insert(c, {"rollout": row.id, "site": site, "wave": waves.get(site, 0), "zone": "UTC",
+                        "state": to["state_id"], "source_version": to.get("source_version", 1),
+                        "back_state": back["state_id"], "back_version": back.get("source_version", 1),
+                        "verdict": target.get("verdict_id", ""), "reason": ""})  # fmt: skip
+        for site, why in plan.get("excluded", {}).items():
+            _insert(c, {"rollout": row.id, "site": site, "wave": -1, "zone": "UTC", "state": None, "source_version": 0,
+                        "back_state": None, "back_version": 0, "verdict": why.get("verdict_id") or "",
+                        "reason": why["reason"]})  # fmt: skip
+        if "config" in plan:
+            c.execute(sa.text("update rollouts set body = :body where id = :id"),
+                      {"id": row.id, "body": json.dumps(_body_3(body, waves))})  # fmt: skip
+
+
+def _insert(c: Connection, values: dict[str, object]) -> None:
+    c.execute(sa.text(f"insert into targets ({', '.join(values)}) values ({', '.join(f':{k}' for k in values)})"), values)
+
+
+def _body_3(body: dict[str, Any], waves: dict[str, int]) -> dict[str, object]:
+    """The memory of a version 2 rollout as version 3 writes it; the plan's hash stays that which people approved."""
+    plan = body["plan"]
+    versions = sorted({t["to"]["source_version"] for t in plan["targets"].values()}) or [1]
+    stratum = plan["config"].get("stratum")
+    config = {k: v for k, v in plan["config"].items() if k != "stratum"}
+    config |= {"strata": [stratum] if stratum else [], "health_presentations": 0, "two_people_from": None}
+    kept = {k: body[k] for k in ("plan_hash", "status", "wave", "since", "baked_from", "reason") if k in body}
+    who = body.get("approved_by")
+    return {
+        **kept,
+        "failed": {s: waves[s] for s in body.get("failed", [])},
+        "approvals": [{"who": who, "at": body["since"]}] if who else [],
+        "plan": {
+            **{k: plan[k] for k in ("release", "duration_seconds", "rollback_seconds")},
+            "waves": [{"share": w["share"], "sites": len(w["sites"]), "abort_at": w["abort_at"]} for w in plan["waves"]],
+            "source_version": versions[-1], "source_before": versions[-1], "zones": ["UTC"], "roster": "",
+            "controls": len(plan["controls"]), "excluded": len(plan["excluded"]), "config": config,
+        },
+    }  # fmt: skip
 
 
 def _order_by_code_point(c: Connection) -> None:

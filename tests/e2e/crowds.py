@@ -49,6 +49,10 @@ guards:
   noninferiority: {{attacks: 1.0, worst_species: 1.0, bona_fide: 1.0}}
   trust: {{rho: 50.0, margin: 50.0}}
   no_data: {{n_min: 4, anchor_min: 1}}
+  influence: {{advisory: true}}
+  labels: {{advisory: true}}
+  modality: {{advisory: true}}
+  collapse: {{advisory: true}}
 cluster: {{shards: 2, ingest_workers: 2}}
 ledger: {{url: "sqlite:///{root}/ledger.db", artifacts: {root}/artifacts}}
 """

@@ -144,6 +144,32 @@ def test_sites_are_rebased_from_what_is_still_there_and_the_release_goes_on_from
     assert ledger.state(ledger.site(site).learner).source_version == 1
 
 
+def test_a_whole_release_by_the_commands_and_back(challenged):
+    d, ledger = challenged, challenged.ledger
+    assert d.run("cycle") in (0, 4)
+    words = ("guards.noninferiority.advisory=true", "guards.ceiling.advisory=true")
+    assert d.run("rollout", "plan", "--source", "2", "--states", "rebase", "--dry-run", *words) == 2
+    assert d.run("rollout", "plan", "--source", "2", "--states", "rebase", *words) == 0
+    row = ledger.rollouts()[0]
+    targets = ledger.targets(row.id)
+    assert targets.keys() == {s.site for s in ledger.sites()}, "controls as well"
+    assert {t.to.source_version for t in targets.values()} == {2}
+    assert {t.to.state_id is None for t in targets.values()} == {True, False}, "some are rebased, the others reset"
+    assert (ledger.challenger(), ledger.source().version) == (2, 1)
+    assert d.run("rollout", "apply", row.plan_hash[:8], "--watch") == 0
+    assert ledger.rollouts()[0].status == "completed"
+    assert (ledger.challenger(), ledger.source().version) == (1, 2), "the old trunk's features go on for the way back"
+    assert {s: (r.state, r.source_version) for s, r in ledger.serving().items()} == {
+        s: tuple(t.to) for s, t in targets.items()
+    }
+    assert d.run("adapt") in (0, 3, 4)
+    assert d.run("rollout", "rollback", "--reason", "drill") == 0
+    assert (ledger.challenger(), ledger.source().version) == (None, 1)
+    assert {s: (r.state, r.source_version) for s, r in ledger.serving().items()} == {
+        s: tuple(t.back) for s, t in targets.items()}  # fmt: skip
+    assert d.run("audit", "verify") == 0
+
+
 def test_a_version_that_cannot_be_gone_over_to_is_named_in_one_line(challenged):
     d, ledger = challenged, challenged.ledger
     with pytest.raises(ValueError, match=r"^source v1 is the champion already; "):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from datetime import timedelta
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.ledger import Ledger
-from pipeline.rollout import TERMINAL
+from pipeline.rollout import TERMINAL, Draft, Pointer, RolloutConfig, Target, plan
 from tests.ledger.conftest import BAD, GOOD, HELD, T0, begin, segment, shard
 
 SITES = ("s0", "s1", "s2")
 DAY = timedelta(days=1)
+
+
+def planned(targets):
+    """A plan with these targets."""
+    return Draft(plan("r", {}, 1, RolloutConfig()).plan, targets, {}, ())
 
 
 class History:
@@ -53,7 +57,7 @@ class History:
             return
         latest, good = self.ledger.latest_verdicts(), self.ledger.served_by(self.completed())
         targets = {
-            s: {"to": {"state_id": v.state}, "back": {"state_id": good[s].state if s in good else None}}
+            s: Target(0, Pointer(v.state, 1), Pointer(good[s].state if s in good else None, 1), v.id)
             for s, v in latest.items()
             if v.outcome == "pass"
         }
@@ -69,9 +73,9 @@ class History:
         if (status in {"expired", "superseded"}) != (was == "planned") and status != "staging":
             return
         if status == "staging":
-            self.serve(name, {s: t["to"]["state_id"] for s, t in targets.items()}, "promote")
+            self.serve(name, {s: t.to.state_id for s, t in targets.items()}, "promote")
         if status == "rolled_back":
-            self.serve(name, {s: t["back"]["state_id"] for s, t in targets.items()}, "rollback")
+            self.serve(name, {s: t.back.state_id for s, t in targets.items()}, "rollback")
         self.save(status)
 
     def serve(self, rollout, changes, kind):
@@ -80,11 +84,11 @@ class History:
 
     def save(self, status):
         name, targets, _, revision = self.release
-        body = json.dumps({"plan": {"targets": targets}})
         self.release[2:] = (
             status,
             self.ledger.save_rollout(
-                name, plan_hash="h", status=status, body=body, revision=revision, event={}, now=self.now
+                name, plan_hash="h", status=status, body="{}", revision=revision, event={}, now=self.now,
+                draft=None if revision else planned(targets),
             ),
         )
 
@@ -116,7 +120,7 @@ def asked_for_next(h, since):
     ids |= {r.state for r in ledger.served_by(h.completed()).values()}  # the way back of the next plan
     started = [r for r in rollouts if r.status not in {"planned", "expired", "superseded"}]
     for r in [r for r in rollouts if r.status not in TERMINAL] + started[:1]:  # tick; rollback
-        ids |= {p["state_id"] for t in json.loads(r.body)["plan"]["targets"].values() for p in t.values()}
+        ids |= {p.state_id for t in ledger.targets(r.id).values() for p in (t.to, t.back)}
     running = {c.id for c in ledger.cycles() if c.status == "running"}
     kept = [v for v in ledger.verdicts() if v.at >= since or v.cycle in running]  # resume, report
     return ledger.states([*(ids - {None}), *(v.state for v in kept)]), kept
@@ -180,10 +184,11 @@ def test_the_ways_back_are_kept(ledger):
         ids.append(ledger.site("s0").learner)
 
     def release(n, status, *, to, back, serves=True):
-        body = json.dumps({"plan": {"targets": {"s0": {"to": {"state_id": ids[to]}, "back": {"state_id": ids[back]}}}}})
+        target = Target(0, Pointer(ids[to], 1), Pointer(ids[back], 1), ids[to])
         ledger.save_rollout(
-            f"r{n}", plan_hash="h", status=status, body=body, revision=0, event={}, now=T0 + n * timedelta(hours=1)
-        )
+            f"r{n}", plan_hash="h", status=status, body="{}", revision=0, event={}, now=T0 + n * timedelta(hours=1),
+            draft=planned({"s0": target}),
+        )  # fmt: skip
         if serves:
             ledger.serve({"s0": (ids[to], 1)}, rollout=f"r{n}", wave=1, kind="promote", reason="", now=T0)
 

@@ -2,10 +2,230 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
+from pipeline import rollout as ro
 from pipeline.ledger import LedgerError, StaleGeneration
-from tests.ledger.conftest import HELD, T0, begin, shard
+from pipeline.rollout import Candidate, Pointer, RolloutConfig, SiteFacts
+from tests.ledger.conftest import BAD, HELD, T0, begin, segment, shard
+
+HOUR = timedelta(hours=1)
+SOURCE = Pointer(None, 1)
+
+
+@pytest.fixture
+def planned(ledger):
+    """Sites s0 to s4 with a passing state each; s3 and s4 are in Tokyo; a plan of one wave and another."""
+    for digest in "ab":
+        ledger.add_source(digest * 64, trunk="t" * 64, path="", manifest={}, lineage="", now=T0)
+    cycle = begin(ledger)
+    ledger.commit_shard(cycle, [shard(f"s{i}", slot=i) for i in range(5)], now=T0)
+    store(ledger, "r1", facts(ledger))
+    return ledger
+
+
+def facts(ledger, names=("s0", "s1", "s2", "s3", "s4"), **changes):
+    verdicts, tags = ledger.latest_verdicts(), ({"tz": "UTC"}, {"tz": "Asia/Tokyo"})
+    made = {s: Candidate(Pointer(verdicts[s].state, 1), verdicts[s].id, "pass") for s in names} | changes
+    return {s: SiteFacts(serving=SOURCE, candidate=c, tags=tags[s > "s2"]) for s, c in made.items()}
+
+
+def store(ledger, name, sites, **named):
+    draft = ro.plan(name, sites, 1, RolloutConfig(waves=(0.4, 1.0), night="22:00-05:00"), **named)
+    r = ro.start(draft.plan, T0)
+    ledger.save_rollout(name, plan_hash=r.plan_hash, status=r.status, body=r.model_dump_json(), revision=0, event={},
+                        now=T0, draft=draft)  # fmt: skip
+    return draft
+
+
+def promote(ledger, wave, *, zones=None, without=(), rollout="r1", revision=1, now=T0):
+    return ledger.promote(rollout, wave, zones=zones, without=without, reason="x", now=now, revision=revision)
+
+
+def back(ledger, only=None, *, rollout="r1", revision=1):
+    return ledger.bring_back(rollout, only, reason="x", now=T0, revision=revision)
+
+
+def wave_of(ledger, wave):
+    return sorted(s for s, t in ledger.targets("r1").items() if t.wave == wave)
+
+
+def test_a_plan_is_read_as_it_was_stored(planned):
+    sites = facts(planned, s1=Candidate(Pointer("x", 1), "v", "fail", "apcer"))
+    draft = store(planned, "r2", sites)
+    assert planned.targets("r2") == draft.targets
+    assert planned.targets("r2", ["s0", "s1", "nobody"]) == {"s0": draft.targets["s0"]}
+    assert planned.excluded("r2") == draft.excluded == {"s1": ro.Excluded("verdict fail: apcer", "v")}
+    assert planned.rollout_sites("r2") == set(sites)
+    assert ro.roster(planned.targets("r2"), planned.excluded("r2")) == draft.plan.roster
+
+
+def test_a_wave_moves_once_and_goes_back_once(planned):
+    first, second = wave_of(planned, 0), wave_of(planned, 1)
+    assert (len(first), len(second)) == (2, 3)
+    assert [promote(planned, 0), promote(planned, 0)] == [2, 0]
+    assert set(planned.serving()) == set(first)
+    assert {s: (r.state, r.counter, r.wave, r.kind) for s, r in planned.serving().items()} == {
+        s: (planned.targets("r1")[s].to.state_id, 1, 1, "promote") for s in first}  # fmt: skip
+    assert promote(planned, 1, without=[second[0]]) == 2
+    assert planned.returnable("r1") == 4
+    assert planned.returnable("r1", [first[0], second[0]]) == 1
+    assert back(planned, [first[0], second[0]]) == 1
+    assert [back(planned), back(planned)] == [3, 0]
+    assert {(r.state, r.source_version, r.kind) for r in planned.serving().values()} == {(None, 1, "rollback")}
+    assert (planned.returnable("r1"), planned.verify_served(), planned.broken_audit()) == (0, [], None)
+    assert len(planned.audit()) == len({seq for seq, *_ in planned.audit()})
+
+
+def test_a_wave_moves_zone_by_zone(planned):
+    in_tokyo = {s for s, t in planned.targets("r1").items() if t.zone == "Asia/Tokyo"}
+    assert in_tokyo == {"s3", "s4"}
+    done = sum(promote(planned, w, zones=("Asia/Tokyo",)) for w in (0, 1))
+    assert (done, set(planned.serving())) == (2, in_tokyo)
+    assert promote(planned, 0, zones=()) == 0
+    late = {z: n for w in (0, 1) for z, n in planned.wave_seen("r1", w, without=()).late.items()}
+    assert set(late) == {"UTC"}
+
+
+def test_a_wave_is_seen_without_failed_and_retired_sites(planned):
+    last = wave_of(planned, 1)
+    seen = planned.wave_seen("r1", 1, without=())
+    assert (seen.sites, sum(seen.late.values()), seen.first_late) == (3, 3, last[0])
+    planned.set_retired(last[0], retired=True, reason="sold", now=T0)
+    assert planned.wave_seen("r1", 1, without=[last[1]]).sites == 1
+    assert promote(planned, 1) == 2
+    assert last[0] not in planned.serving()
+    assert planned.wave_seen("r1", 1, without=()) == ro.WaveSeen(sites=2)
+    planned.set_retired(last[1], retired=True, reason="sold", now=T0)
+    assert [p.site for p in planned.promoted("r1", upto=1, names=last)] == last[2:]
+    assert back(planned) == 2, "a retired site goes back with the others"
+
+
+def test_what_is_promoted_and_what_is_silent(planned):
+    promote(planned, 0)
+    promote(planned, 1)
+    (a, b), names = wave_of(planned, 0), [f"s{i}" for i in range(5)]
+    got = planned.promoted("r1", upto=0, names=[*names, *(f"x{i}" for i in range(3000))])
+    assert [(p.site, p.wave, p.back) for p in got] == [(a, 0, SOURCE), (b, 0, SOURCE)]
+    assert planned.promoted("r1", upto=1, names=[a]) == got[:1]
+    assert planned.silent("r1", upto=0, samples=5, without=()) == {0: (2, a)}
+    assert planned.silent("r1", upto=1, samples=0, without=()) == {}
+    cycle = begin(planned, dead=lambda _: True)
+    planned.commit_ingest(cycle, [segment(a, "old", 0)], [], now=T0)  # not after the promotion
+    planned.commit_ingest(cycle, [segment(b, "new", 0)], [], now=T0 + HOUR)
+    assert planned.silent("r1", upto=0, samples=9, without=()) == {0: (1, a)}
+    assert planned.silent("r1", upto=0, samples=10, without=()) == {0: (2, a)}
+    assert planned.silent("r1", upto=1, samples=9, without=[a])[1][0] == 3
+    assert 0 not in planned.silent("r1", upto=1, samples=9, without=[a])
+
+
+def test_somebody_who_was_moved_later_is_not_overruled(planned):
+    promote(planned, 0)
+    a, b = wave_of(planned, 0)
+    planned.serve({a: (None, 1)}, rollout="hand", wave=0, kind="rollback", reason="", now=T0)
+    assert back(planned) == 1
+    assert planned.serving()[a].rollout == "hand"
+
+
+def test_nothing_moves_without_every_verdict(planned):
+    for statement in (
+        "update verdicts set outcome = 'hold' where site = 's0'",
+        "update verdicts set outcome = 'pass', state = 'other' where site = 's0'",
+        "delete from verdicts where site = 's0'",
+    ):
+        with planned.engine.begin() as c:
+            c.exec_driver_sql(statement)
+        wave = planned.targets("r1")["s0"].wave
+        with pytest.raises(LedgerError, match="site s0: no stored verdict passes"):
+            promote(planned, wave)
+    assert planned.serving() == {}
+    assert promote(planned, wave, without=["s0"]) == len(wave_of(planned, wave)) - 1
+
+
+@pytest.mark.parametrize("evidence, version, moves", [(None, 2, 5), (BAD, 2, 0), (None, 1, 0)])
+def test_a_bare_source_model_needs_the_fleets_verdict_on_that_version(planned, evidence, version, moves):
+    row = shard("s0", evidence=evidence) if evidence else shard("s0")
+    judged = planned.judge_source(version, row.verdict, row.evidence, now=T0)
+    sites = facts(planned, **{f"s{i}": Candidate(Pointer(None, 2), judged, "pass") for i in range(5)})
+    made = ro.plan("r2", sites, 2, RolloutConfig(waves=(1.0,)), source_before=1)
+    planned.save_rollout("r2", plan_hash="h", status="staging", body="{}", revision=0, event={}, now=T0, draft=made)
+    if not moves:
+        with pytest.raises(LedgerError, match="site s0: no stored verdict passes"):
+            promote(planned, 0, rollout="r2")
+        return
+    assert promote(planned, 0, rollout="r2") == moves
+    assert {(r.state, r.source_version) for r in planned.serving().values()} == {(None, 2)}
+    planned.set_champion(2, now=T0)  # what has no row of its own serves it now
+    assert back(planned, rollout="r2") == moves
+    assert {(r.state, r.source_version) for r in planned.serving().values()} == {(None, 1)}
+
+
+def test_a_driver_that_was_overtaken_moves_nothing(planned):
+    promote(planned, 0)
+    row = planned.rollout("r1")
+    planned.save_rollout("r1", plan_hash="h", status="aborting", body=row.body, revision=1, event={}, now=T0)
+    before = planned.audit()
+    for work in (lambda: promote(planned, 1), lambda: back(planned)):
+        with pytest.raises(StaleGeneration, match="r1: somebody else moved it on"):
+            work()
+    with pytest.raises(StaleGeneration):
+        planned.save_rollout("r1", plan_hash="h", status="completed", body="{}", revision=1, event={}, now=T0,
+                             roles={"champion": 2})  # fmt: skip
+    assert (planned.audit(), planned.source().version) == (before, 1)
+    assert back(planned, revision=2) == 2
+
+
+def test_the_end_of_a_source_release_and_its_champion_are_one_step(planned):
+    planned.set_challenger(2, now=T0)
+    planned.save_rollout("r1", plan_hash="h", status="completed", body="{}", revision=1, event={}, now=T0,
+                         roles={"champion": 2, "challenger": None})  # fmt: skip
+    assert (planned.source().version, planned.challenger(), planned.broken_audit()) == (2, None, None)
+
+
+def test_joined_sites_are_rows_of_the_last_wave(planned):
+    planned.register_sites({"t0": {}, "s4": {}}, now=T0)
+    cycle = begin(planned, fingerprint="later", dead=lambda _: True)
+    planned.commit_shard(cycle, [shard("t0", blob="e" * 64)], now=T0)
+    made = facts(planned, ["t0"])
+    joined = {s: t._replace(wave=1) for s, t in ro.plan("r1", made, 1, RolloutConfig()).targets.items()}
+    row = planned.rollout("r1")
+    planned.save_rollout("r1", plan_hash=row.plan_hash, status=row.status, body=row.body, revision=1, event={}, now=T0,
+                         joined=joined)  # fmt: skip
+    assert planned.targets("r1")["t0"] == joined["t0"]
+    assert len(planned.rollout_sites("r1")) == 6
+    assert promote(planned, 1, revision=2) == 4
+    assert planned.serving()["t0"].state == joined["t0"].to.state_id
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "update served set state = null where site = 's0' and counter = 1",
+        "update served set source_version = 2 where site = 's0' and counter = 2",
+        "update served set since = '2027' where site = 's0' and counter = 1",
+        "update served set kind = 'promote' where counter = 2",
+        "update served set rollout = 'r9' where site = 's0' and counter = 1",
+        "update served set counter = 7 where site = 's0' and counter = 2",
+        "update served set audit = audit + 1 where site = 's0' and counter = 1",
+        "delete from served where site = 's0' and counter = 2",
+        "delete from served where site = 's0' and counter = 1",
+        "delete from served",
+        "insert into served select site, 3, state, source_version, rollout, wave, kind, since, audit from served "
+        "where site = 's0' and counter = 1",
+        "insert into served values ('s0', 3, null, 1, 'r1', 0, 'rollback', '2026', 0)",
+        "insert into served values ('s0', 3, null, 1, 'r1', 0, 'rollback', '2026', 999)",
+    ],
+)
+def test_a_record_that_was_changed_is_found(planned, harm):
+    for w in (0, 1):
+        promote(planned, w)
+    back(planned)
+    assert planned.verify_served() == []
+    with planned.engine.begin() as c:
+        c.exec_driver_sql(harm)
+    assert planned.verify_served() != []
 
 
 def test_only_a_passing_state_of_that_site_is_promoted(ledger):
@@ -47,13 +267,15 @@ def test_the_newest_promotion_under_some_rollouts(ledger):
     assert ledger.served_by([]) == {}
 
 
-def test_a_rollout_is_saved_by_one_writer(ledger):
-    def save(revision):
+def test_a_rollout_is_saved_by_one_writer_and_the_newest_is_the_one_made_last(ledger):
+    def save(revision, name="r1", now=T0):
         return ledger.save_rollout(
-            "r1", plan_hash="h", status="planned", body="{}", revision=revision, event={}, now=T0
+            name, plan_hash="h", status="planned", body="{}", revision=revision, event={}, now=now
         )
 
     assert save(save(0)) == 2
     with pytest.raises(StaleGeneration, match="somebody else moved it on"):
         save(1)
     assert [(r.id, r.revision, r.created_at) for r in ledger.rollouts()] == [("r1", 2, T0)]
+    save(0, "a-later-one", now=T0 - timedelta(days=9))  # the clock was set back
+    assert [r.id for r in ledger.rollouts()] == ["a-later-one", "r1"]

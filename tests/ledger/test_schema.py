@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 import sqlalchemy as sa
 
 from pipeline.ledger import SCHEMA, Ledger, LedgerUnavailable, schema
+from pipeline.rollout import Excluded, Pointer, Rollout, Seen, Target, WaveSeen, advance, approved
 from tests.ledger.conftest import T0, begin, execute, segment, shard
 
+LEARNED = "2547247271efa6de"  # Zeta's state
 VERSION_1 = (Path(__file__).parent / "version-1.sql").read_text()
 
 
@@ -48,7 +51,10 @@ def content(url):
 def test_an_old_ledger_becomes_like_a_new_one_and_keeps_everything(old, url):
     before, chain = content(old), execute(old, "select * from audit order by seq")
     ledger = Ledger.open(old, create=False)
-    assert content(old) == before
+    after = content(old)
+    assert [r[:-1] for r in after.pop("served")] == before.pop("served")
+    assert after.pop("targets") == [("release-00001", "Zeta", 0, "UTC", LEARNED, 1, LEARNED, 1, "", "")]
+    assert after == {**before, "notices": []}
     assert execute(old, "select value from meta where key = 'schema'") == [(str(SCHEMA),)]
     assert execute(old, f"select * from audit where seq <= {len(chain)} order by seq") == chain
     added = ledger.audit()[len(chain) :]
@@ -63,6 +69,57 @@ def test_an_old_ledger_becomes_like_a_new_one_and_keeps_everything(old, url):
     execute(url, *(f"drop table {t}" for t in tables.split(", ")))
     Ledger.open(url).close()
     assert shape(url) == upgraded
+
+
+def body_2(now):
+    """A rollout as version 2 wrote it: one site failed in its first wave, the second has not begun."""
+    to = {s: {"to": {"state_id": f"{s}-state", "source_version": 3}, "back": {"state_id": None, "source_version": 3},
+              "verdict_id": f"{s}-state"} for s in ("a", "b", "c")}  # fmt: skip
+    config = {"waves": [0.5, 1.0], "stage_seconds": 60.0, "bake_seconds": 90.0, "hold_seconds": 86400.0,
+              "expire_seconds": 86400.0, "rollback_seconds": 300.0, "abort_share": 0.02, "abort_min_sites": 5,
+              "missing_share": 0.0, "control_share": 0.05, "control_min_sites": 10, "health_samples": 50,
+              "stratum": "rig", "seed": 0}  # fmt: skip
+    return {
+        "plan": {"release": "release-00002", "targets": to, "controls": ["k"],
+                 "waves": [{"share": 0.5, "sites": ["b"], "abort_at": 1}, {"share": 1.0, "sites": ["a", "c"], "abort_at": 2}],
+                 "excluded": {"d": {"reason": "verdict hold: n", "verdict_id": "v0"},
+                              "e": {"reason": "no candidate", "verdict_id": None}},
+                 "duration_seconds": 300.0, "rollback_seconds": 300.0, "config": config},
+        "plan_hash": "4" * 64, "status": "baking", "wave": 0, "since": now, "baked_from": now, "failed": ["b"],
+        "approved_by": "ann", "reason": "",
+    }  # fmt: skip
+
+
+def test_a_rollout_of_an_older_version_goes_on(old):
+    values = f"'release-00002', '{'4' * 64}', 'baking', '{json.dumps(body_2(T0.isoformat()))}', 7, '2026-01-02', '2026-01-02'"
+    execute(old, f"insert into rollouts values ({values})")
+    ledger = Ledger.open(old)
+    row = ledger.rollout("release-00002")
+    r = Rollout.model_validate_json(row.body)
+    assert (r.status, r.wave, r.failed, approved(r), r.plan_hash) == ("baking", 0, {"b": 0}, {"ann"}, row.plan_hash)
+    assert [(w.sites, w.share, w.abort_at) for w in r.plan.waves] == [(1, 0.5, 1), (2, 1.0, 2)]
+    assert (r.plan.config.bake_seconds, r.plan.config.strata) == (90, ("rig",))
+    assert ledger.targets(row.id) == {
+        s: Target(w, Pointer(f"{s}-state", 3), Pointer(None, 3), f"{s}-state") for s, w in (("a", 1), ("b", 0), ("c", 1))
+    }
+    assert ledger.excluded(row.id) == {"d": Excluded("verdict hold: n", "v0"), "e": Excluded("no candidate")}
+    seen, later = Seen(waves=(WaveSeen(sites=0),)), T0 + timedelta(seconds=90)
+    assert advance(r, seen, later)[0].reason == "1 of 1 sites of wave 1 fail; 1 abort"
+    after, actions = advance(r.model_copy(update={"failed": {}}), seen, later)
+    assert (after.wave, after.status, [a.kind for a in actions]) == (1, "staging", ["promote"])
+    assert ledger.verify_served() == []
+    ledger.close()
+
+
+@pytest.mark.parametrize("harm", ["update served set state = null", "delete from served",
+                                  "insert into served select site, 2, state, source_version, rollout, wave, kind, since, 0 "
+                                  "from served"])  # fmt: skip
+def test_what_an_older_version_recorded_stays_covered(old, harm):
+    ledger = Ledger.open(old)
+    assert ledger.verify_served() == []
+    execute(old, harm)
+    assert ledger.verify_served() != []
+    ledger.close()
 
 
 def test_an_upgraded_ledger_goes_on(old):
