@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
@@ -15,6 +17,24 @@ if TYPE_CHECKING:
     from pipeline.rollout import Rollout, Target
 
 BEGIN, END = 22, 5  # hours of a site's night
+
+
+@dataclass
+class Month:
+    """What happened in it."""
+
+    sites: int
+    days: int
+    seed: int
+    violations: list[str] = field(default_factory=list[str])
+    rollouts: int = 0
+    unfinished: int = 0
+    seconds: float = 0.0
+    events: Counter[str] = field(default_factory=Counter[str])
+
+    def as_context(self) -> dict[str, object]:
+        return {"sites": self.sites, "days": self.days, "seed": self.seed, "violations": self.violations[:5],
+                "seconds_per_day": round(self.seconds / max(1, self.days), 3), **dict(sorted(self.events.items()))}  # fmt: skip
 
 
 class Checks:

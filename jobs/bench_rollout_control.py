@@ -130,7 +130,7 @@ def _one_by_one(ledger: Ledger, candidates: dict[str, Candidate]) -> float:
     names = list(candidates)[:SINGLE]
     started = time.perf_counter()
     for site in names:
-        ledger.serve({site: tuple(candidates[site].to)}, rollout="single", wave=1, kind="promote", reason="", now=START)
+        ledger.serve({site: candidates[site].to}, rollout="single", wave=1, kind="promote", reason="", now=START)
     return (time.perf_counter() - started) / len(names)
 
 

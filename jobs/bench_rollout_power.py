@@ -198,15 +198,13 @@ class _Run:
 
     def _seen(self, draws: _Draws, freeze: str) -> Seen:
         end = self._on.ends[self._promoted - 1]
-        out = np.array([s not in self.r.failed for s in self._on.names[:end]]) if self.r.failed else np.ones(end, bool)
-        at = np.flatnonzero(out)
-        names = [self._on.names[i] for i in at] if self.r.failed else self._on.names[:end]
-        calls = draws.calls[at]
-        found = watch(self._on.limits, Standing(names, draws.attacks[at], draws.accepted[at], calls[:, 0], calls[:, 1],
-                                                draws.real[at], draws.refused[at]))  # fmt: skip
+        names, calls = self._on.names[:end], draws.calls[:end]  # a site that went back goes on to count, by replay
+        found = watch(self._on.limits, Standing(names, draws.attacks[:end], draws.accepted[:end], calls[:, 0], calls[:, 1],
+                                                draws.real[:end], draws.refused[:end]))  # fmt: skip
         return Seen(
             waves=self._waves(), freeze=freeze, breach=tuple(b.text for b in found.breach),
-            failing={s: Failing(self._on.draft.targets[s].wave, why[0].text) for s, why in found.failing.items()},
+            failing={s: Failing(self._on.draft.targets[s].wave, why[0].text) for s, why in found.failing.items()
+                     if s not in self.r.failed},
         )  # fmt: skip
 
     def _waves(self) -> tuple[WaveSeen, ...]:

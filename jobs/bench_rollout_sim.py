@@ -11,11 +11,13 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from jobs.bench_rollout_control import gone
-from jobs.bench_rollout_world import TICKS, Month, World
+from jobs.bench_rollout_world import TICKS, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from jobs.bench_rollout_checks import Month
 
 PATIENCE = 15  # days after the last that everything has to end
 

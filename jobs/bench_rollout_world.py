@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jobs import bench_rollout_fleet as fleet
-from jobs.bench_rollout_checks import Checks
+from jobs.bench_rollout_checks import Checks, Month
 from jobs.bench_rollout_way import Way
 from jobs.drive import load, save, step
 from jobs.health import returning
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
     from pipeline.ledger import RolloutRow, ServingRow
 
-
 START = datetime(2026, 3, 2, tzinfo=UTC)
 TICKS = 6  # a day
 TICK = timedelta(days=1) / TICKS
@@ -52,24 +50,6 @@ HARM = 0.2
 LIMITS = GuardsConfig()
 REFUSED = 0.05  # candidates that fail their guards
 JUMP, CRASH, SECOND = 0.05, 0.15, 0.05  # of the ticks: clock jumps, drivers that die, two drivers
-
-
-@dataclass
-class Month:
-    """What happened."""
-
-    sites: int
-    days: int
-    seed: int
-    violations: list[str] = field(default_factory=list[str])
-    rollouts: int = 0
-    unfinished: int = 0
-    seconds: float = 0.0
-    events: Counter[str] = field(default_factory=Counter[str])
-
-    def as_context(self) -> dict[str, object]:
-        return {"sites": self.sites, "days": self.days, "seed": self.seed, "violations": self.violations[:5],
-                "seconds_per_day": round(self.seconds / max(1, self.days), 3), **dict(sorted(self.events.items()))}  # fmt: skip
 
 
 class World:
@@ -224,7 +204,7 @@ class World:
             new = machine.abort(r, reason="given up", now=at)
         elif r.status == Status.PAUSED and roll < 0.5:
             new = machine.resume(r, now=at)
-            new = machine.retry(new, now=at) if roll < 0.25 else new
+            new = machine.retry(new, now=at) if roll < 0.25 and new.wave in new.failed.values() else new
         elif r.status in FLYING and roll < 0.01:
             new = machine.pause(r, reason="lunch", now=at)
         elif r.status in FLYING and roll < 0.02:

@@ -6,13 +6,14 @@ by the next tick, and of two drivers at once the slower one's step is refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jobs.deployment import now
 from jobs.health import look, returning
 from jobs.notify import notify
 from pipeline import rollout as machine
-from pipeline.ledger import StaleGeneration
+from pipeline.ledger import Memory, StaleGeneration
 from pipeline.rollout import RETURNING, TERMINAL, Rollout, Status
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from jobs import Terminal
     from pipeline.config import Config
     from pipeline.ledger import Ledger, RolloutRow
-    from pipeline.rollout import Action, Seen, Target
+    from pipeline.rollout import Seen, Target
     from pipeline.sections import Severity
 
 RUNNING = machine.FLYING | {Status.APPROVED, *RETURNING}
@@ -72,14 +73,17 @@ def change(ledger: Ledger, row: RolloutRow, to: Callable[[Rollout], Rollout], ev
 
 
 def step(ledger: Ledger, row: RolloutRow, seen: Seen, at: datetime) -> tuple[RolloutRow, int]:
-    """Ask the state machine once and do what it says → the rollout as it is stored now, and how many sites moved.
-
-    First the champion pointers move, then the memory is stored: who dies in between leaves what the next one finds done.
-    """
+    """Ask the state machine once and do what it says, in one transaction → the rollout as it is now, how many sites moved."""
     current = load(row)
     new, actions = machine.advance(current, seen, at)
-    moved = _perform(ledger, row, new, actions, at)
-    return (save(ledger, row, new, said(current, new), at=at) if new != current else row), moved
+    if new == current:
+        moved = ledger.carry_out(row.id, actions, without=list(new.failed), reason=new.reason, revision=row.revision,
+                                 now=at) if actions else 0  # fmt: skip
+        return row, moved
+    memory = Memory(new.status, new.model_dump_json(), said(current, new), _roles(new))
+    moved = ledger.carry_out(row.id, actions, without=list(new.failed), reason=new.reason, revision=row.revision,
+                             now=at, memory=memory)  # fmt: skip
+    return replace(row, status=new.status, body=memory.body, revision=row.revision + 1, updated_at=at), moved
 
 
 def tick(config: Config, ledger: Ledger, row: RolloutRow, terminal: Terminal) -> RolloutRow:
@@ -134,18 +138,6 @@ def said(before: Rollout, after: Rollout) -> str:
     where = f" wave {after.wave + 1} of {len(after.plan.waves)}" if 0 <= after.wave < len(after.plan.waves) else ""
     reason = f": {after.reason}" if after.reason and after.reason != before.reason else ""
     return f"{after.status}{where}{reason}"
-
-
-def _perform(ledger: Ledger, row: RolloutRow, r: Rollout, actions: tuple[Action, ...], at: datetime) -> int:
-    """Move the champion pointers, each action in one transaction → how many moved."""
-    moved = 0
-    for a in actions:
-        if a.kind == "promote":
-            moved += ledger.promote(row.id, a.wave, zones=a.zones, without=list(r.failed), reason=r.reason, now=at,
-                                    revision=row.revision)  # fmt: skip
-        elif a.kind == "rollback":
-            moved += ledger.bring_back(row.id, a.sites, reason=r.reason, now=at, revision=row.revision)
-    return moved
 
 
 def _roles(r: Rollout) -> dict[str, int | None]:

@@ -21,7 +21,7 @@ from pipeline.data.captures import BadSegment
 from pipeline.data.features import read_features
 from pipeline.guards import Standing, budget, compare, watch
 from pipeline.models import checkpoint, tail
-from pipeline.rollout import FLYING, RETURNING, Failing, Seen, Status, WaveSeen, choose_controls
+from pipeline.rollout import CONTROL, FLYING, RETURNING, Failing, Seen, Status, WaveSeen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,10 +47,12 @@ def look(config: Config, ledger: Ledger, rollout: str, r: Rollout) -> Seen:
     waves = [WaveSeen(sites=w.sites - out[i]) for i, w in enumerate(r.plan.waves[:last])]
     waves.append(ledger.wave_seen(rollout, last, without=list(r.failed)))
     labelled = _labelled(config)
-    promoted = ledger.promoted(rollout, upto=last, names=labelled)
-    treated = _standing(config, ledger, [(p.site, p.to, p.back) for p in promoted])
+    promoted = {p.site: (p.wave, p.to, p.back) for p in ledger.promoted(rollout, upto=last, names=labelled)}
+    failed = ledger.targets(rollout, sorted(set(r.failed) & set(labelled)))  # what they did counts against the release
+    promoted |= {s: (t.wave, t.to, t.back) for s, t in failed.items()}
+    treated = _standing(config, ledger, [(s, to, back) for s, (_, to, back) in promoted.items()])
     found = watch(config.guards, treated.counts)
-    wave_of = {p.site: p.wave for p in promoted}
+    wave_of = {s: wave for s, (wave, _, _) in promoted.items()}
     presented = Counter[int]()
     for site, n in zip(treated.counts.sites, treated.counts.attacks.tolist(), strict=True):
         presented[wave_of[site]] += n
@@ -60,7 +62,7 @@ def look(config: Config, ledger: Ledger, rollout: str, r: Rollout) -> Seen:
             for i, w in enumerate(waves)
         ),
         unreturned=ledger.returnable(rollout, list(r.failed)) if r.failed else 0,
-        failing={s: Failing(wave_of[s], _told(reasons[0])) for s, reasons in found.failing.items()},
+        failing={s: Failing(wave_of[s], _told(reasons[0])) for s, reasons in found.failing.items() if s not in r.failed},
         breach=tuple(_told(reason) for reason in found.breach),
         freeze=_freeze(config, ledger, rollout, treated, labelled),
     )  # fmt: skip
@@ -73,7 +75,7 @@ def _freeze(config: Config, ledger: Ledger, rollout: str, treated: Treated, labe
     """
     strata = config.rollout.strata
     tags = {s.site: s.tags for s in ledger.sites_named(list(labelled))}
-    names = sorted(set(labelled) & set(choose_controls({s.site: s.tags for s in ledger.sites()}, config.rollout)))
+    names = [s for s, e in ledger.excluded(rollout, labelled).items() if e.reason == CONTROL]
     serving = ledger.serving(names)
     at = {s: (s, here := pointer(ledger, serving.get(s)), here) for s in names}
     controls = _standing(config, ledger, list(at.values()))

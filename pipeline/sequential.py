@@ -92,6 +92,18 @@ def merge(log_e: ArrayLike, axis: int = -1) -> Floats:
     return _log_sum(x, axis) - np.log(x.shape[axis])
 
 
+def merge_few(log_e: ArrayLike, share: float, axis: int = -1) -> Floats:
+    """Log of an e-value along ``axis`` against "some of these nulls are wrong", most powerful where about ``share`` are.
+
+    The mean of two: ``merge``, which one very large e-value moves, and the product of 1 - share + share * e, which several
+    large ones move together. Guarantee: an e-process when every presentation's chance of an error, given all that was seen
+    anywhere before it, is at most its null; sites may depend on each other in any other way.
+    """
+    x = _floats(log_e)
+    product = np.logaddexp(np.log1p(-share), np.log(share) + x).sum(axis=axis)
+    return np.logaddexp(merge(x, axis), product) - np.log(2.0)
+
+
 def e_bh(log_e: ArrayLike, fdr: float) -> NDArray[np.intp]:
     """Indices of the hypotheses [S] that e-BH rejects, ascending.
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 
+import numpy as np
 import pytest
 
 from jobs import (
@@ -15,6 +16,7 @@ from jobs import (
     bench_rollout_fleet,
     bench_rollout_power,
     bench_rollout_sim,
+    bench_rollout_way,
     bench_rollout_world,
 )
 from jobs.bench_rollout_checks import Checks
@@ -64,8 +66,21 @@ def test_the_same_seed_gives_the_same_release(on):
 def test_a_month_breaks_nothing_and_every_rollout_ends(month):
     assert month.violations == []
     assert month.unfinished == 0 < month.rollouts
-    happened = {"messages_lost", "messages_doubled", "messages_delayed", "duplicates_refused", "sites_moved"}
-    assert happened <= {name for name, n in month.events.items() if n}
+    assert {"sites_moved", "sites_joined", "sites_retired", "people"} <= {name for name, n in month.events.items() if n}
+
+
+def test_the_way_counts_each_report_once(tmp_path):
+    names = [f"s{i:03d}" for i in range(300)]
+    ledger = bench_rollout_fleet.found(tmp_path / "l.db", {s: {} for s in names}, T0)
+    way = bench_rollout_way.Way(np.random.Generator(np.random.PCG64(0)), names, names)
+    way.send(0, names, {}, ())
+    wrong = [way.arrive(ledger, tick, T0 + timedelta(hours=4 * tick), {}) for tick in range(40)]
+    assert not any(wrong)
+    e = way.events
+    assert min(e["messages_lost"], e["messages_doubled"], e["messages_delayed"], e["duplicates_refused"]) > 0
+    arrived = sum(s.ingested for s in ledger.sites()) / bench_rollout_fleet.SAMPLES
+    assert e["messages"] - e["messages_lost"] <= arrived <= e["messages"]
+    ledger.close()
 
 
 def test_a_month_is_its_seed(tmp_path):

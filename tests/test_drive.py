@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import multiprocessing
 import os
 import shutil
 import sqlite3
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
@@ -49,7 +53,7 @@ CONFIGS = (
     RolloutConfig(**QUIET, night="22:00-05:00", missing_share=0.4),
     RolloutConfig(**QUIET, freeze=(FROZEN,), abort_share=0.5, caps={"region": 0.5}),
 )
-DURABLE = ("promote", "bring_back", "save_rollout")
+DURABLE = ("carry_out", "save_rollout")
 PHASES = (Phase.explicit, Phase.generate)  # a failing run is short enough to read; shrinking it takes minutes
 
 
@@ -58,10 +62,10 @@ class Died(Exception):
 
 
 class Mortal:
-    """A ledger whose process dies at the ``left``-th durable step from now, before the step or after it."""
+    """A ledger whose process dies at the ``left``-th durable step or the next ``fatal`` one, before it or after it."""
 
     def __init__(self, ledger):
-        self.ledger, self.left, self.after, self.at = ledger, -1, False, ""
+        self.ledger, self.left, self.after, self.fatal = ledger, -1, False, ""
 
     def __getattr__(self, name):
         real = getattr(self.ledger, name)
@@ -70,10 +74,11 @@ class Mortal:
     def _killing(self, name, real):
         def call(*arguments, **named):
             self.left -= 1
-            if self.left == 0 and not self.after:
+            now = self.left == 0 or self.fatal == name
+            if now and not self.after:
                 raise Died(name)
             done = real(*arguments, **named)
-            if self.left == 0:
+            if now:
                 raise Died(name)
             return done
 
@@ -125,7 +130,10 @@ class World:
         self.now, self.bad, self.breach, self.used = T0, set(), "", {1: 0, 2: 0}
         self.open()
         self.candidates = {
-            (s, GENERATIONS[int(v.cycle.split("-")[-1]) - 1]): v for v in self.ledger.verdicts() for s in [v.site] if s in TAGS
+            (s, GENERATIONS[int(v.cycle.split("-")[-1]) - 1]): v
+            for v in self.ledger.verdicts()
+            for s in [v.site]
+            if s in TAGS
         }
         self.passed = {v.id: v for v in self.ledger.verdicts() if v.outcome == "pass"}
         self.cycle = begin(self.ledger, now=T0, fingerprint="reports")
@@ -256,12 +264,13 @@ class World:
                     self.approve(who)
             if self.r.status == Status.PAUSED:
                 asked += 1
-                again = asked < 4
-                self.change(lambda r: ro.resume(r, now=self.now) if again else ro.abort(r, reason="enough", now=self.now))  # noqa: B023
+                if asked < 4:
+                    self.change(lambda r: ro.resume(r, now=self.now))
+                else:
+                    self.change(lambda r: ro.abort(r, reason="enough", now=self.now))
             self.tick(hours)
             self.report()
         raise AssertionError(f"no end: {self.r.status} wave {self.r.wave} {self.r.reason}")
-
 
 
 class Events(RuleBasedStateMachine):
@@ -408,16 +417,16 @@ class Events(RuleBasedStateMachine):
         (row, seen), ledger, now = self.old, self.w.ledger, self.w.now
         before = len(ledger.audit())
         for work in (
-            lambda: ledger.promote(row.id, 0, zones=None, without=(), reason="", now=now, revision=row.revision),
-            lambda: ledger.bring_back(row.id, None, reason="", now=now, revision=row.revision),
+            lambda: ledger.carry_out(
+                row.id, [ro.Promote(wave=0)], without=(), reason="", revision=row.revision, now=now
+            ),
+            lambda: ledger.carry_out(row.id, [ro.Bring()], without=(), reason="", revision=row.revision, now=now),
             lambda: drive.save(ledger, row, drive.load(row), "late", at=now),
         ):
             with pytest.raises(StaleGeneration):
                 work()
-        try:
+        with contextlib.suppress(StaleGeneration):
             assert drive.step(ledger, row, seen, now) == (row, 0)
-        except StaleGeneration:
-            pass
         assert len(ledger.audit()) == before
 
     @invariant()
@@ -484,6 +493,7 @@ def run(template, **chosen):
     run_state_machine_as_test(kind, settings=settings(deadline=None, phases=PHASES, **chosen))
 
 
+@pytest.mark.timeout(300)
 def test_any_order_of_events(template):
     run(template, max_examples=60, stateful_step_count=50)
 
@@ -492,3 +502,96 @@ def test_any_order_of_events(template):
 @pytest.mark.timeout(300)
 def test_any_order_of_events_500_times(template):
     run(template, max_examples=500, stateful_step_count=50)
+
+
+RELEASED = RolloutConfig(**QUIET, two_people_from=None, abort_share=0.4)
+DEATHS = tuple(itertools.product((0, 1, 2), ("carry_out",), (False, True)))
+
+
+def released(template, die=(), *, source=False):
+    """A release over three waves in which a site fails in the last, and then back → what was served, at the end and before.
+
+    ``die``: (wave, durable step, after it): there the driver dies, once, and another one goes on.
+    """
+    w = World(template, "crash.db")
+    w.plan(RELEASED, source=source)
+    w.approve()
+    deaths, sights = 0, []
+    for tick in range(12):
+        if tick == 9:
+            assert w.r.status == Status.COMPLETED
+            sights.append(served(w))
+            w.change(lambda r: ro.abort(r, reason="incident", now=w.now))
+        if w.r.wave == 2:
+            w.bad = {min(s for s, t in w.ledger.targets(w.row.id).items() if t.wave == 2)}
+        if die and w.r.wave + (die[1] == "carry_out") >= die[0] and not deaths:
+            w.mortal.fatal, w.mortal.after = die[1], die[2]
+        try:
+            w.tick(1.1)
+        except Died:
+            deaths += 1
+            w.close()
+            w.open()
+            w.tick()
+        w.report()
+    assert w.r.status == Status.ROLLED_BACK
+    assert (w.ledger.broken_audit(), w.ledger.verify_served()) == (None, [])
+    sights += [served(w), w.ledger.source().version]
+    w.close()
+    return deaths, sights
+
+
+def served(w):
+    return sorted(w.asked("select site, state, source_version, max(counter) from served group by site"))
+
+
+@pytest.mark.parametrize("source", [False, True])
+def test_a_death_at_every_step_of_every_wave_changes_nothing(template, source):
+    _, undisturbed = released(template, source=source)
+    for die in DEATHS:
+        assert released(template, die, source=source) == (1, undisturbed), die
+
+
+def drives(me, path, barrier):
+    """A driver in its own process: goes on until the rollout has ended; number 2 aborts it in its second wave."""
+    ledger = Ledger.open(f"sqlite:///{path}")
+    barrier.wait()
+    for _ in range(300):
+        row = ledger.rollouts()[0]
+        r = drive.load(row)
+        if r.status in ro.TERMINAL:
+            break
+        try:
+            if me == 2 and r.wave == 1:
+                drive.change(ledger, row, lambda r: ro.abort(r, reason="incident", now=T0), "aborted")
+            seen = returning(ledger, row.id, r) if r.status in ro.RETURNING else look(CONFIG, ledger, row.id, r)
+            drive.step(ledger, row, replace(seen, waves=tuple(replace(w, presentations=None) for w in seen.waves)), T0)
+        except StaleGeneration:
+            continue
+    ledger.close()
+
+
+@pytest.mark.parametrize("aborts", [False, True])
+def test_two_drivers_at_once_move_nothing_twice(template, aborts):
+    w = World(template, "two.db")
+    quick = {"bake_seconds": 0, "health_samples": 0, "health_presentations": 0, "two_people_from": None}
+    w.plan(RolloutConfig(waves=(0.1, 0.4, 1.0), **quick))
+    w.approve()
+    planned = w.ledger.targets(w.row.id)
+    w.close()
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(2, context) as pool:
+        barrier = manager.Barrier(2)
+        for f in [pool.submit(drives, me, w.path, barrier) for me in (1, 2 if aborts else 0)]:
+            f.result(100)
+    w.open()
+    moves = {s: tuple((x.counter, x.kind) for x in w.ledger.served(s)) for s in planned}
+    if w.r.status == Status.COMPLETED:
+        assert set(moves.values()) == {((1, "promote"),)}
+    else:
+        assert (aborts, w.r.status, w.on()) == (True, Status.ROLLED_BACK, {})
+        assert set(moves.values()) <= {(), ((1, "promote"), (2, "rollback"))}
+    writes = [p for _, _, kind, p in w.ledger.audit() if kind == "rollout"]
+    assert len(writes) == w.row.revision, "no write was lost"
+    assert (w.ledger.broken_audit(), w.ledger.verify_served()) == (None, [])
+    w.close()

@@ -23,7 +23,7 @@ from pipeline.guards import Verdict
 from pipeline.ledger import ShardRow
 from pipeline.manifest import ReleaseManifest, private_key, sign
 from pipeline.models import checkpoint, tail
-from pipeline.rollout import Candidate, Pointer, RolloutConfig, SiteFacts, Status, plan, start
+from pipeline.rollout import Candidate, Pointer, Promote, RolloutConfig, SiteFacts, Status, plan, start
 from tests.e2e.crowds import SITES, YAML, Life, ground, reborn
 from tests.ledger.conftest import GOOD
 
@@ -238,7 +238,9 @@ def test_after_a_rollback_the_box_goes_back_while_everything_else_is_out_of_reac
     r = start(draft.plan, now()).model_copy(update={"status": Status.BAKING, "wave": 0})
     revision = ledger.save_rollout("release-00002", plan_hash=r.plan_hash, status=r.status, body=r.model_dump_json(),
                                    revision=0, event={"event": "planned"}, now=now(), draft=draft)  # fmt: skip
-    assert ledger.promote("release-00002", 0, zones=None, without=(), reason="", now=now(), revision=revision) == 4
+    assert (
+        ledger.carry_out("release-00002", [Promote(wave=0)], without=(), reason="", revision=revision, now=now()) == 4
+    )
     site = SITES[2]
     assert pull(life, box, site) == 0 and verify(life, box, "--site", site) == 0
     m = json.loads((box / "release.json").read_bytes())["manifest"]

@@ -84,7 +84,12 @@ class Fleet:
         self.r, self.actions = ro.advance(self.r, self.seen(), self.now)
         for a in self.actions if obey else ():
             for s, t in self.targets.items():
-                if a.kind == "promote" and t.wave == a.wave and s not in self.r.failed and (a.zones is None or t.zone in a.zones):
+                if (
+                    a.kind == "promote"
+                    and t.wave == a.wave
+                    and s not in self.r.failed
+                    and (a.zones is None or t.zone in a.zones)
+                ):
                     self.serving[s] = t.to
                 if a.kind == "rollback" and s in self.promoted() and (a.sites is None or s in a.sites):
                     self.serving[s] = t.back
@@ -339,7 +344,10 @@ def test_too_few_labelled_presentations_hold_and_say_so():
     f = Fleet(100).to_wave(1)
     f.presentations = 99
     assert f.tick(3601) == Status.HOLD
-    assert f.r.reason == "wave 2 saw 99 labelled attack presentations, rollout.health_presentations wants 100"
+    assert f.r.reason == (
+        "wave 2 saw 99 labelled attack presentations, rollout.health_presentations wants 100; "
+        "record what the red team presents in data.redteam"
+    )
     f.presentations = 100
     assert f.tick(1) == Status.STAGING
 
@@ -564,3 +572,19 @@ def test_what_has_ended_stays_whatever_the_clock_says():
     f.breach = ("x",)
     for seconds in (-(10**6), 10**7):
         assert (f.tick(seconds), f.r, f.actions) == (Status.COMPLETED, before, ())
+
+
+def test_a_retry_is_for_the_wave_that_flies():
+    f = Fleet(300).to_wave(2)
+    early, now = f.wave(0)[0], f.wave(2)[0]
+    f.r = f.r.model_copy(update={"failed": {early: 0, now: 2}})
+    assert ro.retry(f.r, now=f.now).failed == {early: 0}
+    f.r = f.r.model_copy(update={"failed": {early: 0}})
+    with pytest.raises(ro.RolloutError, match="no site of wave 3 failed"):
+        ro.retry(f.r, now=f.now)
+
+
+def test_two_people_look_at_a_wave_that_covers_a_small_fleet():
+    plan = Fleet(2, RolloutConfig()).r.plan
+    assert plan.waves[0].share < 0.5
+    assert ro.needed(plan, 0) == 2

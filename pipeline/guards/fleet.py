@@ -2,9 +2,9 @@
 
 Everything is a count, looked at as often as one likes: the tests are e-processes (``pipeline.sequential``). Of a healthy
 wave, one whose sites keep to ``shadow.null`` and are not more often worse than better than their way back, at most
-``shadow.alpha`` are ever stopped: RATE of it by the rate, the rest by the pairs, both on the mean of the sites'
-e-values, which holds however sites depend on each other. One bad site among many shows in that mean, late;
-``alpha_site`` takes it back by itself sooner. As each wave joins the mean is over a new set of sites: its alpha is spent anew.
+``shadow.alpha`` are ever stopped: RATE of it by the rate, the rest by the pairs, both on the sites' e-values merged as is
+best where FEW of them are bad (``sequential.merge_few``). A single bad site shows in that late; ``alpha_site`` takes it back by
+itself sooner, and it goes on to count. As each wave joins, part of it is over a new set of sites: its alpha is spent anew.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 RATE = 0.9  # of an alpha is for the rate, which sees most; the rest for the pairs, which see what has a bad way back
+FEW = 0.05  # of a wave's sites
 MONTH = 720  # hours
 LARGEST = 690.0  # nats: e-values above are shown as this
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Counts [S] of promoted sites since their promotion, of presentations whose label is known."""
+    """Counts [S] of promoted sites, also of those that were taken back one by one, of presentations whose label is known."""
 
     sites: Sequence[str]
     attacks: Counts
@@ -84,7 +85,9 @@ def watch(limits: GuardsConfig, standing: Standing) -> Watch:
                 text = f"{_counts(name, s, i, rule.null)}: its own"
                 found = _finding(s.sites[i], float(log_e[at]), rule.alpha_site * share, text)
                 failing.setdefault(found.where, []).append(found)
-            merged = float(sequential.merge(log_e) + np.log(len(harmed) / count)) if len(harmed) else -np.inf
+            every = np.full(count, -np.inf)
+            every[harmed] = log_e
+            merged = float(sequential.merge_few(every, FEW)) if len(harmed) else -np.inf
             if merged >= -np.log(rule.alpha * share):
                 worst = int(harmed[np.argmax(log_e)])
                 text = f"{count} sites, most of it from {s.sites[worst]} ({_counts(name, s, worst, rule.null)}): their"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pipeline.ledger.garbage import Garbage
 from pipeline.ledger.notices import Notices
 from pipeline.ledger.plans import Promoted
-from pipeline.ledger.releases import Releases
+from pipeline.ledger.releases import Memory, Releases
 from pipeline.ledger.rows import (
     Cycle,
     CycleBusy,
@@ -35,7 +35,7 @@ from pipeline.ledger.tables import RETIRED
 from pipeline.ledger.verdicts import Verdicts, state_id
 
 __all__ = [
-    "RETIRED", "SCHEMA", "Cycle", "CycleBusy", "Ledger", "LedgerError", "LedgerUnavailable",
+    "RETIRED", "SCHEMA", "Cycle", "CycleBusy", "Ledger", "LedgerError", "LedgerUnavailable", "Memory",
     "Pointed", "Promoted", "QuarantineRow", "RolloutRow", "SegmentRow", "ServingRow", "ShardRow", "SiteRow", "SourceRow",
     "StaleGeneration", "StateRow", "UnknownSite", "VerdictRow", "state_id",
 ]  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import sqlalchemy as sa
@@ -37,7 +37,13 @@ if TYPE_CHECKING:
 
     Where = sa.ColumnElement[bool]
 
+CHAMPION = sa.select(facts.c.value).where(facts.c.key == "champion")
 OUT = -1  # wave of a site that is in none
+REMEMBER = (
+    rollouts.update()
+    .where(rollouts.c.id == sa.bindparam("of"), rollouts.c.revision == sa.bindparam("at"))
+    .values({name: sa.bindparam(name) for name in ("status", "body", "revision", "updated_at")})
+)
 
 
 class Promoted(NamedTuple):
@@ -71,22 +77,13 @@ class Plans(Store):
         ``draft`` is its plan with the first state; ``joined`` are sites that were added to it. ``roles`` are source models
         that become champion or challenger with it (None: nobody), so that no overtaken driver names one.
         """
-        values = {
-            "plan_hash": plan_hash,
-            "status": status,
-            "body": body,
-            "revision": revision + 1,
-            "updated_at": iso(now),
-        }
         with self._write(alone=True) as c:
             if revision == 0:
-                c.execute(rollouts.insert(), {"id": rollout, "created_at": _after_all(c, now), **values})
+                new = {"id": rollout, "plan_hash": plan_hash, "status": status, "body": body, "revision": 1,
+                       "created_at": _after_all(c, now), "updated_at": iso(now)}  # fmt: skip
+                c.execute(rollouts.insert(), new)
             else:
-                same = sa.and_(rollouts.c.id == rollout, rollouts.c.revision == revision)
-                if c.execute(rollouts.update().where(same).values(values)).rowcount != 1:
-                    raise StaleGeneration(
-                        f"rollout {rollout}: somebody else moved it on; look at `palisade rollout status`"
-                    )
+                self._remember(c, rollout, status=status, body=body, revision=revision, now=now)
             if joined:
                 for part in parts(list(joined)):
                     c.execute(targets.delete().where(targets.c.rollout == rollout, targets.c.site.in_(part)))
@@ -99,6 +96,13 @@ class Plans(Store):
                 self._name(c, role, version, now)
             self._append(c, "rollout", {"rollout": rollout, "status": status, **event}, now)
         return revision + 1
+
+    def _remember(self, c: Connection, rollout: str, *, status: str, body: str, revision: int, now: datetime) -> None:
+        """Store a state, unless somebody else moved it on: a tick that was overtaken must not undo a rollback."""
+        values = {"of": rollout, "at": revision, "status": status, "body": body, "revision": revision + 1,
+                  "updated_at": iso(now)}  # fmt: skip
+        if c.execute(REMEMBER, values).rowcount != 1:
+            raise StaleGeneration(f"rollout {rollout}: somebody else moved it on; look at `palisade rollout status`")
 
     def rollouts(self) -> list[RolloutRow]:
         """Every rollout, newest first."""
@@ -124,22 +128,17 @@ class Plans(Store):
         with self._read() as c:
             return frozenset(c.scalars(sa.select(targets.c.site).where(targets.c.rollout == rollout)))
 
-    def excluded(self, rollout: str) -> dict[str, Excluded]:
-        """Why sites are in no wave of the plan."""
+    def excluded(self, rollout: str, names: Sequence[str] | None = None) -> dict[str, Excluded]:
+        """Why sites, all or of ``names``, are in no wave of the plan."""
         query = sa.select(targets).where(targets.c.rollout == rollout, targets.c.wave == OUT).order_by(targets.c.site)
         with self._read() as c:
-            return {r.site: Excluded(r.reason, r.verdict or None) for r in c.execute(query)}
+            rows = c.execute(query) if names is None else named(c, query, targets.c.site, names)
+            return {r.site: Excluded(r.reason, r.verdict or None) for r in rows}
 
     def wave_seen(self, rollout: str, wave: int, *, without: Collection[str]) -> WaveSeen:
         """A wave without the failed sites ``without`` and the retired ones: how many, and who does not serve its target."""
-        t = targets.c
         with self._read() as c:
-            now_on, joined = beside(c)
-            n, late = sa.func.count(), sa.func.sum(sa.case((now_on, 0), else_=1))
-            first = sa.func.min(sa.case((now_on, None), else_=t.site))
-            query = sa.select(t.zone, n.label("n"), late.label("late"), first.label("first")).select_from(joined)
-            query = query.where(t.rollout == rollout, t.wave == wave, t.site.not_in(without), living()).group_by(t.zone)
-            rows = list(c.execute(query))
+            rows = list(c.execute(_seen(champion(c)), {"rollout": rollout, "wave": wave, "without": list(without)}))
         names = sorted(r.first for r in rows if r.first is not None)
         return WaveSeen(
             sites=sum(r.n for r in rows), late={r.zone: int(r.late) for r in rows if r.late},
@@ -150,8 +149,7 @@ class Plans(Store):
         """How many sites, of all or of ``only``, serve their target and could go back."""
         t = targets.c
         with self._read() as c:
-            now_on, joined = beside(c)
-            query = sa.select(sa.func.count()).select_from(joined).where(t.rollout == rollout, now_on, moves())
+            query = _still_there(champion(c)).where(t.rollout == rollout)
             return int(c.scalar(query if only is None else query.where(t.site.in_(only))) or 0)
 
     def promoted(self, rollout: str, *, upto: int, names: Sequence[str]) -> list[Promoted]:
@@ -189,11 +187,17 @@ class Plans(Store):
 
 def beside(c: Connection) -> tuple[Where, sa.FromClause]:
     """Whether a target is what its site serves, and the tables that this is asked of: targets and newest served row."""
-    return _beside(int(c.scalar(sa.select(facts.c.value).where(facts.c.key == "champion")) or 0))
+    return beside_of(champion(c))
 
 
-@lru_cache(maxsize=8)  # building it takes longer than asking it of a small fleet
-def _beside(champion: int) -> tuple[Where, sa.FromClause]:
+def champion(c: Connection) -> int:
+    """The source model that sites without a row serve."""
+    return int(c.scalar(CHAMPION) or 0)
+
+
+@lru_cache(maxsize=8)
+def beside_of(champion: int) -> tuple[Where, sa.FromClause]:
+    """The same for a champion source model."""
     earlier = served.alias("earlier")
     last = sa.select(sa.func.max(earlier.c.counter)).where(earlier.c.site == targets.c.site).correlate(targets)
     newest = sa.and_(served.c.site == targets.c.site, served.c.counter == last.scalar_subquery())
@@ -202,6 +206,34 @@ def _beside(champion: int) -> tuple[Where, sa.FromClause]:
         targets.c.state.is_not_distinct_from(served.c.state), targets.c.source_version == version, targets.c.wave != OUT
     )
     return on, targets.outerjoin(served, newest)
+
+
+@lru_cache(maxsize=8)
+def _seen(champion: int) -> sa.Select[*tuple[object, ...]]:
+    t, (now_on, joined) = targets.c, beside_of(champion)
+    n, late = sa.func.count(), sa.func.sum(sa.case((now_on, 0), else_=1))
+    first = sa.func.min(sa.case((now_on, None), else_=t.site))
+    query = sa.select(t.zone, n.label("n"), late.label("late"), first.label("first")).select_from(joined)
+    return query.where(of_wave(), living()).group_by(t.zone)
+
+
+@lru_cache(maxsize=8)
+def _still_there(champion: int) -> sa.Select[tuple[int]]:
+    """Number of targets that their sites serve and could leave. One look into what each site served, at its newest row."""
+    t = targets.c
+    same = sa.and_(served.c.state.is_not_distinct_from(t.state), served.c.source_version == t.source_version)
+    newest = (
+        sa.select(same).where(served.c.site == t.site).order_by(served.c.counter.desc()).limit(1).correlate(targets)
+    )
+    bare = sa.and_(t.state.is_(None), t.source_version == champion)  # what a site without a row serves
+    on = sa.func.coalesce(newest.scalar_subquery(), bare)
+    return sa.select(sa.func.count()).select_from(targets).where(t.wave != OUT, on, moves())
+
+
+def of_wave() -> Where:
+    """That a target is of the ``wave`` of ``rollout`` and not among those that are left out (``without``)."""
+    t, without = targets.c, sa.bindparam("without", expanding=True)
+    return sa.and_(t.rollout == sa.bindparam("rollout"), t.wave == sa.bindparam("wave"), t.site.not_in(without))
 
 
 def living() -> Where:

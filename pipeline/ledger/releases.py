@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
 
 import sqlalchemy as sa
 
-from pipeline.ledger.plans import Plans, beside, has_verdict, living, moves
+from pipeline.ledger.plans import Plans, beside_of, champion, has_verdict, living, moves, of_wave
 from pipeline.ledger.rows import LedgerError, ServingRow, StaleGeneration
 from pipeline.ledger.tables import audit, iso, make_row, named, rollouts, served, sites, targets, verdicts
 
@@ -22,7 +24,27 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection, Row
 
+    from pipeline.rollout import Action, Promote
+
+    Line = tuple[object, ...] | Row[*tuple[object, ...]]
+
 COLUMNS = ("site", "counter", "state", "source_version", "rollout", "wave", "kind", "since", "audit")
+
+
+STILL = (
+    sa.select(rollouts.c.id)
+    .where(rollouts.c.id == sa.bindparam("of"), rollouts.c.revision == sa.bindparam("at"))
+    .with_for_update()
+)
+
+
+class Memory(NamedTuple):
+    """What the state machine remembers after a step."""
+
+    status: str
+    body: str
+    event: str
+    roles: Mapping[str, int | None]  # source models that become champion or challenger with it
 
 
 class Releases(Plans):
@@ -45,42 +67,31 @@ class Releases(Plans):
         with self._read() as c:
             return {r.site: make_row(ServingRow, r) for r in c.execute(last_served(chosen))}
 
-    def promote(
-        self, rollout: str, wave: int, *, zones: Sequence[str] | None, without: Collection[str], reason: str, now: datetime,
-        revision: int,
+    def carry_out(
+        self, rollout: str, actions: Sequence[Action], *, without: Collection[str], reason: str, revision: int, now: datetime,
+        memory: Memory | None = None,
     ) -> int:  # fmt: skip
-        """Let the sites of a planned wave serve their target → how many did not yet.
+        """What the state machine decided, in one transaction: remember ``memory``, then move the sites → how many moved.
 
-        Only those in ``zones`` (None = all), and none of ``without``. Nothing moves unless every one of them has its stored
-        passing verdict, and the rollout is still at ``revision``.
+        Of a wave to promote those move that do not serve their target yet, in the action's time zones, and none of
+        ``without``. Nothing at all is written unless every one of them has its stored passing verdict and the rollout is still
+        at ``revision``.
         """
-        t = targets.c
         with self._write(alone=True) as c:
-            self._still(c, rollout, revision)
-            now_on, joined = beside(c)
-            chosen = sa.and_(t.rollout == rollout, t.wave == wave, t.site.not_in(without), living(), ~now_on)
-            if zones is not None:
-                chosen = sa.and_(chosen, t.zone.in_(zones))
-            judged = joined.outerjoin(verdicts, has_verdict())
-            unjudged = sa.select(t.site).select_from(judged).where(chosen, verdicts.c.id.is_(None)).limit(1)
-            if (site := c.scalar(unjudged)) is not None:
-                raise LedgerError(f"site {site}: no stored verdict passes what it would serve; nothing was promoted")
-            rows = sa.select(t.site, sa.func.coalesce(served.c.counter, 0) + 1, t.state, t.source_version)
-            rows = rows.select_from(joined).where(chosen)
-            return self._move(c, rows, rollout=rollout, wave=wave + 1, kind="promote", reason=reason, now=now)
-
-    def bring_back(
-        self, rollout: str, only: Collection[str] | None, *, reason: str, now: datetime, revision: int
-    ) -> int:
-        """Let sites that serve their target (all that do, or ``only``) serve what the plan says they go back to → how many."""
-        t = targets.c
-        with self._write(alone=True) as c:
-            self._still(c, rollout, revision)
-            now_on, joined = beside(c)
-            rows = sa.select(t.site, sa.func.coalesce(served.c.counter, 0) + 1, t.back_state, t.back_version)
-            rows = rows.select_from(joined).where(t.rollout == rollout, now_on, moves())
-            rows = rows if only is None else rows.where(t.site.in_(only))
-            return self._move(c, rows, rollout=rollout, wave=0, kind="rollback", reason=reason, now=now)
+            if memory is None:
+                self._still(c, rollout, revision)
+            else:
+                self._remember(c, rollout, status=memory.status, body=memory.body, revision=revision, now=now)
+                for role, version in memory.roles.items():
+                    self._name(c, role, version, now)
+                self._append(c, "rollout", {"rollout": rollout, "status": memory.status, "event": memory.event}, now)
+            moved = 0
+            for a in actions:
+                if a.kind == "promote":
+                    moved += self._promote(c, rollout, a, without=without, reason=reason, now=now)
+                elif a.kind == "rollback":
+                    moved += self._bring_back(c, rollout, a.sites, reason=reason, now=now)
+        return moved
 
     def serve(
         self,
@@ -113,10 +124,14 @@ class Releases(Plans):
         """
         with self._read() as c:
             moves = sa.select(audit).where(audit.c.kind.in_(("promote", "rollback"))).order_by(audit.c.seq)
-            covered = [(r.seq, *_covers(c, r)) for r in c.execute(moves).all()]
+            by_row = groupby(
+                c.execute(sa.select(served).where(served.c.audit != 0).order_by(served.c.audit)), lambda r: r.audit
+            )
+            rows = {seq: list(own) for seq, own in by_row}
+            covered = [(r.seq, *_covers(c, r, rows.pop(r.seq, []))) for r in c.execute(moves).all()]
             found = [f"audit row {seq}: the rows that it covers were changed" for seq, same, _ in covered if not same]
-            rows = int(c.scalar(sa.select(sa.func.count()).select_from(served)) or 0)
-            orphans = rows - sum(count for _, _, count in covered)
+            total = int(c.scalar(sa.select(sa.func.count()).select_from(served)) or 0)
+            orphans = total - sum(count for _, _, count in covered)
             n, last = sa.func.count(), sa.func.max(served.c.counter)
             gaps = c.execute(
                 sa.select(served.c.site, n.label("n"), last.label("last")).group_by(served.c.site).having(n != last)
@@ -125,29 +140,80 @@ class Releases(Plans):
         return found + ([f"{orphans} rows of what sites served belong to no audit row"] if orphans > 0 else [])
 
     def _still(self, c: Connection, rollout: str, revision: int) -> None:
-        """A tick that was overtaken must not undo a rollback."""
-        same = sa.and_(rollouts.c.id == rollout, rollouts.c.revision == revision)
-        if c.scalar(sa.select(rollouts.c.id).where(same).with_for_update()) is None:
+        if c.scalar(STILL, {"of": rollout, "at": revision}) is None:
             raise StaleGeneration(f"{rollout}: somebody else moved it on; see `palisade rollout status`")
 
+    def _promote(
+        self, c: Connection, rollout: str, a: Promote, *, without: Collection[str], reason: str, now: datetime
+    ) -> int:
+        unjudged, rows = _late(champion(c), a.zones is None)
+        which: dict[str, object] = {"rollout": rollout, "wave": a.wave, "without": list(without)}
+        which |= {} if a.zones is None else {"zones": list(a.zones)}
+        if (site := c.scalar(unjudged, which)) is not None:
+            raise LedgerError(f"site {site}: no stored verdict passes what it would serve; nothing was promoted")
+        return self._move(
+            c, rows, rollout=rollout, wave=a.wave + 1, kind="promote", reason=reason, now=now, which=which
+        )
+
+    def _bring_back(
+        self, c: Connection, rollout: str, only: Collection[str] | None, *, reason: str, now: datetime
+    ) -> int:
+        which = {"rollout": rollout} if only is None else {"rollout": rollout, "only": list(only)}
+        rows = _returning(champion(c), only is None)
+        return self._move(c, rows, rollout=rollout, wave=0, kind="rollback", reason=reason, now=now, which=which)
+
     def _move(
-        self, c: Connection, rows: sa.Select[*tuple[object, ...]] | Sequence[Mapping[str, object]], *, rollout: str,
-        wave: int, kind: str, reason: str, now: datetime,
+        self, c: Connection, rows: sa.Insert | Sequence[Mapping[str, object]], *, rollout: str,
+        wave: int, kind: str, reason: str, now: datetime, which: Mapping[str, object] | None = None,
     ) -> int:  # fmt: skip
-        """Add ``rows`` (site, counter, state, source version) to what sites served, and the audit row that covers them."""
-        self._head(c)
-        seq = int(c.scalar(sa.select(sa.func.max(audit.c.seq))) or 0) + 1
+        """Add ``rows`` (site, counter, state, source version) to what sites served, and the audit row that covers them.
+
+        ``which``: values of a query's own parameters.
+        """
+        seq = self._next(c)
         rest = {"rollout": rollout, "wave": wave, "kind": kind, "since": iso(now), "audit": seq}
-        if isinstance(rows, sa.Select):
-            full = rows.add_columns(*(sa.literal(v).label(k) for k, v in rest.items()))
-            c.execute(served.insert().from_select(COLUMNS, full))
+        made: Sequence[Line]
+        if isinstance(rows, sa.Insert):
+            made = c.execute(rows, {**(which or {}), **{f"v_{k}": v for k, v in rest.items()}}).all()
         else:
             c.execute(served.insert(), [{**r, **rest} for r in rows])
-        count, digest = _digest(c, seq)
+            made = [(r["site"], r["counter"], r["state"], r["source_version"]) for r in rows]
+        count, digest = len(made), _digest(made)
         if count:
             payload = {"rollout": rollout, "wave": wave, "reason": reason, "sites": count, "digest": digest}
             self._append(c, kind, payload, now)
         return count
+
+
+@lru_cache(maxsize=16)
+def _late(champion: int, everywhere: bool) -> tuple[sa.Select[*tuple[object, ...]], sa.Insert]:
+    """Sites of a wave that do not serve their target: the first without its verdict, and all of them as rows of ``served``."""
+    t, (now_on, joined) = targets.c, beside_of(champion)
+    chosen = sa.and_(of_wave(), living(), ~now_on)
+    if not everywhere:
+        chosen = sa.and_(chosen, t.zone.in_(sa.bindparam("zones", expanding=True)))
+    judged = joined.outerjoin(verdicts, has_verdict())
+    unjudged = sa.select(t.site).select_from(judged).where(chosen, verdicts.c.id.is_(None)).limit(1)
+    return unjudged, _rows(joined, t.state, t.source_version, chosen)
+
+
+@lru_cache(maxsize=16)
+def _returning(champion: int, every: bool) -> sa.Insert:
+    """Sites that serve their target and go back, as rows of ``served``."""
+    t, (now_on, joined) = targets.c, beside_of(champion)
+    chosen = sa.and_(t.rollout == sa.bindparam("rollout"), now_on, moves())
+    if not every:
+        chosen = sa.and_(chosen, t.site.in_(sa.bindparam("only", expanding=True)))
+    return _rows(joined, t.back_state, t.back_version, chosen)
+
+
+def _rows(
+    joined: sa.FromClause, state: sa.Column[object], version: sa.Column[object], chosen: sa.ColumnElement[bool]
+) -> sa.Insert:
+    counter = sa.func.coalesce(served.c.counter, 0) + 1
+    rest = [sa.cast(sa.bindparam(f"v_{name}"), served.c[name].type).label(name) for name in COLUMNS[4:]]
+    rows = sa.select(targets.c.site, counter, state, version, *rest).select_from(joined).where(chosen)
+    return served.insert().from_select(COLUMNS, rows).returning(*(served.c[name] for name in COLUMNS[:4]))
 
 
 def newest_served(c: Connection, names: Sequence[str] | None) -> dict[str, ServingRow]:
@@ -176,31 +242,24 @@ def _check_verdicts(c: Connection, changes: Mapping[str, tuple[str | None, int]]
             )
 
 
-def _covers(c: Connection, row: Row[*tuple[object, ...]]) -> tuple[bool, int]:
-    """Whether the rows of an audit row are what it says, and how many it says there are."""
+def _covers(c: Connection, row: Row[*tuple[object, ...]], own: Sequence[Row[*tuple[object, ...]]]) -> tuple[bool, int]:
+    """Whether the rows ``own`` of an audit row are what it says, and how many it says there are."""
     said = json.loads(str(row.payload))
-    own = sa.and_(served.c.rollout == said["rollout"], served.c.wave == said["wave"], served.c.kind == row.kind)
     if "digest" in said:
-        return _digest(c, row.seq, own) == (said["sites"], said["digest"]), said["sites"]
-    found = named(c, sa.select(served).where(own), served.c.site, list(said["sites"]))  # schema 2 had the rows in the audit
+        same = {(r.rollout, r.wave, r.kind, r.since) for r in own} == {
+            (said["rollout"], said["wave"], row.kind, row.at)
+        }
+        told = len(own), _digest([(r.site, r.counter, r.state, r.source_version) for r in own])
+        return same and told == (said["sites"], said["digest"]), said["sites"]
+    # schema 2 had the rows in the audit
+    of = sa.and_(served.c.rollout == said["rollout"], served.c.wave == said["wave"], served.c.kind == row.kind)
+    found = named(c, sa.select(served).where(of, served.c.since == row.at), served.c.site, list(said["sites"]))
     pointers = {(r.site, r.counter): [r.counter, r.state, r.source_version] for r in found}
     same = all(pointers.get((site, wanted[0])) == wanted for site, wanted in said["sites"].items())
     return same, len(said["sites"])
 
 
-def _digest(c: Connection, seq: int, own: sa.ColumnElement[bool] | None = None) -> tuple[int, str]:
-    """Number of the rows (that are ``own``) of an audit row, and sha256 over them, a line each, in order of the site."""
-    s = served.c
-    parts = (
-        s.site,
-        sa.cast(s.counter, sa.Text),
-        sa.func.coalesce(s.state, "-"),
-        sa.cast(s.source_version, sa.Text),
-        s.since,
-    )
-    line = parts[0]
-    for part in parts[1:]:
-        line = line + " " + part
-    lines = sa.select(line.label("line")).where(s.audit == seq, sa.true() if own is None else own).order_by(s.site).subquery()
-    count, text = c.execute(sa.select(sa.func.count(), sa.func.aggregate_strings(lines.c.line, "\n"))).one()
-    return int(count), hashlib.sha256((text or "").encode()).hexdigest()
+def _digest(rows: Sequence[Line]) -> str:
+    """sha256 over rows (site, counter, state, source version), a line each, in order of the site."""
+    lines = sorted([f"{site} {counter} {state or '-'} {version}" for site, counter, state, version in rows])
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -36,7 +36,6 @@ STEPS: dict[int, tuple[str, ...]] = {
         "audit bigint default '0' not null, primary key (site, counter)){clustered}",
         "insert into served select site, counter, state, source_version, rollout, wave, kind, since, 0 from served_2",
         "drop table served_2",
-        "create index served_audit on served (audit)",
         "create table targets (rollout {text} not null, site {text} not null, wave bigint not null, zone {text} not null, "
         "state {text}, source_version bigint not null, back_state {text}, back_version bigint not null, "
         "verdict {text} not null, reason {text} not null, primary key (rollout, site)){clustered}",
@@ -107,7 +106,9 @@ def _plans_to_rows(c: Connection) -> None:
 
 
 def _insert(c: Connection, values: dict[str, object]) -> None:
-    c.execute(sa.text(f"insert into targets ({', '.join(values)}) values ({', '.join(f':{k}' for k in values)})"), values)
+    c.execute(
+        sa.text(f"insert into targets ({', '.join(values)}) values ({', '.join(f':{k}' for k in values)})"), values
+    )
 
 
 def _body_3(body: dict[str, Any], waves: dict[str, int]) -> dict[str, object]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
+import time
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +25,6 @@ from pipeline.ledger.schema import GENESIS, SCHEMA
 from pipeline.ledger.tables import audit, cycles, dump, facts, iso
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Iterator, Mapping
 
     from sqlalchemy.engine import Connection, Engine
@@ -32,7 +33,13 @@ if TYPE_CHECKING:
     from pipeline.ledger.rows import Cycle
 
 VANISHED_SECONDS = 60
-CACHE = "cache_size=-65536"  # KiB: a wave of a large fleet is one transaction
+# made once: building a statement takes longer than a small fleet needs to answer it
+HEAD = sa.select(facts.c.value).where(facts.c.key == "audit_head").with_for_update()
+LAST = sa.select(sa.func.max(audit.c.seq))
+ADVANCE = facts.update().where(facts.c.key == "audit_head").values(value=sa.bindparam("head"))
+PATIENCE = 30  # seconds that a writer waits for another
+# a wave of a large fleet is one transaction: 64 MiB (KiB, pages) are held in memory and in the log
+LARGE = "cache_size=-65536", "wal_autocheckpoint=16384"
 
 
 class Store:
@@ -59,7 +66,7 @@ class Store:
             if not create and not path.exists():
                 raise LedgerUnavailable(f"{path}: no ledger there yet; run `palisade train` or `palisade ingest` first")
             path.parent.mkdir(parents=True, exist_ok=True)
-        options = {"connect_args": {"timeout": 30}} if sqlite else {"pool_pre_ping": True}
+        options = {"connect_args": {"timeout": PATIENCE}} if sqlite else {"pool_pre_ping": True}
         try:
             engine = sa.create_engine(url, **options)
         except (ArgumentError, ModuleNotFoundError) as e:
@@ -179,24 +186,32 @@ class Store:
             raise StaleGeneration(f"cycle {cycle.id}: generation {cycle.generation} was replaced; nothing was written")
 
     def _head(self, c: Connection) -> str:
-        return str(c.scalar(sa.select(facts.c.value).where(facts.c.key == "audit_head").with_for_update()))
+        return str(c.scalar(HEAD))
+
+    def _next(self, c: Connection) -> int:
+        """Number of the next audit row; a sequence of the database would skip those of transactions that failed."""
+        return int(c.scalar(LAST) or 0) + 1
 
     def _append(self, c: Connection, kind: str, payload: Mapping[str, object], now: datetime) -> None:
         """The audit head is a row that is read for update, so two writers cannot fork the chain."""
         head = self._head(c)
         at, body = iso(now), dump(dict(payload))
         link = _link(head, at, kind, body)
-        # a sequence of the database would skip the numbers of transactions that failed
-        seq = int(c.scalar(sa.select(sa.func.max(audit.c.seq))) or 0) + 1
-        c.execute(
-            audit.insert(), {"seq": seq, "at": at, "kind": kind, "payload": body, "prev_hash": head, "hash": link}
-        )
-        c.execute(facts.update().where(facts.c.key == "audit_head").values(value=link))
+        row = {"seq": self._next(c), "at": at, "kind": kind, "payload": body, "prev_hash": head, "hash": link}
+        c.execute(audit.insert(), row)
+        c.execute(ADVANCE, {"head": link})
 
 
 def _sqlite_connect(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = None  # the driver's own BEGIN comes too late for write locks
-    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", CACHE):
+    connection.execute(f"PRAGMA busy_timeout={1000 * PATIENCE}")
+    for _ in range(10 * PATIENCE):
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError:  # of many that open an old ledger one turns it; no busy timeout covers this
+            time.sleep(0.1)
+    for pragma in ("synchronous=FULL", "foreign_keys=ON", *LARGE):
         connection.execute(f"PRAGMA {pragma}")
 
 

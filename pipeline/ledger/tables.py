@@ -77,7 +77,7 @@ sources = _table(
 served = _table(
     "served", _text("site", primary_key=True), _int("counter", primary_key=True), _text("state", nullable=True),
     _int("source_version"), _text("rollout"), _int("wave"), _text("kind"), _text("since"),
-    sa.Column("audit", sa.BigInteger, nullable=False, server_default="0"), sa.Index("served_audit", "audit"),
+    sa.Column("audit", sa.BigInteger, nullable=False, server_default="0"),
     clustered=True,
 )  # fmt: skip
 targets = _table(

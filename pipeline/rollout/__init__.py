@@ -40,6 +40,7 @@ from pipeline.rollout.state import (
     WaveSeen,
 )
 from pipeline.rollout.waves import (
+    CONTROL,
     Candidate,
     Draft,
     Excluded,
@@ -57,8 +58,8 @@ from pipeline.rollout.waves import (
 )
 
 __all__ = [
-    "FLYING", "RETURNING", "TERMINAL", "WAITING", "Action", "Bring", "Candidate", "Draft", "Excluded", "Failing", "Freeze",
-    "Notify", "Plan", "PlanDiff", "Pointer", "Promote", "Rollout", "RolloutConfig", "RolloutError", "Seen", "SiteFacts",
+    "CONTROL", "FLYING", "RETURNING", "TERMINAL", "WAITING", "Action", "Bring", "Candidate", "Draft", "Excluded", "Failing",
+    "Freeze", "Notify", "Plan", "PlanDiff", "Pointer", "Promote", "Rollout", "RolloutConfig", "RolloutError", "Seen", "SiteFacts",
     "Status", "Target", "Wave", "WaveSeen", "abort", "advance", "approve", "approved", "choose_controls", "diff", "join",
     "needed", "open_to_joiners", "overridden", "override", "pause", "plan", "plan_hash", "resume", "retry", "roster", "start",
     "supersede",

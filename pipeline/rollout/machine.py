@@ -176,7 +176,7 @@ def _blocked(r: Rollout, seen: Seen) -> str:
     w = seen.waves[r.wave]
     if w.presentations is not None and w.presentations < c.health_presentations:
         return (f"wave {r.wave + 1} saw {w.presentations} labelled attack presentations, rollout.health_presentations wants "
-                f"{c.health_presentations}")  # fmt: skip
+                f"{c.health_presentations}; record what the red team presents in data.redteam")  # fmt: skip
     return ""
 
 

@@ -45,8 +45,9 @@ def approved(r: Rollout) -> frozenset[str]:
 
 def needed(plan: Plan, wave: int) -> int:
     """People who must have approved before ``wave`` begins."""
-    from_share = plan.config.two_people_from
-    return 2 if from_share is not None and plan.waves[wave].share >= from_share else 1
+    from_share, sites = plan.config.two_people_from, [w.sites for w in plan.waves]
+    reached = max(plan.waves[wave].share, sum(sites[: wave + 1]) / max(sum(sites), 1))  # few sites round up
+    return 2 if from_share is not None and reached >= from_share else 1
 
 
 def override(r: Rollout, *, who: str, reason: str, now: datetime) -> Rollout:
@@ -79,10 +80,16 @@ def resume(r: Rollout, *, now: datetime) -> Rollout:
 
 
 def retry(r: Rollout, *, now: datetime) -> Rollout:
-    """Give the sites that failed another try, after a person found why; the wave bakes anew."""
+    """Give the sites of this wave that failed another try, after a person found why; it bakes anew.
+
+    Those of earlier waves stay out: their wave is over, and the next release plans them again.
+    """
     if r.status not in FLYING | {Status.PAUSED}:
         return _refuse(r, "retried")
-    return _to(r, Status.STAGING, now, baked_from=None, failed={}, reason="") if r.failed else r
+    kept = {site: wave for site, wave in r.failed.items() if wave != r.wave}
+    if len(kept) == len(r.failed):
+        raise RolloutError(f"no site of wave {r.wave + 1} failed; those of earlier waves wait for the next release")
+    return _to(r, Status.STAGING, now, baked_from=None, failed=kept, reason="")
 
 
 def abort(r: Rollout, *, reason: str, now: datetime) -> Rollout:

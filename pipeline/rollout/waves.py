@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 DAY = 86_400.0
 
 
+CONTROL = "control: stays on the source model"
+
+
 class Pointer(NamedTuple):
     """What a site serves: a state of the ledger, or the bare source model (``state_id`` None)."""
 
@@ -132,7 +135,7 @@ def plan(
     chosen: dict[str, SiteFacts] = {}
     for site, facts in sorted(sites.items()):
         if facts.control and source_before is None:
-            excluded[site] = Excluded("control: stays on the source model")
+            excluded[site] = Excluded(CONTROL)
             continue
         why = _why_not(facts)
         if why:

@@ -87,7 +87,13 @@ class History:
         self.release[2:] = (
             status,
             self.ledger.save_rollout(
-                name, plan_hash="h", status=status, body="{}", revision=revision, event={}, now=self.now,
+                name,
+                plan_hash="h",
+                status=status,
+                body="{}",
+                revision=revision,
+                event={},
+                now=self.now,
                 draft=None if revision else planned(targets),
             ),
         )

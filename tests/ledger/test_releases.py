@@ -41,11 +41,13 @@ def store(ledger, name, sites, **named):
 
 
 def promote(ledger, wave, *, zones=None, without=(), rollout="r1", revision=1, now=T0):
-    return ledger.promote(rollout, wave, zones=zones, without=without, reason="x", now=now, revision=revision)
+    action = ro.Promote(wave=wave, zones=zones)
+    return ledger.carry_out(rollout, [action], without=without, reason="x", revision=revision, now=now)
 
 
 def back(ledger, only=None, *, rollout="r1", revision=1):
-    return ledger.bring_back(rollout, only, reason="x", now=T0, revision=revision)
+    action = ro.Bring(sites=None if only is None else tuple(only))
+    return ledger.carry_out(rollout, [action], without=(), reason="x", revision=revision, now=T0)
 
 
 def wave_of(ledger, wave):

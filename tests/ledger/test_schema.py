@@ -100,7 +100,8 @@ def test_a_rollout_of_an_older_version_goes_on(old):
     assert [(w.sites, w.share, w.abort_at) for w in r.plan.waves] == [(1, 0.5, 1), (2, 1.0, 2)]
     assert (r.plan.config.bake_seconds, r.plan.config.strata) == (90, ("rig",))
     assert ledger.targets(row.id) == {
-        s: Target(w, Pointer(f"{s}-state", 3), Pointer(None, 3), f"{s}-state") for s, w in (("a", 1), ("b", 0), ("c", 1))
+        s: Target(w, Pointer(f"{s}-state", 3), Pointer(None, 3), f"{s}-state")
+        for s, w in (("a", 1), ("b", 0), ("c", 1))
     }
     assert ledger.excluded(row.id) == {"d": Excluded("verdict hold: n", "v0"), "e": Excluded("no candidate")}
     seen, later = Seen(waves=(WaveSeen(sites=0),)), T0 + timedelta(seconds=90)
