@@ -2,7 +2,7 @@
 
 A release goes over the fleet, decided by the state machine on what ``watch`` and ``budget`` find. Every promoted site
 shows ATTACKS labelled attacks a day, and is looked at LOOKS times a day; what serves and what it would go back to err
-independently. In a clean fleet every APCER is ``shadow.null``, the highest rate that is no reason to stop: no clean
+independently. In a clean fleet every APCER is ``shadow.apcer``, the highest rate that is no reason to stop: no clean
 fleet is stopped more often. Harm: HARMED of the sites of wave 1 go to WORSE.
 """
 
@@ -132,7 +132,7 @@ class _Draws:
 
     def __init__(self, on: Fleet, seed: int, harmed: bool) -> None:
         self._random = np.random.Generator(np.random.PCG64([seed, int(harmed)]))
-        null, count = on.limits.shadow.null, len(on.names)
+        null, count = on.limits.shadow.apcer, len(on.names)
         rates = np.full(count, null)
         if harmed:
             first = on.sizes[0]

@@ -140,16 +140,17 @@ def _standing(config: Config, ledger: Ledger, sites: Sequence[tuple[str, Pointer
         rows[site] = [
             int(attack.sum()), int((attack & let_in).sum()), int((attack & let_in & ~was_let_in).sum()),
             int((attack & ~let_in & was_let_in).sum()), int(real.sum()), int((real & ~let_in).sum()),
+            int((real & ~before.bona_fide).sum()) if same else 0,
         ]  # fmt: skip
         wrongs.append(let_in == attack)
         times.append(served.captured_at)
-    counts = np.array(list(rows.values()), np.int64).reshape(-1, 6).T
+    counts = np.array(list(rows.values()), np.int64).reshape(-1, 7).T
     return Treated(Standing(list(rows), *counts), np.concatenate(wrongs), np.concatenate(times))
 
 
 def _hourly(treated: Treated) -> tuple[np.ndarray, np.ndarray]:
     """(errors, presentations) of each of the last hours [H], newest last."""
-    ago = (np.datetime64(now().replace(tzinfo=None), "us") - treated.captured_at) / np.timedelta64(1, "h")
+    ago = (np.datetime64(now().replace(tzinfo=None), "us") - treated.captured_at).astype(np.float64) / 3.6e9
     recent = (ago >= 0) & (ago < HOURS)
     hour = HOURS - 1 - ago[recent].astype(int)
     return (np.bincount(hour, weights=treated.wrong[recent], minlength=HOURS), np.bincount(hour, minlength=HOURS))

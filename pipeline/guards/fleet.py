@@ -1,7 +1,7 @@
 """Guards over the whole fleet: promoted sites since their promotion, control sites, and the error budget. Pure, vectorised.
 
 Everything is a count, looked at as often as one likes: the tests are e-processes (``pipeline.sequential``). Of a healthy
-wave, one whose sites keep to ``shadow.null`` and are not more often worse than better than their way back, at most
+wave, one whose sites keep to ``shadow.apcer`` and are not more often worse than better than their way back, at most
 ``shadow.alpha`` are ever stopped: RATE of it by the rate, the rest by the pairs, both on the sites' e-values merged as is
 best where FEW of them are bad (``sequential.merge_few``). A single bad site shows in that late; ``alpha_site`` takes it back by
 itself sooner, and it goes on to count. As each wave joins, part of it is over a new set of sites: its alpha is spent anew.
@@ -44,6 +44,7 @@ class Standing:
     better: Counts  # and the other way round
     bona_fide: Counts
     refused: Counts  # bona fide that what the site serves calls attack
+    refused_before: Counts | None = None  # that the way back calls attack; None: not known
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Watch:
 
 
 def watch(limits: GuardsConfig, standing: Standing) -> Watch:
-    """Judge the promoted sites. What going back would not mend, worse <= better, counts against no site's attacks.
+    """Judge the promoted sites. What going back would not mend (worse <= better, as many refused) counts against no site.
 
     Breach: the lower confidence-sequence bound of a site's APCER over the hard ceiling, at shadow.alpha over all sites
     together (Bonferroni); or the wave's merged e-value of rate or pairs over its limit. Failing: a site's own e-value of
@@ -64,34 +65,34 @@ def watch(limits: GuardsConfig, standing: Standing) -> Watch:
     """
     s, rule = standing, limits.shadow
     count = len(s.sites)
-    if not count:
+    if not count or rule.advisory:  # the ceiling is judged here whether or not it decides on candidates
         return Watch({}, ())
     harmed = np.flatnonzero(s.worse > s.better)
     failing: dict[str, list[Reason]] = {}
     breach: list[Reason] = []
-    if not limits.ceiling.advisory:
-        breach += _over_ceiling(limits, s, harmed)
-        for i in _beyond(s.refused, s.bona_fide, limits.ceiling.bpcer, rule.alpha_site):
-            counts = int(s.refused[i]), int(s.bona_fide[i])
-            found = _rate("BPCER", s.sites[i], *counts, limits.ceiling.bpcer, rule.alpha_site)
-            failing.setdefault(s.sites[i], []).append(found)
-    if not rule.advisory:
-        for name, share, log_e in (
-            ("rate", RATE, sequential.bernoulli_e(s.accepted[harmed], s.attacks[harmed], rule.null)),
-            ("pairs", 1 - RATE, sequential.paired_e(s.worse[harmed], s.better[harmed])),
-        ):
-            for at in np.flatnonzero(log_e >= -np.log(rule.alpha_site * share)).tolist():
-                i = int(harmed[at])
-                text = f"{_counts(name, s, i, rule.null)}: its own"
-                found = _finding(s.sites[i], float(log_e[at]), rule.alpha_site * share, text)
-                failing.setdefault(found.where, []).append(found)
-            every = np.full(count, -np.inf)
-            every[harmed] = log_e
-            merged = float(sequential.merge_few(every, FEW)) if len(harmed) else -np.inf
-            if merged >= -np.log(rule.alpha * share):
-                worst = int(harmed[np.argmax(log_e)])
-                text = f"{count} sites, most of it from {s.sites[worst]} ({_counts(name, s, worst, rule.null)}): their"
-                breach.append(_finding("wave", merged, rule.alpha * share, text))
+    breach += _over_ceiling(limits, s, harmed)
+    for i in _beyond(s.refused, s.bona_fide, limits.ceiling.bpcer, rule.alpha_site):
+        if s.refused_before is not None and s.refused[i] <= s.refused_before[i]:
+            continue
+        counts = int(s.refused[i]), int(s.bona_fide[i])
+        found = _rate("BPCER", s.sites[i], *counts, limits.ceiling.bpcer, rule.alpha_site)
+        failing.setdefault(s.sites[i], []).append(found)
+    for name, share, log_e in (
+        ("rate", RATE, sequential.bernoulli_e(s.accepted[harmed], s.attacks[harmed], rule.apcer)),
+        ("pairs", 1 - RATE, sequential.paired_e(s.worse[harmed], s.better[harmed])),
+    ):
+        for at in np.flatnonzero(log_e >= -np.log(rule.alpha_site * share)).tolist():
+            i = int(harmed[at])
+            text = f"{_counts(name, s, i, rule.apcer)}: its own"
+            found = _finding(s.sites[i], float(log_e[at]), rule.alpha_site * share, text)
+            failing.setdefault(found.where, []).append(found)
+        every = np.full(count, -np.inf)
+        every[harmed] = log_e
+        merged = float(sequential.merge_few(every, FEW)) if len(harmed) else -np.inf
+        if merged >= -np.log(rule.alpha * share):
+            worst = int(harmed[np.argmax(log_e)])
+            text = f"{count} sites, most of it from {s.sites[worst]} ({_counts(name, s, worst, rule.apcer)}): their"
+            breach.append(_finding("wave", merged, rule.alpha * share, text))
     return Watch({site: tuple(found) for site, found in failing.items()}, tuple(breach))
 
 

@@ -57,7 +57,7 @@ class Shadow(Section):
     """Guard ``shadow``, of sites since their promotion: e-processes on labelled attack presentations, tested per wave."""
 
     advisory: bool = False
-    null: float = Field(default=0.02, gt=0, lt=1, description="APCER that is no reason to stop")
+    apcer: float = Field(default=0.02, gt=0, lt=1, description="APCER that is no reason to stop")
     alpha: float = Field(
         default=0.002, gt=0, lt=1, description="healthy waves that may be stopped; five waves: 1 % of healthy releases"
     )

@@ -214,11 +214,11 @@ def _seen(champion: int) -> sa.Select[*tuple[object, ...]]:
     n, late = sa.func.count(), sa.func.sum(sa.case((now_on, 0), else_=1))
     first = sa.func.min(sa.case((now_on, None), else_=t.site))
     query = sa.select(t.zone, n.label("n"), late.label("late"), first.label("first")).select_from(joined)
-    return query.where(of_wave(), living()).group_by(t.zone)
+    return query.where(of_wave(), living()).group_by(t.zone)  # pyright: ignore[reportReturnType]
 
 
 @lru_cache(maxsize=8)
-def _still_there(champion: int) -> sa.Select[tuple[int]]:
+def _still_there(champion: int) -> sa.Select[int]:
     """Number of targets that their sites serve and could leave. One look into what each site served, at its newest row."""
     t = targets.c
     same = sa.and_(served.c.state.is_not_distinct_from(t.state), served.c.source_version == t.source_version)

@@ -159,7 +159,7 @@ def _abort_reason(r: Rollout, seen: Seen) -> str:
     for i, count in _failed_per_wave(r):
         wave = r.plan.waves[i]
         if count >= wave.abort_at:
-            why = next((f"; {s}: {f.reason}" for s, f in sorted(seen.failing.items()) if f.wave == i), "")
+            why = next((f"; {f.reason}" for _, f in sorted(seen.failing.items()) if f.wave == i), "")
             return f"{count} of {wave.sites} sites of wave {i + 1} fail; {wave.abort_at} abort{why}"
     return ""
 

@@ -8,7 +8,6 @@ from functools import lru_cache
 import numpy as np
 
 from pipeline.guards.fleet import RATE
-from pipeline.guards.limits import Shadow
 from pipeline.sequential import bernoulli_e
 
 CLEAN, HARMED = 0.02, 0.10  # APCER before and after
@@ -18,20 +17,20 @@ LOOKS = np.unique(np.geomspace(4, LONGEST, 80).astype(np.int64))
 
 
 @lru_cache(maxsize=256)
-def days_to_detect(sites: int, per_day: float, rule: Shadow) -> float | None:
-    """Days until guard ``shadow`` stops a wave of ``sites`` when 5 % of them go from APCER 2 to 10 %; None when it does not.
+def days_to_detect(sites: int, per_day: float, *, apcer: float, alpha: float) -> float | None:
+    """Days until a wave of ``sites`` stops when 5 % of them go from APCER 2 to 10 %; None when it does not.
 
-    Each site brings ``per_day`` labelled attack presentations. It is when the chance that one harmed site alone lifts the
+    ``apcer`` and ``alpha`` are those of guard ``shadow``. Each site brings ``per_day`` labelled attack presentations. It is when the chance that one harmed site alone lifts the
     wave's mean e-value over its limit reaches a half; several together, or looking earlier, do so sooner.
     """
     from scipy.special import bdtrc  # pyright: ignore  # an import too slow for readers of the configuration
 
-    if sites == 0 or rule.advisory:
+    if sites == 0:
         return None
     harmed = max(1, math.ceil(SHARE * sites))
     errors = np.arange(LONGEST // 5)
-    log_e = bernoulli_e(np.minimum(errors, LOOKS[:, None]), LOOKS[:, None], rule.null) - math.log(sites)
-    over = log_e >= -math.log(rule.alpha * RATE)
+    log_e = bernoulli_e(np.minimum(errors, LOOKS[:, None]), LOOKS[:, None], apcer) - math.log(sites)
+    over = log_e >= -math.log(alpha * RATE)
     least = np.where(over.any(1), over.argmax(1), LONGEST)
     alone = np.where(least > LOOKS, 0.0, bdtrc(np.minimum(least, LOOKS) - 1, LOOKS, HARMED))
     found = 1 - (1 - alone) ** harmed >= 0.5

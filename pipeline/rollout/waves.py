@@ -147,7 +147,7 @@ def plan(
     targets = {s: _target(i, chosen[s], before) for i, (_, members) in enumerate(parts) for s in members}
     controls = tuple(s for s, f in sorted(sites.items()) if f.control)
     waves = tuple(Wave(share=share, sites=len(members), abort_at=_abort_at(config, len(members)),
-                       detects_days=days_to_detect(len(members), config.presentations_per_day, shadow or Shadow()))
+                       detects_days=_detects(len(members), config, shadow or Shadow()))
                   for share, members in parts)  # fmt: skip
     night = DAY if config.night else 0.0
     made = Plan(
@@ -195,6 +195,12 @@ def diff(a: Mapping[str, Target], b: Mapping[str, Target]) -> PlanDiff:
         retargeted=tuple(s for s in both if a[s].to != b[s].to),
         moved={s: (a[s].wave, b[s].wave) for s in both if a[s].wave != b[s].wave},
     )  # fmt: skip
+
+
+def _detects(sites: int, config: RolloutConfig, shadow: Shadow) -> float | None:
+    if shadow.advisory:
+        return None
+    return days_to_detect(sites, config.presentations_per_day, apcer=shadow.apcer, alpha=shadow.alpha)
 
 
 def _why_not(facts: SiteFacts) -> str:
