@@ -20,8 +20,9 @@ LOOKS = np.unique(np.geomspace(4, LONGEST, 80).astype(np.int64))
 def days_to_detect(sites: int, per_day: float, *, apcer: float, alpha: float) -> float | None:
     """Days until a wave of ``sites`` stops when 5 % of them go from APCER 2 to 10 %; None when it does not.
 
-    ``apcer`` and ``alpha`` are those of guard ``shadow``. Each site brings ``per_day`` labelled attack presentations. It is when the chance that one harmed site alone lifts the
-    wave's mean e-value over its limit reaches a half; several together, or looking earlier, do so sooner.
+    ``apcer`` and ``alpha`` are those of guard ``shadow``. Each site brings ``per_day`` labelled attack presentations. It is
+    when the chance that one harmed site alone lifts the wave's mean e-value over its limit reaches a half; several
+    together, or looking earlier, do so sooner.
     """
     from scipy.special import bdtrc  # pyright: ignore  # an import too slow for readers of the configuration
 
