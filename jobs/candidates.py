@@ -55,10 +55,12 @@ def of_new_source(
         raise ValueError("--dry-run with --states rebase would fit every site's state; leave one of them out")
     check_size(config, new)
     evidence = compare_sources(config, ledger, old, new)
-    verdict = assess(of_source(config.guards), evidence)
+    limits = of_source(config.guards)
+    verdict = assess(limits, evidence)
     if verdict.outcome != "pass":
         raise ValueError(f"source v{version} may not be released: verdict {verdict.outcome}: {verdict.decisive}")
-    bare = Candidate(Pointer(None, version), ledger.judge_source(version, verdict, evidence, now=now()), "pass")
+    judged = ledger.judge_source(version, verdict, evidence, now=now(), limits=limits.model_dump(mode="json"))
+    bare = Candidate(Pointer(None, version), judged, "pass")
     rows = _living(ledger)
     found: dict[str, Candidate | None] = dict.fromkeys([r.site for r in rows], bare)
     if not dry_run:

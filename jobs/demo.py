@@ -37,6 +37,7 @@ CONF = Path("conf/demo.yaml")
 SAMPLES = 900  # per domain
 TAMPERED = "terminal-gate"  # its candidate is spoilt on purpose
 RECKLESS = ("site.kind=tent", "site.lr=0.5")
+HASTY = ("branch-swap", "gate-ageing", "gate-oneclass", "lobby-south", "office-gate", "yard-broken")
 GUARDS = ("ceiling", "noninferiority", "trust", "influence", "labels", "modality", "collapse", "ratchet")
 LOOSE = tuple(f"guards.{g}.advisory=true" for g in GUARDS)
 
@@ -73,16 +74,21 @@ def demo(path: Path | None, overrides: Sequence[str], terminal: Terminal, *, out
             plan(config, quiet)
             good = apply(config, quiet, plan_hash=ledger.rollouts()[0].plan_hash, watch=True)
             write_report(config, ledger, first)
-        with _chapter(terminal, 7, "day 2: somebody switches to a reckless method and makes every guard advisory"):
+        with _chapter(
+            terminal, 7, "day 2: somebody adapts some sites with a reckless method and makes every guard advisory"
+        ):
             with quiet.progress("render day 2", "captures") as advance:
                 simulate(out, demo_fleet(), phase=2, progress=advance)
             loose = load(path or CONF, [*mine, *RECKLESS, *LOOSE])
-            cycle(loose, quiet)
+            ingest(config, quiet)
+            adapt(loose, quiet, sites=HASTY)
             plan(loose, quiet)
         with _chapter(
             terminal, 8, "palisade rollout apply: the red team's presentations stop it, every site goes back"
         ):
             bad = apply(config, quiet, plan_hash=ledger.rollouts()[0].plan_hash, watch=True)
+        with _chapter(terminal, 9, "palisade cycle: the other sites as it should be; what passes waits for a release"):
+            cycle(config, quiet)
     report = gather(config, ledger, first)
     page = write_report(config, ledger, first)
     spoilt = ledger.verdicts(site=TAMPERED)[0]
@@ -114,7 +120,7 @@ def _render(config: Config, out: Path, terminal: Terminal) -> None:
 @contextmanager
 def _chapter(terminal: Terminal, number: int, title: str) -> Iterator[None]:
     started = time.monotonic()
-    terminal.say(f"\n[{number}/8] {title}")
+    terminal.say(f"\n[{number}/9] {title}")
     yield
     terminal.say(f"      {time.monotonic() - started:.1f} s")
 
@@ -140,6 +146,7 @@ def _show(
         table(f"day 1 of the fleet, source model → candidate ({report.exit_summary})", columns, rows),
         f"finished in {seconds:.0f} s; report: {page}",
         f"look around: palisade --config {base} site explain {report.sites[0].site}",
+        f"release what waits: palisade --config {base} rollout plan",
     )
 
 

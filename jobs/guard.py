@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 
 from jobs import Exit, table
 from jobs.deployment import open_ledger
@@ -85,11 +86,20 @@ def limits_of(ledger: Ledger, cycle: str) -> Limits:
     """The section guards of the configuration that ``cycle`` ran under; LedgerError when it is not on record."""
     row = next((r for r in ledger.cycles() if r.id == cycle), None)
     stored = json.loads(row.config) if row else {}
-    if row is None or "guards" not in stored:
+    if row is None:  # a verdict on a bare source model stands for itself
+        stored = next((v.counters for v in ledger.verdicts(ids=[cycle])), {})
+    if "guards" not in stored:
         raise LedgerError(f"cycle {cycle}: its configuration is not on record, so its verdicts cannot be replayed")
-    return Limits(
-        GuardsConfig.model_validate(stored["guards"]), row.fingerprint, fingerprint(stored) == row.fingerprint
-    )
+    try:
+        guards = GuardsConfig.model_validate(stored["guards"])
+    except ValidationError as e:
+        where = ".".join(str(part) for part in e.errors()[0]["loc"])
+        raise LedgerError(
+            f"cycle {cycle}: its limits are of another version (guards.{where}); replay it with that"
+        ) from None
+    if row is None:
+        return Limits(guards, cycle, True)
+    return Limits(guards, row.fingerprint, fingerprint(stored) == row.fingerprint)
 
 
 def fingerprint(stored: dict[str, dict[str, object]]) -> str:

@@ -80,13 +80,18 @@ class Sources(Store):
         with self._write(alone=True) as c:
             self._name(c, "challenger", version, now)
 
-    def judge_source(self, version: int, verdict: Verdict, evidence: Evidence, *, now: datetime) -> str:
-        """Store the verdict on the bare source model ``version`` → its id; the same verdict keeps its id."""
+    def judge_source(
+        self, version: int, verdict: Verdict, evidence: Evidence, *, now: datetime, limits: Mapping[str, object] | None = None
+    ) -> str:  # fmt: skip
+        """Store the verdict on the bare source model ``version`` → its id; the same verdict keeps its id.
+
+        ``limits`` is the section guards that it was given under.
+        """
         said, on = verdict.model_dump_json(), evidence.model_dump_json()
         own = f"source-{version}-{hashlib.sha256((said + on).encode()).hexdigest()[:8]}"
         values = {"id": own, "site": FLEET, "cycle": own, "state": None, "outcome": verdict.outcome, "verdict": said,
-                  "evidence": on, "counters": dump({"samples": 0}), "offset_from": version, "offset_to": version,
-                  "at": iso(now)}  # fmt: skip
+                  "evidence": on, "counters": dump({"samples": 0, "guards": limits}), "offset_from": version,
+                  "offset_to": version, "at": iso(now)}  # fmt: skip
         with self._write(alone=True) as c:
             if c.scalar(sa.select(verdicts.c.id).where(verdicts.c.id == own)) is None:
                 c.execute(verdicts.insert(), values)

@@ -168,6 +168,8 @@ def test_a_whole_release_by_the_commands_and_back(challenged):
     assert {s: (r.state, r.source_version) for s, r in ledger.serving().items()} == {
         s: tuple(t.back) for s, t in targets.items()}  # fmt: skip
     assert d.run("audit", "verify") == 0
+    bare = next(t.verdict_id for t in targets.values() if t.to.state_id is None)
+    assert d.run("guard", "replay", bare) == 0
 
 
 def test_a_version_that_cannot_be_gone_over_to_is_named_in_one_line(challenged):
