@@ -193,7 +193,8 @@ def ground(root: Path, *, text: str = YAML, days: int = DAYS, hostile: bool = Tr
 
 
 def reborn(life: Life, root: Path) -> Life:
-    """The same crowd in another folder; the source model stays where it is."""
+    """The same crowd in another folder, which is not there yet; the source model stays where it is."""
+    assert not root.exists(), root
     copy(life.d.root, root)
     text = Path(life.d.yaml).read_text().replace(str(life.d.root), str(root))
     (root / "palisade.yaml").write_text(text)

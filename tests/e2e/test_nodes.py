@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from io import StringIO
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,8 +102,9 @@ def test_killed_drivers_and_raylets(nodes, tmp_path):
     seconds = time.monotonic() - began
     wanted = calm.states()
     assert len(wanted) == len(calm.ledger.sites())
+    lives = count()  # a driver may come through unharmed: every life needs a folder of its own
     while killed.total() < KILLS:
-        life = reborn(template, tmp_path / f"after {killed.total()}")
+        life = reborn(template, tmp_path / f"life {next(lives)}")
         life.arrive(0)
         ended = False
         while not ended:
