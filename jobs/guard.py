@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 from pydantic import ValidationError
@@ -85,9 +85,9 @@ def find(ledger: Ledger, what: str) -> VerdictRow:
 def limits_of(ledger: Ledger, cycle: str) -> Limits:
     """The section guards of the configuration that ``cycle`` ran under; LedgerError when it is not on record."""
     row = next((r for r in ledger.cycles() if r.id == cycle), None)
-    stored = json.loads(row.config) if row else {}
+    stored: dict[str, dict[str, object]] = json.loads(row.config) if row else {}
     if row is None:  # a verdict on a bare source model stands for itself
-        stored = next((v.counters for v in ledger.verdicts(ids=[cycle])), {})
+        stored = next((cast("dict[str, dict[str, object]]", v.counters) for v in ledger.verdicts(ids=[cycle])), {})
     if "guards" not in stored:
         raise LedgerError(f"cycle {cycle}: its configuration is not on record, so its verdicts cannot be replayed")
     try:
