@@ -31,6 +31,7 @@ from pipeline.rollout.state import (
     Seen,
     Status,
     WaveSeen,
+    enter,
 )
 
 if TYPE_CHECKING:
@@ -52,13 +53,13 @@ def advance(r: Rollout, seen: Seen, now: datetime) -> Step:
             return _end(r, Status.EXPIRED, now, "not started in time; plan again")
         if r.status == Status.PLANNED:
             return r, ()
-        r = _to(r, Status.STAGING, now, wave=0)
+        r = enter(r, Status.STAGING, now, wave=0)
     if r.status in FLYING or r.status == Status.PAUSED:
         r = _latch(r, seen)
         why = _abort_reason(r, seen)
         if not why:
             return _fly(r, seen, now)
-        r = _to(r, Status.ABORTING, now, reason=why)
+        r = enter(r, Status.ABORTING, now, reason=why)
     return _roll_back(r, seen, now)
 
 
@@ -69,7 +70,7 @@ def _turned_back(r: Rollout, now: datetime) -> Step:
     if r.status not in FLYING:
         return r, ()
     reason = f"the clock went back by {gap:.0f} s: wave {r.wave + 1} bakes anew"
-    return _to(r, Status.HOLD, now, reason=reason), (Notify(status=Status.HOLD, reason=reason),)
+    return enter(r, Status.HOLD, now, reason=reason), (Notify(status=Status.HOLD, reason=reason),)
 
 
 def _fly(r: Rollout, seen: Seen, now: datetime) -> Step:
@@ -84,14 +85,14 @@ def _fly(r: Rollout, seen: Seen, now: datetime) -> Step:
     if wave is None or wave.late:
         return _stage(r, seen, wave, now, back)
     if r.baked_from is None:
-        r = _to(r, Status.BAKING, now, baked_from=now, reason="")
+        r = enter(r, Status.BAKING, now, baked_from=now, reason="")
     assert r.baked_from is not None
     if now - r.baked_from < timedelta(seconds=c.bake_seconds):
-        return (r if r.status == Status.BAKING else _to(r, Status.BAKING, now)), back
+        return (r if r.status == Status.BAKING else enter(r, Status.BAKING, now)), back
     blocked = _blocked(r, seen) or (f"{seen.unreturned} failed sites are not rolled back yet" if back else "")
     if blocked and not (overridden(r, now) and not back):
         return _hold(r, now, blocked, back)
-    return _fly(_to(r, Status.STAGING, now, wave=r.wave + 1, baked_from=None, reason=""), seen, now)
+    return _fly(enter(r, Status.STAGING, now, wave=r.wave + 1, baked_from=None, reason=""), seen, now)
 
 
 def _stage(r: Rollout, seen: Seen, wave: WaveSeen | None, now: datetime, back: tuple[Action, ...]) -> Step:
@@ -101,7 +102,7 @@ def _stage(r: Rollout, seen: Seen, wave: WaveSeen | None, now: datetime, back: t
     if gate:
         return _hold(r, now, gate, back)
     if r.status == Status.HOLD and (wave is None or sum(wave.late.values()) == wave.sites):
-        r = _to(r, Status.STAGING, now, reason="")  # it was the gate that held it
+        r = enter(r, Status.STAGING, now, reason="")  # it was the gate that held it
     zones = awake(c.night, r.plan.zones, now)
     promote = (Promote(wave=r.wave, zones=zones),) if zones is None or zones else ()
     allowed = c.stage_seconds + (DAY.total_seconds() if c.night else 0)
@@ -129,7 +130,7 @@ def _gate(r: Rollout, seen: Seen, now: datetime) -> str:
 def _hold(r: Rollout, now: datetime, why: str, actions: tuple[Action, ...]) -> Step:
     c = r.plan.config
     if r.status != Status.HOLD:
-        return _to(r, Status.HOLD, now, reason=why), (*actions, Notify(status=Status.HOLD, reason=why))
+        return enter(r, Status.HOLD, now, reason=why), (*actions, Notify(status=Status.HOLD, reason=why))
     waited_from = thawed(c.freeze, r.since, now)
     if frozen(c.freeze, now) is None and _over(waited_from, now, c.hold_seconds):
         r, notes = _end(r, Status.PAUSED, now, f"held too long: {why}")
@@ -140,7 +141,7 @@ def _hold(r: Rollout, now: datetime, why: str, actions: tuple[Action, ...]) -> S
 def _roll_back(r: Rollout, seen: Seen, now: datetime) -> Step:
     if seen.on == 0:
         return _end(r, Status.ROLLED_BACK, now, r.reason)
-    return (r if r.status == Status.ROLLING_BACK else _to(r, Status.ROLLING_BACK, now)), (Bring(sites=None),)
+    return (r if r.status == Status.ROLLING_BACK else enter(r, Status.ROLLING_BACK, now)), (Bring(sites=None),)
 
 
 def _unreturned(r: Rollout, seen: Seen) -> bool:
@@ -191,9 +192,5 @@ def _over(since: datetime, now: datetime, seconds: float) -> bool:
     return now - since > timedelta(seconds=seconds)
 
 
-def _to(r: Rollout, status: Status, now: datetime, **changes: object) -> Rollout:
-    return r.model_copy(update={"status": status, "since": now, **changes})
-
-
 def _end(r: Rollout, status: Status, now: datetime, reason: str) -> Step:
-    return _to(r, status, now, reason=reason), (Notify(status=status, reason=reason),)
+    return enter(r, status, now, reason=reason), (Notify(status=status, reason=reason),)

@@ -15,6 +15,7 @@ from pipeline.rollout.state import (
     Rollout,
     RolloutError,
     Status,
+    enter,
 )
 from pipeline.rollout.waves import Plan, plan_hash
 
@@ -35,7 +36,7 @@ def approve(r: Rollout, *, hash: str, who: str, now: datetime) -> Rollout:
         return _refuse(r, "approved")
     if who not in approved(r):
         r = r.model_copy(update={"approvals": (*r.approvals, Approval(who=who, at=now))})
-    return _to(r, Status.APPROVED, now) if r.status == Status.PLANNED else r
+    return enter(r, Status.APPROVED, now) if r.status == Status.PLANNED else r
 
 
 def approved(r: Rollout) -> frozenset[str]:
@@ -69,14 +70,14 @@ def pause(r: Rollout, *, reason: str, now: datetime) -> Rollout:
     """Stop promoting; what was promoted stays."""
     if r.status == Status.PAUSED:
         return r
-    return _to(r, Status.PAUSED, now, reason=reason) if r.status in FLYING else _refuse(r, "paused")
+    return enter(r, Status.PAUSED, now, reason=reason) if r.status in FLYING else _refuse(r, "paused")
 
 
 def resume(r: Rollout, *, now: datetime) -> Rollout:
     """Go on with the wave that was paused; it bakes anew."""
     if r.status != Status.PAUSED:
         return _refuse(r, "resumed")
-    return _to(r, Status.STAGING, now, baked_from=None, reason="")
+    return enter(r, Status.STAGING, now, baked_from=None, reason="")
 
 
 def retry(r: Rollout, *, now: datetime) -> Rollout:
@@ -89,7 +90,7 @@ def retry(r: Rollout, *, now: datetime) -> Rollout:
     kept = {site: wave for site, wave in r.failed.items() if wave != r.wave}
     if len(kept) == len(r.failed):
         raise RolloutError(f"no site of wave {r.wave + 1} failed; those of earlier waves wait for the next release")
-    return _to(r, Status.STAGING, now, baked_from=None, failed=kept, reason="")
+    return enter(r, Status.STAGING, now, baked_from=None, failed=kept, reason="")
 
 
 def abort(r: Rollout, *, reason: str, now: datetime) -> Rollout:
@@ -98,14 +99,14 @@ def abort(r: Rollout, *, reason: str, now: datetime) -> Rollout:
         return r
     if r.status in {Status.SUPERSEDED, Status.EXPIRED}:
         return _refuse(r, "rolled back")
-    return _to(r, Status.ABORTING, now, reason=reason)
+    return enter(r, Status.ABORTING, now, reason=reason)
 
 
 def supersede(r: Rollout, *, by: str, now: datetime) -> Rollout:
     """A newer release takes over; promoted sites stay where they are until that one moves them."""
     if r.status in TERMINAL | RETURNING:
         return _refuse(r, "superseded")
-    return _to(r, Status.SUPERSEDED, now, reason=f"superseded by {by}")
+    return enter(r, Status.SUPERSEDED, now, reason=f"superseded by {by}")
 
 
 def open_to_joiners(r: Rollout) -> bool:
@@ -122,10 +123,6 @@ def join(r: Rollout, *, count: int) -> Rollout:
 
 def _lasts(r: Rollout, o: Override, now: datetime) -> bool:
     return o.at <= now < o.at + timedelta(seconds=r.plan.config.override_seconds)
-
-
-def _to(r: Rollout, status: Status, now: datetime, **changes: object) -> Rollout:
-    return r.model_copy(update={"status": status, "since": now, **changes})
 
 
 def _refuse(r: Rollout, what: str) -> Rollout:

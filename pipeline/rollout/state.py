@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import AwareDatetime, Field
 
 from pipeline.rollout.waves import Plan
 from pipeline.types import Section
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 
 class Status(StrEnum):
@@ -131,3 +134,8 @@ class Notify(Section):
 
 
 Action = Promote | Bring | Notify
+
+
+def enter(r: Rollout, status: Status, now: datetime, **changes: object) -> Rollout:
+    """``r`` in another status as of ``now``, with other changes to what it remembers."""
+    return r.model_copy(update={"status": status, "since": now, **changes})
