@@ -13,8 +13,8 @@ from types import ModuleType
 
 from typer.exceptions import TyperException
 
-from jobs import Exit
-from jobs.commands import app
+from jobs.app import app
+from jobs.terminal import Exit
 
 OVERRIDE = re.compile(r"[a-z]+(\.[a-z_0-9]+)+=.*", re.DOTALL)
 
@@ -61,7 +61,9 @@ def gather(argv: Sequence[str]) -> list[str]:
             front += [word, next(words, "")]
         elif word == "--json" or word.startswith("--config="):
             front.append(word)
-        elif OVERRIDE.fullmatch(word) and rest[-1:] != ["--with"]:  # what stands behind --with is the what-if's own
+        elif OVERRIDE.fullmatch(word) and rest[-1:] != [
+            "--with"
+        ]:  # what stands behind --with is the what-if's own
             front += ["--set", word]
         else:
             rest.append(word)

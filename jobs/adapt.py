@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from jobs import Exit, table
-from jobs.deployment import lease, now, open_ledger, source_model
+from jobs.terminal import Exit, table
 from pipeline.cluster import connected
+from pipeline.control.deployment import lease, now, open_ledger, source_model
 from pipeline.ledger import RETIRED
 from pipeline.lineage import Lineage, flat
 from pipeline.revision import code_revision
@@ -17,7 +17,7 @@ from pipeline.revision import code_revision
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jobs import Terminal
+    from jobs.terminal import Terminal
     from pipeline.config import Config
     from pipeline.ledger import Cycle, Ledger, VerdictRow
 
@@ -44,18 +44,21 @@ def adapt_step(
 ) -> dict[str, object]:
     """Hand the sites to the shards → counts. The same step serves ``cycle``."""
     from pipeline.cluster import fleet
-    from pipeline.cluster.shard import shard_job
+    from pipeline.control.adapt import shard_job
 
     source = source_model(ledger)
-    pending = {r.site: r.ingested - r.learned for r in ledger.sites()
-               if r.site in sites or (not sites and r.status != RETIRED)}  # fmt: skip
+    pending = {
+        r.site: r.ingested - r.learned
+        for r in ledger.sites()
+        if r.site in sites or (not sites and r.status != RETIRED)
+    }
     if not pending:
         raise ValueError("no site is registered; run `palisade ingest` first")
     judged = ledger.outcomes(cycle.id)
     job = shard_job(config, ledger, cycle)
     with connected(config.cluster), terminal.progress("adapt", "sites") as advance:
         left = {site: n for site, n in pending.items() if site not in judged}
-        failed = fleet.adapt(job, left, placement=fleet.placement(config), on_progress=advance)
+        failed = fleet.run_fleet(job, left, placement=fleet.placement(config), on_progress=advance)
     ledger.set_status(failed)
     for site, reason in failed.items():
         terminal.say(f"warning: {site}: not adapted: {reason}")
@@ -76,9 +79,17 @@ def record(
     lineage = Lineage.open(config.lineage, code_revision=code_revision())
     source = ledger.source(version)
     verdicts = ledger.verdicts(cycle=cycle.id)
-    tags = {"fingerprint": config.fingerprint(), "source.version": source.version, "source.digest": source.digest,
-            "source.run": source.lineage, "anchor": ledger.anchor(source.trunk), "cycle": cycle.id}  # fmt: skip
-    with lineage.run("cycle", cycle.id, params=flat(config.model_dump(mode="json")), tags=tags, key=cycle.id) as run:
+    tags = {
+        "fingerprint": config.fingerprint(),
+        "source.version": source.version,
+        "source.digest": source.digest,
+        "source.run": source.lineage,
+        "anchor": ledger.anchor(source.trunk),
+        "cycle": cycle.id,
+    }
+    with lineage.run(
+        "cycle", cycle.id, params=flat(config.model_dump(mode="json")), tags=tags, key=cycle.id
+    ) as run:
         run.metrics({k: float(v) for k, v in summary.items() if isinstance(v, int | float)})
         run.table("sites", pa.Table.from_pylist([_row(v) for v in verdicts]))
 
@@ -93,7 +104,9 @@ def exit_code(verdicts: Sequence[VerdictRow], *, failed: int) -> Exit:
     return Exit.GUARD_FAILED if "fail" in outcomes else Exit.HOLD
 
 
-def show(terminal: Terminal, cycle: Cycle, summary: dict[str, object], verdicts: Sequence[VerdictRow]) -> None:
+def show(
+    terminal: Terminal, cycle: Cycle, summary: dict[str, object], verdicts: Sequence[VerdictRow]
+) -> None:
     """One line per site, worst first."""
     order = {"fail": 0, "hold": 1, "pass": 2}
     worst = sorted(verdicts, key=lambda v: (order[v.outcome], v.site))
@@ -115,6 +128,13 @@ def show(terminal: Terminal, cycle: Cycle, summary: dict[str, object], verdicts:
 
 def _row(v: VerdictRow) -> dict[str, object]:
     kept = {k: c for k, c in v.counters.items() if k not in ("outcomes", "rows", "lost", "anchor", "stable")}
-    return {"site": v.site, "state": v.state, "outcome": v.outcome, "reason": v.verdict.decisive,
-            "offset_from": v.offset_from,
-            "offset_to": v.offset_to, "trust_ratio": v.evidence.trust_ratio, **kept}  # fmt: skip
+    return {
+        "site": v.site,
+        "state": v.state,
+        "outcome": v.outcome,
+        "reason": v.verdict.decisive,
+        "offset_from": v.offset_from,
+        "offset_to": v.offset_to,
+        "trust_ratio": v.evidence.trust_ratio,
+        **kept,
+    }

@@ -6,19 +6,19 @@ import time
 from typing import TYPE_CHECKING
 
 from jobs.adapt import adapt_step, exit_code, record, show
-from jobs.deployment import lease, now, open_ledger, source_model
 from jobs.ingest import ingest_step
 from pipeline.cluster import connected
+from pipeline.control.deployment import lease, now, open_ledger, source_model
 
 if TYPE_CHECKING:
-    from jobs import Terminal
+    from jobs.terminal import Terminal
     from pipeline.config import Config
 
 
 def cycle(config: Config, terminal: Terminal) -> int:
     """One cycle over the fleet; an unfinished one goes on where it stopped."""
     from jobs.report import write_report
-    from jobs.rollout import tick_running
+    from jobs.rollout.operate import tick_running
 
     ledger = open_ledger(config)
     source_model(ledger)

@@ -10,27 +10,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs import Exit, percent, table
 from jobs.adapt import adapt
 from jobs.cycle import cycle
-from jobs.deployment import open_ledger
 from jobs.ingest import ingest
 from jobs.report import gather, write_report
-from jobs.rollout import apply, plan
+from jobs.rollout.operate import apply, plan
+from jobs.terminal import Exit, percent, table
 from jobs.train import train
 from pipeline.cluster import connected
 from pipeline.config import load
-from pipeline.data.corpora import synth
+from pipeline.control.deployment import open_ledger
 from pipeline.data.corpus import write_corpus
-from pipeline.data.fleet import demo_fleet, simulate
+from pipeline.simulate.corpora import synth
+from pipeline.simulate.sites import demo_fleet, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jobs import Terminal
+    from jobs.terminal import Terminal
     from pipeline.config import Config
     from pipeline.ledger import VerdictRow
-    from pipeline.report import CycleReport, PadSummary
+    from pipeline.report.content import CycleReport, PadSummary
 
 MARK = ".palisade-demo"
 CONF = Path("conf/demo.yaml")
@@ -45,9 +45,14 @@ LOOSE = tuple(f"guards.{g}.advisory=true" for g in GUARDS)
 def demo(path: Path | None, overrides: Sequence[str], terminal: Terminal, *, out: Path) -> int:
     """Render, train, adapt, judge, release, spoil, roll back, report."""
     places = {
-        "data.corpora": "corpora", "data.anchor": "anchor", "data.captures": "captures", "data.sealed": "sealed",
-        "data.redteam": "redteam", "ledger.artifacts": "artifacts", "lineage.artifacts": "mlflow-artifacts",
-    }  # fmt: skip
+        "data.corpora": "corpora",
+        "data.anchor": "anchor",
+        "data.captures": "captures",
+        "data.sealed": "sealed",
+        "data.redteam": "redteam",
+        "ledger.artifacts": "artifacts",
+        "lineage.artifacts": "mlflow-artifacts",
+    }
     moved = [f"{key}={out / name}" for key, name in places.items()]
     moved += [f"ledger.url=sqlite:///{out}/ledger.db", f"lineage.uri=sqlite:///{out}/mlflow.db"]
     mine = [*moved, *overrides]
@@ -58,7 +63,9 @@ def demo(path: Path | None, overrides: Sequence[str], terminal: Terminal, *, out
     with connected(config.cluster):
         with _chapter(terminal, 1, "render four labelled corpora, an anchor set and day 1 of 14 sites"):
             _render(config, out, quiet)
-        with _chapter(terminal, 2, "palisade train: fit the source model with RiSe on Ray Train, seal the anchor set"):
+        with _chapter(
+            terminal, 2, "palisade train: fit the source model with RiSe on Ray Train, seal the anchor set"
+        ):
             train(config, quiet, champion=False)
         with _chapter(terminal, 3, "palisade ingest: one Ray Data execution for the fleet"):
             ingest(config, quiet)
@@ -75,7 +82,9 @@ def demo(path: Path | None, overrides: Sequence[str], terminal: Terminal, *, out
             good = apply(config, quiet, plan_hash=ledger.rollouts()[0].plan_hash, watch=True)
             write_report(config, ledger, first)
         with _chapter(
-            terminal, 7, "day 2: somebody adapts some sites with a reckless method and makes every guard advisory"
+            terminal,
+            7,
+            "day 2: somebody adapts some sites with a reckless method and makes every guard advisory",
         ):
             with quiet.progress("render day 2", "captures") as advance:
                 simulate(out, demo_fleet(), phase=2, progress=advance)
@@ -87,7 +96,9 @@ def demo(path: Path | None, overrides: Sequence[str], terminal: Terminal, *, out
             terminal, 8, "palisade rollout apply: the red team's presentations stop it, every site goes back"
         ):
             bad = apply(config, quiet, plan_hash=ledger.rollouts()[0].plan_hash, watch=True)
-        with _chapter(terminal, 9, "palisade cycle: the other sites as it should be; what passes waits for a release"):
+        with _chapter(
+            terminal, 9, "palisade cycle: the other sites as it should be; what passes waits for a release"
+        ):
             cycle(config, quiet)
     report = gather(config, ledger, first)
     page = write_report(config, ledger, first)
@@ -135,12 +146,30 @@ def _show(
         if s.site == TAMPERED:
             s = replace(s, samples=int(str(spoilt.counters["samples"])), verdict=spoilt.outcome)
             why = f"spoilt on purpose: {spoilt.verdict.decisive}"
-        rows.append([s.site, s.samples, _change(s.before, s.after, "hter"), _change(s.before, s.after, "max_apcer"),
-                     _change(s.before, s.after, "bpcer"), s.verdict, s.wave, why[:60]])  # fmt: skip
+        rows.append(
+            [
+                s.site,
+                s.samples,
+                _change(s.before, s.after, "hter"),
+                _change(s.before, s.after, "max_apcer"),
+                _change(s.before, s.after, "bpcer"),
+                s.verdict,
+                s.wave,
+                why[:60],
+            ]
+        )
     columns = ["site", "samples", "HTER %", "max APCER %", "BPCER %", "verdict", "wave", "why"]
-    listed = [{"site": s.site, "verdict": s.verdict, "wave": s.wave, "samples": s.samples,
-               "before": vars(s.before) if s.before else None, "after": vars(s.after) if s.after else None}
-              for s in report.sites]  # fmt: skip
+    listed = [
+        {
+            "site": s.site,
+            "verdict": s.verdict,
+            "wave": s.wave,
+            "samples": s.samples,
+            "before": vars(s.before) if s.before else None,
+            "after": vars(s.after) if s.after else None,
+        }
+        for s in report.sites
+    ]
     terminal.result(
         {"seconds": seconds, "report": str(page), "sites": listed},
         table(f"day 1 of the fleet, source model → candidate ({report.exit_summary})", columns, rows),

@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
-from jobs import Exit, table
+from jobs.terminal import Exit, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jobs import Terminal
+    from jobs.terminal import Terminal
     from pipeline.config import Config
 
 GB = 1024**3
@@ -42,9 +42,24 @@ class Check:
 
 def doctor(config: Config, terminal: Terminal) -> int:
     """Run every check, each on its own: exit 5 if one failed; a warning is something a job can do without."""
-    checks = [_guarded(check, config) for check in (
-        _python, _packages, _torch, _gpu, _ray, _auth, _mlflow, _ledger, _store, _folders, _disk, _corpora, _captures,
-    )]  # fmt: skip
+    checks = [
+        _guarded(check, config)
+        for check in (
+            _python,
+            _packages,
+            _torch,
+            _gpu,
+            _ray,
+            _auth,
+            _mlflow,
+            _ledger,
+            _store,
+            _folders,
+            _disk,
+            _corpora,
+            _captures,
+        )
+    ]
     failed = any(c.state == "fail" for c in checks)
     rows = [(c.name, f"[{COLOURS[c.state]}]{c.state}[/]", c.found, c.advice) for c in checks]
     shown = table("", ("check", "state", "found", "next step"), rows)
@@ -59,7 +74,9 @@ def _guarded(check: Callable[[Config], Check], config: Config) -> Check:
         return check(config)
     except (ImportError, OSError, RuntimeError, ValueError) as e:  # what is broken is the finding
         line = " ".join(str(e).split())[:160]
-        return Check(check.__name__.strip("_"), "fail", f"{type(e).__name__}: {line}", "reinstall: make install")
+        return Check(
+            check.__name__.strip("_"), "fail", f"{type(e).__name__}: {line}", "reinstall: make install"
+        )
 
 
 def _python(config: Config) -> Check:
@@ -128,10 +145,15 @@ def _auth(config: Config) -> Check:
     sources += ["~/.ray/auth_token"] if Path("~/.ray/auth_token").expanduser().exists() else []
     if mode == "disabled":
         return Check(
-            "auth", "fail", "RAY_AUTH_MODE=disabled", "set RAY_AUTH_MODE=token: whoever reaches the head runs code"
+            "auth",
+            "fail",
+            "RAY_AUTH_MODE=disabled",
+            "set RAY_AUTH_MODE=token: whoever reaches the head runs code",
         )
     if not sources:
-        return Check("auth", "fail", f"RAY_AUTH_MODE {mode}, no token", "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH")
+        return Check(
+            "auth", "fail", f"RAY_AUTH_MODE {mode}, no token", "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        )
     return Check("auth", "ok", f"RAY_AUTH_MODE {mode}, token from {sources[0]}")
 
 
@@ -144,7 +166,9 @@ def _mlflow(config: Config) -> Check:
         return Check("mlflow", "fail", str(e), "start the server or correct lineage.uri")
     file = Path(uri.removeprefix("sqlite:///"))
     there = (
-        "answers" if not uri.startswith("sqlite") else ("exists" if file.exists() else "is created by the first run")
+        "answers"
+        if not uri.startswith("sqlite")
+        else ("exists" if file.exists() else "is created by the first run")
     )
     return Check("mlflow", "ok", f"{version}, {lineage.redacted(uri)} {there}")
 
@@ -182,7 +206,10 @@ def _store(config: Config) -> Check:
         return Check("store", "fail", f"{place}: {found}", advice)
     if not same:
         return Check(
-            "store", "fail", f"{config.ledger.artifacts} returns other bytes", "use a store that is consistent"
+            "store",
+            "fail",
+            f"{config.ledger.artifacts} returns other bytes",
+            "use a store that is consistent",
         )
     return Check("store", "ok", f"{config.ledger.artifacts} is written, read and deleted")
 
@@ -193,7 +220,9 @@ def _folders(config: Config) -> Check:
         names["ledger.url"] = str(Path(config.ledger.url.removeprefix("sqlite:///")).parent)
     for field, name in names.items():
         if not os.access(_existing(name), os.W_OK):
-            return Check("folders", "fail", f"{field}: {name} cannot be written", f"allow it, or change {field}")
+            return Check(
+                "folders", "fail", f"{field}: {name} cannot be written", f"allow it, or change {field}"
+            )
     return Check("folders", "ok", f"{', '.join(names)} can be written")
 
 
@@ -201,7 +230,9 @@ def _disk(config: Config) -> Check:
     free = shutil.disk_usage(_existing(str(config.folder()))).free / GB
     found = f"{free:.0f} GB free for {config.folder()}"
     if free < DISK_LOW_GB:
-        return Check("disk", "fail" if free < DISK_FULL_GB else "warn", found, "make room, or move ledger.artifacts")
+        return Check(
+            "disk", "fail" if free < DISK_FULL_GB else "warn", found, "make room, or move ledger.artifacts"
+        )
     return Check("disk", "ok", found)
 
 
@@ -209,7 +240,9 @@ def _corpora(config: Config) -> Check:
     there = sorted(p.parent.name for p in Path(config.data.corpora).glob("*/manifest.json"))
     missing = sorted(set(config.data.domains) - set(there))
     if not there or missing:
-        found = f"{len(there)} in {config.data.corpora}" + (f", without {', '.join(missing)}" if missing else "")
+        found = f"{len(there)} in {config.data.corpora}" + (
+            f", without {', '.join(missing)}" if missing else ""
+        )
         return Check("corpora", "warn", found, "palisade import KIND FOLDER (needed to train)")
     return Check("corpora", "ok", ", ".join(there))
 
@@ -220,11 +253,17 @@ def _captures(config: Config) -> Check:
 
     root = place(config.data.captures)
     if isinstance(root, Path) and not root.is_dir():
-        return Check("captures", "warn", f"no folder {root}", "let sites write data.captures/<site>/segment-*.parquet")
+        return Check(
+            "captures", "warn", f"no folder {root}", "let sites write data.captures/<site>/segment-*.parquet"
+        )
     listing = list_segments(root)
-    found = f"{len(listing.segments)} sites, {sum(len(files) for files in listing.segments.values())} segments"
+    found = (
+        f"{len(listing.segments)} sites, {sum(len(files) for files in listing.segments.values())} segments"
+    )
     if listing.rejected:
-        return Check("captures", "warn", f"{found}, {len(listing.rejected)} refused", str(listing.rejected[0]))
+        return Check(
+            "captures", "warn", f"{found}, {len(listing.rejected)} refused", str(listing.rejected[0])
+        )
     return Check("captures", "ok", found)
 
 

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from jobs import Exit, percent, table
-from jobs.deployment import check_size, open_ledger, source_model
-from jobs.scoring import scored
-from pipeline import metrics
+from jobs.terminal import Exit, percent, table
+from pipeline.control.deployment import check_size, open_ledger, source_model
+from pipeline.control.scoring import scored
 from pipeline.data.corpus import read_corpus
 from pipeline.data.features import mask_to_bool
-from pipeline.fit import scores
 from pipeline.models import checkpoint
 from pipeline.models.trunk import features
+from pipeline.source.fit import scores
+from pipeline.stats import metrics
 
 if TYPE_CHECKING:
-    from jobs import Terminal
+    from jobs.terminal import Terminal
     from pipeline.config import Config
     from pipeline.ledger import Ledger, SourceRow
-    from pipeline.metrics import PadReport
+    from pipeline.stats.metrics import PadReport
 
 COLUMNS = ["HTER %", "max APCER %", "species", "BPCER %", "AUC %", "oracle EER %"]
 
@@ -40,7 +40,9 @@ def _corpora(config: Config, terminal: Terminal, source: SourceRow) -> int:
     model = checkpoint.load(source.path)
     found = sorted(p.parent for p in Path(config.data.corpora).glob("*/manifest.json"))
     if not found:
-        raise ValueError(f"data.corpora: {config.data.corpora} holds no imported corpus; run `palisade import` first")
+        raise ValueError(
+            f"data.corpora: {config.data.corpora} holds no imported corpus; run `palisade import` first"
+        )
     rows: list[list[object]] = []
     results: dict[str, object] = {}
     with terminal.progress("evaluate", "domains") as advance:
@@ -49,11 +51,17 @@ def _corpora(config: Config, terminal: Terminal, source: SourceRow) -> int:
             if not len(corpus):  # rendered for training alone
                 continue
             present = torch.from_numpy(mask_to_bool(corpus.present))
-            score = scores(model, features(model.trunk, torch.from_numpy(corpus.frame), present), present).numpy()
-            pad = metrics.report(score, corpus.label, corpus.pai, model.manifest.threshold, groups=corpus.video)
+            score = scores(
+                model, features(model.trunk, torch.from_numpy(corpus.frame), present), present
+            ).numpy()
+            pad = metrics.report(
+                score, corpus.label, corpus.pai, model.manifest.threshold, groups=corpus.video
+            )
             role = "source" if folder.name in model.manifest.domains else "target"
             interval = (
-                f" [{percent(pad.hter_interval.low)}, {percent(pad.hter_interval.high)}]" if pad.hter_interval else ""
+                f" [{percent(pad.hter_interval.low)}, {percent(pad.hter_interval.high)}]"
+                if pad.hter_interval
+                else ""
             )
             rows.append([folder.name, role, f"{percent(pad.hter)}{interval}", *_cells(pad)[1:]])
             results[folder.name] = {"role": role, **_numbers(pad)}
@@ -83,17 +91,35 @@ def _streams(config: Config, terminal: Terminal, ledger: Ledger, source: SourceR
             continue
         online, after = joined.pad("online", threshold), joined.pad("after", threshold)
         assert online and after
-        rows.append([row.site, before.n_bona_fide + before.n_attack, *(percent(p.hter) for p in (before, online, after)),
-                     f"{percent(before.max_apcer)} → {percent(online.max_apcer)}", online.worst_species,
-                     f"{percent(before.bpcer)} → {percent(online.bpcer)}", percent(online.auc)])  # fmt: skip
+        rows.append(
+            [
+                row.site,
+                before.n_bona_fide + before.n_attack,
+                *(percent(p.hter) for p in (before, online, after)),
+                f"{percent(before.max_apcer)} → {percent(online.max_apcer)}",
+                online.worst_species,
+                f"{percent(before.bpcer)} → {percent(online.bpcer)}",
+                percent(online.auc),
+            ]
+        )
         results[row.site] = {"before": _numbers(before), "online": _numbers(online), "after": _numbers(after)}
     if not results:
         raise ValueError(
             f"data.sealed: no label in {config.data.sealed} belongs to a sample that was adapted on; run `palisade adapt` first"
         )
-    columns = ["site", "labelled", "HTER % before", "online", "after", "max APCER % before → online", "species",
-               "BPCER % before → online", "AUC %"]  # fmt: skip
-    mean = {k: float(np.mean([r[k]["hter"] for r in results.values()])) for k in ("before", "online", "after")}  # pyright: ignore
+    columns = [
+        "site",
+        "labelled",
+        "HTER % before",
+        "online",
+        "after",
+        "max APCER % before → online",
+        "species",
+        "BPCER % before → online",
+        "AUC %",
+    ]
+    which = ("before", "online", "after")
+    mean = {k: float(np.mean([r[k]["hter"] for r in results.values()])) for k in which}  # pyright: ignore
     said = "mean HTER {before:.1%} before, {online:.1%} online (scored before it was used), {after:.1%} by the candidates".format(
         **mean
     )

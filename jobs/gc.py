@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from jobs import Exit, table
-from jobs.deployment import lease, now, open_ledger
+from jobs.terminal import Exit, table
+from pipeline.control.deployment import lease, now, open_ledger
 from pipeline.data.features import offsets
 from pipeline.ledger import CycleBusy
 from pipeline.storage import TEMPORARY, files
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
     from datetime import datetime
 
-    from jobs import Terminal
+    from jobs.terminal import Terminal
     from pipeline.config import Config
     from pipeline.ledger import Ledger, Pointed
     from pipeline.storage import Stored
@@ -28,7 +28,9 @@ AT_ONCE = 16  # a store answers a deletion in tens of milliseconds
 SAMPLES = 5  # names that --json shows of each kind
 
 
-def gc(config: Config, terminal: Terminal, *, dry_run: bool, keep_days: int | None, grace_hours: float) -> int:
+def gc(
+    config: Config, terminal: Terminal, *, dry_run: bool, keep_days: int | None, grace_hours: float
+) -> int:
     """Delete, or with ``dry_run`` only count. ``keep_days`` None: as ``data.keep_days`` says.
 
     What is younger than the grace stays: a blob is written before the ledger is told of it. No cycle runs meanwhile.
@@ -36,7 +38,9 @@ def gc(config: Config, terminal: Terminal, *, dry_run: bool, keep_days: int | No
     ledger = open_ledger(config, create=False)
     keep = config.data.keep_days if keep_days is None else keep_days
     if dry_run:
-        found = garbage(config, ledger, at=now(), keep=timedelta(days=keep), grace=timedelta(hours=grace_hours))
+        found = garbage(
+            config, ledger, at=now(), keep=timedelta(days=keep), grace=timedelta(hours=grace_hours)
+        )
         return _show(terminal, found, "would be deleted")
     if left := [c for c in ledger.cycles() if c.status == "running" and c.kind != "gc"]:
         again = "cycle" if left[0].kind not in ("ingest", "adapt") else left[0].kind
@@ -44,9 +48,13 @@ def gc(config: Config, terminal: Terminal, *, dry_run: bool, keep_days: int | No
             f"{left[0].id} has not ended; wait for it, or end it with `palisade {again}`, then run gc again"
         )
     with lease(config, ledger, "gc") as held:
-        found = garbage(config, ledger, at=now(), keep=timedelta(days=keep), grace=timedelta(hours=grace_hours))
+        found = garbage(
+            config, ledger, at=now(), keep=timedelta(days=keep), grace=timedelta(hours=grace_hours)
+        )
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            for _ in pool.map(lambda f: f.place.unlink(missing_ok=True), (f for kind in KINDS for f in found[kind])):
+            for _ in pool.map(
+                lambda f: f.place.unlink(missing_ok=True), (f for kind in KINDS for f in found[kind])
+            ):
                 pass
         ledger.finish_cycle(held, summary={k: len(v) for k, v in found.items()}, now=now())
     return _show(terminal, found, "deleted")
@@ -60,7 +68,9 @@ def garbage(config: Config, ledger: Ledger, *, at: datetime, keep: timedelta, gr
     return condemned(listed, pointed, trunks, before=at - grace)
 
 
-def condemned(listed: Iterable[Stored], pointed: Pointed, trunks: Collection[str], *, before: datetime) -> Garbage:
+def condemned(
+    listed: Iterable[Stored], pointed: Pointed, trunks: Collection[str], *, before: datetime
+) -> Garbage:
     """Those of ``listed`` that were written earlier than ``before`` and that nothing needs; a name that is not ours stays."""
     found: Garbage = {kind: [] for kind in KINDS}
     for file in listed:
@@ -92,9 +102,14 @@ def _show(terminal: Terminal, found: Garbage, what: str) -> int:
     rows = [[k, c["files"], f"{c['bytes'] / 2**20:.1f}"] for k, c in counts.items()]
     total = sum(c["files"] for c in counts.values()), sum(c["bytes"] for c in counts.values())
     terminal.result(
-        {"what": what, "files": total[0], "bytes": total[1], **counts,
-         "names": {k: ["/".join(f.inside) for f in v[:SAMPLES]] for k, v in found.items()}},
+        {
+            "what": what,
+            "files": total[0],
+            "bytes": total[1],
+            **counts,
+            "names": {k: ["/".join(f.inside) for f in v[:SAMPLES]] for k, v in found.items()},
+        },
         table(what, ["kind", "files", "MiB"], rows),
         f"{total[0]} files, {total[1] / 2**20:.1f} MiB {what}",
-    )  # fmt: skip
+    )
     return Exit.DONE

@@ -9,17 +9,17 @@ from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from jobs import Exit, table
-from jobs.deployment import featured_by, lease, now, open_ledger, source_model
+from jobs.terminal import Exit, table
 from pipeline.cluster import connected, repair
 from pipeline.cluster import ingest as cluster_ingest
+from pipeline.control.deployment import featured_by, lease, now, open_ledger, source_model
 from pipeline.ledger import CycleBusy, StaleGeneration
 from pipeline.storage import StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
-    from jobs import Terminal
+    from jobs.terminal import Terminal
     from pipeline.cluster.ingest import Found, Ingested
     from pipeline.config import Config
     from pipeline.ledger import Cycle, Ledger, SegmentRow, SiteRow
@@ -87,13 +87,17 @@ def stretch(ledger: Ledger, site: str, segments: Iterable[SegmentRow], found: Fo
     return repair.Stretch(site, rows, refused, tuple(there.get(s.name) for s in rows))
 
 
-def show(terminal: Terminal, ledger: Ledger, cycle: Cycle, summary: dict[str, object], *, brief: bool = False) -> None:
+def show(
+    terminal: Terminal, ledger: Ledger, cycle: Cycle, summary: dict[str, object], *, brief: bool = False
+) -> None:
     """Counts, and why rows were refused; ``brief``: one line."""
     reasons = Counter(
         (q.site, q.segment if q.row < 0 else "rows", q.reason) for q in ledger.quarantined(cycle=cycle.id)
     )
     rows = [[site, where, n, reason] for (site, where, reason), n in reasons.most_common(20)]
-    said = "{samples} samples of {sites} sites in {segments} segments, {quarantined} refused".format(**summary)
+    said = "{samples} samples of {sites} sites in {segments} segments, {quarantined} refused".format(
+        **summary
+    )
     parts = [table("refused", ["site", "where", "count", "reason"], rows)] if rows and not brief else []
     listed = [{"site": s, "where": w, "reason": r, "count": n} for (s, w, r), n in reasons.items()]
     data = {"cycle": cycle.id, **summary, "refused": listed}
@@ -124,9 +128,12 @@ def _step(
     if found.new:
         with connected(config.cluster), terminal.progress("ingest", "segments") as advance:
             done = cluster_ingest.run(
-                config, found.new, checkpoints=[s.path for s in sources], on_progress=advance,
+                config,
+                found.new,
+                checkpoints=[s.path for s in sources],
+                on_progress=advance,
                 history=lambda site: {s.sha256: s.name for s, _ in ledger.segments(site) if s.rows},
-            )  # fmt: skip
+            )
     _repair(config, ledger, cycle, terminal, found, without=without)
     cluster_ingest.forget_orphans(config, [s.trunk for s in sources], done)
     ledger.commit_ingest(cycle, done.segments, done.quarantined, now=now())
@@ -137,10 +144,13 @@ def _step(
         _forget(config, found, done)
     counted = [s for s in done.segments if s.name.endswith(".parquet")]  # refused ones carry their digest
     return {
-        "segments": len(counted), "samples": sum(s.good for s in counted), "new_sites": len(new_sites),
-        "sites": len({s.site for s in counted}), "quarantined": len(done.quarantined),
+        "segments": len(counted),
+        "samples": sum(s.good for s in counted),
+        "new_sites": len(new_sites),
+        "sites": len({s.site for s in counted}),
+        "quarantined": len(done.quarantined),
         "failed_sites": len(done.failed),
-    }, done  # fmt: skip
+    }, done
 
 
 def _find(config: Config, ledger: Ledger, *, most: int | None = None, without: Collection[str] = ()) -> Found:
@@ -151,13 +161,21 @@ def _find(config: Config, ledger: Ledger, *, most: int | None = None, without: C
 
 
 def _repair(
-    config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal, found: Found, *, without: Collection[str]
+    config: Config,
+    ledger: Ledger,
+    cycle: Cycle,
+    terminal: Terminal,
+    found: Found,
+    *,
+    without: Collection[str],
 ) -> None:
     """Make again what of failed sites' features is damaged or missing; where the captures are gone, the site goes on.
 
     Only failed sites are looked at, so a healthy fleet pays nothing.
     """
-    failed = [r for r in ledger.sites() if r.status == "failed" and r.learned < r.ingested and r.site not in without]
+    failed = [
+        r for r in ledger.sites() if r.status == "failed" and r.learned < r.ingested and r.site not in without
+    ]
     if not failed:
         return
     stretches = [stretch(ledger, row.site, _ahead(ledger, row), found) for row in failed]
@@ -173,7 +191,9 @@ def _repair(
                 "are quarantined, the site goes on with what comes next"
             )
         if d.error:
-            terminal.say(f"warning: {d.site}: its features are not repaired, the next cycle tries again: {d.error}")
+            terminal.say(
+                f"warning: {d.site}: its features are not repaired, the next cycle tries again: {d.error}"
+            )
     ledger.set_status({d.site: "" for d in done if (d.restored or d.lost) and not d.error})
 
 

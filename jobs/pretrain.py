@@ -12,16 +12,16 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs import Exit
-from jobs.imports import import_into
-from pipeline import fit as fits
+from jobs.import_corpus import import_into
+from jobs.terminal import Exit
 from pipeline.config import method_config
 from pipeline.data.corpus import read_corpus, read_manifest
-from pipeline.source import Schedule
-from pipeline.speed import threads
+from pipeline.source import fit as fits
+from pipeline.source.contract import Schedule
+from pipeline.source.fit import threads
 
 if TYPE_CHECKING:
-    from jobs import Terminal
+    from jobs.terminal import Terminal
     from pipeline.config import Config
 
 DOMAIN = "rendered"

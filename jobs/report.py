@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jobs import Exit
 from jobs.adapt import exit_code
-from jobs.deployment import open_ledger
-from jobs.scoring import Scored, scored
-from jobs.site import serving_name
+from jobs.site.show import serving_name
+from jobs.terminal import Exit
 from pipeline.config import parse
+from pipeline.control.deployment import open_ledger
+from pipeline.control.scoring import Scored, scored
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment
 from pipeline.data.features import mask_to_bool
-from pipeline.metrics import det_curve, far_frr
-from pipeline.report import (
+from pipeline.report.content import (
     CycleReport,
     Det,
     DetCurve,
@@ -31,15 +30,16 @@ from pipeline.report import (
     RolloutReport,
     SiteReport,
     WaveReport,
-)  # fmt: skip
+)
 from pipeline.report.page import write
 from pipeline.revision import code_revision
 from pipeline.rollout import Rollout
+from pipeline.stats.metrics import det_curve, far_frr
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jobs import Terminal
+    from jobs.terminal import Terminal
     from pipeline.config import Config
     from pipeline.ledger import Ledger, ServingRow, SiteRow, SourceRow, VerdictRow
     from pipeline.ledger import QuarantineRow as Refused
@@ -83,33 +83,53 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
     waves = {s: t.wave + 1 for s, t in ledger.targets(release.plan.release).items()} if release else {}
     counts = {s.site: sum(q.site == s.site for q in refused) for s in sites}
     return CycleReport(
-        cycle_id=cycle, started=datetime.fromisoformat(row.started), finished=datetime.fromisoformat(row.finished),
-        source_version=f"v{source.version}", source_digest=source.digest, fingerprint=row.fingerprint,
+        cycle_id=cycle,
+        started=datetime.fromisoformat(row.started),
+        finished=datetime.fromisoformat(row.finished),
+        source_version=f"v{source.version}",
+        source_digest=source.digest,
+        fingerprint=row.fingerprint,
         code_revision=code_revision(),
-        config_name=ran.lineage.experiment, method=getattr(ran.site, "kind", ""), threshold=threshold,
+        config_name=ran.lineage.experiment,
+        method=getattr(ran.site, "kind", ""),
+        threshold=threshold,
         ceiling=ran.guards.ceiling.apcer,
         exit_code=int(exit_code(list(verdicts.values()), failed=int(summary.get("failed_sites", 0)))),
         exit_summary=f"{summary.get('pass', 0)} pass, {summary.get('hold', 0)} hold, {summary.get('fail', 0)} fail",
-        digests=(("anchor set", ledger.anchor(source.trunk)), ("trunk", source.trunk),
-                 ("MLflow run of the source", source.lineage)),
+        digests=(
+            ("anchor set", ledger.anchor(source.trunk)),
+            ("trunk", source.trunk),
+            ("MLflow run of the source", source.lineage),
+        ),
         sites=tuple(
-            _site(s, verdicts.get(s.site), joined.get(s.site), threshold, counts[s.site], waves.get(s.site), ledger,
-                  serving.get(s.site))
+            _site(
+                s,
+                verdicts.get(s.site),
+                joined.get(s.site),
+                threshold,
+                counts[s.site],
+                waves.get(s.site),
+                ledger,
+                serving.get(s.site),
+            )
             for s in sites
         ),
         det=_det([j for j in joined.values() if j], threshold),
         quarantine=_quarantine(refused),
         rollout=_rollout(ledger, release),
         totals=FleetTotals(
-            registered=len(ledger.sites()), idle=sum(not v.counters["samples"] for v in verdicts.values()),
+            registered=len(ledger.sites()),
+            idle=sum(not v.counters["samples"] for v in verdicts.values()),
             controls=release.plan.controls if release else 0,
-            stage_seconds=tuple((k.removesuffix("_seconds"), float(v)) for k, v in summary.items() if k.endswith("_seconds")),
+            stage_seconds=tuple(
+                (k.removesuffix("_seconds"), float(v)) for k, v in summary.items() if k.endswith("_seconds")
+            ),
         ),
         notes=(
             "RiSe and MFAS-DANet are reconstructions from the papers' abstracts.",
             "Numbers before → after are on sealed labels that no site method saw; after is the candidate on the whole window.",
         ),
-    )  # fmt: skip
+    )
 
 
 def _joined(config: Config, source: SourceRow, verdict: VerdictRow) -> Scored | None:
@@ -120,25 +140,43 @@ def _joined(config: Config, source: SourceRow, verdict: VerdictRow) -> Scored | 
 
 
 def _site(
-    row: SiteRow, v: VerdictRow | None, joined: Scored | None, threshold: float, refused: int,
-    wave: int | None, ledger: Ledger, served: ServingRow | None,
-) -> SiteReport:  # fmt: skip
+    row: SiteRow,
+    v: VerdictRow | None,
+    joined: Scored | None,
+    threshold: float,
+    refused: int,
+    wave: int | None,
+    ledger: Ledger,
+    served: ServingRow | None,
+) -> SiteReport:
     samples = int(str(v.counters["samples"])) if v else 0
     outcome = v.outcome if v else None
     status = "failed" if outcome == "fail" else "ok" if outcome == "pass" else "held"
     if v is None or (samples == 0 and refused):
         status = "broken"
     return SiteReport(
-        site=row.site, tags=tuple(f"{k}={x}" for k, x in row.tags.items()), rig=row.tags.get("hardware", ""), status=status,
-        samples=samples, offset_from=v.offset_from if v else row.learned, offset_to=v.offset_to if v else row.learned,
-        captured=_span(joined), quarantined=refused, availability=_availability(joined),
-        before=_pad(joined, "before", threshold), after=_pad(joined, "after", threshold), pseudo_labels=_pseudo(joined),
-        omega=_thin(joined.omega) if joined else np.zeros(0), instability=_thin(joined.instability) if joined else np.zeros(0),
-        restores=int(str(v.counters["restores"])) if v else 0, verdict=outcome,
+        site=row.site,
+        tags=tuple(f"{k}={x}" for k, x in row.tags.items()),
+        rig=row.tags.get("hardware", ""),
+        status=status,
+        samples=samples,
+        offset_from=v.offset_from if v else row.learned,
+        offset_to=v.offset_to if v else row.learned,
+        captured=_span(joined),
+        quarantined=refused,
+        availability=_availability(joined),
+        before=_pad(joined, "before", threshold),
+        after=_pad(joined, "after", threshold),
+        pseudo_labels=_pseudo(joined),
+        omega=_thin(joined.omega) if joined else np.zeros(0),
+        instability=_thin(joined.instability) if joined else np.zeros(0),
+        restores=int(str(v.counters["restores"])) if v else 0,
+        verdict=outcome,
         reasons=tuple([f"cluster: {row.reason}"] if row.reason else []) + (_reasons(v) if v else ()),
-        wave=wave, promoted=bool(served and v and v.state and served.state == v.state),
+        wave=wave,
+        promoted=bool(served and v and v.state and served.state == v.state),
         serving=serving_name(ledger, served),
-    )  # fmt: skip
+    )
 
 
 def _reasons(v: VerdictRow) -> tuple[str, ...]:
@@ -152,7 +190,9 @@ def _span(joined: Scored | None) -> tuple[datetime, datetime] | None:
     if joined is None:
         return None
     ends = (joined.captured_at.min(), joined.captured_at.max())
-    first, last = (datetime.fromtimestamp(int(t.astype("datetime64[us]").astype(np.int64)) / 1e6, UTC) for t in ends)
+    first, last = (
+        datetime.fromtimestamp(int(t.astype("datetime64[us]").astype(np.int64)) / 1e6, UTC) for t in ends
+    )
     return first, last
 
 
@@ -164,7 +204,9 @@ def _availability(joined: Scored | None) -> np.ndarray:
     bins = np.minimum(((at - at.min()) / max(np.ptp(at), 1) * BINS).astype(int), BINS - 1)
     there = mask_to_bool(joined.present).astype(float)
     counts = np.bincount(bins, minlength=BINS)
-    sums = np.stack([np.bincount(bins, weights=there[:, m], minlength=BINS) for m in range(there.shape[1])], axis=1)
+    sums = np.stack(
+        [np.bincount(bins, weights=there[:, m], minlength=BINS) for m in range(there.shape[1])], axis=1
+    )
     with np.errstate(invalid="ignore"):
         return sums / counts[:, None]
 
@@ -193,7 +235,9 @@ def _thin(values: np.ndarray) -> np.ndarray:
 
 def _det(joined: list[Scored], threshold: float) -> Det | None:
     labelled = [
-        (j.label[j.label >= 0], j.before[j.label >= 0], j.after[j.label >= 0]) for j in joined if (j.label >= 0).any()
+        (j.label[j.label >= 0], j.before[j.label >= 0], j.after[j.label >= 0])
+        for j in joined
+        if (j.label >= 0).any()
     ]
     if not labelled:
         return None
@@ -213,7 +257,9 @@ def _refused(ledger: Ledger, cycle: str) -> list[Refused]:
     rows = ledger.cycles()
     own = next(c for c in rows if c.id == cycle)
     before = max((c.started for c in rows if c.kind == "cycle" and c.started < own.started), default="")
-    return [q for c in reversed(rows) if before < c.started <= own.started for q in ledger.quarantined(cycle=c.id)]
+    return [
+        q for c in reversed(rows) if before < c.started <= own.started for q in ledger.quarantined(cycle=c.id)
+    ]
 
 
 def _quarantine(refused: Sequence[Refused]) -> tuple[QuarantineRow, ...]:
@@ -241,11 +287,16 @@ def _rollout(ledger: Ledger, r: Rollout | None) -> RolloutReport | None:
     waves = []
     for i, w in enumerate(r.plan.waves):
         seen = ledger.wave_seen(r.plan.release, i, without=())
-        state = "done" if i < r.wave or r.status == "completed" else str(r.status) if i == r.wave else "waiting"
+        state = (
+            "done" if i < r.wave or r.status == "completed" else str(r.status) if i == r.wave else "waiting"
+        )
         failing = sum(wave == i for wave in r.failed.values())
-        waves.append(WaveReport(i + 1, w.share, seen.sites, seen.sites - sum(seen.late.values()), failing, state, None))
+        waves.append(
+            WaveReport(i + 1, w.share, seen.sites, seen.sites - sum(seen.late.values()), failing, state, None)
+        )
     events = [
         RolloutEvent(at, "palisade", f"{payload.get('event', kind)}")
-        for _, at, kind, payload in ledger.audit() if payload.get("rollout") == r.plan.release and kind == "rollout"
-    ]  # fmt: skip
+        for _, at, kind, payload in ledger.audit()
+        if payload.get("rollout") == r.plan.release and kind == "rollout"
+    ]
     return RolloutReport(str(r.status), r.plan_hash, tuple(waves), tuple(events))

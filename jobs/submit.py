@@ -5,13 +5,13 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from jobs import Exit
+from jobs.terminal import Exit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from jobs import Terminal
+    from jobs.terminal import Terminal
     from pipeline.config import Config
 
 
@@ -34,6 +34,9 @@ def submit(
     if not job:
         raise ValueError("submit: name a command to run on the cluster, e.g. palisade submit cycle")
     from pipeline.cluster import submit as cluster
+    from pipeline.kubernetes.rules import check_paths
+
+    check_paths(config)
 
     chosen = submission_id or cluster.submission_id(config, job, datetime.now(UTC).date())
     found = cluster.submit(config, job, address=address, id=chosen)
@@ -49,7 +52,7 @@ def submit(
 
 
 def _render(config: Config, terminal: Terminal, folder: Path) -> int:
-    from pipeline.cluster.manifests import write
+    from pipeline.kubernetes.manifests import write
 
     files = [str(path) for path in write(config, folder)]
     terminal.result({"files": files}, "\n".join(files))

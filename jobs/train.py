@@ -6,17 +6,17 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
-from jobs import Exit, percent, table
-from jobs.anchor import seal_built
-from jobs.deployment import corpora, now, open_ledger
+from jobs.terminal import Exit, percent, table
 from pipeline.cluster import connected
+from pipeline.control.anchor import seal_built
+from pipeline.control.deployment import corpora, now, open_ledger
 from pipeline.data.corpus import read_manifest
 from pipeline.lineage import Lineage, flat
 from pipeline.models import checkpoint
 from pipeline.revision import code_revision
 
 if TYPE_CHECKING:
-    from jobs import Terminal
+    from jobs.terminal import Terminal
     from pipeline.config import Config
     from pipeline.ledger import SourceRow
     from pipeline.models.checkpoint import SourceModel
@@ -30,7 +30,9 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
     ledger = open_ledger(config)
     digests = {p.name: read_manifest(p).digest for p in folders}
     start = cluster_train.started(config.source.start)
-    key = hashlib.sha256(json.dumps([config.fingerprint(), digests, *start], sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(
+        json.dumps([config.fingerprint(), digests, *start], sort_keys=True).encode()
+    ).hexdigest()[:12]
     name = f"{config.source.kind}-{key}"
     lineage = Lineage.open(config.lineage, code_revision=code_revision())
     tags = {
@@ -41,9 +43,17 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
     with lineage.run("train", name, params=flat(config.model_dump(mode="json")), tags=tags, key=name) as run:
         path = config.place("models", name)
         if not checkpoint.exists(path):
-            with connected(config.cluster), terminal.progress(f"train {config.source.kind}", "steps") as advance:
+            with (
+                connected(config.cluster),
+                terminal.progress(f"train {config.source.kind}", "steps") as advance,
+            ):
                 result = cluster_train.train(
-                    config, folders, storage=config.folder("train"), run_name=name, out=path, on_progress=advance
+                    config,
+                    folders,
+                    storage=config.folder("train"),
+                    run_name=name,
+                    out=path,
+                    on_progress=advance,
                 )
             run.history({f"loss.{term}": curve for term, curve in result.history.items()})
         model = checkpoint.load(path)
@@ -82,8 +92,18 @@ def _show(terminal: Terminal, model: SourceModel, row: SourceRow, *, champion: b
     rows = [[name, percent(value)] for name, value in sorted(m.metrics.items())]
     role = "champion" if champion else "challenger"
     terminal.result(
-        {"version": row.version, "role": role, "path": row.path, "digest": m.digest, "threshold": m.threshold,
-         "metrics": m.metrics},
-        table(f"source v{row.version} ({role}): {m.method} on {', '.join(m.domains)}", ["source validation", "%"], rows),
+        {
+            "version": row.version,
+            "role": role,
+            "path": row.path,
+            "digest": m.digest,
+            "threshold": m.threshold,
+            "metrics": m.metrics,
+        },
+        table(
+            f"source v{row.version} ({role}): {m.method} on {', '.join(m.domains)}",
+            ["source validation", "%"],
+            rows,
+        ),
         f"threshold {m.threshold:.4f} at the source-validation EER; model in {row.path}",
-    )  # fmt: skip
+    )

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import yaml
 
-from jobs import Exit, percent, table
-from jobs.deployment import corpora, now, open_ledger, source_model
-from jobs.scoring import labels_of
+from jobs.terminal import Exit, percent, table
 from pipeline.cluster import connected
 from pipeline.config import method_config
+from pipeline.control.deployment import corpora, now, open_ledger, source_model
+from pipeline.control.scoring import labels_of
 from pipeline.data.corpus import read_manifest
 from pipeline.data.features import read_features
 from pipeline.lineage import Lineage, flat
@@ -22,7 +22,7 @@ from pipeline.revision import code_revision
 from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
-    from jobs import Terminal
+    from jobs.terminal import Terminal
     from pipeline.cluster.search import Trial
     from pipeline.config import Config
 
@@ -58,7 +58,12 @@ def tune(config: Config, terminal: Terminal, *, what: str) -> int:
         for i, t in enumerate(trials)
     ]
     terminal.result(
-        {"best": best.settings, metric: best.hter, "fragment": str(path), "trials": [vars(t) for t in trials]},
+        {
+            "best": best.settings,
+            metric: best.hter,
+            "fragment": str(path),
+            "trials": [vars(t) for t in trials],
+        },
         table(f"{on} {', '.join(_on(config, what))}", ["", "HTER %", "rungs", "settings"], rows),
         f"winner: {path}; merge it into the deployment YAML",
     )
@@ -67,8 +72,8 @@ def tune(config: Config, terminal: Terminal, *, what: str) -> int:
 
 def _site_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[str, object]]:
     """Replay the development sites under sampled settings."""
-    from pipeline.cluster.judge import features_of
     from pipeline.cluster.search import Stream, search
+    from pipeline.control.judge import features_of
 
     ledger = open_ledger(config, create=False)
     source = source_model(ledger)

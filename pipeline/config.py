@@ -15,13 +15,20 @@ from typing import TYPE_CHECKING, cast
 import yaml
 from pydantic import SerializeAsAny, ValidationError
 
-from pipeline.bank import BankConfig
 from pipeline.data import DataConfig
 from pipeline.guards import GuardsConfig
 from pipeline.models import ModelConfig
 from pipeline.rollout import RolloutConfig
-from pipeline.sections import BenchConfig, ClusterConfig, LedgerConfig, LineageConfig, NotifyConfig, SearchConfig
-from pipeline.source import Schedule
+from pipeline.sections import (
+    BenchConfig,
+    ClusterConfig,
+    LedgerConfig,
+    LineageConfig,
+    NotifyConfig,
+    SearchConfig,
+)
+from pipeline.site.bank import BankConfig
+from pipeline.source.contract import Schedule
 from pipeline.storage import Place, hidden, place
 from pipeline.types import Section
 
@@ -65,7 +72,11 @@ class Config(Section):
 
     def folder(self, *parts: str) -> Path:
         """The same for what is made and read on this machine: where the artifacts are a URL, below ``run/artifacts``."""
-        return there if isinstance(there := self.place(*parts), Path) else Path("run/artifacts", *parts).resolve()
+        return (
+            there
+            if isinstance(there := self.place(*parts), Path)
+            else Path("run/artifacts", *parts).resolve()
+        )
 
     def fingerprint(self) -> str:
         """sha256 over what changes results; never over paths, URIs or cluster sizes."""
@@ -92,7 +103,9 @@ def parse(text: str, where: str) -> Config:
     return _compose(_mapping(text, where), where, {})
 
 
-def altered(config: Config, overrides: Sequence[str], *, sections: Sequence[str], path: Path | None = None) -> Config:
+def altered(
+    config: Config, overrides: Sequence[str], *, sections: Sequence[str], path: Path | None = None
+) -> Config:
     """``config`` with those of ``sections`` that the file ``path`` has, then ``overrides`` in them; the rest is as it is.
 
     Validated as by ``load``, and the file as a whole. Raises ConfigError.
@@ -115,14 +128,14 @@ def altered(config: Config, overrides: Sequence[str], *, sections: Sequence[str]
 
 
 def methods(section: str) -> list[str]:
-    """Names of the methods in ``pipeline/<section>``: the folder is the registry."""
-    package = importlib.import_module(f"pipeline.{section}")
+    """Names of the methods in ``pipeline/<section>/methods``: the folder is the registry."""
+    package = importlib.import_module(f"pipeline.{section}.methods")
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
 def method_config(section: str, kind: str) -> type[Section]:
     """The Config class of one method file."""
-    return importlib.import_module(f"pipeline.{section}.{kind}").Config
+    return importlib.import_module(f"pipeline.{section}.methods.{kind}").Config
 
 
 def _read(path: Path) -> dict[str, dict[str, object]]:
@@ -168,8 +181,11 @@ def _override(raw: dict[str, dict[str, object]], item: str, given_in: dict[str, 
 
 
 def _compose(raw: Mapping[str, Mapping[str, object]], where: str, given_in: Mapping[str, str]) -> Config:
-    mistakes = [f"{where}: {name}: no such section{_hint(str(name), list(Config.model_fields))}"
-                for name in raw if name not in Config.model_fields]  # fmt: skip
+    mistakes = [
+        f"{where}: {name}: no such section{_hint(str(name), list(Config.model_fields))}"
+        for name in raw
+        if name not in Config.model_fields
+    ]
     sections: dict[str, Section] = {}
     for name, field in Config.model_fields.items():
         values = dict(raw.get(name) or {})
@@ -197,7 +213,9 @@ def _section_class(name: str, values: dict[str, object], annotation: object) -> 
     return method_config(name, str(kind))
 
 
-def _line(section: str, error: ErrorDetails, where: str, given_in: Mapping[str, str], cls: type[Section]) -> str:
+def _line(
+    section: str, error: ErrorDetails, where: str, given_in: Mapping[str, str], cls: type[Section]
+) -> str:
     loc = [str(p) for p in error["loc"]]
     dotted = ".".join([section, *loc])
     where = given_in.get(dotted, where)

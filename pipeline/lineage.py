@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
-os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # default true: a pyfunc would run code when loaded
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = (
+    "false"  # default true: a pyfunc would run code when loaded
+)
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read while mlflow is imported
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default keeps a job waiting for minutes
@@ -84,7 +86,9 @@ class Run:
     def history(self, series: Mapping[str, Sequence[tuple[int, float]]]) -> None:
         """Log whole curves, (step, value) by name, batched: single calls are 60 times slower."""
         now = time.time_ns() // 1_000_000
-        rows = [Metric(_key(name), float(v), now, step) for name, curve in series.items() for step, v in curve]
+        rows = [
+            Metric(_key(name), float(v), now, step) for name, curve in series.items() for step, v in curve
+        ]
         with _named(self.place):
             self.client.log_batch(self.id, metrics=rows)
 
@@ -140,9 +144,15 @@ class Lineage:
 
     @contextmanager
     def run(
-        self, kind: Kind, name: str, *, params: Mapping[str, Value], tags: Mapping[str, Value],
-        key: str | None = None, parent: str | None = None,
-    ) -> Iterator[Run]:  # fmt: skip
+        self,
+        kind: Kind,
+        name: str,
+        *,
+        params: Mapping[str, Value],
+        tags: Mapping[str, Value],
+        key: str | None = None,
+        parent: str | None = None,
+    ) -> Iterator[Run]:
         """A run that ends FINISHED, KILLED (interrupt) or FAILED (any other exception, which goes on).
 
         ``key`` names the work: a job started again with the same kind and key continues its run. ``parent`` is a run.
@@ -153,7 +163,11 @@ class Lineage:
                 self.client.update_run(found, status="RUNNING")
             run_id = found or self.client.create_run(self.experiment_id, run_name=name).info.run_id
         run = Run(run_id, found is not None, self.client, self.place)
-        own = {"palisade.kind": kind, "palisade.code_revision": self.code_revision, "palisade.key": key or run_id}
+        own = {
+            "palisade.kind": kind,
+            "palisade.code_revision": self.code_revision,
+            "palisade.key": key or run_id,
+        }
         run.tags({**tags, **own, **({"mlflow.parentRunId": parent} if parent else {})})
         run.params(params)
         try:
@@ -171,9 +185,15 @@ class Lineage:
             self.client.set_terminated(run_id, "FINISHED")
 
     def register_source(
-        self, run: Run, checkpoint: Path, *, fingerprint: str, data: Mapping[str, str], parent: int | None,
+        self,
+        run: Run,
+        checkpoint: Path,
+        *,
+        fingerprint: str,
+        data: Mapping[str, str],
+        parent: int | None,
         tags: Mapping[str, Value],
-    ) -> SourceVersion:  # fmt: skip
+    ) -> SourceVersion:
         """Register the checkpoint folder as the next version; the same weights from the same run stay one version.
 
         ``data`` is the digest of each domain it was trained on, ``parent`` the version it was trained from.
@@ -192,7 +212,9 @@ class Lineage:
             self.client.log_model_artifacts(logged.model_id, str(checkpoint))
             self.client.finalize_logged_model(logged.model_id, "READY")
             where = logged.artifact_location
-            made = self.client.create_model_version(self.model, where, run.id, facts, model_id=logged.model_id)
+            made = self.client.create_model_version(
+                self.model, where, run.id, facts, model_id=logged.model_id
+            )
         return self.version(int(made.version))
 
     def versions(self) -> list[SourceVersion]:
@@ -208,7 +230,9 @@ class Lineage:
         known = self.versions()
         if not (found := [v for v in known if v.version == which or which in v.aliases]):
             have = ", ".join(str(v.version) for v in known) or "none"
-            raise LineageError(f"MLflow at {self.place}: {self.model} has no version {which!r}; versions: {have}")
+            raise LineageError(
+                f"MLflow at {self.place}: {self.model} has no version {which!r}; versions: {have}"
+            )
         return found[0]
 
     def set_alias(self, alias: Alias, version: int) -> None:
@@ -258,19 +282,25 @@ def probe(uri: str) -> None:
     if parts.scheme == "sqlite":
         return
     if not parts.hostname:
-        raise ValueError(f"lineage.uri: {redacted(uri)!r}: allowed are sqlite:///path, postgresql://…, http(s)://…")
+        raise ValueError(
+            f"lineage.uri: {redacted(uri)!r}: allowed are sqlite:///path, postgresql://…, http(s)://…"
+        )
     try:
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 5432)
         socket.create_connection((parts.hostname, port), PROBE_SECONDS).close()
     except OSError as e:
-        raise LineageError(f"MLflow at {redacted(uri)}: nothing answers ({e}); start it or set lineage.uri") from e
+        raise LineageError(
+            f"MLflow at {redacted(uri)}: nothing answers ({e}); start it or set lineage.uri"
+        ) from e
 
 
 def _artifact_location(artifacts: str, uri: str) -> str | None:
     """Always explicit and absolute: MLflow's default is relative to whoever reads. None = the server decides."""
     if "://" in artifacts or artifacts.startswith("mlflow-artifacts:"):
         return artifacts
-    return None if uri.startswith("http") else Path(artifacts).resolve().as_uri()  # a server has no paths of ours
+    return (
+        None if uri.startswith("http") else Path(artifacts).resolve().as_uri()
+    )  # a server has no paths of ours
 
 
 def redacted(uri: str) -> str:

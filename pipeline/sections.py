@@ -22,9 +22,13 @@ class ClusterConfig(Section):
     train_gpu: bool = False
     shards: int = Field(default=2, ge=1, description="shard actors; about one per core")
     ingest_workers: int = Field(default=2, ge=1, description="parallel ingest tasks")
-    ingest_gpus: float = Field(default=0, ge=0, description="share of a GPU per ingest task; has not been run on a GPU")
+    ingest_gpus: float = Field(
+        default=0, ge=0, description="share of a GPU per ingest task; has not been run on a GPU"
+    )
     object_store_mb: int = Field(default=512, ge=80)
-    image: str = Field(default="ghcr.io/palisade/palisade:0.1.0", description="container image of the manifests")
+    image: str = Field(
+        default="ghcr.io/palisade/palisade:0.1.0", description="container image of the manifests"
+    )
     namespace: str = "palisade"
     schedule: str = Field(default="0 3 * * *", description="cron expression of the cycle")
     time_zone: str = "Etc/UTC"
@@ -38,9 +42,15 @@ class LedgerConfig(Section):
     """Section ``ledger``: the durable record and the blobs it points to."""
 
     url: str = Field(default="sqlite:///run/ledger.db", description="SQLAlchemy URL")
-    artifacts: Annotated[str, AfterValidator(named)] = Field("run/artifacts", description="folder or s3://bucket/x")
-    signing_key: str | None = Field(default=None, description="ed25519 private key, PEM; null: nothing can be pulled")
-    manifest_hours: float = Field(default=168, gt=0, description="after which a signed release manifest expires")
+    artifacts: Annotated[str, AfterValidator(named)] = Field(
+        "run/artifacts", description="folder or s3://bucket/x"
+    )
+    signing_key: str | None = Field(
+        default=None, description="ed25519 private key, PEM; null: nothing can be pulled"
+    )
+    manifest_hours: float = Field(
+        default=168, gt=0, description="after which a signed release manifest expires"
+    )
 
 
 class LineageConfig(Section):
@@ -49,7 +59,9 @@ class LineageConfig(Section):
     uri: str = Field(default="sqlite:///run/mlflow.db", description="tracking and registry URI")
     artifacts: str = Field(default="run/mlflow-artifacts", description="artifact root of new experiments")
     experiment: str = "palisade"
-    model: str = Field(default="palisade.source", description="registered model that holds the source versions")
+    model: str = Field(
+        default="palisade.source", description="registered model that holds the source versions"
+    )
 
 
 class NotifyConfig(Section):
@@ -62,7 +74,9 @@ class NotifyConfig(Section):
     )
     file: str | None = Field(default=None, description="gets a JSON object a line")
     min_severity: Severity = Field(default="info", description="what is less severe is not recorded")
-    repeat_seconds: float = Field(default=3600, ge=0, description="the same text is sent again only after this time")
+    repeat_seconds: float = Field(
+        default=3600, ge=0, description="the same text is sent again only after this time"
+    )
     timeout_seconds: float = Field(default=5, gt=0, le=60, description="a webhook that is slower has failed")
 
 
@@ -87,9 +101,15 @@ class Uniform(Section):
 class SearchConfig(Section):
     """Section ``search``: ASHA over replayed features of sites, or over source training."""
 
-    space: dict[str, Choice | LogUniform | Uniform] = Field(default={}, description="dimensions in section site")
-    source: dict[str, Choice | LogUniform | Uniform] = Field(default={}, description="dimensions in section source")
-    sites: tuple[str, ...] = Field(default=(), description="development sites with sealed labels; never a target")
+    space: dict[str, Choice | LogUniform | Uniform] = Field(
+        default={}, description="dimensions in section site"
+    )
+    source: dict[str, Choice | LogUniform | Uniform] = Field(
+        default={}, description="dimensions in section source"
+    )
+    sites: tuple[str, ...] = Field(
+        default=(), description="development sites with sealed labels; never a target"
+    )
     samples: int = Field(default=8, ge=1)
     rungs: int = Field(default=3, ge=1, description="times a trial reports on its way")
     reduction: int = Field(default=3, ge=2)
@@ -100,12 +120,20 @@ class SearchConfig(Section):
 class BenchConfig(Section):
     """Section ``bench``: what ``palisade bench`` measures on. Nothing of a deployment reads it."""
 
-    root: str | None = Field(default=None, description="folder of data sets in their own layouts, imported when needed")
+    root: str | None = Field(
+        default=None, description="folder of data sets in their own layouts, imported when needed"
+    )
     sets: dict[str, str] = Field(default={}, description="domain (and subfolder of root) → kind of corpus")
-    beside: tuple[str, ...] = Field(default=(), description="rendered domains that every fit has beside its sources")
-    pretrain: bool = Field(default=True, description="every fit begins from the one that palisade pretrain makes")
+    beside: tuple[str, ...] = Field(
+        default=(), description="rendered domains that every fit has beside its sources"
+    )
+    pretrain: bool = Field(
+        default=True, description="every fit begins from the one that palisade pretrain makes"
+    )
     seeds: int = Field(default=3, ge=1)
-    streams: str | None = Field(default=None, description="recorded site streams, sealed labels in its _sealed")
+    streams: str | None = Field(
+        default=None, description="recorded site streams, sealed labels in its _sealed"
+    )
     groups: dict[str, Literal["shifted", "clean", "one-class", "unseen", "missing", "poisoning"]] = Field(
         default={}, description="recorded site → what happens there"
     )

@@ -28,8 +28,17 @@ if TYPE_CHECKING:
 SCHEMES = ("s3", "gs", "abfs", "abfss")
 TEMPORARY = ".tmp-"  # how the name of a file begins that is not whole yet
 SECRET = re.compile(r"//[^/@\s]*@|[?&]\w*(?:secret|token|password|key)\w*=[^&\s'\"]*", re.IGNORECASE)
-REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "UNRECOGNIZED_CLIENT", "INVALID_CLIENT",
-           "MISSING_AUTHENTICATION_TOKEN", "INVALID_SIGNATURE", "HTTP status 403", "HTTP status 401")  # fmt: skip
+REFUSED = (
+    "ACCESS_DENIED",
+    "INVALID_ACCESS_KEY_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "UNRECOGNIZED_CLIENT",
+    "INVALID_CLIENT",
+    "MISSING_AUTHENTICATION_TOKEN",
+    "INVALID_SIGNATURE",
+    "HTTP status 403",
+    "HTTP status 401",
+)
 
 
 class StoreUnavailable(OSError):
@@ -120,13 +129,17 @@ class Remote:
             stream.close()
             found = self._store().get_file_info(self.key).size
         if found != len(data):
-            raise StoreUnavailable(f"{self}: the store holds {found} of {len(data)} bytes; run the same command again")
+            raise StoreUnavailable(
+                f"{self}: the store holds {found} of {len(data)} bytes; run the same command again"
+            )
 
     def _listed(self, *, recursive: bool) -> list[FileInfo]:
         from pyarrow.fs import FileSelector, FileType
 
         with _named(self):
-            found = self._store().get_file_info(FileSelector(self.key, allow_not_found=True, recursive=recursive))
+            found = self._store().get_file_info(
+                FileSelector(self.key, allow_not_found=True, recursive=recursive)
+            )
         return [info for info in found if info.type == FileType.File]
 
     def _store(self) -> FileSystem:
@@ -158,7 +171,9 @@ def place(text: str) -> Place:
             "a URL that holds credentials; put them into the environment, e.g. AWS_ACCESS_KEY_ID, or use a role"
         )
     if scheme not in SCHEMES or not url.netloc:
-        raise ValueError(f"no path and no URL of an object store; allowed: {', '.join(f'{s}://…' for s in SCHEMES)}")
+        raise ValueError(
+            f"no path and no URL of an object store; allowed: {', '.join(f'{s}://…' for s in SCHEMES)}"
+        )
     return Remote(scheme, rest.partition("?")[0].rstrip("/"), url.query)
 
 
@@ -260,13 +275,19 @@ def _connected(scheme: str, bucket: str, query: str) -> FileSystem:
     import pyarrow as pa
     from pyarrow.fs import FileSystem, FileType
 
-    options = "&".join(q for q in (query, "allow_delayed_open=true" if scheme == "s3" else "") if q)  # small: one PUT
+    options = "&".join(
+        q for q in (query, "allow_delayed_open=true" if scheme == "s3" else "") if q
+    )  # small: one PUT
     try:
         store, _ = FileSystem.from_uri(f"{scheme}://{bucket}" + (f"?{options}" if options else ""))
     except (pa.ArrowException, ValueError) as e:
-        raise StoreUnavailable(f"{scheme}://{bucket}: not a URL of a store: {' '.join(str(e).split())[:160]}") from None
+        raise StoreUnavailable(
+            f"{scheme}://{bucket}: not a URL of a store: {' '.join(str(e).split())[:160]}"
+        ) from None
     if store.get_file_info(bucket).type == FileType.NotFound:
-        raise StoreUnavailable(f"{scheme}://{bucket}: there is no such bucket; create it, or correct ledger.artifacts")
+        raise StoreUnavailable(
+            f"{scheme}://{bucket}: there is no such bucket; create it, or correct ledger.artifacts"
+        )
     return store
 
 

@@ -75,5 +75,7 @@ class Outcome(NamedTuple):
 def check_site_id(site: str) -> str:
     """Return ``site`` if it is a safe site id, else raise ValueError; paths are built from ids that passed here."""
     if not SITE_ID.fullmatch(site):
-        raise ValueError(f"site id {site!r}: allowed are 1-63 of a-z 0-9 _ -, starting with a letter or digit")
+        raise ValueError(
+            f"site id {site!r}: allowed are 1-63 of a-z 0-9 _ -, starting with a letter or digit"
+        )
     return site

@@ -23,9 +23,11 @@ os.environ.update(
 
 import random
 import shutil
+import sqlite3
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
@@ -33,7 +35,9 @@ import numpy as np
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parent.parent
+from tests.support.deployments import SITES, Deployment, copy, fresh
+
+REPO = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PALISADE_SHARED", REPO.parent / "shared"))
 SEED = 20260
 
@@ -75,7 +79,9 @@ def ray_local() -> Iterator[None]:
     """One embedded cluster for the whole run; starting one costs 5-10 s."""
     import ray
 
-    temp = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short: unix sockets below it may have 107 characters
+    temp = Path(
+        tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    )  # short: unix sockets below it may have 107 characters
     ray.init(
         address="local",
         num_cpus=4,
@@ -100,6 +106,32 @@ def postgres() -> Iterator[str]:
     server.psql("alter system set fsync = off; select pg_reload_conf();")
     yield server.get_uri(driver="psycopg")
     server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, ray_local) -> Deployment:
+    """Corpora, captures of day 1 and a source model; nothing is ingested."""
+    from pipeline.simulate.corpora import synth
+    from pipeline.simulate.sites import demo_fleet, simulate
+
+    d = fresh(tmp_path_factory.mktemp("trained"))
+    synth.write(Path(d.config.data.corpora), size=32, domains=("A", "B"), samples=90)
+    scripts = [replace(s, rate=3.0) for s in demo_fleet() if s.site in SITES]
+    simulate(d.root, scripts, phase=1)
+    assert d.run("train") == 0
+    return d
+
+
+@pytest.fixture
+def deployment(trained, tmp_path) -> Deployment:
+    """A copy of its own for each test."""
+    root = tmp_path / "d"
+    copy(trained.root, root)
+    d = fresh(root)
+    moved = str(trained.root), str(root)
+    with sqlite3.connect(root / "ledger.db") as c:
+        c.execute("update sources set path = replace(path, ?, ?)", moved)
+    return d
 
 
 def _shared(name: str) -> Path:

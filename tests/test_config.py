@@ -81,7 +81,9 @@ def test_fingerprint_covers_results_and_no_paths():
     base = load(None).fingerprint()
     assert load(None, ["data.captures=elsewhere", "cluster.shards=7", "lineage.uri=x"]).fingerprint() == base
     assert (
-        load(None, ["notify.webhook=https://x/y", "ledger.signing_key=k", "ledger.manifest_hours=1"]).fingerprint()
+        load(
+            None, ["notify.webhook=https://x/y", "ledger.signing_key=k", "ledger.manifest_hours=1"]
+        ).fingerprint()
         == base
     )
     assert load(None, ["site.lr=0.123"]).fingerprint() != base
@@ -99,7 +101,9 @@ def test_the_folder_is_the_registry():
 
 
 def test_a_config_error_needs_no_torch():
-    code = "import jobs.__main__ as m, sys; c = m.main(['train', 'site.lr=fast']); t = sys.modules.get('torch');"
+    code = (
+        "import jobs.__main__ as m, sys; c = m.main(['train', 'site.lr=fast']); t = sys.modules.get('torch');"
+    )
     code += "print(c, 'ray' in sys.modules, type(t).__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "False", "Later"]

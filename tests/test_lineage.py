@@ -17,7 +17,7 @@ from pipeline.lineage import Lineage, LineageError, flat
 from pipeline.revision import code_revision
 from pipeline.sections import LineageConfig
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +109,22 @@ def test_source_versions_carry_their_origin(lineage: Lineage, tmp_path: Path) ->
             run, tmp_path / "1", fingerprint="f" * 64, data={"wmca": "d1"}, parent=None, tags={}
         )
         two = lineage.register_source(
-            run, checkpoint(tmp_path / "2", b"two"), fingerprint="e" * 64, data={}, parent=one.version, tags={}
+            run,
+            checkpoint(tmp_path / "2", b"two"),
+            fingerprint="e" * 64,
+            data={},
+            parent=one.version,
+            tags={},
         )
     assert again == one
     assert (one.version, one.parent, two.version, two.parent) == (1, None, 2, 1)
     assert one.sha256 == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
-    assert (one.fingerprint, one.data, one.code_revision, one.run_id) == ("f" * 64, {"wmca": "d1"}, "abc123", run.id)
+    assert (one.fingerprint, one.data, one.code_revision, one.run_id) == (
+        "f" * 64,
+        {"wmca": "d1"},
+        "abc123",
+        run.id,
+    )
     assert [v.version for v in lineage.versions()] == [1, 2]
 
 
@@ -133,7 +143,10 @@ def test_aliases_move_and_are_seen_on_versions(lineage: Lineage) -> None:
     ("uri", "says"),
     [
         ("http://127.0.0.1:9", "MLflow at http://127.0.0.1:9: nothing answers"),
-        ("postgresql://ml:secret@127.0.0.1:9/db", r"MLflow at postgresql://ml:\*\*\*@127.0.0.1:9/db: nothing answers"),
+        (
+            "postgresql://ml:secret@127.0.0.1:9/db",
+            r"MLflow at postgresql://ml:\*\*\*@127.0.0.1:9/db: nothing answers",
+        ),
         ("run/mlflow", "lineage.uri: 'run/mlflow': allowed are sqlite"),
         ("sqlite:////proc/nowhere/mlflow.db", "MLflow at sqlite:////proc/nowhere/mlflow.db: "),
     ],
@@ -154,7 +167,9 @@ def test_processes_that_open_a_new_database_together_all_succeed(tmp_path: Path)
         "print(Lineage.open(c, code_revision='x').experiment_id)"
     )
     started = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=REPO, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], cwd=REPO, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(3)
     ]
     ids = {p.communicate(timeout=100)[0].strip() for p in started}

@@ -29,7 +29,7 @@ from pipeline.storage import Remote, StoreUnavailable, files, place, write_atomi
 from tests.cluster.test_ingest import SIZE, Fleet, model, segment  # noqa: F401  # a fixture
 from tests.test_storage import TENSORS, TRUNK, F, anchor, block, source
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[1]
 moto = pytest.importorskip("moto.server", reason="pip install 'moto[s3,server]'")
 
 
@@ -45,10 +45,14 @@ def endpoint():
     _auth(f"{host}:{port}", "inf")  # of a server that another module had in this process
     requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10)
     given = {"endpoint_url": f"http://{host}:{port}", "region_name": "us-east-1"}
-    boto3.client("s3", **given, aws_access_key_id="x", aws_secret_access_key="x").create_bucket(Bucket="artifacts")
+    boto3.client("s3", **given, aws_access_key_id="x", aws_secret_access_key="x").create_bucket(
+        Bucket="artifacts"
+    )
     iam = boto3.client("iam", **given, aws_access_key_id="x", aws_secret_access_key="x")
     iam.create_user(UserName="palisade")
-    allowed = '{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}'
+    allowed = (
+        '{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}'
+    )
     iam.put_user_policy(UserName="palisade", PolicyName="all", PolicyDocument=allowed)
     key = iam.create_access_key(UserName="palisade")["AccessKey"]
     _auth(f"{host}:{port}", "0")
@@ -151,7 +155,9 @@ def test_an_upload_that_was_killed_is_never_seen(root):
         f"r = place({str(root / 'x')!r}); s = r._store().open_output_stream(r.key)\n"
         "for _ in range(3): s.write(bytes(6_000_000)); s.flush()\nprint('sent', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, "sent\n"), done.stderr
     assert (root / "x").read_bytes() == b"old"
     assert names(root) == ["x"]
@@ -216,9 +222,13 @@ def one_line(act, match: str) -> None:
 def test_a_missing_bucket_is_one_line_and_never_an_empty_store(endpoint):
     gone = place(url(endpoint, "nobucket/pre"))
     for act in (
-        lambda: blobs.put(gone, TENSORS), lambda: blobs.get(gone, "0" * 64), lambda: list(files(gone)), gone.exists,
-        lambda: checkpoint.load(gone), lambda: read_features(gone, TRUNK, "gate", start=0, end=9, features=F),
-    ):  # fmt: skip
+        lambda: blobs.put(gone, TENSORS),
+        lambda: blobs.get(gone, "0" * 64),
+        lambda: list(files(gone)),
+        gone.exists,
+        lambda: checkpoint.load(gone),
+        lambda: read_features(gone, TRUNK, "gate", start=0, end=9, features=F),
+    ):
         one_line(act, "s3://nobucket: there is no such bucket; create it")
 
 
@@ -226,7 +236,11 @@ def test_a_missing_bucket_is_one_line_and_never_an_empty_store(endpoint):
 def test_wrong_credentials_are_one_line(endpoint, root, monkeypatch, name):
     monkeypatch.setenv(name, "AKIAWRONGWRONGWRONG0")
     storage._connected.cache_clear()
-    for act in (lambda: blobs.put(root, TENSORS), lambda: blobs.get(root, "0" * 64), lambda: list(files(root))):
+    for act in (
+        lambda: blobs.put(root, TENSORS),
+        lambda: blobs.get(root, "0" * 64),
+        lambda: list(files(root)),
+    ):
         one_line(act, "refuses these credentials; set AWS_ACCESS_KEY_ID")
     storage._connected.cache_clear()
 
@@ -237,7 +251,8 @@ def test_a_store_that_cannot_be_reached_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
     one_line(
-        lambda: place(url(f"127.0.0.1:{port}", "artifacts/x")).exists(), "does not answer.*check endpoint and network"
+        lambda: place(url(f"127.0.0.1:{port}", "artifacts/x")).exists(),
+        "does not answer.*check endpoint and network",
     )
 
 
@@ -273,8 +288,15 @@ def test_an_unknown_option_is_one_line():
 
 @pytest.fixture
 def config(root, tmp_path) -> Config:
-    return load(None, [f"data.captures={root / 'captures'}", f"data.size={SIZE}", f"ledger.artifacts={root / 'artifacts'}",
-                       f"ledger.url=sqlite:///{tmp_path}/ledger.db"])  # fmt: skip
+    return load(
+        None,
+        [
+            f"data.captures={root / 'captures'}",
+            f"data.size={SIZE}",
+            f"ledger.artifacts={root / 'artifacts'}",
+            f"ledger.url=sqlite:///{tmp_path}/ledger.db",
+        ],
+    )
 
 
 @pytest.fixture
@@ -315,25 +337,42 @@ def test_keys_that_are_no_segments_are_strays_with_a_line_each(fleet, tmp_path):
     (account,) = s3_backends.values()
     bucket, _, prefix = fleet.captures.key.partition("/")
     strays = [
-        "../segment-0.parquet", "../../etc/segment-0.parquet", "gate/2026/segment-0.parquet", "gate/2026/segment-1.parquet",
-        "gate/segment-a?b.parquet", "gate/segment-\n.parquet", "gate/segment-é.parquet", "gate/notes.txt",
-        "gate//segment-0.parquet", "/segment-0.parquet", "segment-9.parquet", "site=gate/segment-0.parquet",
-        "A b/segment-0.parquet", "_sealed/segment-0.parquet", "gate/.tmp-segment-1.parquet",
-    ]  # fmt: skip
+        "../segment-0.parquet",
+        "../../etc/segment-0.parquet",
+        "gate/2026/segment-0.parquet",
+        "gate/2026/segment-1.parquet",
+        "gate/segment-a?b.parquet",
+        "gate/segment-\n.parquet",
+        "gate/segment-é.parquet",
+        "gate/notes.txt",
+        "gate//segment-0.parquet",
+        "/segment-0.parquet",
+        "segment-9.parquet",
+        "site=gate/segment-0.parquet",
+        "A b/segment-0.parquet",
+        "_sealed/segment-0.parquet",
+        "gate/.tmp-segment-1.parquet",
+    ]
     for key in strays:
         account["aws"].put_object(bucket, f"{prefix}/{key}", b"x" * 20)  # a client would tidy some of them
     found = list_segments(fleet.captures)
     assert found.segments == {"gate": [good]}
     assert found.sizes == {good: good.size()}
     allowed = "allowed are 1-63 of a-z 0-9 _ -, starting with a letter or digit"
-    assert sorted(found.rejected) == sorted([
-        f"site id '..': {allowed}", f"site id 'A b': {allowed}", "gate/2026: lies deeper than <site>/segment-*.parquet",
-        "gate/segment-a?b.parquet: a segment's name has letters, digits and . _ = - only",
-        "gate/segment-\\n.parquet: a segment's name has letters, digits and . _ = - only",
-        "gate/segment-\\xe9.parquet: a segment's name has letters, digits and . _ = - only",
-        "site=gate/segment-0.parquet: gate has two segments of this name, one counts",
-        "segment-9.parquet: is no folder of a site", f"site id '': {allowed}", "gate/: lies deeper than <site>/segment-*.parquet",
-    ])  # fmt: skip
+    assert sorted(found.rejected) == sorted(
+        [
+            f"site id '..': {allowed}",
+            f"site id 'A b': {allowed}",
+            "gate/2026: lies deeper than <site>/segment-*.parquet",
+            "gate/segment-a?b.parquet: a segment's name has letters, digits and . _ = - only",
+            "gate/segment-\\n.parquet: a segment's name has letters, digits and . _ = - only",
+            "gate/segment-\\xe9.parquet: a segment's name has letters, digits and . _ = - only",
+            "site=gate/segment-0.parquet: gate has two segments of this name, one counts",
+            "segment-9.parquet: is no folder of a site",
+            f"site id '': {allowed}",
+            "gate/: lies deeper than <site>/segment-*.parquet",
+        ]
+    )
 
 
 def test_a_bucket_of_many_sites_is_listed_at_once(fleet, tmp_path, monkeypatch):

@@ -20,22 +20,28 @@ from pipeline.models import ModelConfig, TinyConfig, checkpoint, tail
 from pipeline.models.trunk import build_trunk, fold
 from pipeline.storage import TEMPORARY, Remote, StoreUnavailable, files, hidden, place, write_atomic
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[1]
 TRUNK, F = "t" * 64, 8
 TENSORS = {"a": torch.arange(400.0), "n": torch.tensor(4)}
 
 
 def block(n: int = 6, *, features: int = F) -> FeatureBlock:
     return FeatureBlock(
-        offset=np.arange(n), sample_id=np.array([f"s{i}" for i in range(n)], dtype=object),
-        captured_at=np.datetime64("2026-01-01T00:00:00", "us") + np.arange(n), session=np.arange(n),
-        present=np.full(n, 5, np.uint8), z=np.arange(n * 3 * features).reshape(n, 3, features).astype(np.float16),
-    )  # fmt: skip
+        offset=np.arange(n),
+        sample_id=np.array([f"s{i}" for i in range(n)], dtype=object),
+        captured_at=np.datetime64("2026-01-01T00:00:00", "us") + np.arange(n),
+        session=np.arange(n),
+        present=np.full(n, 5, np.uint8),
+        z=np.arange(n * 3 * features).reshape(n, 3, features).astype(np.float16),
+    )
 
 
 def anchor() -> AnchorSet:
     return AnchorSet(
-        torch.zeros(4, 3, F), torch.ones(4, 3, dtype=torch.bool), torch.tensor([0, 0, 1, 1]), ("a", "a", "b", "c")
+        torch.zeros(4, 3, F),
+        torch.ones(4, 3, dtype=torch.bool),
+        torch.tensor([0, 0, 1, 1]),
+        ("a", "a", "b", "c"),
     )
 
 
@@ -57,7 +63,10 @@ def stored(tmp_path_factory):
     return {
         "blob": (only(root / "states"), lambda: blobs.get(root / "states", state)),
         "anchor": (only(root / "anchors"), lambda: open_sealed(root / "anchors", sealed)),
-        "features": (written, lambda: read_features(root / "features", TRUNK, "gate", start=0, end=9, features=F)),
+        "features": (
+            written,
+            lambda: read_features(root / "features", TRUNK, "gate", start=0, end=9, features=F),
+        ),
         "weights": (root / "model" / checkpoint.WEIGHTS, lambda: checkpoint.load(root / "model")),
         "manifest": (root / "model" / checkpoint.MANIFEST, lambda: checkpoint.load(root / "model").manifest),
     }
@@ -69,9 +78,12 @@ def only(folder: Path) -> Path:
 
 
 REPAIR = {
-    "blob": "backup", "anchor": "backup", "features": "ingest",
-    "weights": "restore|upgrade", "manifest": "",
-}  # fmt: skip
+    "blob": "backup",
+    "anchor": "backup",
+    "features": "ingest",
+    "weights": "restore|upgrade",
+    "manifest": "",
+}
 
 
 def refused(read, kind: str) -> None:
@@ -177,7 +189,7 @@ WRITERS = {
     ),
     "bytes": "write_atomic(ROOT / 'x', b'new' * 100_000)",
     "writer": "write_atomic(ROOT / 'x', lambda tmp: tmp.write_bytes(b'new' * 100_000))",
-}  # fmt: skip
+}
 PRELUDE = """
 import sys; sys.path.insert(0, {repo!r})
 from pathlib import Path
@@ -241,7 +253,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, kind):
 
 
 COMMIT = """
-from tests.test_gc import GOOD, SITES, begun, verify
+from tests.jobs.test_gc import GOOD, SITES, begun, verify
 from pipeline.ledger import LedgerUnavailable
 f = begun(ROOT)
 f.window(SITES, GOOD)

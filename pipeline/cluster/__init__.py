@@ -38,7 +38,9 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     local = config.address == "local"
-    if local:  # a loopback cluster of one user that nobody else can reach; anything else keeps Ray's token mode
+    if (
+        local
+    ):  # a loopback cluster of one user that nobody else can reach; anything else keeps Ray's token mode
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
@@ -58,10 +60,15 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             )
         else:
             ray.init(
-                address=config.address, namespace=config.namespace, log_to_driver=False, logging_level=logging.ERROR
+                address=config.address,
+                namespace=config.namespace,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
             )
     except (ConnectionError, OSError, RuntimeError, ValueError) as e:
-        raise ClusterError(f"Ray at {config.address!r}: {' '.join(str(e).split())[:200]}; check cluster.address") from e
+        raise ClusterError(
+            f"Ray at {config.address!r}: {' '.join(str(e).split())[:200]}; check cluster.address"
+        ) from e
     try:
         yield
     finally:

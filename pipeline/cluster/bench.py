@@ -18,25 +18,33 @@ import torch
 from ray.exceptions import RayError
 
 import pipeline
-from pipeline import fit as fits
 from pipeline.cluster.train import started
 from pipeline.config import method_config
 from pipeline.data.corpus import read_corpus, read_manifest
-from pipeline.holdout import fit_and_score, to_arrays
 from pipeline.models import ModelConfig
-from pipeline.sampler import draw, stratify
+from pipeline.source import fit as fits
+from pipeline.source.holdout import fit_and_score, to_arrays
+from pipeline.source.sampler import draw, stratify
 from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from pipeline.sampler import Draw
-    from pipeline.source import SourceMethod
+    from pipeline.source.contract import SourceMethod
+    from pipeline.source.sampler import Draw
 
 KEPT_BYTES = 2**30  # of drawn samples in a task
 POLL = 1.0  # seconds between looks at what is done
-CODE = ("holdout.py", "fit.py", "sampler.py", "calibrate.py", "data/augment.py", "data/protocols.py", "models/*.py",
-        "source/__init__.py")  # fmt: skip  # what a stored result depends on, besides the method's own file
+CODE = (
+    "holdout.py",
+    "fit.py",
+    "sampler.py",
+    "calibrate.py",
+    "data/augment.py",
+    "data/protocols.py",
+    "models/*.py",
+    "source/__init__.py",
+)  # what a stored result depends on, besides the method's own file
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,16 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from pipeline.cluster import ClusterError
-from pipeline.cluster.assign import calls, homes
-from pipeline.cluster.shard import Shard, ShardJob
+from pipeline.cluster.shard import remote_shard
+from pipeline.control.assign import calls, homes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from ray.actor import ActorClass, ActorHandle, ActorProxy
+    from ray.actor import ActorHandle, ActorProxy
 
     from pipeline.config import Config
+    from pipeline.control.adapt import ShardJob
 
 RETRIES = 5  # of a site whose shard died; of a shard that does not start
 PLACED_SECONDS = 120  # to wait for a first shard before saying that none fits
@@ -57,16 +58,23 @@ class _Work:
     done: int = 0
 
 
-def adapt(
-    job: ShardJob, pending: Mapping[str, int], *, placement: Placement, on_progress: Callable[[int, int], None],
+def run_fleet(
+    job: ShardJob,
+    pending: Mapping[str, int],
+    *,
+    placement: Placement,
+    on_progress: Callable[[int, int], None],
     on_shard: Callable[[int], None] | None = None,
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     """Adapt and judge every site in ``pending`` (→ samples) → {site: reason} of those that could not be. Needs a connected Ray.
 
     ``on_shard`` is told the process id of every shard that joins. A call that breaks is halved until one site is left, so
     that one site cannot hide others.
     """
-    work, made = _planned(pending, placement), _remote(placement)
+    work, made = (
+        _planned(pending, placement),
+        remote_shard(cpus=placement.cpus, memory_bytes=(BASE_MB + placement.hot_mb) * 2**20),
+    )
     shards: dict[int, ActorProxy] = {}
     starting: dict[ray.ObjectRef, int] = {}
     running: dict[ray.ObjectRef, tuple[int, list[str]]] = {}
@@ -98,7 +106,7 @@ def adapt(
                 on_progress(work.done, len(pending))
             for k in _idle(shards, starting, running):
                 if sites := _take(work, k):
-                    running[shards[k].adapt.remote(sites)] = k, sites
+                    running[shards[k].run.remote(sites)] = k, sites
     finally:
         for shard in shards.values():
             ray.kill(cast("ActorHandle", shard))
@@ -111,12 +119,6 @@ def _planned(pending: Mapping[str, int], placement: Placement) -> _Work:
     home = homes(sites, count)
     own = [{s: pending[s] for s, k in zip(sites, home, strict=True) if k == shard} for shard in range(count)]
     return _Work({k: deque(calls(part, slots=placement.slots)) for k, part in enumerate(own)})
-
-
-def _remote(placement: Placement) -> ActorClass:
-    memory = (BASE_MB + placement.hot_mb) * 2**20
-    made = cast("ActorClass", ray.remote(Shard))
-    return made.options(num_cpus=placement.cpus, memory=memory, max_restarts=0)
 
 
 def _next(

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, TypedDict
 import cv2
 import torch
 
-from pipeline.cluster.featurise import NewSegment, earlier_ids, store_segment
 from pipeline.data import DataConfig
 from pipeline.data.captures import BadRow, BadSegment, list_segments, read_segment
 from pipeline.data.features import forget_range
+from pipeline.data.featurise import NewSegment, earlier_ids, store_segment
 from pipeline.ledger import QuarantineRow, SegmentRow
 from pipeline.models import checkpoint as checkpoint_io
 from pipeline.storage import place, version
@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from pipeline.sections import ClusterConfig
     from pipeline.storage import Place
 
-BLOCK_BYTES = 32 * 2**20  # of captures in a task: seconds, so that progress moves and a lost worker costs little
+BLOCK_BYTES = (
+    32 * 2**20
+)  # of captures in a task: seconds, so that progress moves and a lost worker costs little
 SITE_BYTES = 2**16  # what a site costs however little it sent, in bytes of captures
 
 
@@ -71,7 +73,9 @@ class Ingested:
 
     segments: tuple[SegmentRow, ...]
     quarantined: tuple[QuarantineRow, ...]
-    failed: tuple[tuple[str, str], ...]  # (site, reason): the next cycle tries again from the segment that failed
+    failed: tuple[
+        tuple[str, str], ...
+    ]  # (site, reason): the next cycle tries again from the segment that failed
     orphans: tuple[tuple[str, int, int], ...]  # (site, start, end): offsets whose features must not be read
 
 
@@ -112,7 +116,9 @@ def find(
             counted[site] = tuple(p for p in paths if p.name in names)
     turns = sorted((turn, site) for site, paths in fresh.items() for turn in range(len(paths)))[:most]
     taken = {site: turn + 1 for turn, site in turns}  # the last turn of each site counts
-    backlogs = (_backlog(site, next_offset(site), fresh[site][:n], listing.sizes) for site, n in sorted(taken.items()))
+    backlogs = (
+        _backlog(site, next_offset(site), fresh[site][:n], listing.sizes) for site, n in sorted(taken.items())
+    )
     return Found(tuple(listing.segments), tuple(backlogs), counted, tuple(listing.rejected))
 
 
@@ -142,7 +148,11 @@ def run(
         _ingest_batch,  # pyright: ignore[reportArgumentType]: what reaches it is the numpy batch format
         batch_size=1,
         compute=ray.data.TaskPoolStrategy(size=workers),
-        fn_kwargs={"limits": limits, "checkpoints": list(checkpoints), "features": str(config.place("features"))},
+        fn_kwargs={
+            "limits": limits,
+            "checkpoints": list(checkpoints),
+            "features": str(config.place("features")),
+        },
         num_cpus=cpus,
         num_gpus=gpus or None,
     )
@@ -157,7 +167,10 @@ def run(
 
 def resources(cluster: ClusterConfig) -> tuple[float, float]:
     """(CPUs, GPUs) that a task asks Ray for."""
-    return cluster.cpus / cluster.ingest_workers / 2 if cluster.address == "local" else 1.0, cluster.ingest_gpus
+    return (
+        cluster.cpus / cluster.ingest_workers / 2 if cluster.address == "local" else 1.0,
+        cluster.ingest_gpus,
+    )
 
 
 def forget_orphans(config: Config, trunks: Sequence[str], done: Ingested) -> None:
@@ -167,7 +180,9 @@ def forget_orphans(config: Config, trunks: Sequence[str], done: Ingested) -> Non
             forget_range(config.place("features"), trunk, site, start=start, end=end)
 
 
-def collect(new: Sequence[Backlog], done: Sequence[Done], history: Mapping[str, Mapping[str, str]]) -> Ingested:
+def collect(
+    new: Sequence[Backlog], done: Sequence[Done], history: Mapping[str, Mapping[str, str]]
+) -> Ingested:
     """Results in stream order. After a failed segment the site's later ones wait: its rows come before theirs."""
     by_key = {(d["site"], d["name"]): d for d in done}
     segments: list[SegmentRow] = []
@@ -182,7 +197,9 @@ def collect(new: Sequence[Backlog], done: Sequence[Done], history: Mapping[str, 
                 failed[site] = f"{name}: {d['error'] if d else 'its worker died or was killed'}"
                 break
             first = same.setdefault(d["sha256"], name) if d["rows"] else name
-            refused = d["refused"] or (f"{site}/{name}: has the very bytes of {first}" if first != name else "")
+            refused = d["refused"] or (
+                f"{site}/{name}: has the very bytes of {first}" if first != name else ""
+            )
             base, end = d["base_offset"], d["base_offset"] + d["rows"]
             if refused:
                 segments.append(SegmentRow(site, _marked(name, d["sha256"]), d["sha256"], 0, base, 0, 0))
@@ -190,17 +207,23 @@ def collect(new: Sequence[Backlog], done: Sequence[Done], history: Mapping[str, 
                 orphans += [(site, base, end)] if d["rows"] else []
                 continue
             bad = [QuarantineRow(site, name, row, sample, reason) for row, sample, reason in d["bad"]]
-            segments.append(SegmentRow(site, name, d["sha256"], d["rows"], base, d["rows"] - len(bad), len(bad)))
+            segments.append(
+                SegmentRow(site, name, d["sha256"], d["rows"], base, d["rows"] - len(bad), len(bad))
+            )
             quarantined += bad
     return Ingested(tuple(segments), tuple(quarantined), tuple(failed.items()), tuple(orphans))
 
 
-def ingest_site(backlog: Backlog, limits: DataConfig, checkpoints: Sequence[str], features: Place) -> list[Done]:
+def ingest_site(
+    backlog: Backlog, limits: DataConfig, checkpoints: Sequence[str], features: Place
+) -> list[Done]:
     """One site's segments in order: one that breaks is reported, never raised, so that it stops no other site."""
     done: list[Done] = []
     site, base, earlier = backlog.site, backlog.base_offset, None
     for path in map(segment_at, backlog.paths):
-        result = Done(site=site, name=path.name, base_offset=base, rows=0, sha256="", bad=[], refused="", error="")
+        result = Done(
+            site=site, name=path.name, base_offset=base, rows=0, sha256="", bad=[], refused="", error=""
+        )
         done.append(result)
         try:
             models = [load_model(c) for c in checkpoints]

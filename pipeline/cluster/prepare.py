@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import torch
 
-from pipeline import bank
-from pipeline.calibrate import validation
 from pipeline.cluster.bench import store
-from pipeline.cluster.featurise import NewSegment, ingest_segment
 from pipeline.config import method_config
 from pipeline.data import DataConfig
 from pipeline.data.captures import check_segment, list_segments, read_labels
 from pipeline.data.corpus import read_corpus
 from pipeline.data.features import mask_to_bool, read_features
+from pipeline.data.featurise import NewSegment, ingest_segment
 from pipeline.data.protocols import usable
-from pipeline.data.scenarios import POISON, Drawn, Scenario, at_a_door, draw
-from pipeline.holdout import read_stored
 from pipeline.models import checkpoint
 from pipeline.models import tail as tails
 from pipeline.models.trunk import features as features_of
-from pipeline.online import Stream
+from pipeline.simulate.scenarios import POISON, Drawn, Scenario, at_a_door, draw
+from pipeline.site import bank
+from pipeline.site.online import Stream
+from pipeline.source.calibrate import validation
+from pipeline.source.holdout import read_stored
 from pipeline.storage import write_atomic
 from pipeline.types import Features
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pipeline.data.corpus import Corpus
     from pipeline.data.features import FeatureBlock
     from pipeline.models.checkpoint import SourceModel
-    from pipeline.site import Params, SiteMethod
+    from pipeline.site.contract import Params, SiteMethod
 
 WATCHED = 40  # samples after which the adaptive attacker chooses anew
 
@@ -83,18 +83,41 @@ def prepare(job: SourceJob, given: Given, path: str, rival: str, out: str) -> No
     model = checkpoint.load(Path(path))
     arrays: dict[str, np.ndarray] = {"threshold": np.array(model.manifest.threshold)}
 
-    def keep(name: str, z: np.ndarray, present: np.ndarray, session: np.ndarray, label: np.ndarray, pai: np.ndarray,
-             *, poison: np.ndarray | None = None, changes: Sequence[int] = (), probe: str | None = None) -> None:  # fmt: skip
+    def keep(
+        name: str,
+        z: np.ndarray,
+        present: np.ndarray,
+        session: np.ndarray,
+        label: np.ndarray,
+        pai: np.ndarray,
+        *,
+        poison: np.ndarray | None = None,
+        changes: Sequence[int] = (),
+        probe: str | None = None,
+    ) -> None:
         facts = json.dumps({"changes": [int(c) for c in changes], "probe": probe})
-        own = {"z": z.astype(np.float16), "present": present, "session": session, "label": label.astype(np.int64),
-               "pai": pai.astype(np.str_), "poison": np.zeros(len(z), bool) if poison is None else poison,
-               "facts": np.array(facts)}  # fmt: skip
+        own = {
+            "z": z.astype(np.float16),
+            "present": present,
+            "session": session,
+            "label": label.astype(np.int64),
+            "pai": pai.astype(np.str_),
+            "poison": np.zeros(len(z), bool) if poison is None else poison,
+            "facts": np.array(facts),
+        }
         arrays.update({f"{name}.{field}": a for field, a in own.items()})
 
     validated = [read_corpus(Path(given.corpora[d]), ("val",)) for d in job.domains]
     _, label, z, there = validation(model.trunk, validated)
     bits = tails.bits(there).numpy().astype(np.uint8)
-    keep("validation", z.numpy(), bits, np.arange(len(label)), label, np.where(label == 1, "bona_fide", "attack"))
+    keep(
+        "validation",
+        z.numpy(),
+        bits,
+        np.arange(len(label)),
+        label,
+        np.where(label == 1, "bona_fide", "attack"),
+    )
     if job.target:
         corpus = read_corpus(Path(given.corpora[job.target]), ("train", "val", "test"))
         rows = at_a_door(corpus.label, corpus.video, usable(corpus.present))
@@ -123,7 +146,8 @@ def _prepared(arrays: dict[str, np.ndarray]) -> Prepared:
     every: dict[str, Stream] = {}
     for name in sorted({n.rsplit(".", 1)[0] for n in arrays if "." in n}):
         a = {
-            field: arrays[f"{name}.{field}"] for field in ("z", "present", "session", "label", "pai", "poison", "facts")
+            field: arrays[f"{name}.{field}"]
+            for field in ("z", "present", "session", "label", "pai", "poison", "facts")
         }
         z = torch.from_numpy(a["z"].astype(np.float32))
         present = torch.from_numpy(mask_to_bool(a["present"]))
@@ -136,7 +160,9 @@ def _prepared(arrays: dict[str, np.ndarray]) -> Prepared:
     return Prepared(streams, probes, every["validation"], float(arrays["threshold"]))
 
 
-def _scenarios(job: SourceJob, given: Given, model: SourceModel, rival: SourceModel, keep: Callable[..., None]) -> None:
+def _scenarios(
+    job: SourceJob, given: Given, model: SourceModel, rival: SourceModel, keep: Callable[..., None]
+) -> None:
     """The rendered streams, drawn for this model, and the probes."""
     pool = read_corpus(Path(given.pool), ("train", "test"))
     z = _trunk(model, pool, np.arange(len(pool)))
@@ -147,23 +173,56 @@ def _scenarios(job: SourceJob, given: Given, model: SourceModel, rival: SourceMo
     for s in given.scenarios:
         drawn = draw(s, **seen, logit=logit)
         if s.adaptive:
-            drawn = _attacked(drawn, given, rival, _trunk(rival, pool, drawn_from), pool.present[drawn_from],
-                              seen["pai"], seen["rig"], s)  # fmt: skip
+            drawn = _attacked(
+                drawn,
+                given,
+                rival,
+                _trunk(rival, pool, drawn_from),
+                pool.present[drawn_from],
+                seen["pai"],
+                seen["rig"],
+                s,
+            )
         rows = drawn_from[drawn.row]
         starts = np.cumsum([0, *(t.samples for t in s.stretches)])[:-1]
-        changes = [int(at) for at, (a, b) in zip(starts[1:], zip(s.stretches, s.stretches[1:], strict=False), strict=True)
-                   if a.rig != b.rig and not b.rig.startswith("C")]  # fmt: skip
-        keep(f"stream/{s.name}", z[rows], drawn.present & pool.present[rows], drawn.session, pool.label[rows],
-             pool.pai[rows], poison=drawn.poison, changes=changes, probe=s.probe)  # fmt: skip
+        changes = [
+            int(at)
+            for at, (a, b) in zip(starts[1:], zip(s.stretches, s.stretches[1:], strict=False), strict=True)
+            if a.rig != b.rig and not b.rig.startswith("C")
+        ]
+        keep(
+            f"stream/{s.name}",
+            z[rows],
+            drawn.present & pool.present[rows],
+            drawn.session,
+            pool.label[rows],
+            pool.pai[rows],
+            poison=drawn.poison,
+            changes=changes,
+            probe=s.probe,
+        )
     for name in np.unique(rig[pool.split == "test"]):
         rows = np.flatnonzero((pool.split == "test") & (rig == name))
-        keep(f"probe/{name}", z[rows], pool.present[rows], np.arange(len(rows)), pool.label[rows], pool.pai[rows])
+        keep(
+            f"probe/{name}",
+            z[rows],
+            pool.present[rows],
+            np.arange(len(rows)),
+            pool.label[rows],
+            pool.pai[rows],
+        )
 
 
 def _attacked(
-    drawn: Drawn, given: Given, rival: SourceModel, z: np.ndarray, present: np.ndarray, pai: np.ndarray,
-    rig: np.ndarray, scenario: Scenario,
-) -> Drawn:  # fmt: skip
+    drawn: Drawn,
+    given: Given,
+    rival: SourceModel,
+    z: np.ndarray,
+    present: np.ndarray,
+    pai: np.ndarray,
+    rig: np.ndarray,
+    scenario: Scenario,
+) -> Drawn:
     """``drawn`` with the poison chosen, every WATCHED samples, by a model that has adapted to what was sent so far."""
     stated = json.loads(given.attacker)
     method = cast("SiteMethod", method_config("site", stated["kind"]).model_validate(stated))
@@ -177,9 +236,11 @@ def _attacked(
         wanted = np.flatnonzero(drawn.poison[part]) + start
         row[wanted] = best[np.arange(len(wanted)) % len(best)]
         sent = Features(
-            torch.from_numpy(z[row[part]].astype(np.float32)), torch.from_numpy(mask_to_bool(present[row[part]])),
-            torch.ones(len(row[part]), dtype=torch.bool), torch.from_numpy(drawn.session[part]),
-        )  # fmt: skip
+            torch.from_numpy(z[row[part]].astype(np.float32)),
+            torch.from_numpy(mask_to_bool(present[row[part]])),
+            torch.ones(len(row[part]), dtype=torch.bool),
+            torch.from_numpy(drawn.session[part]),
+        )
         state, _ = bank.run(method, rival.tail, state, [sent], batch=given.batch, slots=1)
     return drawn._replace(row=row)
 
@@ -196,8 +257,14 @@ def _recorded(model: SourceModel, given: Given) -> dict[str, tuple[FeatureBlock,
             rows = check_segment(path, site=site, limits=limits)
             ingest_segment(NewSegment(site, path.name, str(path), rows, at), limits, model, store)
             at += rows
-        block = read_features(store, model.manifest.trunk_digest, site, start=0, end=at,
-                              features=model.manifest.config.trunk.features)  # fmt: skip
+        block = read_features(
+            store,
+            model.manifest.trunk_digest,
+            site,
+            start=0,
+            end=at,
+            features=model.manifest.config.trunk.features,
+        )
         labels = read_labels(Path(given.captures) / "_sealed" / f"{site}-labels.parquet")
         kept = np.flatnonzero([s in labels for s in block.sample_id])
         known = [labels[s] for s in block.sample_id[kept]]
@@ -212,5 +279,7 @@ def _trunk(model: SourceModel, corpus: Corpus, rows: np.ndarray) -> np.ndarray:
 
 def _logits(tail: Params, z: np.ndarray, present: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        read = tails.read(tail, torch.from_numpy(z.astype(np.float32)), torch.from_numpy(mask_to_bool(present)))
+        read = tails.read(
+            tail, torch.from_numpy(z.astype(np.float32)), torch.from_numpy(mask_to_bool(present))
+        )
     return read.logit[:, tails.FUSED].numpy()

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.cluster.featurise import NewSegment, restore_segment
 from pipeline.cluster.ingest import load_model, resources
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment, read_segment
 from pipeline.data.features import forget_range, read_features
+from pipeline.data.featurise import NewSegment, restore_segment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,7 +44,9 @@ class Repaired:
 
     site: str
     restored: tuple[str, ...] = ()  # segments
-    lost: tuple[str, ...] = ()  # segments with no capture to make them from; what was left of their features is gone
+    lost: tuple[
+        str, ...
+    ] = ()  # segments with no capture to make them from; what was left of their features is gone
     error: str = ""  # tried again by the next cycle
 
 
@@ -99,7 +101,9 @@ def repair_site(stretch: Stretch, limits: DataConfig, checkpoint: str, features:
     return Repaired(stretch.site, tuple(restored), tuple(lost))
 
 
-def _repair_sites(stretches: Sequence[Stretch], limits: DataConfig, checkpoint: str, features: Place) -> list[Repaired]:
+def _repair_sites(
+    stretches: Sequence[Stretch], limits: DataConfig, checkpoint: str, features: Place
+) -> list[Repaired]:
     return [repair_site(s, limits, checkpoint, features) for s in stretches]
 
 

@@ -23,20 +23,21 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from pipeline import bank, metrics
-from pipeline import fit as fits
 from pipeline.config import Config, method_config, parse
 from pipeline.data.corpus import read_corpus
-from pipeline.holdout import score
 from pipeline.models import checkpoint
-from pipeline.sampler import FitError
 from pipeline.sections import Choice, LogUniform, SearchConfig
+from pipeline.site import bank
+from pipeline.source import fit as fits
+from pipeline.source.holdout import score
+from pipeline.source.sampler import FitError
+from pipeline.stats import metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from pipeline.site import SiteMethod
-    from pipeline.source import SourceMethod
+    from pipeline.site.contract import SiteMethod
+    from pipeline.source.contract import SourceMethod
     from pipeline.types import Features
 
 METRIC, WORST = "online_hter", "worst_held_out_hter"
@@ -71,12 +72,16 @@ def search(
 
     def trial(settings: dict[str, object]) -> None:
         torch.set_num_threads(1)
-        for rung, hter in enumerate(replay(parse(text, "search"), settings, ray.get(data), model_path=model_path)):
+        for rung, hter in enumerate(
+            replay(parse(text, "search"), settings, ray.get(data), model_path=model_path)
+        ):
             tune.report({METRIC: hter, "rung": rung + 1})
 
     share = config.cluster.cpus / config.search.concurrent / 2
     with tempfile.TemporaryDirectory() as storage:
-        return _tuned(config.search, trial, space, metric=METRIC, share=share, storage=storage, on_progress=on_progress)
+        return _tuned(
+            config.search, trial, space, metric=METRIC, share=share, storage=storage, on_progress=on_progress
+        )
 
 
 def search_source(
@@ -93,12 +98,17 @@ def search_source(
 
     def trial(settings: dict[str, object]) -> None:
         TorchTrainer(
-            held_out, train_loop_config={**given, "settings": settings},
-            scaling_config=ray.train.ScalingConfig(num_workers=1, use_gpu=config.cluster.train_gpu,
-                                                   resources_per_worker={"CPU": SHARE}),
-            run_config=ray.train.RunConfig(name=f"trial-{tune.get_context().get_trial_id()}", storage_path=str(storage),
-                                           callbacks=[TuneReportCallback()]),
-        ).fit()  # fmt: skip
+            held_out,
+            train_loop_config={**given, "settings": settings},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=1, use_gpu=config.cluster.train_gpu, resources_per_worker={"CPU": SHARE}
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"trial-{tune.get_context().get_trial_id()}",
+                storage_path=str(storage),
+                callbacks=[TuneReportCallback()],
+            ),
+        ).fit()
 
     storage.mkdir(parents=True, exist_ok=True)
     space = {name: _dimension(d) for name, d in config.search.source.items()}
@@ -106,7 +116,9 @@ def search_source(
     search = config.search.model_copy(
         update={"concurrent": min(config.search.concurrent, int(config.cluster.cpus / 2 / SHARE))}
     )
-    return _tuned(search, trial, space, metric=WORST, share=SHARE, storage=str(storage), on_progress=on_progress)
+    return _tuned(
+        search, trial, space, metric=WORST, share=SHARE, storage=str(storage), on_progress=on_progress
+    )
 
 
 def held_out(given: dict[str, object]) -> None:
@@ -115,7 +127,9 @@ def held_out(given: dict[str, object]) -> None:
     torch.set_num_threads(max(1, config.cluster.cpus // config.search.concurrent))
     own = config.source.model_dump()
     settings = cast("dict[str, object]", given["settings"])
-    method = cast("SourceMethod", method_config("source", str(own["kind"])).model_validate({**own, **settings}))
+    method = cast(
+        "SourceMethod", method_config("source", str(own["kind"])).model_validate({**own, **settings})
+    )
     corpora = [read_corpus(Path(p), ("train", "val")) for p in cast("list[str]", given["corpora"])]
     task = fits.Task(method, config.model, config.data.size)
     tested = [
@@ -133,23 +147,37 @@ def held_out(given: dict[str, object]) -> None:
             fits.advance(state, part, until=method.steps * (rung + 1) // config.search.rungs)
             seen = score(fits.finish(task, state.objective, part), held, "val")
             hters[held.domain] = metrics.hter(seen.logit[:, 0, 0], seen.label, 0.0)
-        ray.train.report({WORST: max(hters.values()), "rung": rung + 1, **{f"hter_{d}": h for d, h in hters.items()}})
+        ray.train.report(
+            {WORST: max(hters.values()), "rung": rung + 1, **{f"hter_{d}": h for d, h in hters.items()}}
+        )
 
 
 def _tuned(
-    search: SearchConfig, trial: Callable[[dict[str, object]], None], space: dict[str, object], *, metric: str,
-    share: float, storage: str, on_progress: Callable[[int, int], None],
-) -> list[Trial]:  # fmt: skip
+    search: SearchConfig,
+    trial: Callable[[dict[str, object]], None],
+    space: dict[str, object],
+    *,
+    metric: str,
+    share: float,
+    storage: str,
+    on_progress: Callable[[int, int], None],
+) -> list[Trial]:
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": share}),
         param_space=space,
         tune_config=tune.TuneConfig(
-            metric=metric, mode="min", num_samples=search.samples, max_concurrent_trials=search.concurrent,
-            scheduler=_asha(search), search_alg=BasicVariantGenerator(random_state=search.seed),
+            metric=metric,
+            mode="min",
+            num_samples=search.samples,
+            max_concurrent_trials=search.concurrent,
+            scheduler=_asha(search),
+            search_alg=BasicVariantGenerator(random_state=search.seed),
             reuse_actors=metric == METRIC,
         ),
-        run_config=tune.RunConfig(storage_path=storage, verbose=0, callbacks=[_Counted(on_progress, search.samples)]),
-    )  # fmt: skip
+        run_config=tune.RunConfig(
+            storage_path=storage, verbose=0, callbacks=[_Counted(on_progress, search.samples)]
+        ),
+    )
     with contextlib.redirect_stdout(io.StringIO()):  # Tune prints tables whatever its verbosity
         results = tuner.fit()
     if results.errors:
@@ -157,7 +185,9 @@ def _tuned(
             f"search: every trial must end; one did not: {' '.join(str(results.errors[0]).split())[-300:]}"
         )
     trials = [
-        Trial(dict(r.config or {}), float(r.metrics[metric]), int(r.metrics["rung"])) for r in results if r.metrics
+        Trial(dict(r.config or {}), float(r.metrics[metric]), int(r.metrics["rung"]))
+        for r in results
+        if r.metrics
     ]
     return sorted(trials, key=lambda t: (-t.rungs, t.hter))
 
@@ -174,7 +204,9 @@ def replay(
     rungs = config.search.rungs
     for rung in range(rungs):
         parts = [_part(s.features, rung, rungs) for s in streams]
-        states, traces = bank.run(method, model.tail, states, parts, batch=config.bank.batch, slots=len(streams))
+        states, traces = bank.run(
+            method, model.tail, states, parts, batch=config.bank.batch, slots=len(streams)
+        )
         for k, trace in enumerate(traces):
             scores[k].append(trace.score.numpy())
         yield _mean_hter(streams, scores, model.manifest.threshold)
@@ -204,7 +236,9 @@ def _dimension(d: Choice | LogUniform | object) -> object:
 
 
 def _asha(search: SearchConfig) -> ASHAScheduler:
-    return ASHAScheduler(time_attr="rung", max_t=search.rungs, grace_period=1, reduction_factor=search.reduction)
+    return ASHAScheduler(
+        time_attr="rung", max_t=search.rungs, grace_period=1, reduction_factor=search.reduction
+    )
 
 
 def _nobody(done: int, total: int) -> None:

@@ -16,31 +16,53 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from pipeline import fit as fits
-from pipeline import online
-from pipeline.calibrate import calibrated
 from pipeline.cluster.bench import CODE, code_of, store
 from pipeline.cluster.prepare import Given, SourceJob, prepare, read_prepared
 from pipeline.cluster.train import started
 from pipeline.config import method_config
 from pipeline.data.corpus import read_corpus, read_manifest
-from pipeline.holdout import read_stored
 from pipeline.models import ModelConfig, checkpoint
-from pipeline.online import Course, Rates
+from pipeline.site import online
+from pipeline.site.online import Course, Rates
+from pipeline.source import fit as fits
+from pipeline.source.calibrate import calibrated
+from pipeline.source.holdout import read_stored
 from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from pipeline.site import Params, SiteMethod
-    from pipeline.source import SourceMethod
+    from pipeline.site.contract import Params, SiteMethod
+    from pipeline.source.contract import SourceMethod
 
 POLL = 0.5  # seconds between looks at what is done
-STREAMS = ("data/scenarios.py", "data/rig.py", "data/render.py", "data/heads.py", "data/decode.py", "data/captures.py",
-           "data/rows.py", "cluster/prepare.py", "cluster/ingest.py", "cluster/featurise.py", "site/*.py", "shift.py",
-           "reservoir.py", "trust.py", "bank.py")  # fmt: skip
-METHODS = ("online.py", "metrics.py", "bank.py", "shift.py", "reservoir.py", "trust.py", "site/__init__.py",
-           "cluster/streams.py")  # fmt: skip
+STREAMS = (
+    "data/scenarios.py",
+    "data/rig.py",
+    "data/render.py",
+    "data/heads.py",
+    "data/decode.py",
+    "data/captures.py",
+    "data/rows.py",
+    "cluster/prepare.py",
+    "cluster/ingest.py",
+    "cluster/featurise.py",
+    "site/*.py",
+    "shift.py",
+    "reservoir.py",
+    "trust.py",
+    "bank.py",
+)
+METHODS = (
+    "online.py",
+    "metrics.py",
+    "bank.py",
+    "shift.py",
+    "reservoir.py",
+    "trust.py",
+    "site/__init__.py",
+    "cluster/streams.py",
+)
 FILLS = ("zero-fill", "zero-fill, own thresholds", "mean-fill", "substitute", "substitute + enhance")
 SHUT = -30.0  # of a gate through which nothing comes
 
@@ -68,15 +90,22 @@ def run_sources(
 ) -> dict[SourceJob, Source]:
     """Fit and prepare what is not stored yet. The adaptive attacker holds the next seed's model; of one seed, the same."""
     models = {job: Path(given.place) / "sources" / _name(job.name, _source_key(job, given)) for job in jobs}
-    made = {job: Source(model, model / f"streams-{_streams_key(job, given)}.npz") for job, model in models.items()}
+    made = {
+        job: Source(model, model / f"streams-{_streams_key(job, given)}.npz") for job, model in models.items()
+    }
     whole = [job for job in jobs if job.target is None]
     rival = {job: models[whole[(i + 1) % len(whole)]] for i, job in enumerate(whole)}
     fit = [(job, given, str(s.model)) for job, s in made.items() if not (s.model / "manifest.json").exists()]
     failed = _all(_fit, fit, lambda done: on_progress(len(jobs) - len(fit) + done, 2 * len(jobs)))
-    left = [(job, given, str(s.model), str(rival.get(job, s.model)), str(s.streams)) for job, s in made.items()
-            if not s.streams.exists()]  # fmt: skip
+    left = [
+        (job, given, str(s.model), str(rival.get(job, s.model)), str(s.streams))
+        for job, s in made.items()
+        if not s.streams.exists()
+    ]
     failed += (
-        [] if failed else _all(prepare, left, lambda done: on_progress(2 * len(jobs) - len(left) + done, 2 * len(jobs)))
+        []
+        if failed
+        else _all(prepare, left, lambda done: on_progress(2 * len(jobs) - len(left) + done, 2 * len(jobs)))
     )
     if failed:
         raise ValueError(f"bench site: a source model or its streams: {failed[0]}")
@@ -92,8 +121,10 @@ def run_methods(
     on_progress: Callable[[int, int], None],
 ) -> dict[MethodJob, Path]:
     """Run what is not stored yet → each job's result file; one whose task failed has none."""
-    paths = {job: Path(given.place) / "courses" / f"{_name(job.name, _method_key(job, sources[job.source]))}.npz"
-             for job in jobs}  # fmt: skip
+    paths = {
+        job: Path(given.place) / "courses" / f"{_name(job.name, _method_key(job, sources[job.source]))}.npz"
+        for job in jobs
+    }
     missing = [job for job in dict.fromkeys(jobs) if not paths[job].exists()]
     calls = [(job, given, *map(str, sources[job.source]), str(paths[job])) for job in missing]
     _all(_adapt, calls, lambda done: on_progress(len(jobs) - len(missing) + done, len(jobs)))
@@ -111,8 +142,15 @@ def _courses(arrays: dict[str, np.ndarray]) -> dict[str, Course]:
         facts = json.loads(str(arrays[f"{name}.facts"]))
         online_, after, probe = (Rates(*r) if r else None for r in facts["rates"])
         assert online_ and after
-        found[name] = Course(arrays[f"{name}.score"], arrays[f"{name}.pseudo_label"], online_, after, probe,
-                             arrays[f"{name}.shift"], facts["stopped_after"])  # fmt: skip
+        found[name] = Course(
+            arrays[f"{name}.score"],
+            arrays[f"{name}.pseudo_label"],
+            online_,
+            after,
+            probe,
+            arrays[f"{name}.shift"],
+            facts["stopped_after"],
+        )
     return found
 
 
@@ -174,8 +212,12 @@ def _adapt(job: MethodJob, given: Given, model: str, streams: str, path: str) ->
     arrays: dict[str, np.ndarray] = {}
     for name, c in courses.items():
         facts = {"rates": [c.online, c.source_after, c.probe_after], "stopped_after": c.stopped_after}
-        arrays |= {f"{name}.score": c.score, f"{name}.pseudo_label": c.pseudo_label, f"{name}.shift": c.shift,
-                   f"{name}.facts": np.array(json.dumps(facts))}  # fmt: skip
+        arrays |= {
+            f"{name}.score": c.score,
+            f"{name}.pseudo_label": c.pseudo_label,
+            f"{name}.shift": c.shift,
+            f"{name}.facts": np.array(json.dumps(facts)),
+        }
     write_atomic(Path(path), lambda tmp: store(tmp, arrays))
 
 

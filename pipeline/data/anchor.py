@@ -37,11 +37,15 @@ class AnchorSet:
     species: tuple[str, ...]  # [N] PAI species
     key: Tensor | None = None  # [N, 32] uint8, sha256 of a sample's frames: the same sample under every trunk
     trunk: str = ""  # digest of the trunk that made z
-    corpora: dict[str, str] = field(default_factory=dict)  # domain → digest of the corpus that the samples are from
+    corpora: dict[str, str] = field(
+        default_factory=dict
+    )  # domain → digest of the corpus that the samples are from
 
     def replayed(self) -> tuple[tuple[str, ...], Tensor]:
         """Names of the missing-modality patterns and what each leaves present: [P, N, M] bool."""
-        keep = torch.tensor([[bool(mask >> m & 1) for m in range(self.present.shape[1])] for mask in PATTERNS.values()])
+        keep = torch.tensor(
+            [[bool(mask >> m & 1) for m in range(self.present.shape[1])] for mask in PATTERNS.values()]
+        )
         return tuple(PATTERNS), self.present & keep[:, None, :]
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -76,7 +80,9 @@ def flaws(anchor: AnchorSet, trained: Collection[bytes] | None) -> Flaws:
         errors.append("features that are not finite: every candidate would be held")
     keys, label = anchor.keys(), anchor.label.numpy()
     if not keys:
-        warnings.append("sealed without item keys by an earlier version: not checked against the training corpora")
+        warnings.append(
+            "sealed without item keys by an earlier version: not checked against the training corpora"
+        )
     elif trained is None:
         warnings.append("the training corpora are not there: not checked against them")
     elif shared := sum(k in trained for k in keys):
@@ -103,7 +109,12 @@ def seal(root: Place, anchor: AnchorSet) -> str:
     """Store ``anchor`` → its digest, the same for the same content; the ledger pins it."""
     names = sorted(set(anchor.species))
     index = torch.tensor([names.index(s) for s in anchor.species])
-    tensors = {"z": anchor.z.half(), "present": anchor.present, "label": anchor.label, "species": index.to(torch.int32)}
+    tensors = {
+        "z": anchor.z.half(),
+        "present": anchor.present,
+        "label": anchor.label,
+        "species": index.to(torch.int32),
+    }
     if anchor.key is not None:
         about = json.dumps({"trunk": anchor.trunk, "corpora": anchor.corpora}, sort_keys=True)
         tensors |= {"key": anchor.key, "about": _text(about)}
@@ -117,11 +128,15 @@ def open_sealed(root: Place, digest: str) -> AnchorSet:
     except BadBlob as e:
         raise type(e)(f"anchor set {e}, or make it anew with `palisade anchor seal`") from None
     if not TENSORS <= set(t) <= TENSORS | LATER:
-        raise BadBlob(f"anchor set {digest[:12]}: holds {sorted(t)}, not an anchor set; run `palisade anchor seal`")
+        raise BadBlob(
+            f"anchor set {digest[:12]}: holds {sorted(t)}, not an anchor set; run `palisade anchor seal`"
+        )
     names = json.loads(_read(t["names"]))
     about = json.loads(_read(t["about"])) if "about" in t else {"trunk": "", "corpora": {}}
     species = tuple(names[i] for i in t["species"].tolist())
-    return AnchorSet(t["z"].float(), t["present"], t["label"], species, t.get("key"), about["trunk"], about["corpora"])
+    return AnchorSet(
+        t["z"].float(), t["present"], t["label"], species, t.get("key"), about["trunk"], about["corpora"]
+    )
 
 
 def _text(text: str) -> Tensor:

@@ -66,7 +66,9 @@ def invert_depth(frames: Tensor, generator: Generator) -> Tensor:
     """Exchange near and far in some samples: the polarity of a sensor's depth is not known."""
     flip = torch.rand(frames.shape[0], 1, 1, generator=generator) < INVERT_SHARE
     depth = frames[:, DEPTH]
-    return torch.cat([frames[:, :DEPTH], torch.where(flip, 1 - depth, depth)[:, None], frames[:, DEPTH + 1 :]], dim=1)
+    return torch.cat(
+        [frames[:, :DEPTH], torch.where(flip, 1 - depth, depth)[:, None], frames[:, DEPTH + 1 :]], dim=1
+    )
 
 
 def sense(frames: Tensor, generator: Generator) -> Tensor:

@@ -49,7 +49,9 @@ def verified(path: Place, digest: str) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise MissingBlob(f"{path}: missing, though a record points to it; restore it from a backup") from None
+        raise MissingBlob(
+            f"{path}: missing, though a record points to it; restore it from a backup"
+        ) from None
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
         raise BadBlob(

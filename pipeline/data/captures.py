@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.rows import BadRow, Capture, judged, shown, text, values
-from pipeline.data.untrusted import BadParquet, Limits, check_footer, read_table
+from pipeline.data.parquet.rows import BadRow, Capture, judged, shown, text, values
+from pipeline.data.parquet.untrusted import BadParquet, Limits, check_footer, read_table
 from pipeline.storage import Remote, write_atomic
 from pipeline.types import Label, check_site_id
 
@@ -177,14 +177,18 @@ def _add_objects(listing: Listing, root: Remote) -> None:
             rejected[" ".join(str(e).split())[:300]] = None
             continue
         if len(below) != 1:
-            rejected[f"{folder}/{ascii(below[0])[1:-1][:200]}: lies deeper than <site>/segment-*.parquet"] = None
+            rejected[f"{folder}/{ascii(below[0])[1:-1][:200]}: lies deeper than <site>/segment-*.parquet"] = (
+                None
+            )
         elif not (name.startswith("segment-") and name.endswith(".parquet")):
             continue
         elif not OBJECT.fullmatch(name):
             odd = f"{folder}/{_name(found.place)[:200]}"
             rejected[f"{odd}: a segment's name has letters, digits and . _ = - only"] = None
         elif (site, name) in taken:
-            rejected[f"{folder}/{_name(found.place)}: {site} has two segments of this name, one counts"] = None
+            rejected[f"{folder}/{_name(found.place)}: {site} has two segments of this name, one counts"] = (
+                None
+            )
         else:
             taken.add((site, name))
             listing.segments.setdefault(site, []).append(found.place)
@@ -221,7 +225,9 @@ def _add_segments(listing: Listing, site: str, folder: os.DirEntry[str], root: P
         if entry.is_symlink() and not _inside(path, root):
             listing.rejected.append(f"{folder.name}/{_name(path)}: is a link out of the captures folder")
         elif entry.name in names:
-            listing.rejected.append(f"{folder.name}/{_name(path)}: {site} has two segments of this name, one counts")
+            listing.rejected.append(
+                f"{folder.name}/{_name(path)}: {site} has two segments of this name, one counts"
+            )
         else:
             kept.append(path)
 

@@ -107,7 +107,9 @@ def write_corpus(
     A repeated sample id, and bytes that another split already has, go to quarantine: the split read first keeps them.
     """
     if not DOMAIN.fullmatch(domain):
-        raise CorpusError(f"domain {domain!r}: allowed are 1-63 of A-Z a-z 0-9 _ -, starting with a letter or digit")
+        raise CorpusError(
+            f"domain {domain!r}: allowed are 1-63 of A-Z a-z 0-9 _ -, starting with a letter or digit"
+        )
     if out.exists():
         raise CorpusError(f"{out}: exists; delete the folder to import {domain} again")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +132,9 @@ def read_manifest(path: Path) -> CorpusManifest:
     except (OSError, ValueError, TypeError) as e:
         raise CorpusError(f"{path}/manifest.json: damaged: {' '.join(str(e).split())[:200]}") from None
     if manifest.format != FORMAT:
-        raise CorpusError(f"{path}: corpus of format {manifest.format}, this version reads {FORMAT}; import it again")
+        raise CorpusError(
+            f"{path}: corpus of format {manifest.format}, this version reads {FORMAT}; import it again"
+        )
     return manifest
 
 
@@ -196,7 +200,9 @@ def _fill(
         _flush(split, schema)
         split.file.close()
     if not seen:
-        first = f"; the first of {len(rejected)}: {rejected[0].item}: {rejected[0].reason}" if rejected else ""
+        first = (
+            f"; the first of {len(rejected)}: {rejected[0].item}: {rejected[0].reason}" if rejected else ""
+        )
         raise CorpusError(f"{domain}: no sample could be imported{first}")
     columns = [pa.array([r[i] for r in rejected], pa.string()) for i in range(2)]
     pq.write_table(pa.table(columns, names=["item", "reason"]), work / "quarantine.parquet")
@@ -220,7 +226,12 @@ def _judged(row: Row, size: int, seen: dict[str, str], sources: dict[str, str]) 
 
 
 def _schema(size: int) -> pa.Schema:
-    fields = [("sample_id", pa.string()), ("label", pa.int8()), ("pai", pa.string()), ("subject", pa.string())]
+    fields = [
+        ("sample_id", pa.string()),
+        ("label", pa.int8()),
+        ("pai", pa.string()),
+        ("subject", pa.string()),
+    ]
     fields += [("video", pa.string()), ("present", pa.uint8()), ("frame", pa.binary(CHANNELS * size * size))]
     return pa.schema(fields)
 
@@ -257,7 +268,9 @@ def _update(digest: hashlib._Hash, table: pa.Table) -> None:
         digest.update(cells[-1])
 
 
-def _manifest(splits: dict[str, _Open], *, domain: str, kind: str, size: int, rejected: int) -> CorpusManifest:
+def _manifest(
+    splits: dict[str, _Open], *, domain: str, kind: str, size: int, rejected: int
+) -> CorpusManifest:
     digests: dict[str, str] = {s: o.digest.hexdigest() for s, o in splits.items()}
     return CorpusManifest(
         format=FORMAT,
@@ -294,6 +307,8 @@ def _frames(table: pa.Table, size: int) -> np.ndarray:
     width = CHANNELS * size * size
     parts = [np.zeros((0, CHANNELS, size, size), np.uint8)]
     for chunk in table.column("frame").chunks:
-        data = np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * width : (chunk.offset + len(chunk)) * width]
+        data = np.frombuffer(chunk.buffers()[1], np.uint8)[
+            chunk.offset * width : (chunk.offset + len(chunk)) * width
+        ]
         parts.append(data.reshape(-1, CHANNELS, size, size))
     return np.concatenate(parts)

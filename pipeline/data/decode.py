@@ -26,7 +26,9 @@ MAX_SIDE = 4096
 MAX_PIXELS = 16_800_000
 MAX_BYTES = 8 * 2**20
 MAX_EXPANSION = 200
-FREE_BYTES = 4 * 2**20  # decoded size below which expansion is harmless: a covered 720p sensor packs 1000 times
+FREE_BYTES = (
+    4 * 2**20
+)  # decoded size below which expansion is harmless: a covered 720p sensor packs 1000 times
 MAX_SCANS = 64  # cameras write about 10; each scan of a progressive JPEG costs a pass over all pixels
 NO_RETURN_8BIT = 8  # 8-bit depth is mostly JPEG, whose ringing puts 1..8 around pixels without a return
 ROBUST = (0.02, 0.98)  # share of returns below and above which depth is clipped
@@ -35,7 +37,9 @@ SPREAD = 4.0  # median absolute deviations from the median at which it is clippe
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_ANIMATION = frozenset((b"acTL", b"fcTL", b"fdAT"))
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
-PGM_HEADER = re.compile(rb"P5[ \n]([1-9][0-9]{0,4})[ \n]([1-9][0-9]{0,4})[ \n]([1-9][0-9]{0,4})[ \n]")  # no comments
+PGM_HEADER = re.compile(
+    rb"P5[ \n]([1-9][0-9]{0,4})[ \n]([1-9][0-9]{0,4})[ \n]([1-9][0-9]{0,4})[ \n]"
+)  # no comments
 SOF_ALLOWED = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive
 SOF_ALL = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 AS_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -54,7 +58,9 @@ class _Header(NamedTuple):
     bytes_per_pixel: int
 
 
-def decode(rgb: bytes | None, depth: bytes | None, ir: bytes | None, *, size: int) -> tuple[NDArray[np.uint8], int]:
+def decode(
+    rgb: bytes | None, depth: bytes | None, ir: bytes | None, *, size: int
+) -> tuple[NDArray[np.uint8], int]:
     """Decode one capture → (frame uint8 [5, size, size], present bit mask); None means that the modality is absent."""
     return frame_from_arrays(
         None if rgb is None else read_pixels(rgb, "rgb"),
@@ -69,7 +75,9 @@ def read_pixels(data: bytes, name: Name) -> np.ndarray:
     header = _checked_header(data, name)
     if data.startswith(b"P5"):
         kind = np.uint8 if header.bytes_per_pixel == 1 else np.dtype(">u2")
-        plane = np.frombuffer(data, kind, offset=len(data) - header.width * header.height * header.bytes_per_pixel)
+        plane = np.frombuffer(
+            data, kind, offset=len(data) - header.width * header.height * header.bytes_per_pixel
+        )
         return plane.reshape(header.height, header.width).astype(kind if kind is np.uint8 else np.uint16)
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), AS_RGB if name == "rgb" else AS_GREY)
@@ -225,8 +233,14 @@ def _pgm(data: bytes) -> _Header:
 
 
 def _check_plane(plane: np.ndarray, name: Name) -> None:
-    if plane.ndim != 2 or not plane.size or not (plane.dtype in (np.uint8, np.uint16) or plane.dtype.kind == "f"):
-        raise BadImage(f"{name}: array is {plane.dtype}{list(plane.shape)}, allowed uint8, uint16 or float [H, W]")
+    if (
+        plane.ndim != 2
+        or not plane.size
+        or not (plane.dtype in (np.uint8, np.uint16) or plane.dtype.kind == "f")
+    ):
+        raise BadImage(
+            f"{name}: array is {plane.dtype}{list(plane.shape)}, allowed uint8, uint16 or float [H, W]"
+        )
     if plane.dtype.kind == "f" and not np.isfinite(plane).all():
         raise BadImage(f"{name}: values are not finite")
 

@@ -28,9 +28,13 @@ M = len(Modality)
 DIGEST = 32  # bytes of a sha256
 NAME = re.compile(r"([0-9]+)-([0-9]+)\.parquet")
 COLUMNS: dict[str, pa.DataType | None] = {
-    "offset": pa.int64(), "sample_id": pa.string(), "captured_at": pa.timestamp("us", tz="UTC"), "session": pa.int64(),
-    "present": pa.uint8(), "z": None,
-}  # fmt: skip  # the width of z is the trunk's
+    "offset": pa.int64(),
+    "sample_id": pa.string(),
+    "captured_at": pa.timestamp("us", tz="UTC"),
+    "session": pa.int64(),
+    "present": pa.uint8(),
+    "z": None,
+}  # the width of z is the trunk's
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,9 @@ def read_features(root: Place, trunk: str, site: str, *, start: int, end: int, f
     for path, (first, last) in sorted(_ranges(_folder(root, trunk, site))):
         if last > start and first < end:
             blocks.append(_read(path, features))
-    block = FeatureBlock(*(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__))
+    block = FeatureBlock(
+        *(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__)
+    )
     order = np.argsort(block.offset, kind="stable")
     return block.rows(order[(block.offset[order] >= start) & (block.offset[order] < end)])
 
@@ -151,7 +157,9 @@ def _read(path: Place, features: int) -> FeatureBlock:
                 f"this trunk's features need {wanted}; ingest again"
             )
     column = columns["z"]
-    z = np.frombuffer(column.buffers()[1], np.float16, count=len(column) * M * features, offset=column.offset * width)
+    z = np.frombuffer(
+        column.buffers()[1], np.float16, count=len(column) * M * features, offset=column.offset * width
+    )
     return FeatureBlock(
         offset=columns["offset"].to_numpy(),
         sample_id=np.asarray(columns["sample_id"].to_pylist(), dtype=object),

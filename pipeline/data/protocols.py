@@ -26,10 +26,16 @@ PATTERNS: dict[str, int] = {  # modalities that are left
     "no-depth-ir": 1 << Modality.RGB,
     "no-rgb": FULL & ~(1 << Modality.RGB),
 }
-CHANNELS: dict[Modality, slice] = {Modality.RGB: slice(0, 3), Modality.DEPTH: slice(3, 4), Modality.IR: slice(4, 5)}
+CHANNELS: dict[Modality, slice] = {
+    Modality.RGB: slice(0, 3),
+    Modality.DEPTH: slice(3, 4),
+    Modality.IR: slice(4, 5),
+}
 
 
-INSTRUMENTS: tuple[tuple[str, str], ...] = (  # pattern of a set's own species name → kind of attack instrument
+INSTRUMENTS: tuple[
+    tuple[str, str], ...
+] = (  # pattern of a set's own species name → kind of attack instrument
     (r"cloth_.*|print|print_flat|print_bent|paper|m502..", "print"),
     (r"0[1-6]_(e|en|enm)_[sb]|print_cutout|partial_eyes", "cut-out print"),
     (r"screen|replay", "replay"),
@@ -41,7 +47,7 @@ INSTRUMENTS: tuple[tuple[str, str], ...] = (  # pattern of a set's own species n
     (r"glasses|partial_glasses|m50[18]..", "glasses"),
     (r"makeup|m506..", "make-up"),
     (r"tattoo|m509..", "tattoo"),
-)  # fmt: skip
+)
 
 
 class Protocol(NamedTuple):
@@ -124,7 +130,9 @@ def blanked(frame: NDArray[np.uint8], present: NDArray[np.uint8]) -> NDArray[np.
 
 def _ordered(domains: Sequence[str], *, at_least: int) -> tuple[str, ...]:
     if len(set(domains)) != len(domains) or len(domains) < at_least:
-        raise ValueError(f"domains {', '.join(domains) or 'none'}: at least {at_least} different ones are needed")
+        raise ValueError(
+            f"domains {', '.join(domains) or 'none'}: at least {at_least} different ones are needed"
+        )
     return tuple(sorted(domains))
 
 

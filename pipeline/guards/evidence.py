@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.guards.reason import Measured
 from pipeline.guards.stream import Stream
-from pipeline.metrics import BONA_FIDE, MIN_SPECIES, merge_small
+from pipeline.stats.metrics import BONA_FIDE, MIN_SPECIES, merge_small
 from pipeline.types import Section
 
 if TYPE_CHECKING:
@@ -46,17 +46,33 @@ class Evidence(Section):
     holds_before: int = 0  # holds in a row before this one
     merged: tuple[str, ...] = ()  # species counted together as "other"
     labels: str = "anchor"  # where the attack labels come from
-    rig: tuple[str, ...] = ()  # modalities that the site has; empty = unknown, every pattern shows what it leaves
+    rig: tuple[
+        str, ...
+    ] = ()  # modalities that the site has; empty = unknown, every pattern shows what it leaves
     unseen: tuple[str, ...] = ()  # patterns that leave nothing of the rig: no guard applies to them
     stream: Stream = Stream()  # of the site, without labels
 
 
 def evidence_of(
-    candidate: ArrayLike, stable: ArrayLike, label: ArrayLike, species: Sequence[str], patterns: Sequence[str],
-    threshold: float, *, trust_ratio: float, stream_n: int, age_seconds: float, stable_threshold: float | None = None,
-    stream_finite: bool = True, valid: ArrayLike | None = None, holds_before: int = 0, merge_below: int = MIN_SPECIES,
-    rig: Sequence[str] = (), unseen: Sequence[str] = (), stream: Stream | None = None,
-) -> Evidence:  # fmt: skip
+    candidate: ArrayLike,
+    stable: ArrayLike,
+    label: ArrayLike,
+    species: Sequence[str],
+    patterns: Sequence[str],
+    threshold: float,
+    *,
+    trust_ratio: float,
+    stream_n: int,
+    age_seconds: float,
+    stable_threshold: float | None = None,
+    stream_finite: bool = True,
+    valid: ArrayLike | None = None,
+    holds_before: int = 0,
+    merge_below: int = MIN_SPECIES,
+    rig: Sequence[str] = (),
+    unseen: Sequence[str] = (),
+    stream: Stream | None = None,
+) -> Evidence:
     """Count the anchor scores [P, N] of candidate and champion; label and species are per anchor item [N].
 
     ``valid`` [P, N] leaves out items that a pattern cannot show. A score that is not finite clears ``finite``.
@@ -70,21 +86,38 @@ def evidence_of(
     names, member, merged = _groups(y.tobytes(), tuple(species), merge_below)
     good_c, good_s = np.isfinite(c), np.isfinite(s)
     wrong_c = ((c >= threshold) != (y == BONA_FIDE)) | ~good_c
-    wrong_s = ((s >= (threshold if stable_threshold is None else stable_threshold)) != (y == BONA_FIDE)) | ~good_s
+    wrong_s = (
+        (s >= (threshold if stable_threshold is None else stable_threshold)) != (y == BONA_FIDE)
+    ) | ~good_s
     flags = np.stack([ok, wrong_c & ok, wrong_c & ~wrong_s & ok, wrong_s & ~wrong_c & ok])
-    n, errors, worse, better = np.rint(flags.astype(np.float64) @ member).astype(int).tolist()  # each [P][species]
+    n, errors, worse, better = (
+        np.rint(flags.astype(np.float64) @ member).astype(int).tolist()
+    )  # each [P][species]
     finite = bool(stream_finite and (good_c & good_s | ~ok).all())
     return Evidence(
-        cells=tuple(Cell(pattern=p, species=j, n=n[i][k], errors=errors[i][k], worse=worse[i][k], better=better[i][k])
-                    for i, p in enumerate(patterns) for k, j in enumerate(names) if n[i][k]),
-        trust_ratio=float(trust_ratio), margin_drop=_margin_drop(c, s, ok, member[:, 1:]) if finite else None,
-        stream_n=int(stream_n), age_seconds=float(age_seconds), finite=finite, holds_before=holds_before, merged=merged,
-        rig=tuple(rig), unseen=tuple(unseen), stream=stream or Stream(),
-    )  # fmt: skip
+        cells=tuple(
+            Cell(pattern=p, species=j, n=n[i][k], errors=errors[i][k], worse=worse[i][k], better=better[i][k])
+            for i, p in enumerate(patterns)
+            for k, j in enumerate(names)
+            if n[i][k]
+        ),
+        trust_ratio=float(trust_ratio),
+        margin_drop=_margin_drop(c, s, ok, member[:, 1:]) if finite else None,
+        stream_n=int(stream_n),
+        age_seconds=float(age_seconds),
+        finite=finite,
+        holds_before=holds_before,
+        merged=merged,
+        rig=tuple(rig),
+        unseen=tuple(unseen),
+        stream=stream or Stream(),
+    )
 
 
 @lru_cache(maxsize=8)  # the anchor set is the same for all candidates of a shard
-def _groups(label: bytes, species: tuple[str, ...], merge_below: int) -> tuple[list[str], Floats, tuple[str, ...]]:
+def _groups(
+    label: bytes, species: tuple[str, ...], merge_below: int
+) -> tuple[list[str], Floats, tuple[str, ...]]:
     y = np.frombuffer(label, np.int8)
     merged_names, merged = merge_small(species, y, merge_below)
     attacks = [str(a) for a in np.unique(merged_names[y != BONA_FIDE])]

@@ -1,6 +1,6 @@
 """Guards over the whole fleet: promoted sites since their promotion, control sites, and the error budget. Pure, vectorised.
 
-Everything is a count, looked at as often as one likes: the tests are e-processes (``pipeline.sequential``). Of a healthy
+Everything is a count, looked at as often as one likes: the tests are e-processes (``pipeline.stats.sequential``). Of a healthy
 wave, one whose sites keep to ``shadow.apcer`` and are not more often worse than better than their way back, at most
 ``shadow.alpha`` are ever stopped: RATE of it by the rate, the rest by the pairs, both on the sites' e-values merged as is
 best where FEW of them are bad (``sequential.merge_few``). A single bad site shows in that late; ``alpha_site`` takes it back by
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline import sequential
 from pipeline.guards.reason import Reason
+from pipeline.stats import sequential
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -112,8 +112,9 @@ def compare(
     rows: list[tuple[str, str]] = [(rate[0], name) for rate in rates for name in names]
     x, n, y, m = (
         np.concatenate([_sum(group, getattr(group, columns[k]), strata, names) for columns in rates])
-        for group in (treated, controls) for k in (1, 2)
-    )  # fmt: skip
+        for group in (treated, controls)
+        for k in (1, 2)
+    )
     log_e = sequential.two_sample_e(x, n, y, m)
     found: list[Reason] = []
     for i in map(int, sequential.e_bh(log_e, limits.controls.fdr)):
@@ -122,8 +123,17 @@ def compare(
             f"{what} in stratum {name}: {x[i]:.0f} of {n[i]:.0f} at promoted sites, {y[i]:.0f} of {m[i]:.0f} at control sites: "
             f"e-value {_e(float(log_e[i])):.3g}, false findings at most {limits.controls.fdr:.1%}"
         )
-        found.append(Reason(guard="controls", call="fail", where=name, number=_e(float(log_e[i])), limit=limits.controls.fdr,
-                            text=text, advisory=limits.controls.advisory))  # fmt: skip
+        found.append(
+            Reason(
+                guard="controls",
+                call="fail",
+                where=name,
+                number=_e(float(log_e[i])),
+                limit=limits.controls.fdr,
+                text=text,
+                advisory=limits.controls.advisory,
+            )
+        )
     return tuple(found)
 
 
@@ -137,7 +147,11 @@ def budget(limits: GuardsConfig, errors: ArrayLike, total: ArrayLike) -> tuple[R
     e, n = (np.asarray(x, np.float64) for x in (errors, total))
     found: list[Reason] = []
     for hours, burn in ((1, rule.hour), (6, rule.six_hours)):
-        bad, seen, rate = float(e[-hours:].sum()), float(n[-hours:].sum()), burn * MONTH / hours * rule.allowed
+        bad, seen, rate = (
+            float(e[-hours:].sum()),
+            float(n[-hours:].sum()),
+            burn * MONTH / hours * rule.allowed,
+        )
         if rate >= 1 or not seen or sequential.bernoulli_e(bad, seen, rate) < -np.log(rule.alpha):
             continue
         burnt = bad / seen * hours / (MONTH * rule.allowed)
@@ -145,8 +159,17 @@ def budget(limits: GuardsConfig, errors: ArrayLike, total: ArrayLike) -> tuple[R
             f"{bad:.0f} of {seen:.0f} presentations went wrong in {hours} h: {burnt:.1%} of the month's error budget, "
             f"limit {burn:.1%}"
         )
-        found.append(Reason(guard="budget", call="hold", where="fleet", number=burnt, limit=burn, text=text,
-                            advisory=rule.advisory))  # fmt: skip
+        found.append(
+            Reason(
+                guard="budget",
+                call="hold",
+                where="fleet",
+                number=burnt,
+                limit=burn,
+                text=text,
+                advisory=rule.advisory,
+            )
+        )
     return tuple(found)
 
 
@@ -169,7 +192,9 @@ def _beyond(errors: Counts, n: Counts, limit: float, alpha: float) -> list[int]:
 
 def _rate(what: str, site: str, errors: int, n: int, limit: float, alpha: float) -> Reason:
     lower = float(sequential.bernoulli_cs(errors, n, alpha)[0])
-    text = f"{what} of {site} {errors} of {n}, lower bound {lower:.2%} at alpha {alpha:.2g}, limit {limit:.2%}"
+    text = (
+        f"{what} of {site} {errors} of {n}, lower bound {lower:.2%} at alpha {alpha:.2g}, limit {limit:.2%}"
+    )
     return Reason(guard="ceiling", call="fail", where=site, number=lower, limit=limit, text=text)
 
 

@@ -33,7 +33,9 @@ class NonInferiority(Section):
     worst_species: float = Field(default=0.01, gt=0, le=1)
     bona_fide: float = Field(default=0.01, gt=0, le=1)
     patterns: tuple[str, ...] = Field(default=(), description="patterns it applies to; empty = all")
-    under_resolved: Literal["floor", "hold"] = Field(default="floor", description="cells too small for the margin")
+    under_resolved: Literal["floor", "hold"] = Field(
+        default="floor", description="cells too small for the margin"
+    )
 
 
 class TrustRegion(Section):
@@ -41,7 +43,9 @@ class TrustRegion(Section):
 
     advisory: bool = False
     rho: float = Field(default=0.1, gt=0, description="|theta_c - theta_0| / |theta_0|")
-    margin: float = Field(default=0.5, gt=0, description="fall of the mean attack margin of any species, logits")
+    margin: float = Field(
+        default=0.5, gt=0, description="fall of the mean attack margin of any species, logits"
+    )
 
 
 class NoData(Section):
@@ -59,9 +63,14 @@ class Shadow(Section):
     advisory: bool = False
     apcer: float = Field(default=0.02, gt=0, lt=1, description="APCER that is no reason to stop")
     alpha: float = Field(
-        default=0.002, gt=0, lt=1, description="healthy waves that may be stopped; five waves: 1 % of healthy releases"
+        default=0.002,
+        gt=0,
+        lt=1,
+        description="healthy waves that may be stopped; five waves: 1 % of healthy releases",
     )
-    alpha_site: float = Field(default=0.001, gt=0, lt=1, description="healthy sites that may be taken back, ever")
+    alpha_site: float = Field(
+        default=0.001, gt=0, lt=1, description="healthy sites that may be taken back, ever"
+    )
 
 
 class Risk(Section):
@@ -69,7 +78,9 @@ class Risk(Section):
 
     advisory: bool = True  # a shifted site is less certain than the source is at home: to be set per fleet
     epsilon: float = Field(default=0.02, ge=0, lt=1, description="how much higher its lower bound may be")
-    alpha: float = Field(default=0.01, gt=0, lt=1, description="false alarms per window, both bounds together")
+    alpha: float = Field(
+        default=0.01, gt=0, lt=1, description="false alarms per window, both bounds together"
+    )
 
 
 class Drift(Section):
@@ -93,7 +104,9 @@ class Influence(Section):
 
     advisory: bool = False
     per_session: int = Field(default=2, ge=1, description="samples of one session that may teach")
-    share: float = Field(default=0.05, gt=0, le=1, description="of a window's teaching samples from one session")
+    share: float = Field(
+        default=0.05, gt=0, le=1, description="of a window's teaching samples from one session"
+    )
     sessions: int = Field(default=20, ge=0, description="sessions that a window with an update needs")
 
 
@@ -101,8 +114,12 @@ class Labels(Section):
     """Guard ``labels``: what the site learned from may not be one class, nor be disputed."""
 
     advisory: bool = False
-    bona_fide: float = Field(default=0.99, gt=0, le=1, description="share of pseudo labels that may be bona fide")
-    disagreement: float = Field(default=0.07, ge=0, description="nats between the heads on a sample that taught")
+    bona_fide: float = Field(
+        default=0.99, gt=0, le=1, description="share of pseudo labels that may be bona fide"
+    )
+    disagreement: float = Field(
+        default=0.07, ge=0, description="nats between the heads on a sample that taught"
+    )
     minimum: int = Field(default=50, ge=1, description="pseudo labels before their shares are judged")
 
 
@@ -120,8 +137,12 @@ class Collapse(Section):
     advisory: bool = False
     share: float = Field(default=0.99, gt=0.5, le=1, description="of the last calls that may be of one class")
     calls: int = Field(default=200, ge=1, description="newest calls it looks at; fewer are not judged")
-    prior: float = Field(default=0.02, ge=0, le=1, description="least gap to the champion's share: an untypical prior")
-    flips: float = Field(default=0.5, gt=0, le=1, description="of the window's calls that may change either way")
+    prior: float = Field(
+        default=0.02, ge=0, le=1, description="least gap to the champion's share: an untypical prior"
+    )
+    flips: float = Field(
+        default=0.5, gt=0, le=1, description="of the window's calls that may change either way"
+    )
 
 
 class Expiry(Section):
@@ -144,7 +165,9 @@ class Budget(Section):
     """Guard ``budget``: errors of the fleet against what a month (30 days) allows; burning too fast freezes promotions."""
 
     advisory: bool = False
-    allowed: float = Field(default=0.01, gt=0, lt=1, description="share of a month's presentations that may go wrong")
+    allowed: float = Field(
+        default=0.01, gt=0, lt=1, description="share of a month's presentations that may go wrong"
+    )
     hour: float = Field(default=0.02, gt=0, le=1, description="of the month's budget, burnt within 1 h")
     six_hours: float = Field(default=0.10, gt=0, le=1, description="of the month's budget, burnt within 6 h")
     alpha: float = Field(default=0.001, gt=0, lt=1, description="doubt left that it burns that fast")
@@ -172,5 +195,8 @@ class GuardsConfig(Section):
 
 def of_source(limits: GuardsConfig) -> GuardsConfig:
     """``limits`` as a bare source model is judged by them: it has no stream, and no distance from itself."""
-    no_data, trust = limits.no_data.model_copy(update={"n_min": 0}), limits.trust.model_copy(update={"advisory": True})
+    no_data, trust = (
+        limits.no_data.model_copy(update={"n_min": 0}),
+        limits.trust.model_copy(update={"advisory": True}),
+    )
     return limits.model_copy(update={"no_data": no_data, "trust": trust})

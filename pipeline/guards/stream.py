@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline import sequential
 from pipeline.guards.reason import Measured
+from pipeline.stats import sequential
 from pipeline.types import Section
 
 if TYPE_CHECKING:
@@ -97,17 +97,28 @@ def stream_of(
     online = seen.score >= threshold
     ratchet = _ratchet(limits, online[first], seen.hour[first], earlier.baseline)
     return Stream(
-        sessions=len(first), sessions_before=earlier.sessions,
-        taught_bona_fide=int((seen.pseudo_label == 1).sum()), taught_attack=int((seen.pseudo_label == 0).sum()),
+        sessions=len(first),
+        sessions_before=earlier.sessions,
+        taught_bona_fide=int((seen.pseudo_label == 1).sum()),
+        taught_attack=int((seen.pseudo_label == 0).sum()),
         taught_session=int(np.bincount(place[taught], minlength=1).max()),
         taught_modalities=tuple(np.bincount(modalities, minlength=MODALITIES + 1)[1:].tolist()),
         taught_disagreement=float(seen.disagreement[taught].max()) if taught.any() else None,
-        flips_bona_fide=int((calls & ~before).sum()), flips_attack=int((before & ~calls).sum()),
-        last=len(calls[newest]), last_bona_fide=int(calls[newest].sum()), last_champion=int(before[newest].sum()),
-        **_against_source(limits, seen.score[first[seen.present[first] == usual(seen.present)]], source, threshold),
-        ratchet=ratchet, baseline=earlier.baseline, hours=_hours(online[first], seen.hour[first]),
-        born=earlier.born, age_days=earlier.age_days, steps=steps,
-    )  # fmt: skip
+        flips_bona_fide=int((calls & ~before).sum()),
+        flips_attack=int((before & ~calls).sum()),
+        last=len(calls[newest]),
+        last_bona_fide=int(calls[newest].sum()),
+        last_champion=int(before[newest].sum()),
+        **_against_source(
+            limits, seen.score[first[seen.present[first] == usual(seen.present)]], source, threshold
+        ),
+        ratchet=ratchet,
+        baseline=earlier.baseline,
+        hours=_hours(online[first], seen.hour[first]),
+        born=earlier.born,
+        age_days=earlier.age_days,
+        steps=steps,
+    )
 
 
 def usual(present: Ints) -> int:
@@ -122,7 +133,9 @@ def added(baseline: Hours, hours: Hours) -> Hours:
     return tuple((n + m, a + b) for (n, a), (m, b) in zip(baseline, hours, strict=True))
 
 
-def _against_source(limits: GuardsConfig, score: Floats, source: Floats, threshold: float) -> dict[str, float]:
+def _against_source(
+    limits: GuardsConfig, score: Floats, source: Floats, threshold: float
+) -> dict[str, float]:
     """Drift within each call, and the proxy risk: how likely a call is wrong by its own score."""
     known, called = _source(source.tobytes(), threshold, limits.risk.alpha), score >= threshold
     if known is None or not len(score):
@@ -149,7 +162,9 @@ def _source(scores: bytes, threshold: float, alpha: float) -> _Source | None:
     called = score >= threshold
     if min(called.sum(), (~called).sum()) < CALIBRATION:
         return None
-    order = np.random.Generator(np.random.PCG64(0)).permutation(len(score))  # sealed sets are sorted by species
+    order = np.random.Generator(np.random.PCG64(0)).permutation(
+        len(score)
+    )  # sealed sets are sorted by species
     doubt, shuffled = _doubt(score, called)[order], called[order]
     upper = [float(sequential.mean_cs(doubt[k], alpha)[1][-1]) for k in (shuffled, ~shuffled)]
     return _Source(np.sort(_entropy(score[called])), np.sort(1 - score[~called]), *upper)

@@ -52,7 +52,9 @@ def _influence(limits: GuardsConfig, s: Stream, n: int) -> Iterator[Reason]:
     rule, taught = limits.influence, s.taught_bona_fide + s.taught_attack
     if s.taught_session > rule.per_session:
         text = f"one session taught {s.taught_session} samples, at most {rule.per_session} are allowed"
-        yield _found("influence", "fail", "session", s.taught_session, rule.per_session, text, advisory=rule.advisory)
+        yield _found(
+            "influence", "fail", "session", s.taught_session, rule.per_session, text, advisory=rule.advisory
+        )
     share = s.taught_session / n if n else 0.0
     if s.taught_session > 1 and share > rule.share:
         text = f"one session taught {s.taught_session} of the window's {n} samples, limit {rule.share:.1%}"
@@ -92,7 +94,9 @@ def _collapse(limits: GuardsConfig, s: Stream, n: int) -> Iterator[Reason]:
                 f"{share:.1%} of the last {s.last} calls are bona fide, the champion's {champion:.1%}; at most "
                 f"{rule.share:.1%} may be of one class: reset the boundary first, everything the second time"
             )
-            yield _found("collapse", "fail", "calls", max(share, 1 - share), rule.share, text, advisory=rule.advisory)
+            yield _found(
+                "collapse", "fail", "calls", max(share, 1 - share), rule.share, text, advisory=rule.advisory
+            )
     flips = s.flips_bona_fide + s.flips_attack
     if n and flips > rule.flips * n:
         text = f"{flips} of {n} calls differ from the champion's ({s.flips_bona_fide} to bona fide), limit {rule.flips:.1%}"
@@ -109,9 +113,7 @@ def _drift(limits: GuardsConfig, s: Stream) -> Iterator[Reason]:
             yield _found("drift", "hold", what, log_e, limit, text, advisory=rule.advisory)
     known = [e for e in measured.values() if e is not None]
     if known and not shifted and s.taught_bona_fide + s.taught_attack:
-        text = (
-            f"no shift from the source distribution, so no need to adapt: log e-value {max(known):.2f} of {limit:.2f}"
-        )
+        text = f"no shift from the source distribution, so no need to adapt: log e-value {max(known):.2f} of {limit:.2f}"
         yield _found("drift", "hold", "no shift", max(known), limit, text, advisory=True)
 
 
@@ -119,9 +121,7 @@ def _risk(limits: GuardsConfig, s: Stream) -> Iterator[Reason]:
     rule = limits.risk
     if s.risk_lower is not None and s.risk_source is not None and s.risk_lower > s.risk_source + rule.epsilon:
         limit = s.risk_source + rule.epsilon
-        text = (
-            f"proxy risk is at least {s.risk_lower:.2%}, the source's at most {s.risk_source:.2%} + {rule.epsilon:.2%}"
-        )
+        text = f"proxy risk is at least {s.risk_lower:.2%}, the source's at most {s.risk_source:.2%} + {rule.epsilon:.2%}"
         yield _found("risk", "fail", "stream", s.risk_lower, limit, text, advisory=rule.advisory)
 
 
@@ -134,7 +134,9 @@ def _ratchet(limits: GuardsConfig, s: Stream) -> Iterator[Reason]:
             f"{yes} of {n} sessions are called bona fide, {usual} of {m} before, by hour of the day: log e-value "
             f"{s.ratchet:.2f}, limit {limit:.2f}; the site stays as it is"
         )
-        yield _found("ratchet", "fail", "accept rate", s.ratchet, limit, text, advisory=limits.ratchet.advisory)
+        yield _found(
+            "ratchet", "fail", "accept rate", s.ratchet, limit, text, advisory=limits.ratchet.advisory
+        )
 
 
 def _aged(rule: Expiry, s: Stream) -> Iterator[Reason]:
@@ -144,5 +146,9 @@ def _aged(rule: Expiry, s: Stream) -> Iterator[Reason]:
             yield _found("expiry", "fail", "state", number, limit, text, advisory=rule.advisory)
 
 
-def _found(guard: str, call: Call, where: str, number: float, limit: float, text: str, *, advisory: bool) -> Reason:
-    return Reason(guard=guard, call=call, where=where, number=number, limit=limit, text=text, advisory=advisory)
+def _found(
+    guard: str, call: Call, where: str, number: float, limit: float, text: str, *, advisory: bool
+) -> Reason:
+    return Reason(
+        guard=guard, call=call, where=where, number=number, limit=limit, text=text, advisory=advisory
+    )

@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.guards.evidence import REAL, Cell, Evidence
 from pipeline.guards.reason import Call, Reason
 from pipeline.guards.unlabelled import unlabelled
-from pipeline.metrics import clopper_pearson
+from pipeline.stats.metrics import clopper_pearson
 from pipeline.types import Section
 
 if TYPE_CHECKING:
@@ -66,7 +66,9 @@ def _no_data(limits: GuardsConfig, e: Evidence) -> Iterator[Reason]:
     if not e.finite:
         yield _hold("stream", None, None, "a score or a state tensor is not finite; nothing else was judged")
     if e.stream_n < rule.n_min:
-        yield _hold("stream", e.stream_n, rule.n_min, f"{e.stream_n} stream samples, at least {rule.n_min} are needed")
+        yield _hold(
+            "stream", e.stream_n, rule.n_min, f"{e.stream_n} stream samples, at least {rule.n_min} are needed"
+        )
     if e.age_seconds is None or e.age_seconds > rule.stale_seconds:
         old = "unknown" if e.age_seconds is None else f"{e.age_seconds:.0f} s"
         text = f"age of the evidence: {old}, at most {rule.stale_seconds:.0f} s are allowed"
@@ -84,7 +86,9 @@ def _no_data(limits: GuardsConfig, e: Evidence) -> Iterator[Reason]:
     for pattern in wanted or ["anchor"]:
         for real, what in ((False, "attacks"), (True, "bona fide presentations")):
             if (pattern, real) not in have:
-                yield _hold(pattern, 0, rule.anchor_min, f"no anchor {what} were replayed under pattern {pattern}")
+                yield _hold(
+                    pattern, 0, rule.anchor_min, f"no anchor {what} were replayed under pattern {pattern}"
+                )
     for c in e.cells:
         if c.n < rule.anchor_min and c.pattern in wanted:
             text = f"{c.n} anchor presentations of {c.species}, at least {rule.anchor_min} are needed"
@@ -123,12 +127,17 @@ def _ceiling(limits: GuardsConfig, all_cells: tuple[Cell, ...]) -> Iterator[Reas
 
 def _noninferiority(limits: GuardsConfig, all_cells: tuple[Cell, ...]) -> Iterator[Reason]:
     rule = limits.noninferiority
-    rows = [(c.pattern, c.species, c.n, c.worse, c.better) for c in all_cells
-            if c.n and (not rule.patterns or c.pattern in rule.patterns)]  # fmt: skip
+    rows = [
+        (c.pattern, c.species, c.n, c.worse, c.better)
+        for c in all_cells
+        if c.n and (not rule.patterns or c.pattern in rule.patterns)
+    ]
     for pattern in dict.fromkeys(r[0] for r in rows):
         own = [r[2:] for r in rows if r[0] == pattern and r[1] != REAL]
         if own:
-            rows.append((pattern, ATTACKS, sum(r[0] for r in own), sum(r[1] for r in own), sum(r[2] for r in own)))
+            rows.append(
+                (pattern, ATTACKS, sum(r[0] for r in own), sum(r[1] for r in own), sum(r[2] for r in own))
+            )
     n, worse, better = np.array([r[2:] for r in rows], np.float64).reshape(-1, 3).T
     upper, floor = paired_upper95(worse, better, n), paired_upper95(0 * n, 0 * n, n)
     margins = {REAL: rule.bona_fide, ATTACKS: rule.attacks}
@@ -148,17 +157,29 @@ def _noninferiority(limits: GuardsConfig, all_cells: tuple[Cell, ...]) -> Iterat
 
 
 def _findings(
-    guard: str, advisory: bool, where: list[str], number: Floats, limit: Floats, call: NDArray[np.str_],
+    guard: str,
+    advisory: bool,
+    where: list[str],
+    number: Floats,
+    limit: Floats,
+    call: NDArray[np.str_],
     text: Callable[[int], str],
-) -> Iterator[Reason]:  # fmt: skip
+) -> Iterator[Reason]:
     """Every fail and hold, and the pass that is nearest to its limit; texts are made only for these."""
     shown = np.flatnonzero((call == "fail") | (call == "hold")).tolist()
     passed = np.flatnonzero(call == "pass")
     if len(passed):
         shown.append(int(passed[np.argmax(number[passed] / limit[passed])]))
     for i in shown:
-        yield Reason(guard=guard, call=call[i].item(), where=where[i], number=float(number[i]), limit=float(limit[i]),
-                     text=text(i), advisory=advisory)  # fmt: skip
+        yield Reason(
+            guard=guard,
+            call=call[i].item(),
+            where=where[i],
+            number=float(number[i]),
+            limit=float(limit[i]),
+            text=text(i),
+            advisory=advisory,
+        )
 
 
 def paired_upper95(worse: Floats, better: Floats, n: Floats) -> Floats:
@@ -175,5 +196,11 @@ def _trust(rule: TrustRegion, e: Evidence) -> Iterator[Reason]:
         call: Call = "hold" if number is None else "fail" if number > limit else "pass"
         text = f"{what}: {'not measured' if number is None else format(number, '.3f')}, limit {limit:.3f}"
         yield Reason(
-            guard="trust", call=call, where=where, number=number, limit=limit, text=text, advisory=rule.advisory
+            guard="trust",
+            call=call,
+            where=where,
+            number=number,
+            limit=limit,
+            text=text,
+            advisory=rule.advisory,
         )

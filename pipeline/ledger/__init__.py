@@ -35,10 +35,29 @@ from pipeline.ledger.tables import RETIRED
 from pipeline.ledger.verdicts import Verdicts, state_id
 
 __all__ = [
-    "RETIRED", "SCHEMA", "Cycle", "CycleBusy", "Ledger", "LedgerError", "LedgerUnavailable", "Memory",
-    "Pointed", "Promoted", "QuarantineRow", "RolloutRow", "SegmentRow", "ServingRow", "ShardRow", "SiteRow", "SourceRow",
-    "StaleGeneration", "StateRow", "UnknownSite", "VerdictRow", "state_id",
-]  # fmt: skip
+    "RETIRED",
+    "SCHEMA",
+    "Cycle",
+    "CycleBusy",
+    "Ledger",
+    "LedgerError",
+    "LedgerUnavailable",
+    "Memory",
+    "Pointed",
+    "Promoted",
+    "QuarantineRow",
+    "RolloutRow",
+    "SegmentRow",
+    "ServingRow",
+    "ShardRow",
+    "SiteRow",
+    "SourceRow",
+    "StaleGeneration",
+    "StateRow",
+    "UnknownSite",
+    "VerdictRow",
+    "state_id",
+]
 
 
 class Ledger(Streams, Verdicts, Sources, Releases, Garbage, Notices):

@@ -45,7 +45,9 @@ class Garbage(Store):
             kept = sa.or_(verdicts.c.at >= iso(since), verdicts.c.cycle.in_(_unfinished_cycles()))
             features = {r.site: r.learned for r in c.execute(sa.select(sites.c.site, sites.c.learned))}
             outcomes: set[str] = set()
-            for r in c.execute(sa.select(verdicts.c.site, verdicts.c.offset_from, verdicts.c.counters).where(kept)):
+            for r in c.execute(
+                sa.select(verdicts.c.site, verdicts.c.offset_from, verdicts.c.counters).where(kept)
+            ):
                 features[r.site] = min(features.get(r.site, r.offset_from), r.offset_from)
                 outcomes.update(v for k, v in json.loads(r.counters).items() if k == "outcomes" and v)
             return Pointed(frozenset(_state_blobs(c, iso(since))), frozenset(outcomes), features)
@@ -65,7 +67,9 @@ def _state_blobs(c: Connection, since: str) -> set[str]:
         *(r.state for r in c.execute(last_served(sa.true()))),
         *(
             r.state
-            for r in c.execute(last_served(sa.and_(served.c.kind == "promote", served.c.rollout.in_(completed))))
+            for r in c.execute(
+                last_served(sa.and_(served.c.kind == "promote", served.c.rollout.in_(completed)))
+            )
         ),
         *_planned(c),
     } - {None}

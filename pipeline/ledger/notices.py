@@ -83,8 +83,15 @@ class Notices(Store):
         with self._write(alone=True) as c:
             row = c.execute(sa.select(notices).where(notices.c.key == key)).first()
             if row is None:
-                values = {"key": key, "severity": severity, "text": text, "first_at": iso(now), "last_at": iso(now),
-                          "count": 1, "sent_at": None}  # fmt: skip
+                values = {
+                    "key": key,
+                    "severity": severity,
+                    "text": text,
+                    "first_at": iso(now),
+                    "last_at": iso(now),
+                    "count": 1,
+                    "sent_at": None,
+                }
                 c.execute(notices.insert(), values)
                 return True
             other = (row.severity, row.text) != (severity, text)
@@ -101,7 +108,9 @@ class Notices(Store):
     def unsent(self, *, now: datetime) -> list[NoticeRow]:
         """Notices that nobody sent and nobody is sending; the caller has to, and then say ``sent``."""
         with self._write(alone=True) as c:
-            waiting = c.execute(sa.select(notices).where(notices.c.sent_at.is_(None)).order_by(notices.c.first_at))
+            waiting = c.execute(
+                sa.select(notices).where(notices.c.sent_at.is_(None)).order_by(notices.c.first_at)
+            )
             due = [r for r in waiting if not _within(r.last_at, now, CLAIM)]
             for r in due:
                 c.execute(notices.update().where(notices.c.key == r.key).values(last_at=iso(now)))
@@ -116,14 +125,19 @@ class Notices(Store):
     def notices(self, *, limit: int = 1000) -> list[NoticeRow]:
         """The latest, newest first."""
         with self._read() as c:
-            return [_notice(r) for r in c.execute(sa.select(notices).order_by(notices.c.last_at.desc()).limit(limit))]
+            return [
+                _notice(r)
+                for r in c.execute(sa.select(notices).order_by(notices.c.last_at.desc()).limit(limit))
+            ]
 
     def audit_log(self, *, limit: int, site: str | None = None) -> list[AuditRow]:
         """The latest rows of the chain, newest first; of a site those that name it and those that changed what it serves."""
         query = sa.select(audit).order_by(audit.c.seq.desc()).limit(limit)
         if site is not None:
             own = sa.select(served.c.audit).where(served.c.site == site)
-            query = query.where(sa.or_(audit.c.seq.in_(own), audit.c.payload.contains(f'"{site}"', autoescape=True)))
+            query = query.where(
+                sa.or_(audit.c.seq.in_(own), audit.c.payload.contains(f'"{site}"', autoescape=True))
+            )
         with self._read() as c:
             return [
                 AuditRow(r.seq, datetime.fromisoformat(r.at), r.kind, json.loads(r.payload), r.hash)
@@ -152,12 +166,17 @@ class Notices(Store):
         """
         with self._read() as c:
             found = [*_went_back(c.execute(_history())), *map(_unproven, c.execute(_without_verdict()))]
-            for what, table, pointer in (("learns from", sites, sites.c.learner), ("served", served, served.c.state)):
+            for what, table, pointer in (
+                ("learns from", sites, sites.c.learner),
+                ("served", served, served.c.state),
+            ):
                 lost = sa.select(table.c.site, pointer.label("state")).join_from(
                     table, states, states.c.id == pointer, isouter=True
                 )
                 lost = lost.where(pointer.is_not(None), states.c.id.is_(None)).order_by(table.c.site)
-                found += [f"site {r.site}: {what} state {r.state}, which is not stored" for r in c.execute(lost)]
+                found += [
+                    f"site {r.site}: {what} state {r.state}, which is not stored" for r in c.execute(lost)
+                ]
             return found
 
     def sites_by_status(self) -> tuple[dict[str, int], int]:
@@ -165,7 +184,8 @@ class Notices(Store):
         count = sa.func.count()
         with self._read() as c:
             by = {
-                r.status: r.n for r in c.execute(sa.select(sites.c.status, count.label("n")).group_by(sites.c.status))
+                r.status: r.n
+                for r in c.execute(sa.select(sites.c.status, count.label("n")).group_by(sites.c.status))
             }
             return by, int(c.scalar(sa.select(count).select_from(sites).where(sites.c.holds > 0)) or 0)
 
@@ -177,7 +197,9 @@ class Notices(Store):
             now_on, joined = beside(c)
             quiet = sa.and_(now_on, sa.func.coalesce(newest, "") <= sa.func.coalesce(served.c.since, ""))
             sums = (sa.func.sum(sa.case((w, 1), else_=0)) for w in (now_on, quiet))
-            query = sa.select(targets.c.wave, sa.func.count(), *sums).select_from(joined).group_by(targets.c.wave)
+            query = (
+                sa.select(targets.c.wave, sa.func.count(), *sums).select_from(joined).group_by(targets.c.wave)
+            )
             query = query.where(targets.c.rollout == rollout, targets.c.wave != OUT, living())
             return [WaveCount(*map(int, r)) for r in c.execute(query.order_by(targets.c.wave))]
 
@@ -203,12 +225,16 @@ def _within(at: str, now: datetime, window: timedelta) -> bool:
 def _notice(r: Row[*tuple[object, ...]]) -> NoticeRow:
     first, last, sent = (datetime.fromisoformat(t) if t else None for t in (r.first_at, r.last_at, r.sent_at))
     assert first is not None and last is not None
-    return NoticeRow(r.key, r.severity, r.text, first, last, r._mapping["count"], sent)  # a row has a method count
+    return NoticeRow(
+        r.key, r.severity, r.text, first, last, r._mapping["count"], sent
+    )  # a row has a method count
 
 
 def _history() -> sa.Select[*tuple[object, ...]]:
     """Everything that was ever served, with how far in its stream each state was."""
-    query = sa.select(served, states.c.offset_to).join_from(served, states, states.c.id == served.c.state, isouter=True)
+    query = sa.select(served, states.c.offset_to).join_from(
+        served, states, states.c.id == served.c.state, isouter=True
+    )
     return query.order_by(served.c.site, served.c.counter)
 
 
@@ -230,7 +256,11 @@ def _without_verdict() -> sa.Select[*tuple[object, ...]]:
         served.c.state.is_(None), verdicts.c.site == FLEET, verdicts.c.offset_to == served.c.source_version
     )
     passed = sa.and_(verdicts.c.id == own, verdicts.c.outcome == "pass", sa.or_(state, source))
-    query = sa.select(served).join_from(served, targets, planned, isouter=True).join(verdicts, passed, isouter=True)
+    query = (
+        sa.select(served)
+        .join_from(served, targets, planned, isouter=True)
+        .join(verdicts, passed, isouter=True)
+    )
     query = query.where(served.c.kind == "promote", verdicts.c.id.is_(None))
     return query.order_by(served.c.site, served.c.counter)
 

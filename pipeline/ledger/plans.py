@@ -79,35 +79,63 @@ class Plans(Store):
         """
         with self._write(alone=True) as c:
             if revision == 0:
-                new = {"id": rollout, "plan_hash": plan_hash, "status": status, "body": body, "revision": 1,
-                       "created_at": _after_all(c, now), "updated_at": iso(now)}  # fmt: skip
+                new = {
+                    "id": rollout,
+                    "plan_hash": plan_hash,
+                    "status": status,
+                    "body": body,
+                    "revision": 1,
+                    "created_at": _after_all(c, now),
+                    "updated_at": iso(now),
+                }
                 c.execute(rollouts.insert(), new)
             else:
                 self._remember(c, rollout, status=status, body=body, revision=revision, now=now)
             if joined:
                 for part in parts(list(joined)):
                     c.execute(targets.delete().where(targets.c.rollout == rollout, targets.c.site.in_(part)))
-            add(c, targets, [
-                *(_target_row(rollout, s, t) for s, t in (draft.targets if draft else joined or {}).items()),
-                *((rollout, s, OUT, "UTC", None, 0, None, 0, e.verdict_id or "", e.reason)
-                  for s, e in (draft.excluded if draft else {}).items()),
-            ])  # fmt: skip
+            add(
+                c,
+                targets,
+                [
+                    *(
+                        _target_row(rollout, s, t)
+                        for s, t in (draft.targets if draft else joined or {}).items()
+                    ),
+                    *(
+                        (rollout, s, OUT, "UTC", None, 0, None, 0, e.verdict_id or "", e.reason)
+                        for s, e in (draft.excluded if draft else {}).items()
+                    ),
+                ],
+            )
             for role, version in (roles or {}).items():
                 self._name(c, role, version, now)
             self._append(c, "rollout", {"rollout": rollout, "status": status, **event}, now)
         return revision + 1
 
-    def _remember(self, c: Connection, rollout: str, *, status: str, body: str, revision: int, now: datetime) -> None:
+    def _remember(
+        self, c: Connection, rollout: str, *, status: str, body: str, revision: int, now: datetime
+    ) -> None:
         """Store a state, unless somebody else moved it on: a tick that was overtaken must not undo a rollback."""
-        values = {"of": rollout, "at": revision, "status": status, "body": body, "revision": revision + 1,
-                  "updated_at": iso(now)}  # fmt: skip
+        values = {
+            "of": rollout,
+            "at": revision,
+            "status": status,
+            "body": body,
+            "revision": revision + 1,
+            "updated_at": iso(now),
+        }
         if c.execute(REMEMBER, values).rowcount != 1:
-            raise StaleGeneration(f"rollout {rollout}: somebody else moved it on; look at `palisade rollout status`")
+            raise StaleGeneration(
+                f"rollout {rollout}: somebody else moved it on; look at `palisade rollout status`"
+            )
 
     def rollouts(self) -> list[RolloutRow]:
         """Every rollout, newest first."""
         with self._read() as c:
-            rows = list(c.execute(sa.select(rollouts).order_by(rollouts.c.created_at.desc(), rollouts.c.id.desc())))
+            rows = list(
+                c.execute(sa.select(rollouts).order_by(rollouts.c.created_at.desc(), rollouts.c.id.desc()))
+            )
         return [make_row(RolloutRow, r) for r in rows]
 
     def rollout(self, rollout: str) -> RolloutRow:
@@ -117,11 +145,23 @@ class Plans(Store):
 
     def targets(self, rollout: str, names: Sequence[str] | None = None) -> dict[str, Target]:
         """What the plan says of its sites, of all or of ``names``."""
-        query = sa.select(targets).where(targets.c.rollout == rollout, targets.c.wave != OUT).order_by(targets.c.site)
+        query = (
+            sa.select(targets)
+            .where(targets.c.rollout == rollout, targets.c.wave != OUT)
+            .order_by(targets.c.site)
+        )
         with self._read() as c:
             rows = c.execute(query) if names is None else named(c, query, targets.c.site, names)
-            return {r.site: Target(r.wave, Pointer(r.state, r.source_version), Pointer(r.back_state, r.back_version), r.verdict,
-                                   r.zone) for r in rows}  # fmt: skip
+            return {
+                r.site: Target(
+                    r.wave,
+                    Pointer(r.state, r.source_version),
+                    Pointer(r.back_state, r.back_version),
+                    r.verdict,
+                    r.zone,
+                )
+                for r in rows
+            }
 
     def rollout_sites(self, rollout: str) -> frozenset[str]:
         """Sites that the plan says anything of, and the controls that it knew."""
@@ -130,7 +170,11 @@ class Plans(Store):
 
     def excluded(self, rollout: str, names: Sequence[str] | None = None) -> dict[str, Excluded]:
         """Why sites, all or of ``names``, are in no wave of the plan."""
-        query = sa.select(targets).where(targets.c.rollout == rollout, targets.c.wave == OUT).order_by(targets.c.site)
+        query = (
+            sa.select(targets)
+            .where(targets.c.rollout == rollout, targets.c.wave == OUT)
+            .order_by(targets.c.site)
+        )
         with self._read() as c:
             rows = c.execute(query) if names is None else named(c, query, targets.c.site, names)
             return {r.site: Excluded(r.reason, r.verdict or None) for r in rows}
@@ -138,12 +182,15 @@ class Plans(Store):
     def wave_seen(self, rollout: str, wave: int, *, without: Collection[str]) -> WaveSeen:
         """A wave without the failed sites ``without`` and the retired ones: how many, and who does not serve its target."""
         with self._read() as c:
-            rows = list(c.execute(_seen(champion(c)), {"rollout": rollout, "wave": wave, "without": list(without)}))
+            rows = list(
+                c.execute(_seen(champion(c)), {"rollout": rollout, "wave": wave, "without": list(without)})
+            )
         names = sorted(r.first for r in rows if r.first is not None)
         return WaveSeen(
-            sites=sum(r.n for r in rows), late={r.zone: int(r.late) for r in rows if r.late},
+            sites=sum(r.n for r in rows),
+            late={r.zone: int(r.late) for r in rows if r.late},
             first_late=names[0] if names else "",
-        )  # fmt: skip
+        )
 
     def returnable(self, rollout: str, only: Collection[str] | None = None) -> int:
         """How many sites, of all or of ``only``, serve their target and could go back."""
@@ -163,10 +210,16 @@ class Plans(Store):
                 .where(t.rollout == rollout, t.wave.between(0, upto), now_on, living())
             )
             rows = named(c, query, t.site, names)
-        return sorted(Promoted(r.site, r.wave, Pointer(r.state, r.source_version), Pointer(r.back_state, r.back_version))
-                      for r in rows)  # fmt: skip
+        return sorted(
+            Promoted(
+                r.site, r.wave, Pointer(r.state, r.source_version), Pointer(r.back_state, r.back_version)
+            )
+            for r in rows
+        )
 
-    def silent(self, rollout: str, *, upto: int, samples: int, without: Collection[str]) -> dict[int, tuple[int, str]]:
+    def silent(
+        self, rollout: str, *, upto: int, samples: int, without: Collection[str]
+    ) -> dict[int, tuple[int, str]]:
         """By wave up to index ``upto``: living sites on their target with fewer good ``samples`` since, and the first of them."""
         t, s = targets.c, segments.c
         if samples <= 0:
@@ -177,11 +230,17 @@ class Plans(Store):
                 s.site == t.site, s.ingested_at > sa.func.coalesce(served.c.since, "")
             )
             brought = sa.func.coalesce(since.correlate(targets, served).scalar_subquery(), 0)
-            query = sa.select(t.wave, sa.func.count().label("n"), sa.func.min(t.site).label("first")).select_from(
-                joined
-            )
-            query = query.where(t.rollout == rollout, t.wave.between(0, upto), t.site.not_in(without), now_on, living(),
-                                brought < samples).group_by(t.wave)  # fmt: skip
+            query = sa.select(
+                t.wave, sa.func.count().label("n"), sa.func.min(t.site).label("first")
+            ).select_from(joined)
+            query = query.where(
+                t.rollout == rollout,
+                t.wave.between(0, upto),
+                t.site.not_in(without),
+                now_on,
+                living(),
+                brought < samples,
+            ).group_by(t.wave)
             return {r.wave: (r.n, r.first) for r in c.execute(query)}
 
 
@@ -199,11 +258,15 @@ def champion(c: Connection) -> int:
 def beside_of(champion: int) -> tuple[Where, sa.FromClause]:
     """The same for a champion source model."""
     earlier = served.alias("earlier")
-    last = sa.select(sa.func.max(earlier.c.counter)).where(earlier.c.site == targets.c.site).correlate(targets)
+    last = (
+        sa.select(sa.func.max(earlier.c.counter)).where(earlier.c.site == targets.c.site).correlate(targets)
+    )
     newest = sa.and_(served.c.site == targets.c.site, served.c.counter == last.scalar_subquery())
     version = sa.func.coalesce(served.c.source_version, champion)
     on = sa.and_(
-        targets.c.state.is_not_distinct_from(served.c.state), targets.c.source_version == version, targets.c.wave != OUT
+        targets.c.state.is_not_distinct_from(served.c.state),
+        targets.c.source_version == version,
+        targets.c.wave != OUT,
     )
     return on, targets.outerjoin(served, newest)
 
@@ -223,7 +286,11 @@ def _still_there(champion: int) -> sa.Select[int]:
     t = targets.c
     same = sa.and_(served.c.state.is_not_distinct_from(t.state), served.c.source_version == t.source_version)
     newest = (
-        sa.select(same).where(served.c.site == t.site).order_by(served.c.counter.desc()).limit(1).correlate(targets)
+        sa.select(same)
+        .where(served.c.site == t.site)
+        .order_by(served.c.counter.desc())
+        .limit(1)
+        .correlate(targets)
     )
     bare = sa.and_(t.state.is_(None), t.source_version == champion)  # what a site without a row serves
     on = sa.func.coalesce(newest.scalar_subquery(), bare)
@@ -233,7 +300,9 @@ def _still_there(champion: int) -> sa.Select[int]:
 def of_wave() -> Where:
     """That a target is of the ``wave`` of ``rollout`` and not among those that are left out (``without``)."""
     t, without = targets.c, sa.bindparam("without", expanding=True)
-    return sa.and_(t.rollout == sa.bindparam("rollout"), t.wave == sa.bindparam("wave"), t.site.not_in(without))
+    return sa.and_(
+        t.rollout == sa.bindparam("rollout"), t.wave == sa.bindparam("wave"), t.site.not_in(without)
+    )
 
 
 def living() -> Where:
@@ -262,5 +331,15 @@ def _after_all(c: Connection, now: datetime) -> str:
 
 
 def _target_row(rollout: str, site: str, t: Target) -> tuple[object, ...]:
-    return (rollout, site, t.wave, t.zone, t.to.state_id, t.to.source_version, t.back.state_id, t.back.source_version,
-            t.verdict_id, "")  # fmt: skip
+    return (
+        rollout,
+        site,
+        t.wave,
+        t.zone,
+        t.to.state_id,
+        t.to.source_version,
+        t.back.state_id,
+        t.back.source_version,
+        t.verdict_id,
+        "",
+    )

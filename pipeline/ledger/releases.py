@@ -68,9 +68,16 @@ class Releases(Plans):
             return {r.site: make_row(ServingRow, r) for r in c.execute(last_served(chosen))}
 
     def carry_out(
-        self, rollout: str, actions: Sequence[Action], *, without: Collection[str], reason: str, revision: int, now: datetime,
+        self,
+        rollout: str,
+        actions: Sequence[Action],
+        *,
+        without: Collection[str],
+        reason: str,
+        revision: int,
+        now: datetime,
         memory: Memory | None = None,
-    ) -> int:  # fmt: skip
+    ) -> int:
         """What the state machine decided, in one transaction: remember ``memory``, then move the sites → how many moved.
 
         Of a wave to promote those move that do not serve their target yet, in the action's time zones, and none of
@@ -84,7 +91,9 @@ class Releases(Plans):
                 self._remember(c, rollout, status=memory.status, body=memory.body, revision=revision, now=now)
                 for role, version in memory.roles.items():
                     self._name(c, role, version, now)
-                self._append(c, "rollout", {"rollout": rollout, "status": memory.status, "event": memory.event}, now)
+                self._append(
+                    c, "rollout", {"rollout": rollout, "status": memory.status, "event": memory.event}, now
+                )
             moved = 0
             for a in actions:
                 if a.kind == "promote":
@@ -111,10 +120,14 @@ class Releases(Plans):
                 _check_verdicts(c, changes)
             current = newest_served(c, list(changes))
             rows = [
-                {"site": s, "counter": current[s].counter + 1 if s in current else 1, "state": state,
-                 "source_version": version}
+                {
+                    "site": s,
+                    "counter": current[s].counter + 1 if s in current else 1,
+                    "state": state,
+                    "source_version": version,
+                }
                 for s, (state, version) in changes.items()
-            ]  # fmt: skip
+            ]
             self._move(c, rows, rollout=rollout, wave=wave, kind=kind, reason=reason, now=now)
 
     def verify_served(self) -> list[str]:
@@ -125,19 +138,30 @@ class Releases(Plans):
         with self._read() as c:
             moves = sa.select(audit).where(audit.c.kind.in_(("promote", "rollback"))).order_by(audit.c.seq)
             by_row = groupby(
-                c.execute(sa.select(served).where(served.c.audit != 0).order_by(served.c.audit)), lambda r: r.audit
+                c.execute(sa.select(served).where(served.c.audit != 0).order_by(served.c.audit)),
+                lambda r: r.audit,
             )
             rows = {seq: list(own) for seq, own in by_row}
             covered = [(r.seq, *_covers(c, r, rows.pop(r.seq, []))) for r in c.execute(moves).all()]
-            found = [f"audit row {seq}: the rows that it covers were changed" for seq, same, _ in covered if not same]
+            found = [
+                f"audit row {seq}: the rows that it covers were changed"
+                for seq, same, _ in covered
+                if not same
+            ]
             total = int(c.scalar(sa.select(sa.func.count()).select_from(served)) or 0)
             orphans = total - sum(count for _, _, count in covered)
             n, last = sa.func.count(), sa.func.max(served.c.counter)
             gaps = c.execute(
-                sa.select(served.c.site, n.label("n"), last.label("last")).group_by(served.c.site).having(n != last)
+                sa.select(served.c.site, n.label("n"), last.label("last"))
+                .group_by(served.c.site)
+                .having(n != last)
             )
-            found += [f"site {r.site}: {r.n} rows of what it served, but its counter is at {r.last}" for r in gaps]
-        return found + ([f"{orphans} rows of what sites served belong to no audit row"] if orphans > 0 else [])
+            found += [
+                f"site {r.site}: {r.n} rows of what it served, but its counter is at {r.last}" for r in gaps
+            ]
+        return found + (
+            [f"{orphans} rows of what sites served belong to no audit row"] if orphans > 0 else []
+        )
 
     def _still(self, c: Connection, rollout: str, revision: int) -> None:
         if c.scalar(STILL, {"of": rollout, "at": revision}) is None:
@@ -150,7 +174,9 @@ class Releases(Plans):
         which: dict[str, object] = {"rollout": rollout, "wave": a.wave, "without": list(without)}
         which |= {} if a.zones is None else {"zones": list(a.zones)}
         if (site := c.scalar(unjudged, which)) is not None:
-            raise LedgerError(f"site {site}: no stored verdict passes what it would serve; nothing was promoted")
+            raise LedgerError(
+                f"site {site}: no stored verdict passes what it would serve; nothing was promoted"
+            )
         return self._move(
             c, rows, rollout=rollout, wave=a.wave + 1, kind="promote", reason=reason, now=now, which=which
         )
@@ -160,12 +186,22 @@ class Releases(Plans):
     ) -> int:
         which = {"rollout": rollout} if only is None else {"rollout": rollout, "only": list(only)}
         rows = _returning(champion(c), only is None)
-        return self._move(c, rows, rollout=rollout, wave=0, kind="rollback", reason=reason, now=now, which=which)
+        return self._move(
+            c, rows, rollout=rollout, wave=0, kind="rollback", reason=reason, now=now, which=which
+        )
 
     def _move(
-        self, c: Connection, rows: sa.Insert | Sequence[Mapping[str, object]], *, rollout: str,
-        wave: int, kind: str, reason: str, now: datetime, which: Mapping[str, object] | None = None,
-    ) -> int:  # fmt: skip
+        self,
+        c: Connection,
+        rows: sa.Insert | Sequence[Mapping[str, object]],
+        *,
+        rollout: str,
+        wave: int,
+        kind: str,
+        reason: str,
+        now: datetime,
+        which: Mapping[str, object] | None = None,
+    ) -> int:
         """Add ``rows`` (site, counter, state, source version) to what sites served, and the audit row that covers them.
 
         ``which``: values of a query's own parameters.
@@ -208,7 +244,10 @@ def _returning(champion: int, every: bool) -> sa.Insert:
 
 
 def _rows(
-    joined: sa.FromClause, state: sa.Column[object], version: sa.Column[object], chosen: sa.ColumnElement[bool]
+    joined: sa.FromClause,
+    state: sa.Column[object],
+    version: sa.Column[object],
+    chosen: sa.ColumnElement[bool],
 ) -> sa.Insert:
     counter = sa.func.coalesce(served.c.counter, 0) + 1
     rest = [sa.cast(sa.bindparam(f"v_{name}"), served.c[name].type).label(name) for name in COLUMNS[4:]]
@@ -228,7 +267,9 @@ def last_served(chosen: sa.ColumnElement[bool]) -> sa.Select[*tuple[object, ...]
     last = sa.select(served.c.counter).where(served.c.site == sites.c.site, chosen)
     newest = last.order_by(served.c.counter.desc()).limit(1).correlate(sites).scalar_subquery()
     row = served.alias("row")
-    return sa.select(*row.c).join_from(sites, row, sa.and_(row.c.site == sites.c.site, row.c.counter == newest))
+    return sa.select(*row.c).join_from(
+        sites, row, sa.and_(row.c.site == sites.c.site, row.c.counter == newest)
+    )
 
 
 def _check_verdicts(c: Connection, changes: Mapping[str, tuple[str | None, int]]) -> None:
@@ -242,7 +283,9 @@ def _check_verdicts(c: Connection, changes: Mapping[str, tuple[str | None, int]]
             )
 
 
-def _covers(c: Connection, row: Row[*tuple[object, ...]], own: Sequence[Row[*tuple[object, ...]]]) -> tuple[bool, int]:
+def _covers(
+    c: Connection, row: Row[*tuple[object, ...]], own: Sequence[Row[*tuple[object, ...]]]
+) -> tuple[bool, int]:
     """Whether the rows ``own`` of an audit row are what it says, and how many it says there are."""
     said = json.loads(str(row.payload))
     if "digest" in said:
@@ -252,8 +295,12 @@ def _covers(c: Connection, row: Row[*tuple[object, ...]], own: Sequence[Row[*tup
         told = len(own), _digest([(r.site, r.counter, r.state, r.source_version) for r in own])
         return same and told == (said["sites"], said["digest"]), said["sites"]
     # schema 2 had the rows in the audit
-    of = sa.and_(served.c.rollout == said["rollout"], served.c.wave == said["wave"], served.c.kind == row.kind)
-    found = named(c, sa.select(served).where(of, served.c.since == row.at), served.c.site, list(said["sites"]))
+    of = sa.and_(
+        served.c.rollout == said["rollout"], served.c.wave == said["wave"], served.c.kind == row.kind
+    )
+    found = named(
+        c, sa.select(served).where(of, served.c.since == row.at), served.c.site, list(said["sites"])
+    )
     pointers = {(r.site, r.counter): [r.counter, r.state, r.source_version] for r in found}
     same = all(pointers.get((site, wanted[0])) == wanted for site, wanted in said["sites"].items())
     return same, len(said["sites"])

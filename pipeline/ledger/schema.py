@@ -44,8 +44,20 @@ STEPS: dict[int, tuple[str, ...]] = {
         "first_at {text} not null, last_at {text} not null, count bigint not null, sent_at {text}, primary key (key))",
     ),
 }
-TABLES_1 = ("meta", "sites", "segments", "quarantine", "states", "verdicts", "cycles", "anchors", "sources", "served",
-            "rollouts", "audit")  # fmt: skip
+TABLES_1 = (
+    "meta",
+    "sites",
+    "segments",
+    "quarantine",
+    "states",
+    "verdicts",
+    "cycles",
+    "anchors",
+    "sources",
+    "served",
+    "rollouts",
+    "audit",
+)
 LOCK = 0x70616C69  # Postgres takes a number
 
 
@@ -65,7 +77,9 @@ def lock(c: Connection) -> None:
 def create(c: Connection) -> None:
     """The newest schema, empty."""
     meta.create_all(c)
-    c.execute(facts.insert(), [{"key": "schema", "value": str(SCHEMA)}, {"key": "audit_head", "value": GENESIS}])
+    c.execute(
+        facts.insert(), [{"key": "schema", "value": str(SCHEMA)}, {"key": "audit_head", "value": GENESIS}]
+    )
 
 
 def step(c: Connection, to: int) -> None:
@@ -92,22 +106,48 @@ def _plans_to_rows(c: Connection) -> None:
         waves = {s: i for i, w in enumerate(plan.get("waves", [])) for s in w["sites"]}
         for site, target in plan.get("targets", {}).items():
             to, back = target["to"], target.get("back") or target["to"]
-            _insert(c, {"rollout": row.id, "site": site, "wave": waves.get(site, 0), "zone": "UTC",
-                        "state": to["state_id"], "source_version": to.get("source_version", 1),
-                        "back_state": back["state_id"], "back_version": back.get("source_version", 1),
-                        "verdict": target.get("verdict_id", ""), "reason": ""})  # fmt: skip
+            _insert(
+                c,
+                {
+                    "rollout": row.id,
+                    "site": site,
+                    "wave": waves.get(site, 0),
+                    "zone": "UTC",
+                    "state": to["state_id"],
+                    "source_version": to.get("source_version", 1),
+                    "back_state": back["state_id"],
+                    "back_version": back.get("source_version", 1),
+                    "verdict": target.get("verdict_id", ""),
+                    "reason": "",
+                },
+            )
         for site, why in plan.get("excluded", {}).items():
-            _insert(c, {"rollout": row.id, "site": site, "wave": -1, "zone": "UTC", "state": None, "source_version": 0,
-                        "back_state": None, "back_version": 0, "verdict": why.get("verdict_id") or "",
-                        "reason": why["reason"]})  # fmt: skip
+            _insert(
+                c,
+                {
+                    "rollout": row.id,
+                    "site": site,
+                    "wave": -1,
+                    "zone": "UTC",
+                    "state": None,
+                    "source_version": 0,
+                    "back_state": None,
+                    "back_version": 0,
+                    "verdict": why.get("verdict_id") or "",
+                    "reason": why["reason"],
+                },
+            )
         if "config" in plan:
-            c.execute(sa.text("update rollouts set body = :body where id = :id"),
-                      {"id": row.id, "body": json.dumps(_body_3(body, waves))})  # fmt: skip
+            c.execute(
+                sa.text("update rollouts set body = :body where id = :id"),
+                {"id": row.id, "body": json.dumps(_body_3(body, waves))},
+            )
 
 
 def _insert(c: Connection, values: dict[str, object]) -> None:
     c.execute(
-        sa.text(f"insert into targets ({', '.join(values)}) values ({', '.join(f':{k}' for k in values)})"), values
+        sa.text(f"insert into targets ({', '.join(values)}) values ({', '.join(f':{k}' for k in values)})"),
+        values,
     )
 
 
@@ -126,15 +166,25 @@ def _body_3(body: dict[str, Any], waves: dict[str, int]) -> dict[str, object]:
         "approvals": [{"who": who, "at": body["since"]}] if who else [],
         "plan": {
             **{k: plan[k] for k in ("release", "duration_seconds", "rollback_seconds")},
-            "waves": [{"share": w["share"], "sites": len(w["sites"]), "abort_at": w["abort_at"]} for w in plan["waves"]],
-            "source_version": versions[-1], "source_before": versions[-1], "zones": ["UTC"], "roster": "",
-            "controls": len(plan["controls"]), "excluded": len(plan["excluded"]), "config": config,
+            "waves": [
+                {"share": w["share"], "sites": len(w["sites"]), "abort_at": w["abort_at"]}
+                for w in plan["waves"]
+            ],
+            "source_version": versions[-1],
+            "source_before": versions[-1],
+            "zones": ["UTC"],
+            "roster": "",
+            "controls": len(plan["controls"]),
+            "excluded": len(plan["excluded"]),
+            "config": config,
         },
-    }  # fmt: skip
+    }
 
 
 def _order_by_code_point(c: Connection) -> None:
     for table in TABLES_1:
-        columns = [col["name"] for col in sa.inspect(c).get_columns(table) if isinstance(col["type"], sa.Text)]
+        columns = [
+            col["name"] for col in sa.inspect(c).get_columns(table) if isinstance(col["type"], sa.Text)
+        ]
         changes = ", ".join(f'alter column "{name}" type text collate "C"' for name in columns)
         c.exec_driver_sql(f'alter table "{table}" {changes}')

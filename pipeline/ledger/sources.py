@@ -27,7 +27,14 @@ class Sources(Store):
     """Source models, their champion and their challenger."""
 
     def add_source(
-        self, digest: str, *, trunk: str, path: str, manifest: Mapping[str, object], lineage: str, now: datetime
+        self,
+        digest: str,
+        *,
+        trunk: str,
+        path: str,
+        manifest: Mapping[str, object],
+        lineage: str,
+        now: datetime,
     ) -> int:
         """Record a source model → its version; the same digest keeps its version. The first becomes the champion."""
         with self._write(alone=True) as c:
@@ -35,8 +42,15 @@ class Sources(Store):
             if known is not None:
                 return int(known)
             version = int(c.scalar(sa.select(sa.func.max(sources.c.version))) or 0) + 1
-            values = {"version": version, "digest": digest, "trunk": trunk, "path": path,
-                      "manifest": dump(dict(manifest)), "lineage": lineage, "created_at": iso(now)}  # fmt: skip
+            values = {
+                "version": version,
+                "digest": digest,
+                "trunk": trunk,
+                "path": path,
+                "manifest": dump(dict(manifest)),
+                "lineage": lineage,
+                "created_at": iso(now),
+            }
             c.execute(sources.insert(), values)
             self._append(c, "source", {"version": version, "digest": digest, "lineage": lineage}, now)
             if self._fact(c, "champion") is None:
@@ -81,21 +95,39 @@ class Sources(Store):
             self._name(c, "challenger", version, now)
 
     def judge_source(
-        self, version: int, verdict: Verdict, evidence: Evidence, *, now: datetime, limits: Mapping[str, object] | None = None
-    ) -> str:  # fmt: skip
+        self,
+        version: int,
+        verdict: Verdict,
+        evidence: Evidence,
+        *,
+        now: datetime,
+        limits: Mapping[str, object] | None = None,
+    ) -> str:
         """Store the verdict on the bare source model ``version`` → its id; the same verdict keeps its id.
 
         ``limits`` is the section guards that it was given under.
         """
         said, on = verdict.model_dump_json(), evidence.model_dump_json()
         own = f"source-{version}-{hashlib.sha256((said + on).encode()).hexdigest()[:8]}"
-        values = {"id": own, "site": FLEET, "cycle": own, "state": None, "outcome": verdict.outcome, "verdict": said,
-                  "evidence": on, "counters": dump({"samples": 0, "guards": limits}), "offset_from": version,
-                  "offset_to": version, "at": iso(now)}  # fmt: skip
+        values = {
+            "id": own,
+            "site": FLEET,
+            "cycle": own,
+            "state": None,
+            "outcome": verdict.outcome,
+            "verdict": said,
+            "evidence": on,
+            "counters": dump({"samples": 0, "guards": limits}),
+            "offset_from": version,
+            "offset_to": version,
+            "at": iso(now),
+        }
         with self._write(alone=True) as c:
             if c.scalar(sa.select(verdicts.c.id).where(verdicts.c.id == own)) is None:
                 c.execute(verdicts.insert(), values)
-                self._append(c, "verdict", {"id": own, "outcome": verdict.outcome, "why": verdict.decisive}, now)
+                self._append(
+                    c, "verdict", {"id": own, "outcome": verdict.outcome, "why": verdict.decisive}, now
+                )
         return own
 
     def rebased(self, version: int, *, fingerprint: str | None = None) -> dict[str, VerdictRow]:

@@ -59,12 +59,16 @@ class Store:
         try:
             place = sa.make_url(url)
         except ArgumentError:
-            raise LedgerUnavailable(f"ledger.url {url!r}: not a database URL, e.g. sqlite:///run/ledger.db") from None
+            raise LedgerUnavailable(
+                f"ledger.url {url!r}: not a database URL, e.g. sqlite:///run/ledger.db"
+            ) from None
         sqlite = place.get_backend_name() == "sqlite"
         if sqlite and place.database:
             path = Path(place.database)
             if not create and not path.exists():
-                raise LedgerUnavailable(f"{path}: no ledger there yet; run `palisade train` or `palisade ingest` first")
+                raise LedgerUnavailable(
+                    f"{path}: no ledger there yet; run `palisade train` or `palisade ingest` first"
+                )
             path.parent.mkdir(parents=True, exist_ok=True)
         options = {"connect_args": {"timeout": PATIENCE}} if sqlite else {"pool_pre_ping": True}
         try:
@@ -109,7 +113,11 @@ class Store:
         previous, expected = GENESIS, 1
         with self._read() as c:
             for r in c.execute(sa.select(audit).order_by(audit.c.seq)):
-                if r.seq != expected or r.prev_hash != previous or r.hash != _link(previous, r.at, r.kind, r.payload):
+                if (
+                    r.seq != expected
+                    or r.prev_hash != previous
+                    or r.hash != _link(previous, r.at, r.kind, r.payload)
+                ):
                     return expected
                 previous, expected = r.hash, expected + 1
             return None if self._fact(c, "audit_head") == previous else expected
@@ -183,7 +191,9 @@ class Store:
         own = sa.select(cycles.c.generation, cycles.c.status).where(cycles.c.id == cycle.id)
         row = c.execute(own.with_for_update(read=shared)).first()
         if row is None or row.generation != cycle.generation or row.status != "running":
-            raise StaleGeneration(f"cycle {cycle.id}: generation {cycle.generation} was replaced; nothing was written")
+            raise StaleGeneration(
+                f"cycle {cycle.id}: generation {cycle.generation} was replaced; nothing was written"
+            )
 
     def _head(self, c: Connection) -> str:
         return str(c.scalar(HEAD))
@@ -209,7 +219,9 @@ def _sqlite_connect(connection: sqlite3.Connection, _: object) -> None:
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             break
-        except sqlite3.OperationalError:  # of many that open an old ledger one turns it; no busy timeout covers this
+        except (
+            sqlite3.OperationalError
+        ):  # of many that open an old ledger one turns it; no busy timeout covers this
             time.sleep(0.1)
     for pragma in ("synchronous=FULL", "foreign_keys=ON", *LARGE):
         connection.execute(f"PRAGMA {pragma}")

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from pipeline.ledger.rows import Cycle, CycleBusy, LedgerError, QuarantineRow, SegmentRow, SiteRow, UnknownSite
+from pipeline.ledger.rows import (
+    Cycle,
+    CycleBusy,
+    LedgerError,
+    QuarantineRow,
+    SegmentRow,
+    SiteRow,
+    UnknownSite,
+)
 from pipeline.ledger.store import Store
 from pipeline.ledger.tables import (
     RETIRED,
@@ -41,9 +49,20 @@ class Streams(Store):
         with self._write(alone=True) as c:
             known = {r.site for r in named(c, sa.select(sites.c.site), sites.c.site, list(tags))}
             new = [s for s in tags if s not in known]
-            rows = [{"site": s, "tags": dump(dict(tags[s])), "status": "active", "reason": "",
-                     "registered_at": iso(now),
-                     "ingested": 0, "learned": 0, "learner": None, "holds": 0} for s in new]  # fmt: skip
+            rows = [
+                {
+                    "site": s,
+                    "tags": dump(dict(tags[s])),
+                    "status": "active",
+                    "reason": "",
+                    "registered_at": iso(now),
+                    "ingested": 0,
+                    "learned": 0,
+                    "learner": None,
+                    "holds": 0,
+                }
+                for s in new
+            ]
             if rows:
                 c.execute(sites.insert(), rows)
         return new
@@ -57,10 +76,16 @@ class Streams(Store):
                 raise UnknownSite(
                     f"site {unknown[0]!r}: not registered ({len(unknown)} in all); nothing was changed; see `palisade site list`"
                 )
-            after = {s: {k: v for k, v in (before[s] | dict(tags)).items() if v} for s, tags in changes.items()}
+            after = {
+                s: {k: v for k, v in (before[s] | dict(tags)).items() if v} for s, tags in changes.items()
+            }
             moved = sorted(s for s in after if after[s] != before[s])
             if moved:
-                change = sites.update().where(sites.c.site == sa.bindparam("s")).values(tags=sa.bindparam("v_tags"))
+                change = (
+                    sites.update()
+                    .where(sites.c.site == sa.bindparam("s"))
+                    .values(tags=sa.bindparam("v_tags"))
+                )
                 c.execute(change, [{"s": s, "v_tags": dump(after[s])} for s in moved])
                 self._append(c, "tags", {"sites": {s: dict(changes[s]) for s in moved}}, now)
         return moved
@@ -69,11 +94,17 @@ class Streams(Store):
         """Take a site out of service (status retired), or back into it → whether that changed anything. Audited."""
         self.site(site)
         other = sites.c.status != RETIRED if retired else sites.c.status == RETIRED
-        values = {"status": RETIRED, "reason": storable(reason)} if retired else {"status": "active", "reason": ""}
+        values = (
+            {"status": RETIRED, "reason": storable(reason)} if retired else {"status": "active", "reason": ""}
+        )
         with self._write(alone=True) as c:
-            changed = c.execute(sites.update().where(sites.c.site == site, other).values(values)).rowcount == 1
+            changed = (
+                c.execute(sites.update().where(sites.c.site == site, other).values(values)).rowcount == 1
+            )
             if changed:
-                self._append(c, "retire" if retired else "restore", {"site": site, "reason": storable(reason)}, now)
+                self._append(
+                    c, "retire" if retired else "restore", {"site": site, "reason": storable(reason)}, now
+                )
         return changed
 
     def sites(self) -> list[SiteRow]:
@@ -106,8 +137,10 @@ class Streams(Store):
         """Mark sites as failed with a reason, or as active where it is empty; a retired one stays retired."""
         change = sites.update().where(sites.c.site == sa.bindparam("s"), sites.c.status != RETIRED)
         change = change.values(status=sa.bindparam("v_status"), reason=sa.bindparam("v_reason"))
-        rows = [{"s": s, "v_status": "failed" if reason else "active", "v_reason": storable(reason)}
-                for s, reason in sorted(reasons.items())]  # fmt: skip
+        rows = [
+            {"s": s, "v_status": "failed" if reason else "active", "v_reason": storable(reason)}
+            for s, reason in sorted(reasons.items())
+        ]
         with self._write() as c:
             if rows:
                 c.execute(change, rows)
@@ -123,7 +156,11 @@ class Streams(Store):
 
     def segments(self, site: str) -> list[tuple[SegmentRow, datetime]]:
         """The site's segments in stream order with the time they were ingested."""
-        query = sa.select(segments).where(segments.c.site == site).order_by(segments.c.base_offset, segments.c.name)
+        query = (
+            sa.select(segments)
+            .where(segments.c.site == site)
+            .order_by(segments.c.base_offset, segments.c.name)
+        )
         with self._read() as c:
             return [(SegmentRow(*r[:7]), datetime.fromisoformat(r.ingested_at)) for r in c.execute(query)]
 
@@ -162,14 +199,22 @@ class Streams(Store):
                 c.execute(segments.insert(), [vars(r) | extra for r in fresh])
             refused = [
                 vars(q)
-                | {"cycle": cycle.id, "sample_id": q.sample_id and storable(q.sample_id), "reason": storable(q.reason)}
+                | {
+                    "cycle": cycle.id,
+                    "sample_id": q.sample_id and storable(q.sample_id),
+                    "reason": storable(q.reason),
+                }
                 for q in bad
                 if (q.site, q.segment) not in known
             ]
             if refused:
                 c.execute(quarantine.insert(), refused)
             if moved:
-                move = sites.update().where(sites.c.site == sa.bindparam("s")).values(ingested=sa.bindparam("v_end"))
+                move = (
+                    sites.update()
+                    .where(sites.c.site == sa.bindparam("s"))
+                    .values(ingested=sa.bindparam("v_end"))
+                )
                 c.execute(move, [{"s": s, "v_end": end} for s, end in sorted(moved.items())])
         return [(r.site, r.name) for r in rows if (r.site, r.name) in known]
 
@@ -187,17 +232,35 @@ class Streams(Store):
                     continue
                 told = sa.and_(quarantine.c.site == site, quarantine.c.segment == name)
                 refused = set(c.scalars(sa.select(quarantine.c.row).where(told)))
-                gone = [{"site": site, "segment": name, "row": n, "sample_id": None, "reason": reason, "cycle": cycle.id}
-                        for n in range(row.rows) if n not in refused]  # fmt: skip
+                gone = [
+                    {
+                        "site": site,
+                        "segment": name,
+                        "row": n,
+                        "sample_id": None,
+                        "reason": reason,
+                        "cycle": cycle.id,
+                    }
+                    for n in range(row.rows)
+                    if n not in refused
+                ]
                 c.execute(quarantine.insert(), gone)
                 c.execute(segments.update().where(own).values(good=0, quarantined=row.rows))
                 span = [row.base_offset, row.base_offset + row.rows]
-                said = {"site": site, "segment": name, "samples": len(gone), "offsets": span, "cycle": cycle.id}
+                said = {
+                    "site": site,
+                    "segment": name,
+                    "samples": len(gone),
+                    "offsets": span,
+                    "cycle": cycle.id,
+                }
                 self._append(c, reason, said, now)
 
     def quarantined(self, site: str | None = None, *, cycle: str | None = None) -> list[QuarantineRow]:
         """Refused rows, all or of one site or cycle."""
-        query = sa.select(*(quarantine.c[n] for n in QuarantineRow.__dataclass_fields__)).order_by(quarantine.c.id)
+        query = sa.select(*(quarantine.c[n] for n in QuarantineRow.__dataclass_fields__)).order_by(
+            quarantine.c.id
+        )
         if site is not None:
             query = query.where(quarantine.c.site == site)
         if cycle is not None:
@@ -206,7 +269,14 @@ class Streams(Store):
             return [QuarantineRow(*r) for r in c.execute(query)]
 
     def begin_cycle(
-        self, kind: str, fingerprint: str, config: str, *, holder: str, dead: Callable[[str], bool], now: datetime
+        self,
+        kind: str,
+        fingerprint: str,
+        config: str,
+        *,
+        holder: str,
+        dead: Callable[[str], bool],
+        now: datetime,
     ) -> Cycle:
         """Take the fleet's lease: go on with an unfinished cycle of the same kind and fingerprint, else begin one.
 
@@ -229,9 +299,19 @@ class Streams(Store):
                     return Cycle(row.id, row.generation + 1, True)
             number = c.scalar(sa.select(sa.func.count()).select_from(cycles)) or 0
             cycle = Cycle(f"{kind}-{number + 1:05d}", 1, False)
-            values = {"id": cycle.id, "kind": kind, "generation": 1, "status": "running", "fingerprint": fingerprint,
-                      "config": config, "holder": holder, "lease_until": iso(now + LEASE), "started": iso(now),
-                      "finished": None, "summary": "{}"}  # fmt: skip
+            values = {
+                "id": cycle.id,
+                "kind": kind,
+                "generation": 1,
+                "status": "running",
+                "fingerprint": fingerprint,
+                "config": config,
+                "holder": holder,
+                "lease_until": iso(now + LEASE),
+                "started": iso(now),
+                "finished": None,
+                "summary": "{}",
+            }
             c.execute(cycles.insert(), values)
             return cycle
 

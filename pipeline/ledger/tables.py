@@ -39,71 +39,164 @@ def _int(name: str, **options: bool) -> sa.Column[object]:
 
 facts = _table("meta", _text("key", primary_key=True), _text("value"))
 sites = _table(
-    "sites", _text("site", primary_key=True), _text("tags"), _text("status"), _text("reason"), _text("registered_at"),
-    _int("ingested"), _int("learned"), _text("learner", nullable=True), _int("holds"),
-)  # fmt: skip
+    "sites",
+    _text("site", primary_key=True),
+    _text("tags"),
+    _text("status"),
+    _text("reason"),
+    _text("registered_at"),
+    _int("ingested"),
+    _int("learned"),
+    _text("learner", nullable=True),
+    _int("holds"),
+)
 segments = _table(
-    "segments", _text("site", primary_key=True), _text("name", primary_key=True), _text("sha256"), _int("rows"),
-    _int("base_offset"), _int("good"), _int("quarantined"), _text("cycle"), _text("ingested_at"),
+    "segments",
+    _text("site", primary_key=True),
+    _text("name", primary_key=True),
+    _text("sha256"),
+    _int("rows"),
+    _int("base_offset"),
+    _int("good"),
+    _int("quarantined"),
+    _text("cycle"),
+    _text("ingested_at"),
     sa.Index("segments_offset", "site", "base_offset", "ingested_at", "good"),
-)  # fmt: skip
+)
 quarantine = _table(
-    "quarantine", sa.Column("id", sa.Integer, primary_key=True), _text("site"), _text("segment"), _int("row"),
-    _text("sample_id", nullable=True), _text("reason"), _text("cycle"), sa.Index("quarantine_site", "site"),
+    "quarantine",
+    sa.Column("id", sa.Integer, primary_key=True),
+    _text("site"),
+    _text("segment"),
+    _int("row"),
+    _text("sample_id", nullable=True),
+    _text("reason"),
+    _text("cycle"),
+    sa.Index("quarantine_site", "site"),
     sa.Index("quarantine_cycle", "cycle"),
-)  # fmt: skip
+)
 states = _table(
-    "states", _text("id", primary_key=True), _text("site"), _text("cycle"), _int("source_version"), _text("method"),
-    _text("blob"), _int("slot"), _int("offset_from"), _int("offset_to"), _text("parent", nullable=True),
-    _text("created_at"), sa.Index("states_created", "created_at"),
-)  # fmt: skip
+    "states",
+    _text("id", primary_key=True),
+    _text("site"),
+    _text("cycle"),
+    _int("source_version"),
+    _text("method"),
+    _text("blob"),
+    _int("slot"),
+    _int("offset_from"),
+    _int("offset_to"),
+    _text("parent", nullable=True),
+    _text("created_at"),
+    sa.Index("states_created", "created_at"),
+)
 verdicts = _table(
-    "verdicts", _text("id", primary_key=True), _text("site"), _text("cycle"), _text("state", nullable=True),
-    _text("outcome"), _text("verdict"), _text("evidence"), _text("counters"), _int("offset_from"), _int("offset_to"),
+    "verdicts",
+    _text("id", primary_key=True),
+    _text("site"),
+    _text("cycle"),
+    _text("state", nullable=True),
+    _text("outcome"),
+    _text("verdict"),
+    _text("evidence"),
+    _text("counters"),
+    _int("offset_from"),
+    _int("offset_to"),
     _text("at"),
-    sa.Index("verdicts_site", "site", "offset_to", "at"), sa.Index("verdicts_cycle", "cycle", "site", "outcome"),
+    sa.Index("verdicts_site", "site", "offset_to", "at"),
+    sa.Index("verdicts_cycle", "cycle", "site", "outcome"),
     sa.Index("verdicts_at", "at"),
-)  # fmt: skip
+)
 cycles = _table(
-    "cycles", _text("id", primary_key=True), _text("kind"), _int("generation"), _text("status"), _text("fingerprint"),
-    _text("config"), _text("holder"), _text("lease_until"), _text("started"), _text("finished", nullable=True),
+    "cycles",
+    _text("id", primary_key=True),
+    _text("kind"),
+    _int("generation"),
+    _text("status"),
+    _text("fingerprint"),
+    _text("config"),
+    _text("holder"),
+    _text("lease_until"),
+    _text("started"),
+    _text("finished", nullable=True),
     _text("summary"),
-)  # fmt: skip
-anchors = _table("anchors", _text("digest", primary_key=True), _text("trunk"), _text("summary"), _text("sealed_at"))
+)
+anchors = _table(
+    "anchors", _text("digest", primary_key=True), _text("trunk"), _text("summary"), _text("sealed_at")
+)
 sources = _table(
-    "sources", sa.Column("version", sa.Integer, primary_key=True), _text("digest"), _text("trunk"), _text("path"),
-    _text("manifest"), _text("lineage"), _text("created_at"),
-)  # fmt: skip
+    "sources",
+    sa.Column("version", sa.Integer, primary_key=True),
+    _text("digest"),
+    _text("trunk"),
+    _text("path"),
+    _text("manifest"),
+    _text("lineage"),
+    _text("created_at"),
+)
 served = _table(
-    "served", _text("site", primary_key=True), _int("counter", primary_key=True), _text("state", nullable=True),
-    _int("source_version"), _text("rollout"), _int("wave"), _text("kind"), _text("since"),
+    "served",
+    _text("site", primary_key=True),
+    _int("counter", primary_key=True),
+    _text("state", nullable=True),
+    _int("source_version"),
+    _text("rollout"),
+    _int("wave"),
+    _text("kind"),
+    _text("since"),
     sa.Column("audit", sa.BigInteger, nullable=False, server_default="0"),
     clustered=True,
-)  # fmt: skip
+)
 targets = _table(
-    "targets", _text("rollout", primary_key=True), _text("site", primary_key=True), _int("wave"), _text("zone"),
-    _text("state", nullable=True), _int("source_version"), _text("back_state", nullable=True), _int("back_version"),
-    _text("verdict"), _text("reason"), sa.Index("targets_wave", "rollout", "wave", "site"),
+    "targets",
+    _text("rollout", primary_key=True),
+    _text("site", primary_key=True),
+    _int("wave"),
+    _text("zone"),
+    _text("state", nullable=True),
+    _int("source_version"),
+    _text("back_state", nullable=True),
+    _int("back_version"),
+    _text("verdict"),
+    _text("reason"),
+    sa.Index("targets_wave", "rollout", "wave", "site"),
     clustered=True,
-)  # fmt: skip
+)
 rollouts = _table(
-    "rollouts", _text("id", primary_key=True), _text("plan_hash"), _text("status"), _text("body"), _int("revision"),
-    _text("created_at"), _text("updated_at"),
-)  # fmt: skip
+    "rollouts",
+    _text("id", primary_key=True),
+    _text("plan_hash"),
+    _text("status"),
+    _text("body"),
+    _int("revision"),
+    _text("created_at"),
+    _text("updated_at"),
+)
 audit = _table(
-    "audit", sa.Column("seq", sa.Integer, primary_key=True), _text("at"), _text("kind"), _text("payload"),
-    _text("prev_hash"), _text("hash"),
-)  # fmt: skip
+    "audit",
+    sa.Column("seq", sa.Integer, primary_key=True),
+    _text("at"),
+    _text("kind"),
+    _text("payload"),
+    _text("prev_hash"),
+    _text("hash"),
+)
 notices = _table(
-    "notices", _text("key", primary_key=True), _text("severity"), _text("text"), _text("first_at"), _text("last_at"),
-    _int("count"), _text("sent_at", nullable=True),
-)  # fmt: skip
+    "notices",
+    _text("key", primary_key=True),
+    _text("severity"),
+    _text("text"),
+    _text("first_at"),
+    _text("last_at"),
+    _int("count"),
+    _text("sent_at", nullable=True),
+)
 
 
 READ: dict[str, Callable[[str], object]] = {
     **dict.fromkeys(("registered_at", "created_at", "updated_at", "since", "at"), datetime.fromisoformat),
     **dict.fromkeys(("tags", "manifest", "counters"), json.loads),
-}  # fmt: skip
+}
 
 
 def named(
@@ -131,7 +224,8 @@ def parts(values: Sequence[V]) -> Iterator[Sequence[V]]:
 def make_row(row: Callable[..., T], r: Row[*tuple[object, ...]]) -> T:
     """A row class from the columns of the same names."""
     values = r._mapping
-    return row(**{f.name: READ[f.name](values[f.name]) if f.name in READ else values[f.name] for f in fields(row)})  # pyright: ignore
+    names = [f.name for f in fields(row)]  # pyright: ignore[reportArgumentType]
+    return row(**{n: READ[n](values[n]) if n in READ else values[n] for n in names})
 
 
 def dump(value: object) -> str:

@@ -39,9 +39,11 @@ if TYPE_CHECKING:
 MOVE = sites.update().where(sites.c.site == sa.bindparam("s"))
 MOVE = MOVE.values({n: sa.bindparam(f"v_{n}") for n in ("learned", "learner", "holds", "status", "reason")})
 LISTED = sa.select(
-    *(c.label(f"{c.name}_json") if c.name in ("verdict", "evidence") else c for c in verdicts.c),
+    *(c.label(f"{c.name}_json") if c.name in ("verdict", "evidence") else c for c in verdicts.c)
 )
-REBASES = sa.select(cycles.c.id).where(cycles.c.kind == "rebase")  # their verdicts lie beside the sites' streams
+REBASES = sa.select(cycles.c.id).where(
+    cycles.c.kind == "rebase"
+)  # their verdicts lie beside the sites' streams
 
 
 class Verdicts(Store):
@@ -63,9 +65,12 @@ class Verdicts(Store):
             own = [state_id(cycle.id, s) for s in names]
             judged = {s.site for s in named(c, sa.select(verdicts.c.site), verdicts.c.id, own)}
             fresh = [
-                r for r in rows if r.site not in judged and r.site in found
+                r
+                for r in rows
+                if r.site not in judged
+                and r.site in found
                 and found[r.site].learned == (r.offset_to if rebased else r.offset_from)
-            ]  # fmt: skip
+            ]
             if fresh:
                 current = newest_served(c, [r.site for r in fresh if r.verdict.outcome == "fail"])
                 at = iso(now)
@@ -108,13 +113,16 @@ class Verdicts(Store):
         own = sa.and_(verdicts.c.cycle == cycle, verdicts.c.site > after)
         with self._read() as c:
             return [
-                make_row(VerdictRow, r) for r in c.execute(LISTED.where(own).order_by(verdicts.c.site).limit(limit))
+                make_row(VerdictRow, r)
+                for r in c.execute(LISTED.where(own).order_by(verdicts.c.site).limit(limit))
             ]
 
     def evidence_digest(self, cycle: str) -> str:
         """sha256 over every verdict of a cycle and its evidence, by site."""
         digest = hashlib.sha256()
-        query = sa.select(verdicts.c.id, verdicts.c.verdict, verdicts.c.evidence).where(verdicts.c.cycle == cycle)
+        query = sa.select(verdicts.c.id, verdicts.c.verdict, verdicts.c.evidence).where(
+            verdicts.c.cycle == cycle
+        )
         with self._read() as c:
             for r in c.execute(query.order_by(verdicts.c.site)):
                 parts = [hashlib.sha256(text.encode()).hexdigest() for text in (r.verdict, r.evidence)]
@@ -179,9 +187,11 @@ def state_id(cycle: str, site: str) -> str:
 
 
 def _sealed(trunk: str) -> sa.Select[*tuple[object, ...]]:
-    return sa.select(anchors.c.digest, anchors.c.sealed_at).where(anchors.c.trunk == trunk).order_by(
-        anchors.c.sealed_at.desc()
-    )  # fmt: skip
+    return (
+        sa.select(anchors.c.digest, anchors.c.sealed_at)
+        .where(anchors.c.trunk == trunk)
+        .order_by(anchors.c.sealed_at.desc())
+    )
 
 
 def newest(query: sa.Select[*tuple[object, ...]]) -> sa.Select[*tuple[object, ...]]:
@@ -193,17 +203,36 @@ def newest(query: sa.Select[*tuple[object, ...]]) -> sa.Select[*tuple[object, ..
 
 
 def _state_values(r: ShardRow, cycle: str, at: str) -> dict[str, object]:
-    return {"id": state_id(cycle, r.site), "site": r.site, "cycle": cycle, "source_version": r.source_version,
-            "method": r.method, "blob": r.blob, "slot": r.slot, "offset_from": r.offset_from, "offset_to": r.offset_to,
-            "parent": r.parent, "created_at": at}  # fmt: skip
+    return {
+        "id": state_id(cycle, r.site),
+        "site": r.site,
+        "cycle": cycle,
+        "source_version": r.source_version,
+        "method": r.method,
+        "blob": r.blob,
+        "slot": r.slot,
+        "offset_from": r.offset_from,
+        "offset_to": r.offset_to,
+        "parent": r.parent,
+        "created_at": at,
+    }
 
 
 def _verdict_values(r: ShardRow, cycle: str, at: str) -> dict[str, object]:
     own = state_id(cycle, r.site)
-    return {"id": own, "site": r.site, "cycle": cycle, "state": own if r.blob else None, "outcome": r.verdict.outcome,
-            "verdict": r.verdict.model_dump_json(), "evidence": r.evidence.model_dump_json(),
-            "counters": dump(r.counters), "offset_from": r.offset_from, "offset_to": r.offset_to,
-            "at": at}  # fmt: skip
+    return {
+        "id": own,
+        "site": r.site,
+        "cycle": cycle,
+        "state": own if r.blob else None,
+        "outcome": r.verdict.outcome,
+        "verdict": r.verdict.model_dump_json(),
+        "evidence": r.evidence.model_dump_json(),
+        "counters": dump(r.counters),
+        "offset_from": r.offset_from,
+        "offset_to": r.offset_to,
+        "at": at,
+    }
 
 
 def _moved(

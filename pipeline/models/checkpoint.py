@@ -49,9 +49,7 @@ class Manifest(Section):
     format: int = FORMAT
     config: ModelConfig
     size: int
-    threshold: (
-        float  # of the fused score, at the equal error rate of the pooled source validation; call is score >= threshold
-    )
+    threshold: float  # of the fused score, at the equal error rate of the pooled source validation; call is score >= threshold
     method: str
     domains: tuple[str, ...] = ()
     data: dict[str, str] = Field(default={})  # domain → digest of its corpus
@@ -77,10 +75,12 @@ class SourceModel:
 def seal(trunk: nn.Module, tail: Mapping[str, Tensor], manifest: Manifest) -> SourceModel:
     """A SourceModel whose manifest carries its digests. ``trunk`` is folded already."""
     tail = {name: t.detach().cpu().clone().contiguous() for name, t in tail.items()}
-    stamped = manifest.model_copy(update={
-        "trunk_digest": trunk_digest(trunk, manifest.config, manifest.size),
-        "weights_digest": hashlib.sha256(_serialise(trunk, tail)).hexdigest(),
-    })  # fmt: skip
+    stamped = manifest.model_copy(
+        update={
+            "trunk_digest": trunk_digest(trunk, manifest.config, manifest.size),
+            "weights_digest": hashlib.sha256(_serialise(trunk, tail)).hexdigest(),
+        }
+    )
     return SourceModel(trunk, tail, stamped.model_copy(update={"digest": manifest_digest(stamped)}))
 
 
@@ -185,7 +185,10 @@ def manifest_digest(manifest: Manifest) -> str:
 
 
 def _serialise(trunk: nn.Module, tail: Mapping[str, Tensor]) -> bytes:
-    named = {**{TRUNK + n: t for n, t in trunk.state_dict().items()}, **{TAIL + n: t for n, t in tail.items()}}
+    named = {
+        **{TRUNK + n: t for n, t in trunk.state_dict().items()},
+        **{TAIL + n: t for n, t in tail.items()},
+    }
     for name, t in named.items():
         if t.is_floating_point() and not bool(torch.isfinite(t).all()):
             raise BadCheckpoint(f"{name}: holds a value that is not finite; such a model is not stored")
@@ -222,4 +225,6 @@ def _read(path: Place, limit: int | None) -> bytes:
     except StoreUnavailable:
         raise
     except OSError as e:
-        raise BadCheckpoint(f"{path}: cannot be read: {e.strerror}; restore it or run `palisade train`") from None
+        raise BadCheckpoint(
+            f"{path}: cannot be read: {e.strerror}; restore it or run `palisade train`"
+        ) from None

@@ -27,14 +27,20 @@ HEADS = MODALITIES + 1
 FUSED = MODALITIES
 GATE_INIT = 0.1  # how much a complement adds to a modality that is there
 SYNERGY_INIT = 0.1
-BOUNDARY = ("log_rho", "linear")  # what decides between the classes, of which a domain may own a copy during a fit
+BOUNDARY = (
+    "log_rho",
+    "linear",
+)  # what decides between the classes, of which a domain may own a copy during a fit
 MOVABLE = ("site.gamma", "site.beta", "site.down", "site.up", "gate", "log_rho", "pattern")
 REPLAY = (
     "replay.z",
     "replay.present",
     "replay.label",
 )  # labelled source features a trained tail carries; no parameters
-REFERENCE = ("reference.logit", "reference.boundary")  # what source validation says of its scores; see ``calibrate``
+REFERENCE = (
+    "reference.logit",
+    "reference.boundary",
+)  # what source validation says of its scores; see ``calibrate``
 QUANTILES = 33  # of reference.logit, from the lowest to the highest
 NO_DECAY = (
     "fuse.out",
@@ -70,7 +76,11 @@ class Read(NamedTuple):
 def init_tail(config: TailConfig, features: int, *, generator: torch.Generator) -> Params:
     """Fresh tail for F = ``features``; the site adapter in it is the identity."""
     m, f, d, r = MODALITIES, features, config.width, config.rank
-    linear = {"linear": torch.randn(HEADS, d, generator=generator) / math.sqrt(d)} if config.head == "linear" else {}
+    linear = (
+        {"linear": torch.randn(HEADS, d, generator=generator) / math.sqrt(d)}
+        if config.head == "linear"
+        else {}
+    )
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator) / math.sqrt(shape[-1])
@@ -138,7 +148,11 @@ def adapt(params: Params, z: Tensor, present: Tensor) -> Tensor:
     z = torch.where(present[..., None], z, 0.0)
     normed = torch.nn.functional.layer_norm(z, z.shape[-1:])
     low = torch.relu(torch.einsum("...mf,...mrf->...mr", normed, params["site.down"]))
-    z = params["site.gamma"] * z + params["site.beta"] + torch.einsum("...mr,...mfr->...mf", low, params["site.up"])
+    z = (
+        params["site.gamma"] * z
+        + params["site.beta"]
+        + torch.einsum("...mr,...mfr->...mf", low, params["site.up"])
+    )
     return torch.where(present[..., None], z, 0.0)
 
 
@@ -151,7 +165,9 @@ def complete(params: Params, z: Tensor, present: Tensor) -> Completed:
     affinity = (keys @ params["complement.query"].mT).mT / math.sqrt(keys.shape[-1])
     other = ~torch.eye(MODALITIES, dtype=torch.bool, device=z.device)
     weight = masked_softmax(affinity, present[..., None, :] & other)  # [B, M, K]
-    low = torch.relu(each(z, params["complement.in"].flatten(1, 2))).unflatten(-1, (MODALITIES, -1))  # [B, K, M, Q]
+    low = torch.relu(each(z, params["complement.in"].flatten(1, 2))).unflatten(
+        -1, (MODALITIES, -1)
+    )  # [B, K, M, Q]
     mixed = (weight.mT[..., None] * low).transpose(-3, -2).flatten(-2)  # [B, M, K * Q]
     complement = each(mixed, params["complement.out"].permute(1, 2, 0, 3).flatten(2))
     gate = torch.sigmoid(params["gate"])[..., None]

@@ -38,7 +38,9 @@ class BadTrunk(ValueError):
     """A trunk that cannot be built as configured; one line."""
 
 
-def build_trunk(config: TinyConfig | VitConfig, size: int, *, architecture: Architecture | None = None) -> nn.Module:
+def build_trunk(
+    config: TinyConfig | VitConfig, size: int, *, architecture: Architecture | None = None
+) -> nn.Module:
     """A fresh trunk. ``architecture`` is what a checkpoint says: then nothing is downloaded, weights are to follow."""
     if isinstance(config, TinyConfig):
         return TinyTrunk(config.width, config.features)
@@ -178,7 +180,9 @@ class VitTrunk(nn.Module):
             return z + 0.0 * torch.stack([p.sum() for p in own]).sum()
         x = frames[rows, begin:end].expand(-1, 3, -1, -1)
         side = cast("int", self.backbone.config.image_size)
-        hidden = self.backbone.embeddings(F.interpolate(x, size=(side, side), mode="bilinear", antialias=True))
+        hidden = self.backbone.embeddings(
+            F.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
+        )
         for layer, adapter in zip(self.backbone.layers, cast("nn.ModuleList", self.adapters[m]), strict=True):
             hidden = adapter(layer(hidden))
         return z.index_copy(0, rows, self.project[m](self.backbone.layernorm(hidden)[:, 0]))
@@ -212,8 +216,13 @@ def _backbone(pretrained: str | None, architecture: Architecture | None) -> ViTM
     if architecture is not None:
         return ViTModel(ViTConfig.from_dict(dict(architecture)), add_pooling_layer=False)
     if pretrained is None:
-        small = ViTConfig(image_size=32, patch_size=8, **dict.fromkeys(("hidden_size", "intermediate_size"), 32),
-                          num_hidden_layers=3, num_attention_heads=2)  # fmt: skip
+        small = ViTConfig(
+            image_size=32,
+            patch_size=8,
+            **dict.fromkeys(("hidden_size", "intermediate_size"), 32),
+            num_hidden_layers=3,
+            num_attention_heads=2,
+        )
         return ViTModel(small, add_pooling_layer=False)
     try:
         return ViTModel.from_pretrained(pretrained, add_pooling_layer=False, use_safetensors=True)

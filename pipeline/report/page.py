@@ -23,7 +23,7 @@ from pipeline.types import Modality
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipeline.report import CycleReport, PadSummary, SiteReport
+    from pipeline.report.content import CycleReport, PadSummary, SiteReport
 
 HARM = 0.01  # a promoted site whose HTER or max APCER rose by more than this was harmed
 OMEGA = 2.0  # the top of the loss weight
@@ -124,7 +124,8 @@ def _rows(report: CycleReport) -> list[Row]:
         return not row.harmed, order[row.site.status], -after if np.isfinite(after) else 0.0, row.site.site
 
     return [
-        Row(r.site, f"site-{i}", r.badges, r.changes, r.harmed) for i, r in enumerate(sorted(rows, key=worst_first))
+        Row(r.site, f"site-{i}", r.badges, r.changes, r.harmed)
+        for i, r in enumerate(sorted(rows, key=worst_first))
     ]
 
 
@@ -182,10 +183,16 @@ def _cause(site: SiteReport) -> str:
 def _figures(report: CycleReport, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     """Key figures as (name, value, remark)."""
     sites = [r.site for r in rows]
-    pairs = [(s.before, s.after if s.promoted else s.before) for s in sites if s.before and (s.after or not s.promoted)]
+    pairs = [
+        (s.before, s.after if s.promoted else s.before)
+        for s in sites
+        if s.before and (s.after or not s.promoted)
+    ]
     now = [(s.after if s.promoted else s.before, s.site) for s in sites]
     worst, where = max(
-        ((n, at) for n, at in now if n and np.isfinite(n.max_apcer)), key=lambda x: x[0].max_apcer, default=(None, "")
+        ((n, at) for n, at in now if n and np.isfinite(n.max_apcer)),
+        key=lambda x: x[0].max_apcer,
+        default=(None, ""),
     )
     hter = [_median([p.hter for p in side if p]) for side in zip(*pairs, strict=True)] if pairs else []
     waiting = sum(s.verdict == "pass" and not s.promoted for s in sites)
@@ -201,14 +208,26 @@ def _figures(report: CycleReport, rows: Sequence[Row]) -> list[tuple[str, str, s
         ("promoted", f"{sum(s.promoted for s in sites):,}", f"{waiting:,} passed and wait for a wave"),
         ("not served", f"{sum(s.status != 'ok' for s in sites):,}", "held, failed or broken"),
         ("harmed", f"{harmed:,}" if known else "–", f"of {known:,} promoted sites with sealed labels"),
-        ("median HTER served", " → ".join(map(plots.percent, hter)) or "–", f"{len(pairs):,} sites with sealed labels"),
+        (
+            "median HTER served",
+            " → ".join(map(plots.percent, hter)) or "–",
+            f"{len(pairs):,} sites with sealed labels",
+        ),
         (
             "worst APCER served",
             plots.percent(worst.max_apcer) if worst else "–",
             f"{worst.worst_species} at {where}" if worst else "no sealed labels",
         ),
-        ("captures", f"{sum(s.samples for s in sites):,}", f"{sum(s.quarantined for s in sites):,} quarantined"),
-        ("duration", _duration(seconds), " · ".join(f"{n} {_duration(s)}" for n, s in report.totals.stage_seconds)),
+        (
+            "captures",
+            f"{sum(s.samples for s in sites):,}",
+            f"{sum(s.quarantined for s in sites):,} quarantined",
+        ),
+        (
+            "duration",
+            _duration(seconds),
+            " · ".join(f"{n} {_duration(s)}" for n, s in report.totals.stage_seconds),
+        ),
     ]
 
 
@@ -217,7 +236,9 @@ def _median(values: Sequence[float]) -> float:
     return float(np.median(finite)) if finite else float("nan")
 
 
-def _bells(rows: Sequence[Row], ceiling: float | None) -> list[tuple[str, list[str], list[tuple[Row, Change, Markup]]]]:
+def _bells(
+    rows: Sequence[Row], ceiling: float | None
+) -> list[tuple[str, list[str], list[tuple[Row, Change, Markup]]]]:
     """Per metric its name, the axis labels, and the before → after row of each site."""
     panels = []
     for i, (_, name) in enumerate(METRICS[:2] if rows else ()):
@@ -229,7 +250,12 @@ def _bells(rows: Sequence[Row], ceiling: float | None) -> list[tuple[str, list[s
                 r,
                 c,
                 plots.dumbbell(
-                    c.before, c.after, name=f"{plots.clean(r.site.site)}, {name}", top=top, limit=limit, tone=c.tone
+                    c.before,
+                    c.after,
+                    name=f"{plots.clean(r.site.site)}, {name}",
+                    top=top,
+                    limit=limit,
+                    tone=c.tone,
                 ),
             )
             for r, c in changes

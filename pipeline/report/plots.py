@@ -16,7 +16,7 @@ from markupsafe import Markup
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipeline.report import DetCurve
+    from pipeline.report.content import DetCurve
     from pipeline.report.source import RadiusPanel
 
 LONGEST = 1000  # characters of one untrusted string
@@ -68,7 +68,9 @@ def line(values: np.ndarray, name: str, *, top: float, peaks: bool = False) -> M
     """``values`` [T] over time on [0, top]; ``peaks`` keeps the largest of each bin instead of the mean."""
     grid = Markup('<path class="grid" d="M0 0H100M0 50H100M0 100H100"/>')
     return _STRETCHED.format(
-        "line", f"{name} over time: {_range(values)}", grid + _path(_bins(values, LINE_BINS, peaks=peaks), top)
+        "line",
+        f"{name} over time: {_range(values)}",
+        grid + _path(_bins(values, LINE_BINS, peaks=peaks), top),
     )
 
 
@@ -83,10 +85,14 @@ def strip(share: np.ndarray, name: str) -> Markup:
 
 def dumbbell(before: float, after: float, *, name: str, top: float, limit: float | None, tone: str) -> Markup:
     """One row of a before → after chart on [0, top]: hollow is before, filled is after."""
-    at = [f"{min(100.0, 100 * v / top):.2f}%" if np.isfinite(v) else None for v in (before, after, limit or np.nan)]
+    at = [
+        f"{min(100.0, 100 * v / top):.2f}%" if np.isfinite(v) else None
+        for v in (before, after, limit or np.nan)
+    ]
     label = f"{name}: {percent(before)} before, {percent(after)} after"
     marks = [
-        Markup('<line class="grid" x1="{0}%" x2="{0}%" y1="0" y2="100%"/>').format(t) for t in (0, 25, 50, 75, 100)
+        Markup('<line class="grid" x1="{0}%" x2="{0}%" y1="0" y2="100%"/>').format(t)
+        for t in (0, 25, 50, 75, 100)
     ]
     if at[2]:
         marks.append(Markup('<line class="limit" x1="{0}" x2="{0}" y1="0" y2="100%"/>').format(at[2]))
@@ -106,16 +112,21 @@ def whisker(value: float, low: float, high: float, oracle: float, *, name: str, 
     """One row on [0, top]: filled is the honest error with its interval, hollow what an oracle threshold would give."""
     at = [f"{100 * min(v / top, 1):.2f}%" if np.isfinite(v) else None for v in (value, low, high, oracle)]
     marks = [
-        Markup('<line class="grid" x1="{0}%" x2="{0}%" y1="0" y2="100%"/>').format(t) for t in (0, 25, 50, 75, 100)
+        Markup('<line class="grid" x1="{0}%" x2="{0}%" y1="0" y2="100%"/>').format(t)
+        for t in (0, 25, 50, 75, 100)
     ]
     for kind, start, end in (("shift", at[3], at[0]), ("span", at[1], at[2])):
         if start and end:
-            marks.append(Markup('<line class="{}" x1="{}" x2="{}" y1="50%" y2="50%"/>').format(kind, start, end))
+            marks.append(
+                Markup('<line class="{}" x1="{}" x2="{}" y1="50%" y2="50%"/>').format(kind, start, end)
+            )
     for kind, x, radius in (("before", at[3], 4), ("after", at[0], 4.5)):
         if x:
             marks.append(Markup('<circle class="{}" cx="{}" cy="50%" r="{}"/>').format(kind, x, radius))
     label = f"{name}: {percent(value)}, 95 % interval {percent(low)} to {percent(high)}, oracle EER {percent(oracle)}"
-    return Markup('<svg class="bell" role="img" aria-label="{}">{}</svg>').format(label, Markup("").join(marks))
+    return Markup('<svg class="bell" role="img" aria-label="{}">{}</svg>').format(
+        label, Markup("").join(marks)
+    )
 
 
 def det(before: DetCurve, after: DetCurve) -> Markup:
@@ -141,7 +152,9 @@ def dets(curves: Sequence[tuple[str, DetCurve]], name: str, kinds: dict[str, str
     )
     said = [f"{clean(m)} {percent(c.at[0])} and {percent(c.at[1])}" for m, c in curves if c.at]
     wrong = "; ".join(said) or "not known"
-    return _axes(f"DET curves on {clean(name)}. Attacks and bona fide that are wrong at the threshold: {wrong}", inner)
+    return _axes(
+        f"DET curves on {clean(name)}. Attacks and bona fide that are wrong at the threshold: {wrong}", inner
+    )
 
 
 def sphere(panel: RadiusPanel, *, top: float) -> Markup:
@@ -180,7 +193,8 @@ def radii(panel: RadiusPanel, *, top: float) -> Markup:
     most = max(float(s.max()) for s in shares) or 1.0
     areas = Markup("").join(
         Markup('<path class="area {}" d="M0 50{}V50Z"/>').format(
-            kind, "".join(f"V{50 + sign * 48 * s / most:.1f}H{x:.4g}" for s, x in zip(share, 100 * bins[1:] / top))
+            kind,
+            "".join(f"V{50 + sign * 48 * s / most:.1f}H{x:.4g}" for s, x in zip(share, 100 * bins[1:] / top)),
         )
         for kind, sign, share in (("bona-fide", -1, shares[0]), ("attack", 1, shares[1]))
     )
@@ -220,7 +234,10 @@ def _bins(values: np.ndarray, n: int, *, peaks: bool = False) -> np.ndarray:
     if peaks:
         return np.fmax.reduceat(values, first)
     known = np.isfinite(values)
-    total, count = np.add.reduceat(np.where(known, values, 0), first), np.add.reduceat(known.astype(int), first)
+    total, count = (
+        np.add.reduceat(np.where(known, values, 0), first),
+        np.add.reduceat(known.astype(int), first),
+    )
     return np.divide(total, count, out=np.full(n, np.nan), where=count > 0)
 
 
@@ -241,7 +258,9 @@ def _range(values: np.ndarray) -> str:
     finite = finite[np.isfinite(finite)]
     if not len(finite):
         return "not measured"
-    return f"first {finite[0]:.2g}, last {finite[-1]:.2g}, lowest {finite.min():.2g}, highest {finite.max():.2g}"
+    return (
+        f"first {finite[0]:.2g}, last {finite[-1]:.2g}, lowest {finite.min():.2g}, highest {finite.max():.2g}"
+    )
 
 
 def _deviate(rate: float) -> float:
@@ -258,8 +277,16 @@ def _axes(label: str, inner: Markup) -> Markup:
         '<text class="axis" x="{mid}" y="376" text-anchor="middle">attacks accepted, species pooled, %</text>'
         '<text class="axis" transform="translate(13 {low}) rotate(-90)" text-anchor="middle">'
         "bona fide rejected (BPCER), %</text></svg>"
-    ).format(label=label, ticks=Markup("").join(_tick(t) for t in DET_TICKS), inner=inner, x=DET_LEFT, y=DET_TOP,
-             side=DET_SIDE, mid=DET_LEFT + DET_SIDE / 2, low=DET_TOP + DET_SIDE / 2)  # fmt: skip
+    ).format(
+        label=label,
+        ticks=Markup("").join(_tick(t) for t in DET_TICKS),
+        inner=inner,
+        x=DET_LEFT,
+        y=DET_TOP,
+        side=DET_SIDE,
+        mid=DET_LEFT + DET_SIDE / 2,
+        low=DET_TOP + DET_SIDE / 2,
+    )
 
 
 def _tick(rate: float) -> Markup:
@@ -268,15 +295,26 @@ def _tick(rate: float) -> Markup:
         '<path class="grid" d="M{x:.1f} {top}v{side}M{left} {y:.1f}h{side}"/>'
         '<text x="{x:.1f}" y="{below}" text-anchor="middle">{name}</text>'
         '<text x="{beside}" y="{y:.1f}" dy=".35em" text-anchor="end">{name}</text>'
-    ).format(x=DET_LEFT + at, y=DET_TOP + DET_SIDE - at, top=DET_TOP, left=DET_LEFT, side=DET_SIDE,
-             below=DET_TOP + DET_SIDE + 17, beside=DET_LEFT - 7, name=f"{100 * rate:g}")  # fmt: skip
+    ).format(
+        x=DET_LEFT + at,
+        y=DET_TOP + DET_SIDE - at,
+        top=DET_TOP,
+        left=DET_LEFT,
+        side=DET_SIDE,
+        below=DET_TOP + DET_SIDE + 17,
+        beside=DET_LEFT - 7,
+        name=f"{100 * rate:g}",
+    )
 
 
 def _curve(curve: DetCurve, kind: str) -> Markup:
     known = np.isfinite(curve.apcer) & np.isfinite(curve.bpcer)
     apcer, bpcer = curve.apcer[known], curve.bpcer[known]
     pick = np.unique(np.linspace(0, len(apcer) - 1, min(len(apcer), DET_POINTS)).astype(int))
-    points = [f"{_deviate(a):.1f} {DET_SIDE - _deviate(b):.1f}" for a, b in zip(apcer[pick], bpcer[pick], strict=True)]
+    points = [
+        f"{_deviate(a):.1f} {DET_SIDE - _deviate(b):.1f}"
+        for a, b in zip(apcer[pick], bpcer[pick], strict=True)
+    ]
     out = Markup('<path class="{}" d="{}"/>').format(kind, "M" + "L".join(points) if points else "")
     if curve.at and np.isfinite(curve.at).all():
         x, y = _deviate(curve.at[0]), DET_SIDE - _deviate(curve.at[1])

@@ -21,16 +21,25 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.intervals import Estimate
     from pipeline.report.source import Figure
+    from pipeline.stats.intervals import Estimate
 
     Floats = NDArray[np.float64]
 
 Row = TypeVar("Row")
 OURS, BASELINE = "danet", "frozen"
 SECTIONS = (
-    "figures", "methods", "streams", "timelines", "one_class", "poison", "missing", "ablation", "additions", "context",
-)  # fmt: skip
+    "figures",
+    "methods",
+    "streams",
+    "timelines",
+    "one_class",
+    "poison",
+    "missing",
+    "ablation",
+    "additions",
+    "context",
+)
 GROUPS = ("shifted", "one-class", "clean", "unseen", "missing", "poisoning")  # order of the page
 LIMIT = 0.005  # that poison may raise the worst species' APCER by
 METHODS = {
@@ -195,29 +204,39 @@ def render(bench: SiteBench) -> str:
     ends = [m.hter[2] if np.isfinite(m.hter[2]) else m.hter[0] for m in rows]
     attacked = _columns(rows, [r.method for r in bench.poison])
     low, high = timelines.axis([r.rise for r in bench.poison], 4 * LIMIT)
-    return environment().get_template("site.html.j2").render(
-        bench=bench,
-        answer=_answer(bench, rows),
-        rows=rows,
-        top=plots.scale(ends, 0.02),
-        reference=next((m.hter[0] for m in rows if m.method == BASELINE), float("nan")),
-        columns=_columns(rows, [m for s in bench.streams for m in s.cells]),
-        groups=_groups(sorted(bench.streams, key=lambda s: _place(s.group)), lambda s: s.group),
-        doors=_groups(bench.one_class, lambda r: (r.stream, plots.percent(r.prior))),
-        watched=_columns(rows, [r.method for r in bench.one_class]),
-        attacks=[
-            sorted(group, key=lambda r: attacked.index(r.method))
-            for group in _groups(bench.poison, lambda r: (r.stream, plots.percent(r.share)))
-        ],
-        lowest=low, highest=high,
-        weights=list(dict.fromkeys(c.weight for c in bench.ablation)),
-        parts=_groups(bench.ablation, lambda c: (c.fill, c.labels)),
-        default=next((r for r in bench.additions if r.name == "default"), (*bench.additions, None)[0]),
-        look=timelines.looks(list(named), OURS, BASELINE),
-        described={m: METHODS[m] for m in dict.fromkeys(m.split(" ")[0] for m in named) if m in METHODS},
-        ours=OURS, baseline=BASELINE, limit=LIMIT, harm=HARM, measure=_measure, charts=timelines,
-        why={s: bench.omitted.get(s, "") for s in SECTIONS},
-    )  # fmt: skip
+    return (
+        environment()
+        .get_template("site.html.j2")
+        .render(
+            bench=bench,
+            answer=_answer(bench, rows),
+            rows=rows,
+            top=plots.scale(ends, 0.02),
+            reference=next((m.hter[0] for m in rows if m.method == BASELINE), float("nan")),
+            columns=_columns(rows, [m for s in bench.streams for m in s.cells]),
+            groups=_groups(sorted(bench.streams, key=lambda s: _place(s.group)), lambda s: s.group),
+            doors=_groups(bench.one_class, lambda r: (r.stream, plots.percent(r.prior))),
+            watched=_columns(rows, [r.method for r in bench.one_class]),
+            attacks=[
+                sorted(group, key=lambda r: attacked.index(r.method))
+                for group in _groups(bench.poison, lambda r: (r.stream, plots.percent(r.share)))
+            ],
+            lowest=low,
+            highest=high,
+            weights=list(dict.fromkeys(c.weight for c in bench.ablation)),
+            parts=_groups(bench.ablation, lambda c: (c.fill, c.labels)),
+            default=next((r for r in bench.additions if r.name == "default"), (*bench.additions, None)[0]),
+            look=timelines.looks(list(named), OURS, BASELINE),
+            described={m: METHODS[m] for m in dict.fromkeys(m.split(" ")[0] for m in named) if m in METHODS},
+            ours=OURS,
+            baseline=BASELINE,
+            limit=LIMIT,
+            harm=HARM,
+            measure=_measure,
+            charts=timelines,
+            why={s: bench.omitted.get(s, "") for s in SECTIONS},
+        )
+    )
 
 
 def write(bench: SiteBench, path: Path) -> None:
@@ -239,7 +258,8 @@ def _answer(bench: SiteBench, rows: Sequence[MethodRow]) -> list[str]:
         share = f"{plots.percent(abs(own.below_frozen))} {'less' if own.below_frozen >= 0 else 'more'} than {BASELINE}"
         apart = own.hter[2] < frozen.hter[1] or own.hter[1] > frozen.hter[2]
         parts.append(
-            share + ("" if apart or not np.isfinite([*own.hter, *frozen.hter]).all() else " (intervals overlap)")
+            share
+            + ("" if apart or not np.isfinite([*own.hter, *frozen.hter]).all() else " (intervals overlap)")
         )
     if own and np.isfinite(own.harmed):
         parts.append(f"{plots.percent(own.harmed) if own.harmed else 'none'} of the sites harmed by {OURS}")
@@ -270,4 +290,6 @@ def _place(group: str) -> int:
 def _measure(cells: Iterable[StreamCell]) -> str:
     """What a stream is judged by: HTER, or the rate of the one class that it has."""
     cells = list(cells)
-    return next((n for n in ("hter", "bpcer", "max_apcer") if any(np.isfinite(getattr(c, n)) for c in cells)), "hter")
+    return next(
+        (n for n in ("hter", "bpcer", "max_apcer") if any(np.isfinite(getattr(c, n)) for c in cells)), "hter"
+    )

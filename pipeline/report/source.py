@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    from pipeline.intervals import Estimate, Paired
-    from pipeline.metrics import Rate
-    from pipeline.report import DetCurve
+    from pipeline.report.content import DetCurve
+    from pipeline.stats.intervals import Estimate, Paired
+    from pipeline.stats.metrics import Rate
 
     Grid = dict[str, dict[str, Estimate]]  # row -> column -> HTER
 
@@ -161,21 +161,31 @@ def render(report: SourceBench) -> str:
     assert set(report.left_out) <= set(SECTIONS), report.left_out
     rows = sorted(report.methods, key=lambda m: (np.isnan(m.hter[0]), m.hter[0]))
     spans = [m.hter[2] if np.isfinite(m.hter[2]) else m.hter[0] for m in rows]
-    return environment().get_template("source.html.j2").render(
-        report=report,
-        answer=_answer(rows),
-        rows=rows,
-        targets=_keys(m.hter_by_target for m in rows),
-        top=plots.scale([*spans, *(m.oracle_eer for m in rows)], 0.02),
-        others=[m for m in _names(report) if m not in (OURS, BASELINE)],
-        tops={target: _top(panels) for target, panels in report.radii.items()},
-        columns=lambda table: _keys(table.values()),
-        judged=_keys(r.apcer for r in report.unseen),
-        longest=max((r.total for r in report.speed), default=0.0),
-        ours=OURS, baseline=BASELINE, described=METHODS, drawn=plots.POINTS,
-        shade=_shade, lowest=timelines.lowest, span=timelines.span, points=_points,
-        why={s: report.left_out.get(s, "Not part of this run.") for s in SECTIONS},
-    )  # fmt: skip
+    return (
+        environment()
+        .get_template("source.html.j2")
+        .render(
+            report=report,
+            answer=_answer(rows),
+            rows=rows,
+            targets=_keys(m.hter_by_target for m in rows),
+            top=plots.scale([*spans, *(m.oracle_eer for m in rows)], 0.02),
+            others=[m for m in _names(report) if m not in (OURS, BASELINE)],
+            tops={target: _top(panels) for target, panels in report.radii.items()},
+            columns=lambda table: _keys(table.values()),
+            judged=_keys(r.apcer for r in report.unseen),
+            longest=max((r.total for r in report.speed), default=0.0),
+            ours=OURS,
+            baseline=BASELINE,
+            described=METHODS,
+            drawn=plots.POINTS,
+            shade=_shade,
+            lowest=timelines.lowest,
+            span=timelines.span,
+            points=_points,
+            why={s: report.left_out.get(s, "Not part of this run.") for s in SECTIONS},
+        )
+    )
 
 
 def write(report: SourceBench, path: Path) -> None:
@@ -189,7 +199,9 @@ def _answer(rows: Sequence[MethodRow]) -> list[str]:
     if not known:
         return ["No method was measured"]
     best, targets = known[0], len(_keys(m.hter_by_target for m in known))
-    parts = [f"{best.method} errs least: mean HTER {plots.percent(best.hter[0])} over {targets} unseen domains"]
+    parts = [
+        f"{best.method} errs least: mean HTER {plots.percent(best.hter[0])} over {targets} unseen domains"
+    ]
     ours = next((m for m in known if m.method == OURS), None)
     if ours and ours is not best:
         parts.append(f"{OURS} has {plots.percent(ours.hter[0])}")
@@ -197,7 +209,9 @@ def _answer(rows: Sequence[MethodRow]) -> list[str]:
     if paired and np.isfinite([*paired.difference, *paired.relative]).all():
         value, low, high = paired.difference
         if low <= 0 <= high:
-            parts.append(f"{OURS} and {BASELINE} are not told apart ({_points(low)} to {_points(high)} points)")
+            parts.append(
+                f"{OURS} and {BASELINE} are not told apart ({_points(low)} to {_points(high)} points)"
+            )
         elif value < 0:
             parts.append(
                 f"{plots.percent(paired.relative[0])} less than {BASELINE} ({timelines.span(*paired.relative[1:])}%)"

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.intervals import Estimate
     from pipeline.report.site import Timeline
+    from pipeline.stats.intervals import Estimate
 
     Floats = NDArray[np.float64]
 
@@ -106,17 +106,22 @@ def looks(methods: Sequence[str], ours: str, baseline: str) -> dict[str, str]:
 def forest(hter: Estimate, reference: float, *, name: str, top: float) -> Markup:
     """One row on [0, top]: a mean with its interval, and the line of the ``reference`` it is held against."""
     marks = [
-        Markup('<line class="grid" x1="{0}%" x2="{0}%" y1="0" y2="100%"/>').format(t) for t in (0, 25, 50, 75, 100)
+        Markup('<line class="grid" x1="{0}%" x2="{0}%" y1="0" y2="100%"/>').format(t)
+        for t in (0, 25, 50, 75, 100)
     ]
     at, low, high, ref = (_share(v, 0, top) for v in (*hter, reference))
     if ref is not None:
         marks.append(Markup('<line class="ref" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="100%"/>').format(ref))
     if low is not None and high is not None:
-        marks.append(Markup('<line class="span" x1="{:.2f}%" x2="{:.2f}%" y1="50%" y2="50%"/>').format(low, high))
+        marks.append(
+            Markup('<line class="span" x1="{:.2f}%" x2="{:.2f}%" y1="50%" y2="50%"/>').format(low, high)
+        )
     if at is not None:
         marks.append(Markup('<circle class="after" cx="{:.2f}%" cy="50%" r="4.5"/>').format(at))
     words = f"{name}: {plots.percent(hter[0])}, 95 % interval {plots.percent(hter[1])} to {plots.percent(hter[2])}"
-    return Markup('<svg class="bell" role="img" aria-label="{}">{}</svg>').format(words, Markup("").join(marks))
+    return Markup('<svg class="bell" role="img" aria-label="{}">{}</svg>').format(
+        words, Markup("").join(marks)
+    )
 
 
 def change(value: float, limit: float, *, name: str, low: float, high: float) -> Markup:
@@ -127,11 +132,16 @@ def change(value: float, limit: float, *, name: str, low: float, high: float) ->
     zero, at, most = (_share(_root(v), _root(low), _root(high)) for v in (0.0, value, limit))
     marks = [Markup('<line class="zero" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="100%"/>').format(zero)]
     if at is not None and zero is not None:
-        marks.append(Markup('<rect class="{}" x="{:.2f}%" width="{:.2f}%" y="22%" height="56%"/>').format(
-            "over" if value > limit else "under", min(at, zero), abs(at - zero)))  # fmt: skip
+        marks.append(
+            Markup('<rect class="{}" x="{:.2f}%" width="{:.2f}%" y="22%" height="56%"/>').format(
+                "over" if value > limit else "under", min(at, zero), abs(at - zero)
+            )
+        )
     marks.append(Markup('<line class="limit" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="100%"/>').format(most))
     words = f"{name}: {points(value)} points"
-    return Markup('<svg class="change" role="img" aria-label="{}">{}</svg>').format(words, Markup("").join(marks))
+    return Markup('<svg class="change" role="img" aria-label="{}">{}</svg>').format(
+        words, Markup("").join(marks)
+    )
 
 
 def axis(values: Sequence[float], floor: float) -> tuple[float, float]:
@@ -145,7 +155,9 @@ def axis(values: Sequence[float], floor: float) -> tuple[float, float]:
 def end(timeline: Timeline) -> float:
     """The last position of a timeline, in samples; it begins at zero."""
     marked = [at for at, _ in timeline.events] + [stop for _, stop, _ in timeline.spans]
-    lines = [line.position for line in timeline.lines.values()] + ([timeline.boundary[0]] if timeline.boundary else [])
+    lines = [line.position for line in timeline.lines.values()] + (
+        [timeline.boundary[0]] if timeline.boundary else []
+    )
     every = np.concatenate([np.asarray(marked, dtype=float), *lines])
     every = every[np.isfinite(every)]
     return float(every.max()) if len(every) and every.max() > 0 else 1.0
@@ -158,7 +170,8 @@ def rates(timeline: Timeline, rate: str, look: dict[str, str]) -> Panel:
     front = {"own": 2, "frozen": 1}
     order = sorted(lines, key=lambda m: front.get(look[m], 0))
     inner = Markup("").join(
-        Markup('<path class="{}" d="{}"/>').format(look[m], _path(*lines[m], end(timeline), 0, top)) for m in order
+        Markup('<path class="{}" d="{}"/>').format(look[m], _path(*lines[m], end(timeline), 0, top))
+        for m in order
     )
     said = "; ".join(f"{plots.clean(m)} {_range(values)}" for m, (_, values) in lines.items()) or "no method"
     words = f"{MARKS[rate]} over {plots.clean(timeline.stream)}: {said}"
@@ -177,7 +190,9 @@ def moved(timeline: Timeline) -> Panel:
         last, low, high = (_signed(float(v), "+.2g") for v in (finite[-1], finite.min(), finite.max()))
         said = f"last {last}, {low} to {high} logits"
     words = f"Boundary over {plots.clean(timeline.stream)}: {said}"
-    return Panel(_panel("trace thin", words, timeline, inner), (_signed(most, "+g"), "0", _signed(-most, "+g")))
+    return Panel(
+        _panel("trace thin", words, timeline, inner), (_signed(most, "+g"), "0", _signed(-most, "+g"))
+    )
 
 
 def labels(timeline: Timeline) -> list[Label]:
@@ -188,7 +203,9 @@ def labels(timeline: Timeline) -> list[Label]:
     """
     last = end(timeline)
     marks: dict[str, float] = {}
-    for at, text in sorted([(at, text) for at, text in timeline.events] + [(a, text) for a, _, text in timeline.spans]):
+    for at, text in sorted(
+        [(at, text) for at, text in timeline.events] + [(a, text) for a, _, text in timeline.spans]
+    ):
         if np.isfinite(at):
             marks.setdefault(plots.clean(text), 100 * float(np.clip(at / last, 0, 1)))
     placed: list[tuple[Label, float, float]] = []  # with the ends of its text
@@ -207,7 +224,9 @@ def _meets(placed: Sequence[tuple[Label, float, float]], lane: int, left: float,
     return any(other.lane == lane and left < stop and start < right for other, start, stop in placed)
 
 
-def _crosses(placed: Sequence[tuple[Label, float, float]], lane: int, at: float, left: float, right: float) -> bool:
+def _crosses(
+    placed: Sequence[tuple[Label, float, float]], lane: int, at: float, left: float, right: float
+) -> bool:
     """Whether its line would run behind a text of a lower lane, or the text before a line from above."""
     below = any(other.lane < lane and start < at < stop for other, start, stop in placed)
     return below or any(other.lane > lane and left < other.at < right for other, _, _ in placed)
@@ -221,7 +240,9 @@ def _panel(kind: str, words: str, timeline: Timeline, inner: Markup) -> Markup:
         for a, b in ((_share(s, 0, last), _share(e, 0, last)) for s, e, _ in timeline.spans)
         if a is not None and b is not None
     )
-    events = "".join(f"M{x:.2f} 0V100" for x in (_share(at, 0, last) for at, _ in timeline.events) if x is not None)
+    events = "".join(
+        f"M{x:.2f} 0V100" for x in (_share(at, 0, last) for at, _ in timeline.events) if x is not None
+    )
     return Markup(
         '<svg class="{}" role="img" aria-label="{}" viewBox="0 0 100 100" preserveAspectRatio="none">{}'
         '<path class="grid" d="M0 0H100M0 50H100M0 100H100"/><path class="event" d="{}"/>{}</svg>'

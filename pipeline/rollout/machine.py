@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from pipeline.rollout.calendar import DAY, awake, frozen, thawed
-from pipeline.rollout.people import approved, needed, overridden
+from pipeline.rollout.operators import approved, needed, overridden
 from pipeline.rollout.state import (
     FLYING,
     TERMINAL,
@@ -109,16 +109,22 @@ def _stage(r: Rollout, seen: Seen, wave: WaveSeen | None, now: datetime, back: t
     if wave is None or (r.status == Status.STAGING and not _over(r.since, now, allowed)):
         return r, back + promote
     late = sum(wave.late.values())
-    return _hold(r, now, f"{late} sites of wave {r.wave + 1} do not serve their candidate, first {wave.first_late}",
-                 back + promote)  # fmt: skip
+    return _hold(
+        r,
+        now,
+        f"{late} sites of wave {r.wave + 1} do not serve their candidate, first {wave.first_late}",
+        back + promote,
+    )
 
 
 def _gate(r: Rollout, seen: Seen, now: datetime) -> str:
     """Why nothing may be promoted now."""
     share, have = r.plan.waves[r.wave].share, len(approved(r))
     if have < (want := needed(r.plan, r.wave)):
-        return (f"wave {r.wave + 1} reaches {share:.0%} of the fleet: {have} of {want} people approved; somebody else has to "
-                f"say `palisade rollout approve {r.plan_hash[:8]}`")  # fmt: skip
+        return (
+            f"wave {r.wave + 1} reaches {share:.0%} of the fleet: {have} of {want} people approved; somebody else has to "
+            f"say `palisade rollout approve {r.plan_hash[:8]}`"
+        )
     if overridden(r, now):
         return ""
     if seen.freeze:
@@ -141,7 +147,9 @@ def _hold(r: Rollout, now: datetime, why: str, actions: tuple[Action, ...]) -> S
 def _roll_back(r: Rollout, seen: Seen, now: datetime) -> Step:
     if seen.on == 0:
         return _end(r, Status.ROLLED_BACK, now, r.reason)
-    return (r if r.status == Status.ROLLING_BACK else enter(r, Status.ROLLING_BACK, now)), (Bring(sites=None),)
+    return (r if r.status == Status.ROLLING_BACK else enter(r, Status.ROLLING_BACK, now)), (
+        Bring(sites=None),
+    )
 
 
 def _unreturned(r: Rollout, seen: Seen) -> bool:
@@ -176,8 +184,10 @@ def _blocked(r: Rollout, seen: Seen) -> str:
             return f"no data from {w.silent} of {w.sites} sites of wave {i + 1}, first {w.first_silent}"
     w = seen.waves[r.wave]
     if w.presentations is not None and w.presentations < c.health_presentations:
-        return (f"wave {r.wave + 1} saw {w.presentations} labelled attack presentations, rollout.health_presentations wants "
-                f"{c.health_presentations}; record what the red team presents in data.redteam")  # fmt: skip
+        return (
+            f"wave {r.wave + 1} saw {w.presentations} labelled attack presentations, rollout.health_presentations wants "
+            f"{c.health_presentations}; record what the red team presents in data.redteam"
+        )
     return ""
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from pipeline.guards.fleet import RATE
-from pipeline.sequential import bernoulli_e
+from pipeline.stats.sequential import bernoulli_e
 
 CLEAN, HARMED = 0.02, 0.10  # APCER before and after
 SHARE = 0.05  # of the wave's sites that are harmed, at least one

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import AwareDatetime, Field
 
-from pipeline.rollout.waves import Plan
+from pipeline.rollout.plan import Plan
 from pipeline.types import Section
 
 if TYPE_CHECKING:
@@ -92,7 +92,9 @@ class WaveSeen:
     first_late: str = ""
     silent: int = 0  # promoted sites without enough data since
     first_silent: str = ""
-    presentations: int | None = None  # labelled attack presentations since the promotion; None: nobody counts them
+    presentations: int | None = (
+        None  # labelled attack presentations since the promotion; None: nobody counts them
+    )
 
 
 @dataclass(frozen=True)

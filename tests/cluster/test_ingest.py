@@ -11,15 +11,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs.deployment import featured_by, now
 from jobs.ingest import LOST, _ahead, _forget_counted, stretch
 from pipeline.cluster import ingest
-from pipeline.cluster.featurise import CHUNK, decoded, store_segment, through_trunk
 from pipeline.cluster.ingest import Backlog, Done, collect, find
 from pipeline.cluster.repair import Repaired, repair_site
 from pipeline.config import Config, load
+from pipeline.control.deployment import featured_by, now
 from pipeline.data.captures import SCHEMA, read_segment, write_segment
 from pipeline.data.features import read_features, write_features
+from pipeline.data.featurise import CHUNK, decoded, store_segment, through_trunk
 from pipeline.ledger import Cycle, Ledger
 from pipeline.models import ModelConfig, TinyConfig, checkpoint
 from pipeline.models import tail as tails
@@ -39,10 +39,18 @@ def segment(path: Path, *ids: str, **change: object) -> Path:
     """Samples whose pixels depend on their id."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"sample_id": i, "site_id": path.parent.name, "captured_at": NOON + timedelta(seconds=k), "session_id": "v",
-         "rgb": image(hash_of(i)), "depth": None, "ir": None, **change}
+        {
+            "sample_id": i,
+            "site_id": path.parent.name,
+            "captured_at": NOON + timedelta(seconds=k),
+            "session_id": "v",
+            "rgb": image(hash_of(i)),
+            "depth": None,
+            "ir": None,
+            **change,
+        }
         for k, i in enumerate(ids)
-    ]  # fmt: skip
+    ]
     write_segment(path, pa.Table.from_pylist(rows, schema=SCHEMA))
     return path
 
@@ -54,8 +62,16 @@ def hash_of(text: str) -> int:
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     (tmp_path / "captures").mkdir()
-    return load(None, [f"data.captures={tmp_path}/captures", f"data.size={SIZE}", f"ledger.artifacts={tmp_path}/artifacts",
-                       f"ledger.url=sqlite:///{tmp_path}/ledger.db", "cluster.ingest_workers=2"])  # fmt: skip
+    return load(
+        None,
+        [
+            f"data.captures={tmp_path}/captures",
+            f"data.size={SIZE}",
+            f"ledger.artifacts={tmp_path}/artifacts",
+            f"ledger.url=sqlite:///{tmp_path}/ledger.db",
+            "cluster.ingest_workers=2",
+        ],
+    )
 
 
 @pytest.fixture
@@ -96,7 +112,9 @@ class Fleet:
                 [str(self.config.place("models", m)) for m in self.models],
                 self.config.place("features"),
             )
-        history = {b.site: {s.sha256: s.name for s, _ in self.ledger.segments(b.site) if s.rows} for b in found.new}
+        history = {
+            b.site: {s.sha256: s.name for s, _ in self.ledger.segments(b.site) if s.rows} for b in found.new
+        }
         result = collect(found.new, done, history)
         ingest.forget_orphans(self.config, [m.manifest.trunk_digest for m in self.models.values()], result)
         self.ledger.commit_ingest(self.begin(), result.segments, result.quarantined, now=now())
@@ -151,7 +169,7 @@ def test_an_old_duplicate_leaves_no_features(fleet: Fleet, monkeypatch: pytest.M
     """Beyond the offsets that sample ids are remembered for, only the digest tells."""
     first = segment(fleet.captures / "gate/segment-0.parquet", "a", "b")
     fleet.round()
-    monkeypatch.setattr("pipeline.cluster.featurise.REMEMBERED", 0)
+    monkeypatch.setattr("pipeline.data.featurise.REMEMBERED", 0)
     (fleet.captures / "gate/segment-1.parquet").write_bytes(first.read_bytes())
     segment(fleet.captures / "gate/segment-2.parquet", "c")
     assert fleet.round().orphans == (("gate", 2, 4),)
@@ -202,7 +220,9 @@ def test_a_refused_file_that_was_mended_counts(fleet: Fleet) -> None:
     torn.write_bytes(whole)
     fleet.round()
     assert fleet.stored("gate") == {"c": 0, "b": 1}
-    assert fleet.refused("gate") == [("segment-1.parquet", -1, "gate/segment-1.parquet: is no Parquet file")] * 2
+    assert (
+        fleet.refused("gate") == [("segment-1.parquet", -1, "gate/segment-1.parquet: is no Parquet file")] * 2
+    )
     assert not fleet.find().new
 
 
@@ -244,8 +264,13 @@ def test_a_segment_that_fails_lets_the_later_ones_of_its_site_wait(
 
 
 def test_a_dead_worker_costs_its_sites_one_round() -> None:
-    new = [Backlog("door", 0, ("/c/door/segment-0.parquet",), 9), Backlog("gate", 0, ("/c/gate/segment-0.parquet",), 9)]
-    done = Done(site="door", name="segment-0.parquet", base_offset=0, rows=1, sha256="d", bad=[], refused="", error="")
+    new = [
+        Backlog("door", 0, ("/c/door/segment-0.parquet",), 9),
+        Backlog("gate", 0, ("/c/gate/segment-0.parquet",), 9),
+    ]
+    done = Done(
+        site="door", name="segment-0.parquet", base_offset=0, rows=1, sha256="d", bad=[], refused="", error=""
+    )
     result = collect(new, [done], {})
     assert [s.site for s in result.segments] == ["door"]
     assert result.failed == (("gate", "segment-0.parquet: its worker died or was killed"),)
@@ -308,7 +333,9 @@ def test_damaged_and_missing_features_are_made_again_to_the_last_bit(fleet: Flee
     fleet.round()
     paths = sorted(Path(str(fleet.config.place("features"))).rglob("*.parquet"))
     before = {p: p.read_bytes() for p in paths}
-    assert [p.name for p in paths] == [f"{a:012d}-{b:012d}.parquet" for a, b in ((0, 259), (260, 261), (262, 263))]
+    assert [p.name for p in paths] == [
+        f"{a:012d}-{b:012d}.parquet" for a, b in ((0, 259), (260, 261), (262, 263))
+    ]
     assert mended(fleet) == Repaired("gate")
     spoiled = bytearray(before[paths[0]])
     spoiled[len(spoiled) // 2] ^= 1
@@ -342,14 +369,16 @@ def test_features_whose_capture_is_gone_or_another_are_lost_and_the_site_goes_on
     assert fleet.stored("gate") == {"d": 4}
     assert mended(fleet) == Repaired("gate")
     assert sorted(fleet.refused("gate")) == [
-        ("segment-0.parquet", 0, LOST), ("segment-0.parquet", 1, "sample_id: already in row 0"), ("segment-0.parquet", 2, LOST),
+        ("segment-0.parquet", 0, LOST),
+        ("segment-0.parquet", 1, "sample_id: already in row 0"),
+        ("segment-0.parquet", 2, LOST),
         ("segment-1.parquet", 0, LOST),
-    ]  # fmt: skip
+    ]
     counts = [(s.rows, s.good, s.quarantined) for s, _ in fleet.ledger.segments("gate")]
     assert counts == [(3, 0, 3), (1, 0, 1), (1, 1, 0)]
-    assert [(p["segment"], p["samples"], p["offsets"]) for _, _, kind, p in fleet.ledger.audit() if kind == LOST] == [
-        ("segment-0.parquet", 2, [0, 3]), ("segment-1.parquet", 1, [3, 4])
-    ]  # fmt: skip
+    assert [
+        (p["segment"], p["samples"], p["offsets"]) for _, _, kind, p in fleet.ledger.audit() if kind == LOST
+    ] == [("segment-0.parquet", 2, [0, 3]), ("segment-1.parquet", 1, [3, 4])]
     assert fleet.ledger.broken_audit() is None
 
 
@@ -383,14 +412,18 @@ def test_every_sample_goes_through_both_trunks_and_counts_when_both_have_it(
             raise OSError(28, "No space left on device")
         return write_features(root, trunk, site, block)
 
-    monkeypatch.setattr("pipeline.cluster.featurise.write_features", full)
-    assert fleet.round().failed == (("gate", "segment-1.parquet: OSError: [Errno 28] No space left on device"),)
+    monkeypatch.setattr("pipeline.data.featurise.write_features", full)
+    assert fleet.round().failed == (
+        ("gate", "segment-1.parquet: OSError: [Errno 28] No space left on device"),
+    )
     assert fleet.stored("gate") == fleet.stored("gate", "n") == {"a": 0, "b": 1}
     monkeypatch.undo()
     fleet.round()
     assert fleet.stored("gate") == fleet.stored("gate", "n") == {"a": 0, "b": 1, "c": 3}
-    each = [sorted(p.read_bytes() for p in (Path(str(fleet.config.place("features"))) / trunk).rglob("*.parquet"))
-            for trunk in (m.manifest.trunk_digest[:16] for m in fleet.models.values())]  # fmt: skip
+    each = [
+        sorted(p.read_bytes() for p in (Path(str(fleet.config.place("features"))) / trunk).rglob("*.parquet"))
+        for trunk in (m.manifest.trunk_digest[:16] for m in fleet.models.values())
+    ]
     assert [len(e) for e in each] == [2, 2] and each[0] != each[1]
 
 
@@ -406,7 +439,7 @@ def test_a_sample_that_one_trunk_can_make_nothing_of_counts_under_neither(
         z[1:, 0, 0] = np.inf if model.manifest.digest == fleet.models["n"].manifest.digest else 1
         return z
 
-    monkeypatch.setattr("pipeline.cluster.featurise.through_trunk", overflown)
+    monkeypatch.setattr("pipeline.data.featurise.through_trunk", overflown)
     fleet.round()
     monkeypatch.undo()
     assert fleet.refused("gate") == [("segment-0.parquet", 1, "its features are not finite")]
@@ -419,7 +452,12 @@ def test_a_sample_that_one_trunk_can_make_nothing_of_counts_under_neither(
 
 def test_who_featurises_is_the_champion_and_the_challenger(fleet: Fleet) -> None:
     config, ledger, path = fleet.config, fleet.ledger, str(fleet.config.place("models", "m"))
-    for digest, trunk, size in (("a", "t1", SIZE), ("b", "t2", SIZE), ("c", "t1", SIZE), ("d", "t3", 2 * SIZE)):
+    for digest, trunk, size in (
+        ("a", "t1", SIZE),
+        ("b", "t2", SIZE),
+        ("c", "t1", SIZE),
+        ("d", "t3", 2 * SIZE),
+    ):
         ledger.add_source(digest, trunk=trunk, path=path, manifest={"size": size}, lineage="", now=now())
     named = {}
     for challenger in (None, 1, 2, 3):
@@ -448,14 +486,19 @@ def test_under_ray_the_fleet_is_the_same(fleet: Fleet, ray_local: None) -> None:
     found, steps = fleet.find(), []
     fleet.ledger.register_sites({s: {} for s in found.sites}, now=now())
     result = ingest.run(
-        fleet.config, found.new, checkpoints=[str(fleet.config.place("models", "m"))], history=lambda _: {},
+        fleet.config,
+        found.new,
+        checkpoints=[str(fleet.config.place("models", "m"))],
+        history=lambda _: {},
         on_progress=lambda done, total: steps.append((done, total)),
-    )  # fmt: skip
+    )
     assert steps[0] == (0, 12)
     assert steps[-1] == (12, 12)
     assert not result.failed
     assert [(q.site, q.row) for q in result.quarantined] == [("site-3", -1)]
     fleet.ledger.commit_ingest(fleet.begin(), result.segments, result.quarantined, now=now())
-    assert {s.site: s.ingested for s in fleet.ledger.sites()} == {f"site-{s}": 5 if s == 3 else 10 for s in range(6)}
+    assert {s.site: s.ingested for s in fleet.ledger.sites()} == {
+        f"site-{s}": 5 if s == 3 else 10 for s in range(6)
+    }
     alone = fleet.stored("site-5")
     assert alone == {f"{k}-{n}": 5 * k + n for k in range(2) for n in range(5)}

@@ -25,7 +25,7 @@ import yaml
 from pipeline.cluster.submit import submission_id
 from pipeline.config import Config, load, parse
 
-REPO = Path(__file__).resolve().parent.parent.parent
+REPO = Path(__file__).resolve().parents[2]
 TOKEN = "submit-test-token-of-enough-characters"  # noqa: S105 - of a head that lives for seconds
 SCRIPT = """
 import json, sys
@@ -50,8 +50,16 @@ def free_port() -> int:
 def environment(token: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    patient = {"RAY_agent_register_timeout_ms": "120000", "RAY_health_check_timeout_ms": "60000"}  # a busy machine
-    return kept | auth | patient | {"PYTHONPATH": str(REPO), "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
+    patient = {
+        "RAY_agent_register_timeout_ms": "120000",
+        "RAY_health_check_timeout_ms": "60000",
+    }  # a busy machine
+    return (
+        kept
+        | auth
+        | patient
+        | {"PYTHONPATH": str(REPO), "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +115,9 @@ def deployment(tmp_path: Path) -> Path:
 
 def cli(config: Path, *args: str, token: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs", "--json", "--config", str(config), "submit", *args]
-    return subprocess.run(command, cwd=REPO, env=environment(token), capture_output=True, text=True, timeout=100)
+    return subprocess.run(
+        command, cwd=REPO, env=environment(token), capture_output=True, text=True, timeout=100
+    )
 
 
 @pytest.mark.cluster
@@ -115,7 +125,9 @@ def test_a_job_runs_once_per_id_and_its_log_and_exit_code_come_back(head: str, d
     code = "import yaml; c = yaml.safe_load(open('deployment.yaml')); print('at', c['cluster']['address']); exit(3)"
     command = f'{sys.executable} -c "{code}"'
     called = [sys.executable, "-c", SCRIPT, str(deployment), head, "once-1", command]
-    done = subprocess.run(called, cwd=REPO, env=environment(TOKEN), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        called, cwd=REPO, env=environment(TOKEN), capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     existed_first, existed_again, status, exit_code, log = json.loads(done.stdout.splitlines()[-1])
     assert (existed_first, existed_again) == (False, True)
@@ -124,14 +136,21 @@ def test_a_job_runs_once_per_id_and_its_log_and_exit_code_come_back(head: str, d
     repeated = cli(deployment, "--id", "once-1", "--wait", "--address", head, "cycle", token=TOKEN)
     assert "once-1 is already there: FAILED" in repeated.stderr
     assert repeated.returncode == 3
-    assert json.loads(repeated.stdout) == {"id": "once-1", "status": "FAILED", "existed": True, "exit_code": 3}
+    assert json.loads(repeated.stdout) == {
+        "id": "once-1",
+        "status": "FAILED",
+        "existed": True,
+        "exit_code": 3,
+    }
 
 
 @pytest.mark.cluster
 def test_a_head_that_wants_a_token_says_so(head: str, deployment: Path) -> None:
     refused = cli(deployment, "--address", head, "cycle", token="wrong-" + TOKEN)
     assert refused.returncode == 5
-    assert refused.stderr.splitlines()[-1].startswith(f"error: Ray at {head}: wants a token; set RAY_AUTH_MODE=token")
+    assert refused.stderr.splitlines()[-1].startswith(
+        f"error: Ray at {head}: wants a token; set RAY_AUTH_MODE=token"
+    )
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{head}/api/jobs/", timeout=5)
 

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SIZE = 16
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("ray_local"),
+    pytest.mark.timeout(600),
+]
 
 
 def config(tmp: Path, *overrides: str) -> Config:
@@ -67,7 +72,13 @@ def test_a_killed_worker_is_replaced_and_the_fit_goes_on(tmp_path: Path) -> None
 
     given = config(tmp_path)
     result = train(
-        given, corpora(tmp_path), storage=storage, run_name="run", out=tmp_path / "m", on_progress=kill_once, every=4
+        given,
+        corpora(tmp_path),
+        storage=storage,
+        run_name="run",
+        out=tmp_path / "m",
+        on_progress=kill_once,
+        every=4,
     )
     pids = {json.loads(line)["pid"] for line in (storage / "run" / PROGRESS).read_text().splitlines()}
     assert killed
@@ -83,17 +94,23 @@ def test_a_killed_worker_is_replaced_and_the_fit_goes_on(tmp_path: Path) -> None
 
 def test_nothing_to_learn_is_one_line_and_not_retried(tmp_path: Path) -> None:
     from pipeline.cluster.train import train
-    from pipeline.sampler import FitError
+    from pipeline.source.sampler import FitError
 
     given = config(tmp_path, "cluster.train_workers=1")
     with pytest.raises(FitError, match="every training row is bona fide"):
-        train(given, corpora(tmp_path, live_only=True), storage=tmp_path / "train", run_name="run", out=tmp_path / "m")
+        train(
+            given,
+            corpora(tmp_path, live_only=True),
+            storage=tmp_path / "train",
+            run_name="run",
+            out=tmp_path / "m",
+        )
     assert not (tmp_path / "m").exists()
 
 
 def test_more_workers_than_the_embedded_cluster_has_room_for(tmp_path: Path) -> None:
     from pipeline.cluster.train import train
-    from pipeline.sampler import FitError
+    from pipeline.source.sampler import FitError
 
     given = config(tmp_path, "cluster.train_workers=9")
     with pytest.raises(FitError, match=r"cluster\.train_workers: 9; allowed with 4 cpus: 8"):

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data import DataConfig, untrusted
+from pipeline.data import DataConfig
 from pipeline.data.captures import (
     SCHEMA,
     BadSegment,
@@ -27,6 +27,7 @@ from pipeline.data.captures import (
     read_segment,
     write_segment,
 )
+from pipeline.data.parquet import untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +38,12 @@ JPEG = cv2.imencode(".jpg", np.full((16, 16, 3), 90, np.uint8))[1].tobytes()
 
 
 def row(k: int, **change: object) -> dict[str, object]:
-    plain = {"sample_id": f"s{k}", "site_id": "gate", "captured_at": NOON + timedelta(seconds=k), "session_id": f"v{k}"}
+    plain = {
+        "sample_id": f"s{k}",
+        "site_id": "gate",
+        "captured_at": NOON + timedelta(seconds=k),
+        "session_id": f"v{k}",
+    }
     return {**plain, "rgb": JPEG, "depth": None, "ir": JPEG, **change}
 
 
@@ -147,7 +153,10 @@ def replaced(name: str, array: pa.Array, field: pa.Field | None = None) -> pa.Ta
         (lambda: table(row(0)).drop_columns(["ir"]), "has columns"),
         (lambda: table(row(0)).append_column("gender", pa.array(["f"])), "has columns"),
         (lambda: table(row(0)).append_column("rgb", pa.array([b"f"])), "has columns"),
-        (lambda: replaced("rgb", pa.array(["text"])), "column rgb is BYTE_ARRAY/STRING, allowed BYTE_ARRAY/NONE"),
+        (
+            lambda: replaced("rgb", pa.array(["text"])),
+            "column rgb is BYTE_ARRAY/STRING, allowed BYTE_ARRAY/NONE",
+        ),
         (lambda: replaced("sample_id", pa.array([7])), "column sample_id is INT64"),
         (lambda: replaced("captured_at", pa.array([NOON], pa.timestamp("ms", tz="UTC"))), "milliseconds"),
         (lambda: replaced("captured_at", pa.array([NOON], pa.timestamp("us"))), "no time zone"),
@@ -227,7 +236,9 @@ def test_arrow_metadata_that_is_no_base64_is_refused(path: Path) -> None:
 def test_a_repeated_image_is_held_once(path: Path) -> None:
     """A dictionary lets 50 rows of half a megabyte fit into one; reading must not unfold it."""
     big = JPEG + bytes(500_000)
-    pq.write_table(table(*(row(k, rgb=big) for k in range(50))), path, use_dictionary=["rgb"], compression="none")
+    pq.write_table(
+        table(*(row(k, rgb=big) for k in range(50))), path, use_dictionary=["rgb"], compression="none"
+    )
     before = pa.total_allocated_bytes()
     good, bad = read(path)
     assert not bad
@@ -236,7 +247,9 @@ def test_a_repeated_image_is_held_once(path: Path) -> None:
 
 
 def test_packed_pages_that_unfold_beyond_the_limit_are_refused(path: Path) -> None:
-    pq.write_table(table(*(row(k, rgb=bytes(100_000) + bytes([k])) for k in range(40))), path, compression="zstd")
+    pq.write_table(
+        table(*(row(k, rgb=bytes(100_000) + bytes([k])) for k in range(40))), path, compression="zstd"
+    )
     assert path.stat().st_size < 2**17
     for judge in (check, read):
         with pytest.raises(BadSegment, match="unpacks to"):
@@ -244,15 +257,21 @@ def test_packed_pages_that_unfold_beyond_the_limit_are_refused(path: Path) -> No
 
 
 def test_pages_are_believed_over_the_footer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pq.write_table(table(*(row(k, rgb=bytes(100_000) + bytes([k])) for k in range(40))), path, compression="zstd")
+    pq.write_table(
+        table(*(row(k, rgb=bytes(100_000) + bytes([k])) for k in range(40))), path, compression="zstd"
+    )
     judge = untrusted._footer  # as if the footer had lied
-    monkeypatch.setattr(untrusted, "_footer", lambda data, limits, size: judge(data, limits._replace(size=2**40), size))
+    monkeypatch.setattr(
+        untrusted, "_footer", lambda data, limits, size: judge(data, limits._replace(size=2**40), size)
+    )
     with pytest.raises(BadSegment, match="unpacks to more than 1048576 bytes"):
         read(path)
 
 
 def test_delta_encodings_are_refused(path: Path) -> None:
-    pq.write_table(table(row(0), row(1)), path, use_dictionary=False, column_encoding={"rgb": "DELTA_BYTE_ARRAY"})
+    pq.write_table(
+        table(row(0), row(1)), path, use_dictionary=False, column_encoding={"rgb": "DELTA_BYTE_ARRAY"}
+    )
     with pytest.raises(BadSegment, match="encoding 7"):
         read(path)
 
@@ -296,7 +315,10 @@ LAYOUTS: dict[str, tuple[dict[str, object], int]] = {  # how it is written, ever
 def test_no_flipped_bit_changes_rows_unseen(path: Path, layout: str) -> None:
     """Columns of equal size, so that pages could stand for each other."""
     options, stride = LAYOUTS[layout]
-    rows = [row(k, rgb=bytes([k]) * 40, depth=bytes([k + 9]) * 40, ir=None if k % 3 else b"z" * 5) for k in range(8)]
+    rows = [
+        row(k, rgb=bytes([k]) * 40, depth=bytes([k + 9]) * 40, ir=None if k % 3 else b"z" * 5)
+        for k in range(8)
+    ]
     pq.write_table(table(*rows), path, write_page_checksum=True, **options)  # pyright: ignore[reportArgumentType]
     before, data = read(path), path.read_bytes()
     lines = list[str]()
@@ -352,8 +374,15 @@ def test_any_damage_gives_rows_or_badsegment(
 
 
 def test_sites_are_listed_in_stream_order_and_strays_reported(tmp_path: Path) -> None:
-    for name in ("gate/segment-9.parquet", "gate/segment-10.parquet", "gate/.tmp-x", "site=kiosk/segment-0.parquet",
-                 "_sealed/gate-labels.parquet", "Bad Name/segment-0.parquet", "..x/segment-0.parquet"):  # fmt: skip
+    for name in (
+        "gate/segment-9.parquet",
+        "gate/segment-10.parquet",
+        "gate/.tmp-x",
+        "site=kiosk/segment-0.parquet",
+        "_sealed/gate-labels.parquet",
+        "Bad Name/segment-0.parquet",
+        "..x/segment-0.parquet",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "note.txt").write_text("")
@@ -400,22 +429,33 @@ def test_a_missing_captures_folder_is_one_clear_line(tmp_path: Path) -> None:
 
 def labels(path: Path, *rows: tuple[str | None, str | None, str | None]) -> Path:
     columns = zip(*rows)
-    pq.write_table(pa.table([pa.array(c, pa.string()) for c in columns], names=["sample_id", "label", "pai"]), path)
+    pq.write_table(
+        pa.table([pa.array(c, pa.string()) for c in columns], names=["sample_id", "label", "pai"]), path
+    )
     return path
 
 
 def test_labels_are_read_by_sample(tmp_path: Path) -> None:
     path = labels(
-        tmp_path / "x-labels.parquet", ("a", "bona_fide", None), ("b", "attack", "print"), ("c", "attack", None)
+        tmp_path / "x-labels.parquet",
+        ("a", "bona_fide", None),
+        ("b", "attack", "print"),
+        ("c", "attack", None),
     )
     assert read_labels(path) == {"a": (1, "bona_fide"), "b": (0, "print"), "c": (0, "unknown")}
 
 
 @pytest.mark.parametrize(
     ("second", "reason"),
-    [(("b", "spoof", "x"), "'spoof', allowed"), (("a", "attack", "x"), "repeated"), ((None, "attack", "x"), "missing")],
+    [
+        (("b", "spoof", "x"), "'spoof', allowed"),
+        (("a", "attack", "x"), "repeated"),
+        ((None, "attack", "x"), "missing"),
+    ],
 )
-def test_doubtful_labels_are_refused(tmp_path: Path, second: tuple[str | None, str, str], reason: str) -> None:
+def test_doubtful_labels_are_refused(
+    tmp_path: Path, second: tuple[str | None, str, str], reason: str
+) -> None:
     path = labels(tmp_path / "x-labels.parquet", ("a", "attack", "print"), second)
     with pytest.raises(BadSegment, match=f"row 1: .*{reason}"):
         read_labels(path)

@@ -15,17 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs.import_corpus import kinds, read_into
 from pipeline.data import corpora
-from pipeline.data.corpora import (
-    BONA_FIDE,
-    CorpusError,
-    CorpusManifest,
-    Rejected,
-    Row,
-    import_corpus,
-    kinds,
-    read_corpus,
-)
+from pipeline.data.corpora import BONA_FIDE, CorpusError, CorpusManifest, Rejected, Row, read_corpus
 from pipeline.data.corpora.wmca import CLIENTS, species
 
 if TYPE_CHECKING:
@@ -121,7 +113,9 @@ def padisi(root: Path) -> Path:
         truth.append(("f" * 40, trial, "FACE", code, f"person{k}", "Female", "Hispanic", "Asian", "39"))
         parts.append(("f" * 40, trial, "FACE", split))
         name = f"{trial}.npz" if k == 0 else f"ID_{'f' * 40}_{trial}_FACE_1.npz"
-        np.savez_compressed(root / name, data=np.random.default_rng(k).random((1, 22, 20, 16)).astype(np.float16))
+        np.savez_compressed(
+            root / name, data=np.random.default_rng(k).random((1, 22, 20, 16)).astype(np.float16)
+        )
     for name, rows in (("padisi_USC_FACE_ground_truth.csv", truth), ("x_partition_3folds_part0.csv", parts)):
         with (root / name).open("w", newline="") as file:
             csv.writer(file).writerows(rows)
@@ -132,21 +126,21 @@ TREES = {"wmca": wmca, "cefa": cefa, "surf": surf, "padisi": padisi}
 
 
 def imported(kind: str, root: Path, out: Path) -> tuple[CorpusManifest, dict[str, str]]:
-    manifest = import_corpus(kind, root, out, domain="X", size=SIZE)
+    manifest = read_into(kind, root, out, domain="X", size=SIZE)
     return manifest, {r["item"]: r["reason"] for r in pq.read_table(out / "quarantine.parquet").to_pylist()}
 
 
 def test_the_folder_is_the_registry(tmp_path: Path) -> None:
     assert set(FILES) <= set(kinds())
     with pytest.raises(CorpusError, match="allowed are cefa"):
-        import_corpus("nuaa", tmp_path, tmp_path / "out", domain="X", size=SIZE)
+        read_into("nuaa", tmp_path, tmp_path / "out", domain="X", size=SIZE)
 
 
 @pytest.mark.parametrize("kind", FILES)
 def test_a_tree_is_imported_whole(kind: str, tmp_path: Path) -> None:
     done: list[tuple[int, int]] = []
     root = TREES[kind](tmp_path / "root")
-    manifest = import_corpus(
+    manifest = read_into(
         kind, root, tmp_path / "out", domain="X", size=SIZE, progress=lambda a, b: done.append((a, b))
     )
     corpus = read_corpus(tmp_path / "out")
@@ -166,7 +160,7 @@ def test_a_wrong_folder_is_one_clear_line(kind: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for root in (tmp_path / "empty", tmp_path / "nowhere", None):
         with pytest.raises(CorpusError) as raised:
-            import_corpus(kind, root, tmp_path / "out", domain="X", size=SIZE)
+            read_into(kind, root, tmp_path / "out", domain="X", size=SIZE)
         assert "expected" in str(raised.value)
         assert root is None or str(root) in str(raised.value)
         assert "\n" not in str(raised.value)
@@ -195,8 +189,12 @@ def test_no_personal_data_reaches_the_output(kind: str, tmp_path: Path) -> None:
         bad.unlink()
         bad.mkdir()
     imported(kind, root, tmp_path / "out")
-    stored = json.dumps([pq.read_table(p).drop_columns([c for c in pq.read_schema(p).names if c == "frame"]).to_pydict()
-                         for p in sorted((tmp_path / "out").glob("*.parquet"))])  # fmt: skip
+    stored = json.dumps(
+        [
+            pq.read_table(p).drop_columns([c for c in pq.read_schema(p).names if c == "frame"]).to_pydict()
+            for p in sorted((tmp_path / "out").glob("*.parquet"))
+        ]
+    )
     stored += (tmp_path / "out" / "manifest.json").read_text()
     for secret in (ID_CARD[:8], "Female", "Hispanic", "Asian"):
         assert secret not in stored
@@ -210,7 +208,7 @@ def test_importing_twice_is_the_same_corpus_and_replaces_nothing(tmp_path: Path)
     with pytest.raises(CorpusError, match="exists"):
         imported("surf", root, tmp_path / "a")
     with pytest.raises(CorpusError, match="domain"):
-        import_corpus("surf", root, tmp_path / "c", domain="../x", size=SIZE)
+        read_into("surf", root, tmp_path / "c", domain="../x", size=SIZE)
 
 
 # --- each set's own rules
@@ -220,7 +218,11 @@ def test_wmca_splits_by_client_without_a_protocol_and_by_protocol_with_one(tmp_p
     root = wmca(tmp_path / "root")
     imported("wmca", root, tmp_path / "a")
     corpus = read_corpus(tmp_path / "a")
-    assert {(c, s) for c, s in zip(corpus.subject, corpus.split)} == {("002", "train"), ("003", "val"), ("001", "test")}
+    assert {(c, s) for c, s in zip(corpus.subject, corpus.split)} == {
+        ("002", "train"),
+        ("003", "val"),
+        ("001", "test"),
+    }
     (root / "PROTOCOL-grandtest.csv").write_text(
         "path,group\nface-station/05.12.17/002_01_000_0_00,eval\nface-station/05.12.17/003_01_000_0_01.hdf5,train\n"
         "a/001_01_000_0_02,dev\na/001_01_000_4_11,train\na/001_01_000_4_11,eval\na/009_01_000_0_00,train\n"
@@ -228,8 +230,10 @@ def test_wmca_splits_by_client_without_a_protocol_and_by_protocol_with_one(tmp_p
     _, reasons = imported("wmca", root, tmp_path / "b")
     corpus = read_corpus(tmp_path / "b")
     assert {(v, s) for v, s in zip(corpus.video, corpus.split)} == {
-        ("002_01_000_0_00", "test"), ("003_01_000_0_01", "train"), ("001_01_000_0_02", "val"),
-    }  # fmt: skip
+        ("002_01_000_0_00", "test"),
+        ("003_01_000_0_01", "train"),
+        ("001_01_000_0_02", "val"),
+    }
     assert "no single split" in reasons["001_01_000_4_11"]
     assert "no single split" in reasons["002_01_000_1_05"]
     assert "no file" in reasons["009_01_000_0_00"]
@@ -271,12 +275,16 @@ def test_wmca_arrays_are_bounded_before_they_are_read(tmp_path: Path) -> None:
 
 
 def test_wmca_species_and_clients_are_the_published_ones() -> None:
-    assert [species(*c) for c in (("1", "05"), ("1", "13"), ("2", "03"), ("2", "09"), ("2", "14"), ("2", "75"))] == [
-        "glasses", "rigid_mask", "fake_head", "paper_mask", "rigid_mask", "flexible_mask",
-    ]  # fmt: skip
+    assert [
+        species(*c) for c in (("1", "05"), ("1", "13"), ("2", "03"), ("2", "09"), ("2", "14"), ("2", "75"))
+    ] == ["glasses", "rigid_mask", "fake_head", "paper_mask", "rigid_mask", "flexible_mask"]
     assert [species(*c) for c in (("3", "04"), ("3", "05"), ("4", "18"), ("5", "01"), ("1", "09"))] == [
-        "print", "replay", "replay", "unlisted_5_01", "unlisted_1_09",
-    ]  # fmt: skip
+        "print",
+        "replay",
+        "replay",
+        "unlisted_5_01",
+        "unlisted_1_09",
+    ]
     clients = [c for ids in CLIENTS.values() for c in ids.split()]
     assert [len(ids.split()) for ids in CLIENTS.values()] == [35, 34, 34]
     assert len(set(clients)) == len(clients) == 103
@@ -289,7 +297,10 @@ def test_cefa_labels_splits_and_species(tmp_path: Path) -> None:
     races = (("AF-000", "train"), ("CA-250", "val"), ("EA-499", "test"))
     kinds = ((BONA_FIDE, 1), ("cloth_outdoor", 0), ("screen", 0))
     wanted = {(subject, split, pai, label) for subject, split in races for pai, label in kinds}
-    wanted |= {("3D-Mask-085", "test", "mask_3d_wig_glasses", 0), ("Silicone-Mask-007", "test", "silicone", 0)}
+    wanted |= {
+        ("3D-Mask-085", "test", "mask_3d_wig_glasses", 0),
+        ("Silicone-Mask-007", "test", "silicone", 0),
+    }
     assert found == wanted
 
 
@@ -314,7 +325,15 @@ def test_cefa_black_borders_are_cut_in_all_modalities_alike(tmp_path: Path) -> N
     root = tmp_path / "root"
     for race, code, subject in (("AF", 1, "000"), ("AF", 1, "001")):
         for m, folder in enumerate(("profile", "depth", "ir")):
-            path = root / "CeFA-Race" / race / f"{race}-{subject}" / f"{code}_{subject}_1_1_1" / folder / "0001.jpg"
+            path = (
+                root
+                / "CeFA-Race"
+                / race
+                / f"{race}-{subject}"
+                / f"{code}_{subject}_1_1_1"
+                / folder
+                / "0001.jpg"
+            )
             image(path, 5 + m, grey=m > 0, side=40, border=16 if subject == "000" else 0)
     imported("cefa", root, tmp_path / "out")
     bordered, plain = read_corpus(tmp_path / "out").frame
@@ -341,10 +360,12 @@ def test_surf_challenge_layout_takes_the_modality_from_the_suffix(tmp_path: Path
         for m, kind in enumerate(("color", "depth", "ir")):
             image(root / "Val" / "0000" / f"00000{k}-{kind}.jpg", 820 + 10 * k + m, grey=m > 0)
     path = "Val/0000/00000{}-{}.jpg"
-    lines = [" ".join((path.format(0, "color"), path.format(0, "depth"), path.format(0, "ir"), "1")),
-             " ".join((path.format(1, "color"), path.format(1, "ir"), path.format(1, "depth"), "0")),
-             " ".join((path.format(2, "color"), path.format(1, "ir"), path.format(2, "depth"), "0")),
-             "../../etc/passwd a b 1"]  # fmt: skip
+    lines = [
+        " ".join((path.format(0, "color"), path.format(0, "depth"), path.format(0, "ir"), "1")),
+        " ".join((path.format(1, "color"), path.format(1, "ir"), path.format(1, "depth"), "0")),
+        " ".join((path.format(2, "color"), path.format(1, "ir"), path.format(2, "depth"), "0")),
+        "../../etc/passwd a b 1",
+    ]
     (root / "val_private_list.txt").write_text("\n".join(lines))
     _, reasons = imported("surf", root, tmp_path / "out")
     corpus = read_corpus(tmp_path / "out")
@@ -393,7 +414,9 @@ def test_padisi_claimed_shapes_are_bounded_before_unpacking(tmp_path: Path) -> N
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 22, 4096, 4096), }"
     header = header.ljust(117) + b"\n"
     with zipfile.ZipFile(root / "0abcdxyz.npz", "w") as archive:
-        archive.writestr("data.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(100))
+        archive.writestr(
+            "data.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(100)
+        )
     with zipfile.ZipFile(root / f"ID_{'f' * 40}_1abcdxyz_X.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("data.npy", bytes(65 * 2**20))
     (root / f"ID_{'f' * 40}_1abcdxyz_FACE_1.npz").unlink()
@@ -449,7 +472,9 @@ def test_leaks_between_splits_are_put_aside(tmp_path: Path) -> None:
 
 @settings(max_examples=15)
 @given(st.lists(st.tuples(st.sampled_from(corpora.SPLITS), st.integers(0, 1)), min_size=1, max_size=30))
-def test_what_goes_in_comes_out(tmp_path_factory: pytest.TempPathFactory, plan: list[tuple[str, int]]) -> None:
+def test_what_goes_in_comes_out(
+    tmp_path_factory: pytest.TempPathFactory, plan: list[tuple[str, int]]
+) -> None:
     out = tmp_path_factory.mktemp("store") / "X"
     rows = [row(k, split, label=label) for k, (split, label) in enumerate(plan)]
     manifest = write(list(rows), out)
@@ -527,7 +552,13 @@ def test_fifty_frames_give_the_published_three() -> None:
     ],
 )
 def test_the_reference_sets(
-    kind: str, name: str, bona_fide: int, rows: dict[str, int], only_test: set[str], padbench: Path, tmp_path: Path
+    kind: str,
+    name: str,
+    bona_fide: int,
+    rows: dict[str, int],
+    only_test: set[str],
+    padbench: Path,
+    tmp_path: Path,
 ) -> None:
     manifest, reasons = imported(kind, padbench / name, tmp_path / "out")
     assert reasons == {}

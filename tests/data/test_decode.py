@@ -109,7 +109,11 @@ def test_rgb_comes_out_as_rgb() -> None:
     ],
 )
 def test_hostile_images_are_refused_with_the_modality(data: bytes, reason: str) -> None:
-    for images, name in (((data, None, None), "rgb"), ((None, data, None), "depth"), ((None, None, data), "ir")):
+    for images, name in (
+        ((data, None, None), "rgb"),
+        ((None, data, None), "depth"),
+        ((None, None, data), "ir"),
+    ):
         with pytest.raises(BadImage) as raised:
             decode(*images, size=SIZE)
         assert str(raised.value).startswith(f"{name}: ")
@@ -178,9 +182,15 @@ def pgm(plane: np.ndarray, *, highest: int | None = None, apart: bytes = b"\n") 
     st.floats(0, 1),
     st.integers(0, 2**32 - 1),
 )
-def test_a_pgm_is_the_frame_of_the_png(kind: type, shape: tuple[int, int], high: int, lit: float, seed: int) -> None:
+def test_a_pgm_is_the_frame_of_the_png(
+    kind: type, shape: tuple[int, int], high: int, lit: float, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
-    plane = (rng.integers(0, high + 1, shape) * (rng.random(shape) < lit)).clip(0, np.iinfo(kind).max).astype(kind)
+    plane = (
+        (rng.integers(0, high + 1, shape) * (rng.random(shape) < lit))
+        .clip(0, np.iinfo(kind).max)
+        .astype(kind)
+    )
     raw, packed = pgm(plane), encoded(plane, ".png")
     for name in ("depth", "ir"):
         pixels = read_pixels(raw, name)
@@ -275,7 +285,8 @@ def test_a_far_wall_does_not_flatten_the_face() -> None:
     walled = np.where(np.random.default_rng(1).random(depth.shape) < 0.08, 2500, depth)
     inner = np.s_[12:20, 12:20]
     assert (
-        np.ptp(stretched(walled.astype(np.uint16))[inner].astype(int)) > np.ptp(stretched(depth)[inner].astype(int)) / 2
+        np.ptp(stretched(walled.astype(np.uint16))[inner].astype(int))
+        > np.ptp(stretched(depth)[inner].astype(int)) / 2
     )
 
 

@@ -73,7 +73,9 @@ def test_a_damaged_file_is_one_clear_error(tmp_path):
     [
         lambda t: t.drop_columns(["session"]),
         lambda t: t.set_column(t.schema.get_field_index("session"), "session", pa.array(["x"] * len(t))),
-        lambda t: t.set_column(t.schema.get_field_index("offset"), "offset", pa.array([None] * len(t), pa.int64())),
+        lambda t: t.set_column(
+            t.schema.get_field_index("offset"), "offset", pa.array([None] * len(t), pa.int64())
+        ),
     ],
     ids=["missing", "text", "null"],
 )

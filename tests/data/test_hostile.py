@@ -32,8 +32,12 @@ if TYPE_CHECKING:
 
 SECONDS, MEBIBYTES = 1.0, 512
 Told = tuple[dict[str, tuple[str | list[str], float, float]], dict[str, str], Path]
-JPEG = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8))[1].tobytes()
-PNG = cv2.imencode(".png", np.random.default_rng(1).integers(0, 60_000, (64, 64)).astype(np.uint16))[1].tobytes()
+JPEG = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8))[
+    1
+].tobytes()
+PNG = cv2.imencode(".png", np.random.default_rng(1).integers(0, 60_000, (64, 64)).astype(np.uint16))[
+    1
+].tobytes()
 HTML = b"<html><script>alert(document.domain)</script></html>"
 
 RUNNER = """
@@ -111,7 +115,9 @@ def jpeg_claiming(width: int, height: int) -> bytes:
 
 def many_scans() -> bytes:
     """A true progressive JPEG of 4096² whose last scan is repeated."""
-    image = cv2.imencode(".jpg", np.zeros((4096, 4096), np.uint8), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    image = cv2.imencode(".jpg", np.zeros((4096, 4096), np.uint8), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[
+        1
+    ].tobytes()
     return image[:-2] + image[image.rindex(b"\xff\xda") : -2] * 500 + b"\xff\xd9"
 
 
@@ -126,29 +132,63 @@ BOMB = png(4096, 4096, bytes(4097 * 4096))
 
 # capture → (column, bytes, reason)
 IMAGES: dict[str, tuple[str, Callable[[], bytes], str]] = {
-    "png of 12000x12000": ("depth", lambda: png(12_000, 12_000, bytes(12_001 * 12_000)),
-                           "depth: header claims 12000x12000, allowed 4096"),
+    "png of 12000x12000": (
+        "depth",
+        lambda: png(12_000, 12_000, bytes(12_001 * 12_000)),
+        "depth: header claims 12000x12000, allowed 4096",
+    ),
     "png that expands": ("ir", lambda: BOMB, f"ir: expands {2**24 // len(BOMB)}x, allowed 200x"),
-    "jpeg of 60000x60000": ("rgb", lambda: jpeg_claiming(60_000, 60_000), "rgb: header claims 60000x60000, allowed 4096"),
-    "jpeg that expands": ("rgb", lambda: jpeg_claiming(4096, 4096), f"rgb: expands {3 * 2**24 // len(JPEG)}x, allowed 200x"),
+    "jpeg of 60000x60000": (
+        "rgb",
+        lambda: jpeg_claiming(60_000, 60_000),
+        "rgb: header claims 60000x60000, allowed 4096",
+    ),
+    "jpeg that expands": (
+        "rgb",
+        lambda: jpeg_claiming(4096, 4096),
+        f"rgb: expands {3 * 2**24 // len(JPEG)}x, allowed 200x",
+    ),
     "jpeg of 500 scans": ("ir", lambda: many_scans(), "ir: JPEG has more than 64 scans"),
-    "pgm of gigabytes": ("depth", lambda: b"P5 60000 60000 65535\n" + bytes(64),
-                         "depth: header claims 60000x60000, allowed 4096"),
-    "pgm of what is not there": ("depth", lambda: b"P5 4096 4096 65535\n" + bytes(64),
-                                 "depth: PGM holds 64 bytes of pixels, its header claims 33554432"),
-    "pgm of comments": ("depth", lambda: b"P5\n" + b"# \n" * 10**6 + b"8 8\n255\n" + bytes(64), "depth: PGM header is damaged"),
+    "pgm of gigabytes": (
+        "depth",
+        lambda: b"P5 60000 60000 65535\n" + bytes(64),
+        "depth: header claims 60000x60000, allowed 4096",
+    ),
+    "pgm of what is not there": (
+        "depth",
+        lambda: b"P5 4096 4096 65535\n" + bytes(64),
+        "depth: PGM holds 64 bytes of pixels, its header claims 33554432",
+    ),
+    "pgm of comments": (
+        "depth",
+        lambda: b"P5\n" + b"# \n" * 10**6 + b"8 8\n255\n" + bytes(64),
+        "depth: PGM header is damaged",
+    ),
     "pgm as rgb": ("rgb", lambda: b"P5 8 8 255\n" + bytes(64), "rgb: neither JPEG nor PNG"),
     "png cut off": ("depth", lambda: PNG[: len(PNG) // 2], "depth: PNG is cut off"),
     "jpeg cut off": ("rgb", lambda: JPEG[: len(JPEG) // 2], "rgb: JPEG is cut off"),
-    "png and zip": ("depth", lambda: PNG + zipped(), f"depth: {len(zipped())} bytes after the end of the PNG"),
+    "png and zip": (
+        "depth",
+        lambda: PNG + zipped(),
+        f"depth: {len(zipped())} bytes after the end of the PNG",
+    ),
     "jpeg and html": ("rgb", lambda: JPEG + HTML, f"rgb: {len(HTML)} bytes after the end of the JPEG"),
     "html and jpeg": ("rgb", lambda: HTML + JPEG, "rgb: neither JPEG nor PNG"),
-    "too many bytes": ("ir", lambda: PNG + bytes(9 * 2**20), f"ir: {len(PNG) + 9 * 2**20} bytes, allowed 8388608"),
-}  # fmt: skip
+    "too many bytes": (
+        "ir",
+        lambda: PNG + bytes(9 * 2**20),
+        f"ir: {len(PNG) + 9 * 2**20} bytes, allowed 8388608",
+    ),
+}
 
 
 def row(**change: object) -> dict[str, object]:
-    whole = {"sample_id": "s", "site_id": "gate", "captured_at": datetime(2026, 5, 4, tzinfo=UTC), "session_id": "v"}
+    whole = {
+        "sample_id": "s",
+        "site_id": "gate",
+        "captured_at": datetime(2026, 5, 4, tzinfo=UTC),
+        "session_id": "v",
+    }
     return {**whole, "rgb": JPEG, "depth": None, "ir": None, **change}
 
 
@@ -195,27 +235,34 @@ def claiming(path: Path, rows: int) -> None:
     while value > 127:
         forged, value = forged + bytes([value & 127 | 128]), value >> 7
     footer = footer[:at] + forged + bytes([value]) + footer[at + 1 :]
-    path.write_bytes(data[: data.rindex(b"\x15\x04\x19", 0, -9)] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    path.write_bytes(
+        data[: data.rindex(b"\x15\x04\x19", 0, -9)] + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+    )
 
 
 # segment → (writer, reason)
 SEGMENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "extension": (extension, "names an Arrow extension type, allowed are plain columns"),
     "rows": (lambda p: claiming(p, 2**31), "claims 2147483648 rows, allowed 20000"),
-    "pages": (lambda p: written(p, *(row(sample_id=f"{k}", rgb=bytes(2**24) + bytes([k])) for k in range(9)),
-                                compression="zstd", use_dictionary=False), "unpacks to 150995491 bytes, allowed 100663296"),
+    "pages": (
+        lambda p: written(
+            p,
+            *(row(sample_id=f"{k}", rgb=bytes(2**24) + bytes([k])) for k in range(9)),
+            compression="zstd",
+            use_dictionary=False,
+        ),
+        "unpacks to 150995491 bytes, allowed 100663296",
+    ),
     "empty": (lambda p: p.write_bytes(b""), "is no Parquet file"),
     "zip": (lambda p: p.write_bytes(zipped()), "is no Parquet file"),
     "pickle": (lambda p: p.write_bytes(pickle.dumps(Payload(p))), "is no Parquet file"),
     "pipe": (os.mkfifo, "is no regular file"),
     "folder": (Path.mkdir, "is no regular file"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
-def told(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Told:
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     """What the process said of each file, what was expected, and the canary's place."""
     root = tmp_path_factory.mktemp("hostile")
     canary, gate = root / "canary", root / "captures" / "gate"
@@ -233,15 +280,21 @@ def told(
             corpus.append((f"{name} {entry}", entry, f"captures/gate/{file}"))
             expected[f"{name} {entry}"] = f"gate/{file}: {reason}"
     large = gate / "segment-large.parquet"  # just within what is allowed
-    written(large, *(row(sample_id=f"{k}", rgb=bytes(2**22 - 1100) + bytes([k])) for k in range(24)), compression="zstd",
-            use_dictionary=False)  # fmt: skip
+    written(
+        large,
+        *(row(sample_id=f"{k}", rgb=bytes(2**22 - 1100) + bytes([k])) for k in range(24)),
+        compression="zstd",
+        use_dictionary=False,
+    )
     corpus.append(("large", "segment", "captures/gate/segment-large.parquet"))
     expected["large"] = "; ".join(["rgb: neither JPEG nor PNG"] * 24)
     _strays(root, corpus, expected)
     _artifacts(root, canary, corpus, expected)
     (root / "corpus.json").write_text(json.dumps(corpus))
     words = [sys.executable, "-c", RUNNER, str(root), str(canary)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=100, check=True, cwd=Path(__file__).parents[2]
+    )
     lines = map(json.loads, done.stdout.splitlines())
     return {name: (reason, seconds, grown) for name, reason, seconds, grown in lines}, expected, canary
 
@@ -262,7 +315,9 @@ def _strays(root: Path, corpus: list[tuple[str, str, str]], expected: dict[str, 
     expected["link"] = "gate/segment-link.parquet: is a link out of the captures folder"
 
 
-def _artifacts(root: Path, canary: Path, corpus: list[tuple[str, str, str]], expected: dict[str, str]) -> None:
+def _artifacts(
+    root: Path, canary: Path, corpus: list[tuple[str, str, str]], expected: dict[str, str]
+) -> None:
     """Pickles where tensors should be, under the very digests that records promise."""
     data = pickle.dumps(Payload(canary))
     digest = hashlib.sha256(data).hexdigest()
@@ -281,7 +336,9 @@ def _artifacts(root: Path, canary: Path, corpus: list[tuple[str, str, str]], exp
 def test_every_file_is_refused_with_its_reason(told) -> None:
     said, expected, _ = told
     vague = {"pickled blob", "pickled model"}  # these lines are the libraries' own
-    assert {n: said[n][0] for n in expected if n not in vague} == {n: r for n, r in expected.items() if n not in vague}
+    assert {n: said[n][0] for n in expected if n not in vague} == {
+        n: r for n, r in expected.items() if n not in vague
+    }
     assert all(expected[name] in said[name][0] for name in vague)
 
 

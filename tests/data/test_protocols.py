@@ -24,7 +24,12 @@ MASKS = st.lists(st.integers(0, 7), max_size=20).map(lambda m: np.array(m, np.ui
 
 
 def test_the_published_names() -> None:
-    assert [p.name for p in leave_one_domain_out(["W", "C", "P", "S"])] == ["PSW->C", "CSW->P", "CPW->S", "CPS->W"]
+    assert [p.name for p in leave_one_domain_out(["W", "C", "P", "S"])] == [
+        "PSW->C",
+        "CSW->P",
+        "CPW->S",
+        "CPS->W",
+    ]
     assert {"CW->PS", "PS->CW"} <= {p.name for p in limited_source(["W", "C", "P", "S"])}
     assert leave_one_domain_out(["surf", "cefa"])[0].name == "surf->cefa"
     assert leave_one_domain_out(["surf", "cefa", "wmca"])[2].name == "cefa+surf->wmca"
@@ -85,6 +90,8 @@ def test_dropping_never_adds_and_is_final(present: np.ndarray, name: str) -> Non
 def test_blanked_frames_hold_only_what_is_present(present: np.ndarray) -> None:
     frame = np.full((len(present), 5, 2, 2), 9, np.uint8)
     out = blanked(frame, present)
-    lit = np.stack([out[:, :3].any(axis=(1, 2, 3)), out[:, 3].any(axis=(1, 2)), out[:, 4].any(axis=(1, 2))], axis=1)
+    lit = np.stack(
+        [out[:, :3].any(axis=(1, 2, 3)), out[:, 3].any(axis=(1, 2)), out[:, 4].any(axis=(1, 2))], axis=1
+    )
     assert np.array_equal(lit, as_bools(present))
     assert (frame == 9).all()

@@ -1,6 +1,6 @@
 """Killing what adapts changes nothing: every offset has effect exactly once, states are those of an undisturbed run.
 
-A shard process is here what it is in a Ray actor, ``adapt_chunk`` on one call after another. Instants are random, with fixed
+A shard process is here what it is in a Ray actor, ``adapt_sites`` on one call after another. Instants are random, with fixed
 seeds; what is asserted holds whatever they hit.
 """
 
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from pipeline.cluster import fleet
-from tests.e2e.crowds import (
+from tests.support.crowds import (
     DAYS,
     FORK,
     HOSTILE,
@@ -205,7 +205,9 @@ def adapt(life: Life, cycle: Cycle, *, on_shard: Callable[[int], None] | None = 
     bank = life.d.config.bank
     pending = {s.site: s.ingested - s.learned for s in life.ledger.sites()}
     placement = fleet.Placement(shards=2, cpus=1, slots=bank.sites, hot_mb=bank.hot_mb)
-    return fleet.adapt(life.job(cycle), pending, placement=placement, on_progress=lambda *_: None, on_shard=on_shard)
+    return fleet.run_fleet(
+        life.job(cycle), pending, placement=placement, on_progress=lambda *_: None, on_shard=on_shard
+    )
 
 
 def struck(life: Life, cycle: Cycle, rng: np.random.Generator) -> int:

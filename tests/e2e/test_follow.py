@@ -51,7 +51,9 @@ def test_follow(deployment, tmp_path: Path, number: signal.Signals) -> None:
     with (
         (tmp_path / "out").open("w") as out,
         (tmp_path / "err").open("w") as err,
-        subprocess.Popen([sys.executable, "-m", "jobs", *words], stdout=out, stderr=err, text=True) as process,
+        subprocess.Popen(
+            [sys.executable, "-m", "jobs", *words], stdout=out, stderr=err, text=True
+        ) as process,
     ):
         try:
             until(lambda: "following" in (tmp_path / "err").read_text(), process)

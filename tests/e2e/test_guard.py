@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.e2e.conftest import SITES
+from tests.support.deployments import SITES
 
 pytestmark = pytest.mark.e2e
 
@@ -28,14 +28,21 @@ def test_a_verdict_is_explained_replayed_and_judged_by_other_policies(deployment
     assert "a window of at least 100000" in found["to_pass"][0]
     assert found["evidence"]["anchor set"].startswith(d.ledger.anchor(d.ledger.source().trunk)[:12])
 
-    assert d.run("guard", "replay", "lobby-north", "--recount") == 0, "under the limits of the cycle, not of today"
+    assert d.run("guard", "replay", "lobby-north", "--recount") == 0, (
+        "under the limits of the cycle, not of today"
+    )
     assert "byte for byte" in capsys.readouterr().out
     assert d.run("guard", "replay", "--all", "--recount", "--json") == 0
     found = told(capsys)
     assert found["verdicts"] == found["same"] == len(SITES) and found["recounted"] >= 3
 
     out = tmp_path / "policy.json"
-    assert d.run("guard", "simulate", "--with", "guards.no_data.n_min=1000000", "--out", str(out), HELD, "--json") == 0
+    assert (
+        d.run(
+            "guard", "simulate", "--with", "guards.no_data.n_min=1000000", "--out", str(out), HELD, "--json"
+        )
+        == 0
+    )
     stricter = told(capsys)
     assert stricter["policy"]["hold"] == len(SITES) and stricter["changed"]["guards.no_data.n_min"] == [
         100_000,

@@ -17,7 +17,9 @@ def kinds(d) -> dict[str, int]:
     from pipeline.lineage import Lineage
 
     lineage = Lineage.open(d.config.lineage, code_revision="test")
-    return dict(Counter(r.data.tags["palisade.kind"] for r in lineage.client.search_runs([lineage.experiment_id])))
+    return dict(
+        Counter(r.data.tags["palisade.kind"] for r in lineage.client.search_runs([lineage.experiment_id]))
+    )
 
 
 def test_from_captures_to_a_rollout_and_back(deployment, capsys):
@@ -72,7 +74,9 @@ def test_hostile_files_and_rows_are_refused_one_by_one(deployment):
     assert {q.row for q in refused if q.row < 0} == {-1}
     assert any("12000" in q.reason for q in refused)
     assert all(q.reason for q in refused)
-    good = {s.site: sum(x.good for x, _ in deployment.ledger.segments(s.site)) for s in deployment.ledger.sites()}
+    good = {
+        s.site: sum(x.good for x, _ in deployment.ledger.segments(s.site)) for s in deployment.ledger.sites()
+    }
     assert good["lobby-north"] > 20
     assert deployment.run("ingest") == 0
     assert len([q for q in deployment.ledger.quarantined() if q.site == "edge-untrusted"]) == len(refused)

@@ -7,7 +7,7 @@ import sqlite3
 import pytest
 
 from jobs.__main__ import gather, main
-from tests.e2e.conftest import fresh
+from tests.support.deployments import fresh
 
 pytestmark = pytest.mark.e2e
 
@@ -36,13 +36,19 @@ def said(capsys) -> str:
         (["train", "data.size=64"], 2, "imported at 32"),
         (["ingest", "data.captures=nowhere"], 2, "nowhere"),
         (["frobnicate"], 2, "No such command"),
-        (["site", "list", "lineage.uri=sqlite:///x", "ledger.url=sqlite:////nowhere/at/all.db"], 5, "no ledger"),
+        (
+            ["site", "list", "lineage.uri=sqlite:///x", "ledger.url=sqlite:////nowhere/at/all.db"],
+            5,
+            "no ledger",
+        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )
 def test_mistake(trained, capsys, words, code, expected):
     if words[0] in ("site", "adapt") and "lobby" in str(words):
-        trained.ledger.register_sites({"lobby-north": {}}, now=__import__("jobs.deployment").deployment.now())
+        trained.ledger.register_sites(
+            {"lobby-north": {}}, now=__import__("pipeline.control.deployment").control.deployment.now()
+        )
     assert trained.run(*words) == code
     assert expected in said(capsys)
 

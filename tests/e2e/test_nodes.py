@@ -21,30 +21,34 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from jobs import Terminal
 from jobs.adapt import adapt_step
-from jobs.bench_fleet_runs import plain
-from jobs.deployment import lease, now
+from jobs.bench.fleet.runs import plain
 from jobs.ingest import ingest_step
+from jobs.terminal import Terminal
 from pipeline.cluster import connected, fleet
 from pipeline.config import Config
-from pipeline.data.crowd import write_captures
-from tests.e2e.crowds import FORK, QUIET, Life, assert_same, ground, reborn
+from pipeline.control.deployment import lease, now
+from pipeline.simulate.cloned_sites import write_captures
+from tests.support.crowds import FORK, QUIET, Life, assert_same, ground, reborn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
     from multiprocessing.context import ForkServerProcess
 
-    from tests.e2e.conftest import Deployment
+    from tests.support.deployments import Deployment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.timeout(400)]
 KILLS, RAYLETS = 20, 0.3  # at least; the share of raylets among them
 KILLED = -signal.SIGKILL
 MIB = 2**20
 NODE = {"num_cpus": 1, "memory": 2048 * MIB, "object_store_memory": 80 * MIB}
-NOTICED = {"RAY_health_check_initial_delay_ms": "500", "RAY_health_check_period_ms": "500",
-           "RAY_health_check_timeout_ms": "500", "RAY_health_check_failure_threshold": "3"}  # fmt: skip
+NOTICED = {
+    "RAY_health_check_initial_delay_ms": "500",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "500",
+    "RAY_health_check_failure_threshold": "3",
+}
 CROWD, CAPTURES = 40, 80
 STARVED = 3  # seconds between two kills by a node without memory: a shard is given up after five
 WAIT = 60.0  # seconds for anything that must come
@@ -137,7 +141,9 @@ def test_a_shard_that_its_node_kills_for_want_of_memory_is_replaced(nodes, tmp_p
     life.arrive(0)
     for raylet in list(nodes.alive):
         nodes.kill(raylet)
-    starving = nodes.add(RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms=f"{1000 * STARVED}")
+    starving = nodes.add(
+        RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms=f"{1000 * STARVED}"
+    )
     driver = _started(_adapt, life.d, nodes.address)
     _until(lambda: bool(life.ledger.cycles(kinds=["adapt"])))
     time.sleep(2 * STARVED + 2)
@@ -166,7 +172,12 @@ def test_a_cycle_on_three_nodes_of_which_some_die(nodes, tmp_path):
     nodes.kill(first)
     assert not life.ledger.known_segments(), "it died in the middle of ingest"
     nodes.add()
-    assert here.recv() == {"segments": CROWD, "samples": CROWD * CAPTURES, "failed_sites": 0, "quarantined": 0}
+    assert here.recv() == {
+        "segments": CROWD,
+        "samples": CROWD * CAPTURES,
+        "failed_sites": 0,
+        "quarantined": 0,
+    }
     homes = [psutil.Process(_joined(here)).ppid()]
     here.send(True)
     homes.append(psutil.Process(_joined(here)).ppid())
@@ -222,12 +233,20 @@ def _images() -> pa.Table:
     rng = np.random.default_rng(0)
     drawn = {"rgb": (32, 32, 3), "depth": (32, 32), "ir": (32, 32)}
     kinds = {"rgb": (".jpg", np.uint8), "depth": (".png", np.uint16), "ir": (".png", np.uint8)}
-    return pa.table({
-        name: pa.array([
-            cv2.imencode(kinds[name][0], rng.integers(0, 250, shape).astype(kinds[name][1]))[1].tobytes()
-            for _ in range(40)
-        ], pa.binary()) for name, shape in drawn.items()
-    })  # fmt: skip
+    return pa.table(
+        {
+            name: pa.array(
+                [
+                    cv2.imencode(kinds[name][0], rng.integers(0, 250, shape).astype(kinds[name][1]))[
+                        1
+                    ].tobytes()
+                    for _ in range(40)
+                ],
+                pa.binary(),
+            )
+            for name, shape in drawn.items()
+        }
+    )
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -248,7 +267,7 @@ def _cycle(d: Deployment, address: str, pipe: Connection) -> None:
         life = Life(d, ledger)
         pending = {s.site: s.ingested - s.learned for s in ledger.sites()}
         placement = fleet.Placement(3, 1, config.bank.sites, config.bank.hot_mb)
-        failed = fleet.adapt(
+        failed = fleet.run_fleet(
             life.job(cycle), pending, placement=placement, on_progress=lambda *_: None, on_shard=joined
         )
         ledger.finish_cycle(cycle, summary={}, now=now())

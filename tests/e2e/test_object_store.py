@@ -16,11 +16,11 @@ from pipeline.data import blobs
 from pipeline.data.anchor import open_sealed
 from pipeline.models import checkpoint
 from pipeline.storage import files, place, write_atomic
-from tests.e2e.conftest import SITES, Deployment
+from tests.support.deployments import SITES, Deployment
 from tests.test_object_store import endpoint, url  # noqa: F401  # a fixture
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
-REPO = Path(__file__).resolve().parent.parent.parent
+REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -72,8 +72,22 @@ def test_a_cycle_on_an_object_store(remote, capsys):
 def cycle(d: Deployment) -> dict[str, object]:
     """In a process of its own: its Ray starts with the credentials of this environment."""
     done = subprocess.run(
-        [sys.executable, "-m", "jobs", "cycle", "data.retention=until_ingested", "--json", "--config", d.yaml],
-        cwd=d.root, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=150, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "jobs",
+            "cycle",
+            "data.retention=until_ingested",
+            "--json",
+            "--config",
+            d.yaml,
+        ],
+        cwd=d.root,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
     assert done.returncode in (0, 3), done.stderr[-3000:]
     return json.loads(done.stdout)

@@ -9,7 +9,7 @@ import torch
 
 from jobs.ingest import LOST
 from pipeline.data import blobs
-from tests.e2e.conftest import SITES, Deployment, copy, fresh
+from tests.support.deployments import SITES, Deployment, copy, fresh
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.timeout(180)]
 GONE, SITE = SITES[:2]

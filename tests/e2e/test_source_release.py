@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jobs import Terminal
-from jobs.deployment import now
-from jobs.rebase import rebase_fleet
+from jobs.rollout.rebase import rebase_fleet
+from jobs.terminal import Terminal
 from pipeline.cluster import fleet
+from pipeline.control.deployment import now
 from pipeline.data.features import read_features
-from pipeline.data.fleet import demo_fleet, simulate
 from pipeline.ledger import Ledger, LedgerError
-from tests.e2e.conftest import SITES, Deployment, copy, fresh
+from pipeline.simulate.sites import demo_fleet, simulate
+from tests.support.deployments import SITES, Deployment, copy, fresh
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.timeout(400)]
 GONE, SILENT = SITES[:2]
@@ -36,7 +36,9 @@ def stored(d: Deployment, version: int) -> dict[str, dict[str, int]]:
     """By site, offset by sample id of its features under a version's trunk."""
     ledger, store, found = d.ledger, d.config.place("features"), {}
     for row in ledger.sites():
-        block = read_features(store, ledger.source(version).trunk, row.site, start=0, end=row.ingested, features=32)
+        block = read_features(
+            store, ledger.source(version).trunk, row.site, start=0, end=row.ingested, features=32
+        )
         found[row.site] = dict(zip(block.sample_id.tolist(), block.offset.tolist()))
     return found
 
@@ -97,7 +99,9 @@ def test_while_there_is_a_challenger_every_sample_gets_features_under_both_trunk
     assert ledger.broken_audit() is None
 
 
-def test_sites_are_rebased_from_what_is_still_there_and_the_release_goes_on_from_it(challenged, monkeypatch, capsys):
+def test_sites_are_rebased_from_what_is_still_there_and_the_release_goes_on_from_it(
+    challenged, monkeypatch, capsys
+):
     d, ledger = challenged, challenged.ledger
     assert d.run("ingest") == 0
     assert d.run("adapt") in (0, 4)
@@ -154,11 +158,15 @@ def test_a_whole_release_by_the_commands_and_back(challenged):
     targets = ledger.targets(row.id)
     assert targets.keys() == {s.site for s in ledger.sites()}, "controls as well"
     assert {t.to.source_version for t in targets.values()} == {2}
-    assert {t.to.state_id is None for t in targets.values()} == {True, False}, "some are rebased, the others reset"
+    assert {t.to.state_id is None for t in targets.values()} == {True, False}, (
+        "some are rebased, the others reset"
+    )
     assert (ledger.challenger(), ledger.source().version) == (2, 1)
     assert d.run("rollout", "apply", row.plan_hash[:8], "--watch") == 0
     assert ledger.rollouts()[0].status == "completed"
-    assert (ledger.challenger(), ledger.source().version) == (1, 2), "the old trunk's features go on for the way back"
+    assert (ledger.challenger(), ledger.source().version) == (1, 2), (
+        "the old trunk's features go on for the way back"
+    )
     assert {s: (r.state, r.source_version) for s, r in ledger.serving().items()} == {
         s: tuple(t.to) for s, t in targets.items()
     }
@@ -166,7 +174,8 @@ def test_a_whole_release_by_the_commands_and_back(challenged):
     assert d.run("rollout", "rollback", "--reason", "drill") == 0
     assert (ledger.challenger(), ledger.source().version) == (None, 1)
     assert {s: (r.state, r.source_version) for s, r in ledger.serving().items()} == {
-        s: tuple(t.back) for s, t in targets.items()}  # fmt: skip
+        s: tuple(t.back) for s, t in targets.items()
+    }
     assert d.run("audit", "verify") == 0
     bare = next(t.verdict_id for t in targets.values() if t.to.state_id is None)
     assert d.run("guard", "replay", bare) == 0

@@ -14,13 +14,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from pipeline import bank, fit as fits, rollout
+from pipeline import rollout
 from pipeline.guards import Cell, Evidence, GuardsConfig, assess
 from pipeline.models import ModelConfig, TailConfig, TinyConfig
 from pipeline.models.trunk import features
 from pipeline.rollout import Candidate, Pointer, RolloutConfig, SiteFacts
-from pipeline.site import danet, tent
-from pipeline.source import erm, rise
+from pipeline.site import bank
+from pipeline.site.methods import danet, tent
+from pipeline.source import fit as fits
+from pipeline.source.methods import erm, rise
 from pipeline.types import Features
 
 SIZE = 16
@@ -42,7 +44,9 @@ def corpus(name: str, count: int, seed: int, bona_fide: float) -> SimpleNamespac
     frame = random.integers(60, 120, (count, 5, SIZE, SIZE)).astype(np.uint8)
     frame[label == 1, 3:, 4:12, 4:12] += 90
     split = np.array(["train", "train", "train", "val"])[np.arange(count) // 10 % 4]
-    return SimpleNamespace(domain=name, frame=frame, label=label, present=np.full(count, 7, np.uint8), split=split)
+    return SimpleNamespace(
+        domain=name, frame=frame, label=label, present=np.full(count, 7, np.uint8), split=split
+    )
 
 
 def fitted(config: object) -> fits.SourceModel:
@@ -73,15 +77,26 @@ def bank_steps(model: fits.SourceModel, method: object) -> dict[str, str]:
 
 def verdicts() -> dict[str, str]:
     """Canonical JSON of a pass, a hold and a fail."""
-    def cell(species: str, **counts: int) -> Cell:
-        return Cell(pattern="all", species=species, **{"n": 600, "errors": 0, "worse": 0, "better": 0} | counts)
 
-    good = Evidence(cells=(cell("print"), cell("bona_fide", n=500)), trust_ratio=0.01, margin_drop=0.1, stream_n=500,
-                    age_seconds=10.0, finite=True)  # fmt: skip
+    def cell(species: str, **counts: int) -> Cell:
+        return Cell(
+            pattern="all", species=species, **{"n": 600, "errors": 0, "worse": 0, "better": 0} | counts
+        )
+
+    good = Evidence(
+        cells=(cell("print"), cell("bona_fide", n=500)),
+        trust_ratio=0.01,
+        margin_drop=0.1,
+        stream_n=500,
+        age_seconds=10.0,
+        finite=True,
+    )
     cases = {
         "pass": good,
         "hold": good.model_copy(update={"stream_n": 1}),
-        "fail": good.model_copy(update={"cells": (cell("print", errors=90, worse=80), cell("bona_fide", worse=9))}),
+        "fail": good.model_copy(
+            update={"cells": (cell("print", errors=90, worse=80), cell("bona_fide", worse=9))}
+        ),
     }
     return {name: assess(GuardsConfig(), evidence).model_dump_json() for name, evidence in cases.items()}
 
@@ -91,12 +106,17 @@ def planned() -> dict[str, object]:
         return Candidate(Pointer(f"x{i}", 1), f"v{i}", "fail" if i % 7 == 0 else "pass", "")
 
     sites = {
-        f"s{i:03d}": SiteFacts(serving=Pointer(None, 1), candidate=candidate(i), tags={"zone": "EU" if i % 2 else "US"})
+        f"s{i:03d}": SiteFacts(
+            serving=Pointer(None, 1), candidate=candidate(i), tags={"zone": "EU" if i % 2 else "US"}
+        )
         for i in range(60)
     }
     draft = rollout.plan("r1", sites, 1, RolloutConfig())
-    return {"hash": rollout.plan_hash(draft.plan), "waves": {s: t.wave for s, t in sorted(draft.targets.items())},
-            "excluded": sorted(draft.excluded)}  # fmt: skip
+    return {
+        "hash": rollout.plan_hash(draft.plan),
+        "waves": {s: t.wave for s, t in sorted(draft.targets.items())},
+        "excluded": sorted(draft.excluded),
+    }
 
 
 def results() -> dict[str, object]:
@@ -106,8 +126,14 @@ def results() -> dict[str, object]:
     settings = {"steps": 12, "batch": 18, "lr": 1e-2}
     model = fitted(rise.Config(**settings))
     plain = fitted(erm.Config(**settings))
-    eager = danet.Config(confidence_bona_fide=0.5, confidence_attack=0.5, disagreement=1.0, unanimous_bona_fide=False,
-                         trigger=-1e9, sessions=0)  # fmt: skip
+    eager = danet.Config(
+        confidence_bona_fide=0.5,
+        confidence_attack=0.5,
+        disagreement=1.0,
+        unanimous_bona_fide=False,
+        trigger=-1e9,
+        sessions=0,
+    )
     return {
         "fit.rise": digest(model.tail) | digest(dict(model.trunk.state_dict())),
         "fit.erm": digest(plain.tail) | digest(dict(plain.trunk.state_dict())),

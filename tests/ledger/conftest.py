@@ -1,22 +1,16 @@
-"""A ledger on both databases, and the rows that its tests write."""
+"""A ledger on both databases."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from itertools import count
 
 import pytest
 import sqlalchemy as sa
 
-from pipeline.guards import Cell, Evidence, GuardsConfig, assess
-from pipeline.ledger import Ledger, SegmentRow, ShardRow
+from pipeline.ledger import Ledger
+from tests.support.ledgers import T0, execute
 
-T0 = datetime(2026, 1, 1, tzinfo=UTC)
-CELLS = tuple(Cell(pattern="all", species=s, n=600, errors=0, worse=0, better=0) for s in ("print", "bona_fide"))
-GOOD = Evidence(cells=CELLS, trust_ratio=0.01, margin_drop=0.0, stream_n=500, age_seconds=1.0, finite=True)
-HELD = GOOD.model_copy(update={"stream_n": 1})
-BAD = GOOD.model_copy(update={"trust_ratio": 0.5})
 DATABASES = count()
 
 
@@ -39,28 +33,3 @@ def ledger(url) -> Iterator[Ledger]:
     made.register_sites({f"s{i}": {"rig": "a"} for i in range(5)}, now=T0)
     yield made
     made.close()
-
-
-def execute(url: str, *statements: str) -> list[tuple[object, ...]]:
-    """Past the ledger, each statement by itself → the rows of the last one."""
-    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
-    try:
-        with engine.connect().execution_options(no_parameters=True) as c:  # a % is a %
-            done = [c.exec_driver_sql(s) for s in statements][-1]
-            return [tuple(r) for r in done] if done.returns_rows else []
-    finally:
-        engine.dispose()
-
-
-def begin(ledger, *, holder="a", now=T0, dead=lambda holder: False, fingerprint="f", kind="cycle"):
-    return ledger.begin_cycle(kind, fingerprint, "{}", holder=holder, dead=dead, now=now)
-
-
-def shard(site="s0", start=0, end=10, *, evidence=GOOD, blob="b" * 64, slot=0, outcomes="c" * 64):
-    return ShardRow(site=site, offset_from=start, offset_to=end, source_version=1, method="danet", blob=blob, slot=slot,
-                    parent=None, counters={"samples": end - start, "outcomes": outcomes},
-                    verdict=assess(GuardsConfig(), evidence), evidence=evidence)  # fmt: skip
-
-
-def segment(site="s0", name="segment-1.parquet", base=0, rows=10):
-    return SegmentRow(site, name, "d" * 64, rows, base, rows - 1, 1)

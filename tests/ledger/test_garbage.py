@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.ledger import Ledger
 from pipeline.rollout import TERMINAL, Draft, Pointer, RolloutConfig, Target, plan
-from tests.ledger.conftest import BAD, GOOD, HELD, T0, begin, segment, shard
+from tests.support.ledgers import BAD, GOOD, HELD, T0, begin, segment, shard
 
 SITES = ("s0", "s1", "s2")
 DAY = timedelta(days=1)
@@ -33,13 +33,29 @@ class History:
 
     def adapt(self, picked, evidence):
         """One window of some sites in the running cycle; a site is judged once in a cycle."""
-        self.cycle = self.cycle or begin(self.ledger, now=self.now, dead=lambda _: True, fingerprint=str(self.day))
+        self.cycle = self.cycle or begin(
+            self.ledger, now=self.now, dead=lambda _: True, fingerprint=str(self.day)
+        )
         at = {s: self.ledger.site(s).learned for s in picked}
         rows = [segment(s, f"segment-{n}.parquet", n) for s, n in at.items()]
-        self.ledger.commit_ingest(self.cycle, [r for r in rows if self.ledger.site(r.site).ingested == r.base_offset], [],
-                                  now=self.now)  # fmt: skip
-        made = [shard(s, n, n + 10, evidence=evidence, blob=f"blob-{self.day}", slot=i, outcomes=f"outcomes-{self.day}-{s}")
-                for i, (s, n) in enumerate(at.items())]  # fmt: skip
+        self.ledger.commit_ingest(
+            self.cycle,
+            [r for r in rows if self.ledger.site(r.site).ingested == r.base_offset],
+            [],
+            now=self.now,
+        )
+        made = [
+            shard(
+                s,
+                n,
+                n + 10,
+                evidence=evidence,
+                blob=f"blob-{self.day}",
+                slot=i,
+                outcomes=f"outcomes-{self.day}-{s}",
+            )
+            for i, (s, n) in enumerate(at.items())
+        ]
         self.ledger.commit_shard(self.cycle, made, now=self.now)
 
     def end_cycle(self, finish):
@@ -47,7 +63,9 @@ class History:
         if self.cycle and finish:
             self.ledger.finish_cycle(self.cycle, summary={}, now=self.now)
         elif self.cycle:
-            other = begin(self.ledger, now=self.now, dead=lambda _: True, fingerprint=f"other-{self.day}", kind="adapt")
+            other = begin(
+                self.ledger, now=self.now, dead=lambda _: True, fingerprint=f"other-{self.day}", kind="adapt"
+            )
             self.ledger.finish_cycle(other, summary={}, now=self.now)
         self.cycle = None
 
@@ -103,11 +121,18 @@ class History:
 
 
 STEPS = st.one_of(
-    st.tuples(st.just("adapt"), st.sets(st.sampled_from(SITES), min_size=1), st.sampled_from([GOOD, GOOD, HELD, BAD])),
+    st.tuples(
+        st.just("adapt"),
+        st.sets(st.sampled_from(SITES), min_size=1),
+        st.sampled_from([GOOD, GOOD, HELD, BAD]),
+    ),
     st.tuples(st.just("end_cycle"), st.booleans()),
     st.tuples(st.just("plan")),
-    st.tuples(st.just("move"), st.sampled_from(["staging", "completed", "paused", "rolled_back", "expired", "superseded"])),
-)  # fmt: skip
+    st.tuples(
+        st.just("move"),
+        st.sampled_from(["staging", "completed", "paused", "rolled_back", "expired", "superseded"]),
+    ),
+)
 
 
 def played(steps):
@@ -141,8 +166,12 @@ def test_nothing_that_a_job_may_ask_for_is_missing(steps, days):
     assert {s.blob for s in states.values()} <= pointed.states
     assert {v.counters["outcomes"] for v in kept} == pointed.outcomes
     for site in h.ledger.sites():
-        assert pointed.features[site.site] == min([site.learned, *(v.offset_from for v in kept if v.site == site.site)])
-    old = [s for s in h.ledger.states([v.state for v in h.ledger.verdicts()]).values() if s.created_at < since]
+        assert pointed.features[site.site] == min(
+            [site.learned, *(v.offset_from for v in kept if v.site == site.site)]
+        )
+    old = [
+        s for s in h.ledger.states([v.state for v in h.ledger.verdicts()]).values() if s.created_at < since
+    ]
     still = {s.blob for s in states.values()} | {
         s.blob
         for site in SITES
@@ -157,7 +186,9 @@ def test_what_nothing_points_to_is_let_go(ledger):
         now = T0 + day * DAY
         cycle = begin(ledger, now=now)
         ledger.commit_ingest(cycle, [segment(name=f"segment-{day}.parquet", base=10 * day)], [], now=now)
-        ledger.commit_shard(cycle, [shard("s0", 10 * day, 10 * day + 10, blob=f"b{day}", outcomes=f"o{day}")], now=now)
+        ledger.commit_shard(
+            cycle, [shard("s0", 10 * day, 10 * day + 10, blob=f"b{day}", outcomes=f"o{day}")], now=now
+        )
         ledger.finish_cycle(cycle, summary={}, now=now)
     served = ledger.verdicts(site="s0")[0].state
     ledger.serve({"s0": (served, 1)}, rollout="r", wave=1, kind="promote", reason="", now=T0)
@@ -192,9 +223,15 @@ def test_the_ways_back_are_kept(ledger):
     def release(n, status, *, to, back, serves=True):
         target = Target(0, Pointer(ids[to], 1), Pointer(ids[back], 1), ids[to])
         ledger.save_rollout(
-            f"r{n}", plan_hash="h", status=status, body="{}", revision=0, event={}, now=T0 + n * timedelta(hours=1),
+            f"r{n}",
+            plan_hash="h",
+            status=status,
+            body="{}",
+            revision=0,
+            event={},
+            now=T0 + n * timedelta(hours=1),
             draft=planned({"s0": target}),
-        )  # fmt: skip
+        )
         if serves:
             ledger.serve({"s0": (ids[to], 1)}, rollout=f"r{n}", wave=1, kind="promote", reason="", now=T0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from tests.ledger.conftest import BAD, HELD, T0, begin, execute, shard
+from tests.support.ledgers import BAD, HELD, T0, begin, execute, shard
 
 
 def test_pages_hold_every_verdict_of_the_cycle_once(ledger):
@@ -29,7 +29,10 @@ def test_the_digest_of_a_cycle_changes_with_any_verdict_or_evidence(ledger, url)
     whole = ledger.evidence_digest(cycle.id)
     assert whole == ledger.evidence_digest(cycle.id) != empty
     seen = {empty, whole}
-    for column, was, then in (("evidence", '"stream_n":1,', '"stream_n":2,'), ("verdict", '"hold"', '"pass"')):
+    for column, was, then in (
+        ("evidence", '"stream_n":1,', '"stream_n":2,'),
+        ("verdict", '"hold"', '"pass"'),
+    ):
         execute(url, f"update verdicts set {column} = replace({column}, '{was}', '{then}') where site = 's1'")
         seen.add(ledger.evidence_digest(cycle.id))
     assert len(seen) == 4
@@ -37,7 +40,12 @@ def test_the_digest_of_a_cycle_changes_with_any_verdict_or_evidence(ledger, url)
 
 def test_an_anchor_set_that_is_sealed_again_counts_again(ledger):
     days = [T0 + timedelta(days=k) for k in range(4)]
-    for digest, trunk, at in (("x", "t", days[0]), ("y", "t", days[1]), ("z", "u", days[2]), ("x", "t", days[3])):
+    for digest, trunk, at in (
+        ("x", "t", days[0]),
+        ("y", "t", days[1]),
+        ("z", "u", days[2]),
+        ("x", "t", days[3]),
+    ):
         ledger.pin_anchor(digest, trunk=trunk, summary={"items": 1}, now=at)
     assert (ledger.anchor("t"), ledger.anchor("u")) == ("x", "z")
     assert [ledger.anchor("t", at=d) for d in days] == ["x", "y", "y", "x"]

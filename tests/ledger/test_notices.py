@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.ledger import Ledger, UnknownSite
 from pipeline.ledger.notices import CLAIM
-from tests.ledger.conftest import BAD, HELD, T0, begin, execute, segment, shard
+from tests.support.ledgers import BAD, HELD, T0, begin, execute, segment, shard
 
 SECOND = timedelta(seconds=1)
 
@@ -167,8 +167,12 @@ def test_waves_count_who_serves_the_target_and_who_is_silent_since(ledger, url):
         )
     changes = {s: (learner[s], 1) for s in ("s0", "s1", "s2")}
     ledger.serve(changes, rollout="r1", wave=1, kind="promote", reason="", now=T0 + SECOND)
-    ledger.commit_ingest(begin(ledger, kind="ingest", now=T0, dead=lambda _: True), [segment("s0", base=10)], [],
-                         now=T0 + 2 * SECOND)  # fmt: skip
+    ledger.commit_ingest(
+        begin(ledger, kind="ingest", now=T0, dead=lambda _: True),
+        [segment("s0", base=10)],
+        [],
+        now=T0 + 2 * SECOND,
+    )
     assert [tuple(w) for w in ledger.waves_of("r1")] == [(0, 2, 2, 1), (1, 2, 1, 1)]
     ledger.set_retired("s1", retired=True, reason="closed", now=T0)
     assert tuple(ledger.waves_of("r1")[0]) == (0, 1, 1, 0)
@@ -191,10 +195,15 @@ def test_a_retired_site_stays_so_until_it_is_restored(ledger):
     assert not ledger.set_retired("s0", retired=True, reason="again", now=T0)
     ledger.set_status({"s0": "", "s1": "torn"})
     assert [(s.status, s.reason) for s in ledger.sites_named(["s0", "s1"])] == [
-        ("retired", "closed"), ("failed", "torn")]  # fmt: skip
+        ("retired", "closed"),
+        ("failed", "torn"),
+    ]
     assert ledger.set_retired("s0", retired=False, reason="open again", now=T0)
     assert not ledger.set_retired("s1", retired=False, reason="", now=T0)
-    assert [(s.status, s.reason) for s in ledger.sites_named(["s0", "s1"])] == [("active", ""), ("failed", "torn")]
+    assert [(s.status, s.reason) for s in ledger.sites_named(["s0", "s1"])] == [
+        ("active", ""),
+        ("failed", "torn"),
+    ]
     assert [kind for _, _, kind, _ in ledger.audit()[-2:]] == ["retire", "restore"]
     with pytest.raises(UnknownSite):
         ledger.set_retired("nowhere", retired=True, reason="x", now=T0)

@@ -11,8 +11,8 @@ from datetime import timedelta
 import pytest
 
 from pipeline.ledger import SCHEMA, Cycle, CycleBusy, Ledger, StaleGeneration
-from tests.ledger.conftest import T0, begin, execute, shard
 from tests.ledger.test_schema import old as old
+from tests.support.ledgers import T0, begin, execute, shard
 
 WRITERS = 3
 ROUNDS = 15
@@ -74,7 +74,9 @@ def appends(me, url):
 
 def test_the_audit_chain_does_not_fork_and_counters_do_not_repeat(pool, ledger, url):
     race(pool, appends, url)
-    assert Counter(kind for _, _, kind, _ in ledger.audit()) == dict.fromkeys(("test", "rollback"), WRITERS * ROUNDS)
+    assert Counter(kind for _, _, kind, _ in ledger.audit()) == dict.fromkeys(
+        ("test", "rollback"), WRITERS * ROUNDS
+    )
     assert [seq for seq, *_ in ledger.audit()] == list(range(1, 2 * WRITERS * ROUNDS + 1))
     assert ledger.broken_audit() is None
     assert [s.counter for s in ledger.served("s0")] == list(range(1, WRITERS * ROUNDS + 1))

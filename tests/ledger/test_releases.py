@@ -9,7 +9,7 @@ import pytest
 from pipeline import rollout as ro
 from pipeline.ledger import LedgerError, StaleGeneration
 from pipeline.rollout import Candidate, Pointer, RolloutConfig, SiteFacts
-from tests.ledger.conftest import BAD, HELD, T0, begin, segment, shard
+from tests.support.ledgers import BAD, HELD, T0, begin, segment, shard
 
 HOUR = timedelta(hours=1)
 SOURCE = Pointer(None, 1)
@@ -35,8 +35,16 @@ def facts(ledger, names=("s0", "s1", "s2", "s3", "s4"), **changes):
 def store(ledger, name, sites, **named):
     draft = ro.plan(name, sites, 1, RolloutConfig(waves=(0.4, 1.0), night="22:00-05:00"), **named)
     r = ro.start(draft.plan, T0)
-    ledger.save_rollout(name, plan_hash=r.plan_hash, status=r.status, body=r.model_dump_json(), revision=0, event={},
-                        now=T0, draft=draft)  # fmt: skip
+    ledger.save_rollout(
+        name,
+        plan_hash=r.plan_hash,
+        status=r.status,
+        body=r.model_dump_json(),
+        revision=0,
+        event={},
+        now=T0,
+        draft=draft,
+    )
     return draft
 
 
@@ -70,13 +78,16 @@ def test_a_wave_moves_once_and_goes_back_once(planned):
     assert [promote(planned, 0), promote(planned, 0)] == [2, 0]
     assert set(planned.serving()) == set(first)
     assert {s: (r.state, r.counter, r.wave, r.kind) for s, r in planned.serving().items()} == {
-        s: (planned.targets("r1")[s].to.state_id, 1, 1, "promote") for s in first}  # fmt: skip
+        s: (planned.targets("r1")[s].to.state_id, 1, 1, "promote") for s in first
+    }
     assert promote(planned, 1, without=[second[0]]) == 2
     assert planned.returnable("r1") == 4
     assert planned.returnable("r1", [first[0], second[0]]) == 1
     assert back(planned, [first[0], second[0]]) == 1
     assert [back(planned), back(planned)] == [3, 0]
-    assert {(r.state, r.source_version, r.kind) for r in planned.serving().values()} == {(None, 1, "rollback")}
+    assert {(r.state, r.source_version, r.kind) for r in planned.serving().values()} == {
+        (None, 1, "rollback")
+    }
     assert (planned.returnable("r1"), planned.verify_served(), planned.broken_audit()) == (0, [], None)
     assert len(planned.audit()) == len({seq for seq, *_ in planned.audit()})
 
@@ -152,7 +163,9 @@ def test_a_bare_source_model_needs_the_fleets_verdict_on_that_version(planned, e
     judged = planned.judge_source(version, row.verdict, row.evidence, now=T0)
     sites = facts(planned, **{f"s{i}": Candidate(Pointer(None, 2), judged, "pass") for i in range(5)})
     made = ro.plan("r2", sites, 2, RolloutConfig(waves=(1.0,)), source_before=1)
-    planned.save_rollout("r2", plan_hash="h", status="staging", body="{}", revision=0, event={}, now=T0, draft=made)
+    planned.save_rollout(
+        "r2", plan_hash="h", status="staging", body="{}", revision=0, event={}, now=T0, draft=made
+    )
     if not moves:
         with pytest.raises(LedgerError, match="site s0: no stored verdict passes"):
             promote(planned, 0, rollout="r2")
@@ -173,16 +186,32 @@ def test_a_driver_that_was_overtaken_moves_nothing(planned):
         with pytest.raises(StaleGeneration, match="r1: somebody else moved it on"):
             work()
     with pytest.raises(StaleGeneration):
-        planned.save_rollout("r1", plan_hash="h", status="completed", body="{}", revision=1, event={}, now=T0,
-                             roles={"champion": 2})  # fmt: skip
+        planned.save_rollout(
+            "r1",
+            plan_hash="h",
+            status="completed",
+            body="{}",
+            revision=1,
+            event={},
+            now=T0,
+            roles={"champion": 2},
+        )
     assert (planned.audit(), planned.source().version) == (before, 1)
     assert back(planned, revision=2) == 2
 
 
 def test_the_end_of_a_source_release_and_its_champion_are_one_step(planned):
     planned.set_challenger(2, now=T0)
-    planned.save_rollout("r1", plan_hash="h", status="completed", body="{}", revision=1, event={}, now=T0,
-                         roles={"champion": 2, "challenger": None})  # fmt: skip
+    planned.save_rollout(
+        "r1",
+        plan_hash="h",
+        status="completed",
+        body="{}",
+        revision=1,
+        event={},
+        now=T0,
+        roles={"champion": 2, "challenger": None},
+    )
     assert (planned.source().version, planned.challenger(), planned.broken_audit()) == (2, None, None)
 
 
@@ -193,8 +222,16 @@ def test_joined_sites_are_rows_of_the_last_wave(planned):
     made = facts(planned, ["t0"])
     joined = {s: t._replace(wave=1) for s, t in ro.plan("r1", made, 1, RolloutConfig()).targets.items()}
     row = planned.rollout("r1")
-    planned.save_rollout("r1", plan_hash=row.plan_hash, status=row.status, body=row.body, revision=1, event={}, now=T0,
-                         joined=joined)  # fmt: skip
+    planned.save_rollout(
+        "r1",
+        plan_hash=row.plan_hash,
+        status=row.status,
+        body=row.body,
+        revision=1,
+        event={},
+        now=T0,
+        joined=joined,
+    )
     assert planned.targets("r1")["t0"] == joined["t0"]
     assert len(planned.rollout_sites("r1")) == 6
     assert promote(planned, 1, revision=2) == 4
@@ -231,12 +268,19 @@ def test_a_record_that_was_changed_is_found(planned, harm):
 
 
 def test_only_a_passing_state_of_that_site_is_promoted(ledger):
-    ledger.commit_shard(begin(ledger), [shard(), shard("s1", evidence=HELD, slot=1), shard("s2", slot=2)], now=T0)
+    ledger.commit_shard(
+        begin(ledger), [shard(), shard("s1", evidence=HELD, slot=1), shard("s2", slot=2)], now=T0
+    )
     ids = {s.site: s.learner for s in ledger.sites()}
     for site, state in (("s1", ids["s1"]), ("s0", ids["s2"]), ("s0", "made-up"), ("s0", None)):
         with pytest.raises(LedgerError, match=f"site {site}: no stored verdict passes"):
             ledger.serve(
-                {"s2": (ids["s2"], 1), site: (state, 1)}, rollout="r1", wave=1, kind="promote", reason="", now=T0
+                {"s2": (ids["s2"], 1), site: (state, 1)},
+                rollout="r1",
+                wave=1,
+                kind="promote",
+                reason="",
+                now=T0,
             )
     assert ledger.serving() == {}
 
@@ -247,7 +291,10 @@ def test_the_release_counter_only_grows(ledger):
     for kind, to in (("promote", state), ("rollback", None), ("promote", state)):
         ledger.serve({"s0": (to, 1)}, rollout="r1", wave=1, kind=kind, reason="x", now=T0)
     assert [(s.counter, s.kind, s.state) for s in ledger.served("s0")] == [
-        (1, "promote", state), (2, "rollback", None), (3, "promote", state)]  # fmt: skip
+        (1, "promote", state),
+        (2, "rollback", None),
+        (3, "promote", state),
+    ]
     assert ledger.serving(["s0", "s1"]) == {"s0": ledger.served("s0")[-1]}
     assert ledger.serving(["s1"] * 3000) == {}
 
@@ -264,7 +311,9 @@ def test_the_newest_promotion_under_some_rollouts(ledger):
         changes = {s: (learner[s] if kind == "promote" else None, 1) for s in names}
         ledger.serve(changes, rollout=rollout, wave=1, kind=kind, reason="", now=T0)
     assert {s: (r.rollout, r.counter) for s, r in ledger.served_by({"r1", "r2"}).items()} == {
-        "s0": ("r2", 2), "s1": ("r1", 1)}  # fmt: skip
+        "s0": ("r2", 2),
+        "s1": ("r1", 1),
+    }
     assert ledger.served_by(["r1"])["s0"] == ledger.served("s0")[0]
     assert ledger.served_by([]) == {}
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import event
 
 from pipeline.ledger import Ledger
-from tests.ledger.conftest import HELD, T0, begin, segment, shard
+from tests.support.ledgers import HELD, T0, begin, segment, shard
 
 CHUNK = 64
 EVERY = 10  # steps between two counts
@@ -102,7 +102,9 @@ def fleets(tmp_path_factory):
 
 
 def test_a_chunk_costs_the_same_in_any_fleet_after_any_past(fleets):
-    small, large, long = ({name: w.cost(do) for name, do in hot_path(w, *rest).items()} for w, *rest in fleets)
+    small, large, long = (
+        {name: w.cost(do) for name, do in hot_path(w, *rest).items()} for w, *rest in fleets
+    )
     assert len(small) == 12 and all(v > EVERY for k, v in small.items())
     assert {k: v for k, v in large.items() if v > 1.1 * small[k]} == {}
     assert {k: v for k, v in long.items() if v > 1.1 * small[k]} == {}

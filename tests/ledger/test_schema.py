@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from pipeline.ledger import SCHEMA, Ledger, LedgerUnavailable, schema
 from pipeline.rollout import Excluded, Pointer, Rollout, Seen, Target, WaveSeen, advance, approved
-from tests.ledger.conftest import T0, begin, execute, segment, shard
+from tests.support.ledgers import T0, begin, execute, segment, shard
 
 LEARNED = "2547247271efa6de"  # Zeta's state
 VERSION_1 = (Path(__file__).parent / "version-1.sql").read_text()
@@ -73,21 +73,56 @@ def test_an_old_ledger_becomes_like_a_new_one_and_keeps_everything(old, url):
 
 def body_2(now):
     """A rollout as version 2 wrote it: one site failed in its first wave, the second has not begun."""
-    to = {s: {"to": {"state_id": f"{s}-state", "source_version": 3}, "back": {"state_id": None, "source_version": 3},
-              "verdict_id": f"{s}-state"} for s in ("a", "b", "c")}  # fmt: skip
-    config = {"waves": [0.5, 1.0], "stage_seconds": 60.0, "bake_seconds": 90.0, "hold_seconds": 86400.0,
-              "expire_seconds": 86400.0, "rollback_seconds": 300.0, "abort_share": 0.02, "abort_min_sites": 5,
-              "missing_share": 0.0, "control_share": 0.05, "control_min_sites": 10, "health_samples": 50,
-              "stratum": "rig", "seed": 0}  # fmt: skip
+    to = {
+        s: {
+            "to": {"state_id": f"{s}-state", "source_version": 3},
+            "back": {"state_id": None, "source_version": 3},
+            "verdict_id": f"{s}-state",
+        }
+        for s in ("a", "b", "c")
+    }
+    config = {
+        "waves": [0.5, 1.0],
+        "stage_seconds": 60.0,
+        "bake_seconds": 90.0,
+        "hold_seconds": 86400.0,
+        "expire_seconds": 86400.0,
+        "rollback_seconds": 300.0,
+        "abort_share": 0.02,
+        "abort_min_sites": 5,
+        "missing_share": 0.0,
+        "control_share": 0.05,
+        "control_min_sites": 10,
+        "health_samples": 50,
+        "stratum": "rig",
+        "seed": 0,
+    }
     return {
-        "plan": {"release": "release-00002", "targets": to, "controls": ["k"],
-                 "waves": [{"share": 0.5, "sites": ["b"], "abort_at": 1}, {"share": 1.0, "sites": ["a", "c"], "abort_at": 2}],
-                 "excluded": {"d": {"reason": "verdict hold: n", "verdict_id": "v0"},
-                              "e": {"reason": "no candidate", "verdict_id": None}},
-                 "duration_seconds": 300.0, "rollback_seconds": 300.0, "config": config},
-        "plan_hash": "4" * 64, "status": "baking", "wave": 0, "since": now, "baked_from": now, "failed": ["b"],
-        "approved_by": "ann", "reason": "",
-    }  # fmt: skip
+        "plan": {
+            "release": "release-00002",
+            "targets": to,
+            "controls": ["k"],
+            "waves": [
+                {"share": 0.5, "sites": ["b"], "abort_at": 1},
+                {"share": 1.0, "sites": ["a", "c"], "abort_at": 2},
+            ],
+            "excluded": {
+                "d": {"reason": "verdict hold: n", "verdict_id": "v0"},
+                "e": {"reason": "no candidate", "verdict_id": None},
+            },
+            "duration_seconds": 300.0,
+            "rollback_seconds": 300.0,
+            "config": config,
+        },
+        "plan_hash": "4" * 64,
+        "status": "baking",
+        "wave": 0,
+        "since": now,
+        "baked_from": now,
+        "failed": ["b"],
+        "approved_by": "ann",
+        "reason": "",
+    }
 
 
 def test_a_rollout_of_an_older_version_goes_on(old):
@@ -96,7 +131,13 @@ def test_a_rollout_of_an_older_version_goes_on(old):
     ledger = Ledger.open(old)
     row = ledger.rollout("release-00002")
     r = Rollout.model_validate_json(row.body)
-    assert (r.status, r.wave, r.failed, approved(r), r.plan_hash) == ("baking", 0, {"b": 0}, {"ann"}, row.plan_hash)
+    assert (r.status, r.wave, r.failed, approved(r), r.plan_hash) == (
+        "baking",
+        0,
+        {"b": 0},
+        {"ann"},
+        row.plan_hash,
+    )
     assert [(w.sites, w.share, w.abort_at) for w in r.plan.waves] == [(1, 0.5, 1), (2, 1.0, 2)]
     assert (r.plan.config.bake_seconds, r.plan.config.strata) == (90, ("rig",))
     assert ledger.targets(row.id) == {
@@ -112,9 +153,14 @@ def test_a_rollout_of_an_older_version_goes_on(old):
     ledger.close()
 
 
-@pytest.mark.parametrize("harm", ["update served set state = null", "delete from served",
-                                  "insert into served select site, 2, state, source_version, rollout, wave, kind, since, 0 "
-                                  "from served"])  # fmt: skip
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "update served set state = null",
+        "delete from served",
+        "insert into served select site, 2, state, source_version, rollout, wave, kind, since, 0 from served",
+    ],
+)
 def test_what_an_older_version_recorded_stays_covered(old, harm):
     ledger = Ledger.open(old)
     assert ledger.verify_served() == []
@@ -145,7 +191,9 @@ def test_an_upgrade_that_dies_leaves_the_old_version_whole(old, monkeypatch):
     before, looked, chain = content(old), shape(old), execute(old, "select * from audit")
     real = schema.STEPS[2]
     for done in (0, len(real) // 2, len(real)):
-        monkeypatch.setitem(schema.STEPS, 2, (*real[:done], "create index broken on no_such_table (x)", *real[done:]))
+        monkeypatch.setitem(
+            schema.STEPS, 2, (*real[:done], "create index broken on no_such_table (x)", *real[done:])
+        )
         with pytest.raises(LedgerUnavailable, match="cannot be opened: .*no_such_table"):
             Ledger.open(old)
         assert shape(old) == looked
@@ -159,7 +207,9 @@ def test_an_upgrade_that_dies_leaves_the_old_version_whole(old, monkeypatch):
 
 def test_a_newer_schema_is_refused_and_left_alone(ledger, url):
     execute(url, f"update meta set value = '{SCHEMA + 1}' where key = 'schema'")
-    with pytest.raises(LedgerUnavailable, match=f"schema {SCHEMA + 1} is newer than this version's {SCHEMA}; upgrade"):
+    with pytest.raises(
+        LedgerUnavailable, match=f"schema {SCHEMA + 1} is newer than this version's {SCHEMA}; upgrade"
+    ):
         Ledger.open(url)
     assert execute(url, "select value from meta where key = 'schema'") == [(str(SCHEMA + 1),)]
 

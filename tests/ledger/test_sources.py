@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.ledger import LedgerError, StaleGeneration
-from tests.ledger.conftest import BAD, T0, begin, segment, shard
+from tests.support.ledgers import BAD, T0, begin, segment, shard
 
 
 @pytest.fixture
@@ -25,8 +25,17 @@ def test_a_challenger_is_named_and_taken_back(two):
     two.set_champion(2, now=T0)
     two.set_challenger(None, now=T0)
     assert (two.source().version, two.challenger()) == (2, None)
-    told = [(kind, p["version"], p["before"]) for _, _, kind, p in two.audit() if kind in ("champion", "challenger")]
-    assert told == [("champion", 1, None), ("challenger", 2, None), ("champion", 2, "1"), ("challenger", None, "2")]
+    told = [
+        (kind, p["version"], p["before"])
+        for _, _, kind, p in two.audit()
+        if kind in ("champion", "challenger")
+    ]
+    assert told == [
+        ("champion", 1, None),
+        ("challenger", 2, None),
+        ("champion", 2, "1"),
+        ("challenger", None, "2"),
+    ]
     assert two.broken_audit() is None
 
 
@@ -42,7 +51,13 @@ def test_what_is_rebased_lies_beside_the_stream(two):
         two.commit_shard(made, [type(shard())(**row)], now=T0, rebased=True)
     late = shard("s1", end=4)
     assert two.commit_shard(made, [late], now=T0, rebased=True) == ["s1"], "it has learned to another offset"
-    assert (two.sites(), two.verdicts(), two.verdicts(site="s0"), two.latest_verdicts(), two.outcomes()) == before
+    assert (
+        two.sites(),
+        two.verdicts(),
+        two.verdicts(site="s0"),
+        two.latest_verdicts(),
+        two.outcomes(),
+    ) == before
     (verdict,) = two.rebased(2).values()
     assert (verdict.site, verdict.offset_from, verdict.offset_to, verdict.cycle) == ("s0", 3, 10, made.id)
     assert two.verdicts(cycle=made.id) == two.verdicts(ids=[verdict.id]) == [verdict]

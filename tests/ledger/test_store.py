@@ -5,21 +5,28 @@ from __future__ import annotations
 import pytest
 
 from pipeline.ledger import Ledger, LedgerUnavailable
-from tests.ledger.conftest import T0, execute
+from tests.support.ledgers import T0, execute
 
 
-@pytest.mark.parametrize("damage, broken", [
-    ("update audit set payload = '{}' where seq = 2", 2),
-    ("update audit set at = '2020' where seq = 1", 1),
-    ("delete from audit where seq = 2", 2),
-    ("delete from audit where seq = 3", 3),
-    ("update audit set seq = 9 where seq = 3", 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, broken",
+    [
+        ("update audit set payload = '{}' where seq = 2", 2),
+        ("update audit set at = '2020' where seq = 1", 1),
+        ("delete from audit where seq = 2", 2),
+        ("delete from audit where seq = 3", 3),
+        ("update audit set seq = 9 where seq = 3", 3),
+    ],
+)
 def test_the_audit_chain_shows_tampering(ledger, url, damage, broken):
     for i in range(3):
         ledger.note("test", {"i": i}, now=T0)
     assert ledger.broken_audit() is None
-    assert [payload for _, _, kind, payload in ledger.audit() if kind == "test"] == [{"i": 0}, {"i": 1}, {"i": 2}]
+    assert [payload for _, _, kind, payload in ledger.audit() if kind == "test"] == [
+        {"i": 0},
+        {"i": 1},
+        {"i": 2},
+    ]
     execute(url, damage)
     assert ledger.broken_audit() == broken
 

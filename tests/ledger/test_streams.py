@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from pipeline.ledger import CycleBusy, LedgerError, QuarantineRow, StaleGeneration, UnknownSite
-from tests.ledger.conftest import T0, begin, segment, shard
+from tests.support.ledgers import T0, begin, segment, shard
 
 
 def writes(ledger, cycle):
@@ -27,12 +27,20 @@ def writes(ledger, cycle):
 
 def test_every_write_with_a_cycle_is_fenced(ledger):
     takers = {n for n in dir(ledger) if not n.startswith("_") and "Cycle" in signature(ledger, n)}
-    assert takers == {"commit_shard", "commit_ingest", "lose", "renew", "finish_cycle"}  # what ``writes`` lists
+    assert takers == {
+        "commit_shard",
+        "commit_ingest",
+        "lose",
+        "renew",
+        "finish_cycle",
+    }  # what ``writes`` lists
 
 
 def signature(ledger, name):
     made = getattr(ledger, name)
-    return {str(p.annotation) for p in inspect.signature(made).parameters.values()} if callable(made) else set()
+    return (
+        {str(p.annotation) for p in inspect.signature(made).parameters.values()} if callable(made) else set()
+    )
 
 
 def test_sites_are_registered_once(ledger):
@@ -47,7 +55,9 @@ def test_sites_are_registered_once(ledger):
 
 def test_lost_samples_are_quarantined_once_and_keep_their_offsets(ledger):
     cycle = begin(ledger)
-    ledger.commit_ingest(cycle, [segment()], [QuarantineRow("s0", "segment-1.parquet", 3, "x", "rgb: torn")], now=T0)
+    ledger.commit_ingest(
+        cycle, [segment()], [QuarantineRow("s0", "segment-1.parquet", 3, "x", "rgb: torn")], now=T0
+    )
     for _ in range(2):
         ledger.lose(cycle, [("s0", "segment-1.parquet"), ("s0", "unknown")], reason="features lost", now=T0)
     ((row, _),) = ledger.segments("s0")
@@ -72,7 +82,9 @@ def test_ingest_counts_rows_and_keeps_what_was_refused(ledger):
     assert ledger.quarantined("s1") == []
     assert ledger.known_segments(["s1", "s0"]) == ledger.known_segments()
     assert ledger.known_segments(["s1"]) == {}
-    assert {site: at for site, (_, at) in ledger.pending(["s0", "s1"]).items() if at is not None} == {"s0": T0}
+    assert {site: at for site, (_, at) in ledger.pending(["s0", "s1"]).items() if at is not None} == {
+        "s0": T0
+    }
 
 
 def test_pending_counts_what_was_not_learned_from(ledger):
@@ -113,7 +125,9 @@ def test_two_samples_never_share_an_offset(ledger):
 
 def test_text_that_no_database_takes_costs_nobody_else(ledger):
     cycle, evil = begin(ledger), "a\0b\udcff"
-    ledger.commit_ingest(cycle, [segment()], [QuarantineRow("s0", "segment-1.parquet", 1, evil, evil)], now=T0)
+    ledger.commit_ingest(
+        cycle, [segment()], [QuarantineRow("s0", "segment-1.parquet", 1, evil, evil)], now=T0
+    )
     ledger.set_status({"s1": evil})
     kept = ledger.quarantined("s0")[0]
     assert (kept.sample_id, kept.reason) == ("a\ufffdb?", "a\ufffdb?")

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.guards import GuardsConfig, assess
 from pipeline.ledger import Ledger, LedgerError, state_id, verdicts
-from tests.ledger.conftest import BAD, GOOD, HELD, T0, begin, shard
+from tests.support.ledgers import BAD, GOOD, HELD, T0, begin, shard
 
 
 def test_a_failed_site_is_marked_until_it_commits(ledger):

@@ -28,7 +28,9 @@ def model(seed: int = 0, threshold: float = 0.4) -> cp.SourceModel:
     config = ModelConfig(trunk=TinyConfig(width=4, features=8))
     trunk = fold(build_trunk(config.trunk, 16))
     tail = tails.init_tail(config.tail, 8, generator=torch.Generator().manual_seed(seed))
-    manifest = cp.Manifest(config=config, size=16, threshold=threshold, method="erm", domains=("a",), data={"a": "ff"})
+    manifest = cp.Manifest(
+        config=config, size=16, threshold=threshold, method="erm", domains=("a",), data={"a": "ff"}
+    )
     return cp.seal(trunk, tail, manifest)
 
 

@@ -89,7 +89,10 @@ def test_complement_of_a_modality_never_reads_that_modality() -> None:
     present = torch.ones(5, 3, dtype=torch.bool)
     other = z()
     other[:, 1] += 7.0
-    a, b = tails.complete(params(), z(), present).complement, tails.complete(params(), other, present).complement
+    a, b = (
+        tails.complete(params(), z(), present).complement,
+        tails.complete(params(), other, present).complement,
+    )
     assert torch.equal(a[:, 1], b[:, 1])
     assert not torch.allclose(a[:, 0], b[:, 0])
 

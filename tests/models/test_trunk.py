@@ -30,7 +30,9 @@ def trained(kind: str = "tiny") -> torch.nn.Module:
 @pytest.mark.parametrize("kind", ["tiny", pytest.param("vit", marks=pytest.mark.slow)])
 def test_absent_pixels_never_reach_a_feature(kind: str) -> None:
     trunk, x = trained(kind), frames()
-    present = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]], dtype=torch.bool)
+    present = torch.tensor(
+        [[1, 1, 1], [1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]], dtype=torch.bool
+    )
     other = x.clone()
     for m, (begin, end) in enumerate(((0, 3), (3, 4), (4, 5))):
         other[~present[:, m], begin:end] = 255 - other[~present[:, m], begin:end]

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from pipeline.report import (
+from pipeline.report import page as pages
+from pipeline.report import plots
+from pipeline.report.content import (
     CycleReport,
     Det,
     DetCurve,
@@ -25,9 +27,7 @@ from pipeline.report import (
     RolloutReport,
     SiteReport,
     WaveReport,
-    plots,
 )
-from pipeline.report import page as pages
 from pipeline.report.page import render, write
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ def det(rng: np.random.Generator) -> Det:
 def cycle(sites: tuple[SiteReport, ...], **changed: object) -> CycleReport:
     """A cycle with everything in it."""
     waves = tuple(
-        WaveReport(i, share, n, min(n, done), failing, state, START + timedelta(hours=6 * i) if done else None)
+        WaveReport(
+            i, share, n, min(n, done), failing, state, START + timedelta(hours=6 * i) if done else None
+        )
         for i, (share, n, done, failing, state) in enumerate(
             [
                 (0.01, 1, 1, 0, "Completed"),
@@ -114,7 +116,9 @@ def cycle(sites: tuple[SiteReport, ...], **changed: object) -> CycleReport:
         det=det(np.random.default_rng(1)),
         quarantine=(
             QuarantineRow("gate-11", "segment-0007.parquet", None, "segment: not a Parquet file", 512),
-            QuarantineRow("gate-12", "segment-0003.parquet", 17, "rgb: header claims 12000x12000, allowed 4096", 3),
+            QuarantineRow(
+                "gate-12", "segment-0003.parquet", 17, "rgb: header claims 12000x12000, allowed 4096", 3
+            ),
         ),
         rollout=RolloutReport(
             "Baking(2)",
@@ -136,7 +140,9 @@ def fleet() -> CycleReport:
     rng = np.random.default_rng(7)
     none = np.zeros((0, 3))
     sites = [site(i, rng) for i in range(9)]
-    sites[4] = replace(sites[4], before=None, after=None, pseudo_labels=PseudoLabels(0.2, 0.4, np.nan, np.nan))
+    sites[4] = replace(
+        sites[4], before=None, after=None, pseudo_labels=PseudoLabels(0.2, 0.4, np.nan, np.nan)
+    )
     sites[8] = replace(sites[8], after=PadSummary(0.148, 0.121, "silicone mask", 0.06, 320, 540))
     sites += [
         site(
@@ -283,7 +289,16 @@ def test_page_has_every_part_and_loads_nothing() -> None:
     ):
         assert text in found.text
     sections = {a.get("id") for t, a in found.tags if t == "section"}
-    assert sections == {"fleet", "accuracy", "verdicts", "rollout", "sites", "quarantine", "provenance", "glossary"}
+    assert sections == {
+        "fleet",
+        "accuracy",
+        "verdicts",
+        "rollout",
+        "sites",
+        "quarantine",
+        "provenance",
+        "glossary",
+    }
     for term in ("APCER", "BPCER", "HTER", "DET", "PAI species"):
         assert f"<dt>{term}</dt>" in render(report)
 
@@ -294,7 +309,8 @@ def test_every_chart_says_what_it_shows() -> None:
     assert len(charts) > 14 * 4
     assert all(a.get("aria-label") for a in charts)
     assert any(
-        "DET curves. before: at the deployed threshold 13.6% of attacks" in (a["aria-label"] or "") for a in charts
+        "DET curves. before: at the deployed threshold 13.6% of attacks" in (a["aria-label"] or "")
+        for a in charts
     )
 
 
@@ -338,7 +354,10 @@ def test_hostile_strings_are_inert() -> None:
         notes=(HOSTILE,),
         quarantine=(QuarantineRow(HOSTILE, HOSTILE, 1, HOSTILE, 1),),
         rollout=RolloutReport(
-            HOSTILE, HOSTILE, (WaveReport(1, 1.0, 1, 0, 1, HOSTILE, None),), (RolloutEvent(START, HOSTILE, HOSTILE),)
+            HOSTILE,
+            HOSTILE,
+            (WaveReport(1, 1.0, 1, 0, 1, HOSTILE, None),),
+            (RolloutEvent(START, HOSTILE, HOSTILE),),
         ),
     )
     html = render(report)
@@ -403,9 +422,16 @@ def test_missing_is_said_and_never_drawn(changed: dict[str, object], words: list
 def test_large_fleet_stays_small_and_says_what_is_left_out() -> None:
     rng = np.random.default_rng(3)
     few = [site(i, rng) for i in range(40)]
-    fails = {"status": "failed", "verdict": "fail", "promoted": False, "reasons": ("ceiling: replay 9 % > 7 %",)}
+    fails = {
+        "status": "failed",
+        "verdict": "fail",
+        "promoted": False,
+        "reasons": ("ceiling: replay 9 % > 7 %",),
+    }
     report = cycle(
-        tuple(replace(few[i % 40], site=f"site-{i:05d}", **(fails if i % 8 == 0 else {})) for i in range(2000))
+        tuple(
+            replace(few[i % 40], site=f"site-{i:05d}", **(fails if i % 8 == 0 else {})) for i in range(2000)
+        )
     )
     began = time.process_time()  # the machine may be busy with other tests
     html = render(report)
@@ -415,7 +441,9 @@ def test_large_fleet_stays_small_and_says_what_is_left_out() -> None:
     assert "The worst 50 of 2,000 sites have details here." in html
     assert "The worst 50 of 2,000 measured sites are drawn." in html
     assert "The worst 200 of 250 are listed." in html
-    larger = render(replace(report, sites=report.sites + tuple(replace(few[0], site=f"x-{i}") for i in range(500))))
+    larger = render(
+        replace(report, sites=report.sites + tuple(replace(few[0], site=f"x-{i}") for i in range(500)))
+    )
     assert "The worst 2,000 of 2,500 sites are listed" in larger
 
 
@@ -458,7 +486,9 @@ def test_bins_keep_means_and_peaks() -> None:
     np.testing.assert_array_equal(plots._bins(values, 3, peaks=True), [1.0, np.nan, 4.0])
 
 
-@pytest.mark.parametrize(("most", "top"), [(0.071, 0.08), (0.31, 0.32), (0.9, 1.0), (0.02, 0.02), (np.nan, 0.02)])
+@pytest.mark.parametrize(
+    ("most", "top"), [(0.071, 0.08), (0.31, 0.32), (0.9, 1.0), (0.02, 0.02), (np.nan, 0.02)]
+)
 def test_scale_holds_every_value(most: float, top: float) -> None:
     assert plots.scale([0.001, most], 0.02) == pytest.approx(top)
 

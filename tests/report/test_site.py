@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from pipeline.intervals import Estimate
 from pipeline.report import site, timelines
 from pipeline.report.site import (
     GROUPS,
@@ -31,23 +30,43 @@ from pipeline.report.site import (
     write,
 )
 from pipeline.report.source import Figure
+from pipeline.stats.intervals import Estimate
 from tests.report.test_source import HOSTILE, NAN, UNKNOWN, Page, head, section
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 HTER = {
-    "frozen": 0.142, "danet": 0.0981, "recalibrate": 0.113, "eata": 0.127, "eata (published)": 0.1515, "tent": 0.193,
-    "sar": 0.131, "sar (published)": 0.1423, "cotta": 0.1395, "shot": 0.2312, "read": 0.1371, "drm": 0.1338,
-}  # fmt: skip
+    "frozen": 0.142,
+    "danet": 0.0981,
+    "recalibrate": 0.113,
+    "eata": 0.127,
+    "eata (published)": 0.1515,
+    "tent": 0.193,
+    "sar": 0.131,
+    "sar (published)": 0.1423,
+    "cotta": 0.1395,
+    "shot": 0.2312,
+    "read": 0.1371,
+    "drm": 0.1338,
+}
 STREAMS = {
-    "shifted": ("gate-ageing", "branch-swap", "kiosk-fade", "dock-warm", "lobby-cold", "phone-a", "phone-b", "yard-night"),
+    "shifted": (
+        "gate-ageing",
+        "branch-swap",
+        "kiosk-fade",
+        "dock-warm",
+        "lobby-cold",
+        "phone-a",
+        "phone-b",
+        "yard-night",
+    ),
     "one-class": ("gate-oneclass-100", "gate-oneclass-99", "gate-oneclass-90", "vault-oneclass"),
     "clean": ("lobby-a", "lobby-b", "desk-a", "desk-b"),
     "unseen": ("kiosk-burst", "museum-masks", "club-makeup"),
     "missing": ("dock-missing-ir", "dock-missing-depth", "yard-missing-both", "phone-rgb-only"),
     "poisoning": ("kiosk-drip-01", "kiosk-drip-05", "kiosk-drip-20", "gate-burst", "gate-blind-ir"),
-}  # fmt: skip
+}
 EMPTY: dict[str, object] = {**dict.fromkeys(SECTIONS, ()), "context": {}}
 
 
@@ -71,18 +90,25 @@ def method(name: str, rng: np.random.Generator) -> MethodRow:
 
 
 def stream(name: str, group: str, rng: np.random.Generator) -> StreamRow:
-    hard = {"shifted": 0.9, "clean": 0.25, "unseen": 1.7, "missing": 1.2, "poisoning": 0.4, "one-class": 0.3}[group]
+    hard = {"shifted": 0.9, "clean": 0.25, "unseen": 1.7, "missing": 1.2, "poisoning": 0.4, "one-class": 0.3}[
+        group
+    ]
     what = {
-        "shifted": "illuminator fades from 100 % to 35 % over the stream", "one-class": "bona fide only, then 100 masks",
-        "clean": "held-out captures of a source rig", "unseen": "silicone masks that no source shows",
-        "missing": "IR dead from 400 to 900", "poisoning": "replays just inside the boundary, 5 % of the stream",
-    }[group]  # fmt: skip
+        "shifted": "illuminator fades from 100 % to 35 % over the stream",
+        "one-class": "bona fide only, then 100 masks",
+        "clean": "held-out captures of a source rig",
+        "unseen": "silicone masks that no source shows",
+        "missing": "IR dead from 400 to 900",
+        "poisoning": "replays just inside the boundary, 5 % of the stream",
+    }[group]
     cells: dict[str, StreamCell] = {}
     for m, mean in HTER.items():
         hter = float(np.clip(mean * hard + rng.normal(0, 0.012), 0.001, 1))
         one = group == "one-class" and name != "vault-oneclass"
         species = "" if one else str(rng.choice(["silicone mask", "print", "replay", "paper glasses"]))
-        cells[m] = StreamCell(NAN if one else hter, hter * rng.uniform(0.6, 1.2), NAN if one else 2.1 * hter, species)
+        cells[m] = StreamCell(
+            NAN if one else hter, hter * rng.uniform(0.6, 1.2), NAN if one else 2.1 * hter, species
+        )
     return StreamRow(name, group, what, int(rng.integers(600, 12000)), 0.08 * hard, cells)
 
 
@@ -96,31 +122,62 @@ def timeline(name: str, methods: list[str], rng: np.random.Generator, *, swap: b
         apcer[20:24] = NAN
         lines[m] = Line(at, bpcer, apcer)
     events = (
-        ((800.0, "camera swapped"), (840.0, "firmware 2.1"), (1500.0, "100 silicone masks in a row")) if swap else ()
+        ((800.0, "camera swapped"), (840.0, "firmware 2.1"), (1500.0, "100 silicone masks in a row"))
+        if swap
+        else ()
     )
     spans = () if swap else ((400.0, 900.0, "IR missing"), (1700.0, 2000.0, "depth and IR missing"))
     move = (at, 0.8 * (1 - np.exp(-np.clip(at - 300, 0, None) / 400))) if "danet" in methods else None
-    return Timeline(name, "The rig's camera is swapped for one with another gain." if swap else "Sensors fail.", events,
-                    spans, lines, move)  # fmt: skip
+    return Timeline(
+        name,
+        "The rig's camera is swapped for one with another gain." if swap else "Sensors fail.",
+        events,
+        spans,
+        lines,
+        move,
+    )
 
 
 def one_class(rng: np.random.Generator) -> tuple[OneClassRow, ...]:
     return tuple(
-        OneClassRow(s, prior, m, *((0.0, 0.0, 0.3125) if m == "frozen" else (
-            float(rng.normal(3 * (h - 0.11), 0.01)), float(rng.normal(2 * (h - 0.12), 0.02)), 0.31 + 2 * (h - 0.14))), 0.3125)
+        OneClassRow(
+            s,
+            prior,
+            m,
+            *(
+                (0.0, 0.0, 0.3125)
+                if m == "frozen"
+                else (
+                    float(rng.normal(3 * (h - 0.11), 0.01)),
+                    float(rng.normal(2 * (h - 0.12), 0.02)),
+                    0.31 + 2 * (h - 0.14),
+                )
+            ),
+            0.3125,
+        )
         for s, prior in (("gate-oneclass", 1.0), ("gate-oneclass", 0.99), ("vault-oneclass", 0.9))
         for m, h in HTER.items()
-    )  # fmt: skip
+    )
 
 
 def poison(rng: np.random.Generator) -> tuple[PoisonRow, ...]:
-    whats = {"kiosk-drip": "replays just inside the boundary, evenly spread", "gate-burst": "100 attacks in a row"}
+    whats = {
+        "kiosk-drip": "replays just inside the boundary, evenly spread",
+        "gate-burst": "100 attacks in a row",
+    }
     return tuple(
-        PoisonRow(s, whats[s], share, m, 0.0 if m == "frozen" else float(rng.normal(share * (h - 0.09) * 20, 0.003)),
-                  2 * h * share, 0.0 if m == "frozen" else 37.0 if m == "danet" else None)
+        PoisonRow(
+            s,
+            whats[s],
+            share,
+            m,
+            0.0 if m == "frozen" else float(rng.normal(share * (h - 0.09) * 20, 0.003)),
+            2 * h * share,
+            0.0 if m == "frozen" else 37.0 if m == "danet" else None,
+        )
         for s, share in (("kiosk-drip", 0.05), ("kiosk-drip", 0.2), ("gate-burst", 0.1))
         for m, h in HTER.items()
-    )  # fmt: skip
+    )
 
 
 def bench(**changed: object) -> SiteBench:
@@ -131,23 +188,45 @@ def bench(**changed: object) -> SiteBench:
         created=datetime(2026, 11, 22, 7, 0, tzinfo=UTC),
         context={"config": "conf/bench.yaml", "revision": "0f3e9a7", "seeds": "0, 1, 2", "took": "41,234 s"},
         figures=(
-            Figure("HTER below frozen", 0.309, "%", "at least 15% on shifted streams", True, "paired over streams, [24.1, 35.2]"),
-            Figure("worst site", 0.013, "%", "at most +0.5%", False, "largest mean rise of HTER of a site over frozen"),
+            Figure(
+                "HTER below frozen",
+                0.309,
+                "%",
+                "at least 15% on shifted streams",
+                True,
+                "paired over streams, [24.1, 35.2]",
+            ),
+            Figure(
+                "worst site",
+                0.013,
+                "%",
+                "at most +0.5%",
+                False,
+                "largest mean rise of HTER of a site over frozen",
+            ),
             Figure("poison", -0.0021, "%", "at most +0.5%", True, "worst species' APCER on the probe"),
-            Figure("cost of a step", 3.42, "× forward", "at most 4", True, "median over 200 steps of 32 captures"),
-            Figure("recovery", None, "samples", "at most 400", None, "no stream with a sudden change in this run"),
+            Figure(
+                "cost of a step", 3.42, "× forward", "at most 4", True, "median over 200 steps of 32 captures"
+            ),
+            Figure(
+                "recovery", None, "samples", "at most 400", None, "no stream with a sudden change in this run"
+            ),
         ),
         methods=tuple(method(m, rng) for m in HTER),
         streams=tuple(stream(n, g, rng) for g, names in STREAMS.items() for n in names),
         timelines=(
-            timeline("branch-swap", few, rng), timeline("dock-missing", few, rng, swap=False),
-            timeline("kiosk-all", list(HTER), rng), timeline("gate-ageing", ["frozen", "eata"], rng, swap=False),
+            timeline("branch-swap", few, rng),
+            timeline("dock-missing", few, rng, swap=False),
+            timeline("kiosk-all", list(HTER), rng),
+            timeline("gate-ageing", ["frozen", "eata"], rng, swap=False),
         ),
         one_class=one_class(rng),
         poison=poison(rng),
         missing=tuple(
             MissingRow(f, 0.21 - 0.021 * i, 0.251 - 0.03 * i, 0.61 - 0.07 * i)
-            for i, f in enumerate(("zero-fill", "zero-fill, own thresholds", "mean-fill", "substitute", "substitute + enhance"))
+            for i, f in enumerate(
+                ("zero-fill", "zero-fill, own thresholds", "mean-fill", "substitute", "substitute + enhance")
+            )
         ),
         ablation=tuple(
             AblationCell(f, u, w, 0.153 - 0.011 * i - 0.0071 * j - 0.0047 * k, 0.031 - 0.004 * (i + j + k))
@@ -157,11 +236,27 @@ def bench(**changed: object) -> SiteBench:
         ),
         additions=(
             AdditionRow("default", "as it serves", 0.0981, 0.309, 0.0031, 0.0012, 0.0021),
-            AdditionRow("without the trigger", "learns from the first sample on", 0.1012, 0.287, 0.0174, 0.0083, 0.0345),
-            AdditionRow("without the boundary", "the boundary stays the source's", 0.1263, 0.111, 0.0021, 0.0004, -0.0012),
+            AdditionRow(
+                "without the trigger",
+                "learns from the first sample on",
+                0.1012,
+                0.287,
+                0.0174,
+                0.0083,
+                0.0345,
+            ),
+            AdditionRow(
+                "without the boundary",
+                "the boundary stays the source's",
+                0.1263,
+                0.111,
+                0.0021,
+                0.0004,
+                -0.0012,
+            ),
         ),
         omitted={},
-    )  # fmt: skip
+    )
     return replace(report, **changed)  # pyright: ignore[reportArgumentType]
 
 
@@ -184,7 +279,8 @@ def check_safe(html: str) -> Page:
         assert (
             len(
                 {
-                    len(re.findall(r"<t[hd]\b", r)) + sum(int(n) - 1 for n in re.findall(r'colspan="(\d+)"', r))
+                    len(re.findall(r"<t[hd]\b", r))
+                    + sum(int(n) - 1 for n in re.findall(r'colspan="(\d+)"', r))
                     for r in rows
                 }
             )
@@ -205,7 +301,10 @@ def rise(value: float) -> str:
 
 def test_figures_say_whether_they_hold() -> None:
     text = section(render(bench()), "figures")
-    assert "HTER below frozen paired over streams, [24.1, 35.2] 30.9% at least 15% on shifted streams ✓ holds" in text
+    assert (
+        "HTER below frozen paired over streams, [24.1, 35.2] 30.9% at least 15% on shifted streams ✓ holds"
+        in text
+    )
     assert "1.3% at most +0.5% ✕ does not hold" in text
     assert "−0.2% at most +0.5% ✓ holds" in text
     assert "3.42 × forward at most 4 ✓ holds" in text
@@ -222,8 +321,14 @@ def test_every_number_of_the_methods_is_on_the_page() -> None:
             f"{rise(m.worst_rise)} {m.worst_site}".strip(),
         ]
         said += [pc(v) for v in (m.harmed, m.bpcer, m.max_apcer)]
-        said += ["– not measured" if np.isnan(v) else pc(v) for v in (m.precision_bona_fide, m.precision_attack)]
-        said += ["not back" if np.isinf(m.recovery) else f"{m.recovery:,.0f}", rise(m.forgetting), f"{m.cost:.3g}×"]
+        said += [
+            "– not measured" if np.isnan(v) else pc(v) for v in (m.precision_bona_fide, m.precision_attack)
+        ]
+        said += [
+            "not back" if np.isinf(m.recovery) else f"{m.recovery:,.0f}",
+            rise(m.forgetting),
+            f"{m.cost:.3g}×",
+        ]
         assert " ".join(said) in text
 
 
@@ -257,7 +362,9 @@ def test_every_number_of_the_attacks_is_on_the_page() -> None:
     for stream_, prior in dict.fromkeys((r.stream, r.prior) for r in report.one_class):
         by = {r.method: r for r in report.one_class if (r.stream, r.prior) == (stream_, prior)}
         burst = [
-            f"{rise(by[m].burst_apcer - 0.3125).split(' ')[0]} {pc(by[m].burst_apcer)} 31.2%".removeprefix("0.0 ")
+            f"{rise(by[m].burst_apcer - 0.3125).split(' ')[0]} {pc(by[m].burst_apcer)} 31.2%".removeprefix(
+                "0.0 "
+            )
             for m in order
         ]
         said = [
@@ -265,7 +372,12 @@ def test_every_number_of_the_attacks_is_on_the_page() -> None:
             "BPCER rise",
             *(rise(by[m].bpcer_rise) for m in order),
         ]
-        said += ["APCER rise", *(rise(by[m].apcer_rise) for m in order), "APCER at the burst and frozen's", *burst]
+        said += [
+            "APCER rise",
+            *(rise(by[m].apcer_rise) for m in order),
+            "APCER at the burst and frozen's",
+            *burst,
+        ]
         assert " ".join(said) in section(html, "one_class")
     for r in report.poison:
         over = f"▲ over the limit {timelines.points(r.rise)}" if r.rise > LIMIT else timelines.points(r.rise)
@@ -310,7 +422,9 @@ def test_the_whole_page_is_safe_and_says_what_every_chart_shows() -> None:
     assert "camera swapped at 800; firmware 2.1 at 840; 100 silicone masks in a row at 1,500" in section(
         html, "timelines"
     )
-    assert "IR missing from 400 to 900; depth and IR missing from 1,700 to 2,000" in section(html, "timelines")
+    assert "IR missing from 400 to 900; depth and IR missing from 1,700 to 2,000" in section(
+        html, "timelines"
+    )
 
 
 def rows_of(danet: Estimate, eata: float = 0.13, harmed: float = 0.0) -> tuple[MethodRow, ...]:
@@ -320,19 +434,31 @@ def rows_of(danet: Estimate, eata: float = 0.13, harmed: float = 0.0) -> tuple[M
     return frozen, own, replace(found["eata"], hter=Estimate(eata, eata, eata))
 
 
-@pytest.mark.parametrize("changed, words", [
-    ({"methods": rows_of(Estimate(0.1, 0.09, 0.11))},
-     "danet errs least on shifted streams: mean online HTER 10.0%, 28.6% less than frozen, none of the sites harmed by danet, "
-     "3 of 4 targets hold."),
-    ({"methods": rows_of(Estimate(0.132, 0.11, 0.15), eata=0.12, harmed=0.125), "figures": ()},
-     "eata errs least on shifted streams: mean online HTER 12.0%, danet has 13.2%, 5.7% less than frozen (intervals overlap), "
-     "12.5% of the sites harmed by danet."),
-    ({"methods": rows_of(Estimate(0.21, 0.19, 0.23)), "figures": ()},
-     "eata errs least on shifted streams: mean online HTER 13.0%, danet has 21.0%, 50.0% more than frozen, "
-     "none of the sites harmed by danet."),
-    ({"methods": rows_of(UNKNOWN, harmed=NAN), "figures": ()}, "eata errs least on shifted streams: mean online HTER 13.0%."),
-    (EMPTY, "No method was measured."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (
+            {"methods": rows_of(Estimate(0.1, 0.09, 0.11))},
+            "danet errs least on shifted streams: mean online HTER 10.0%, 28.6% less than frozen, none of the sites harmed by danet, "
+            "3 of 4 targets hold.",
+        ),
+        (
+            {"methods": rows_of(Estimate(0.132, 0.11, 0.15), eata=0.12, harmed=0.125), "figures": ()},
+            "eata errs least on shifted streams: mean online HTER 12.0%, danet has 13.2%, 5.7% less than frozen (intervals overlap), "
+            "12.5% of the sites harmed by danet.",
+        ),
+        (
+            {"methods": rows_of(Estimate(0.21, 0.19, 0.23)), "figures": ()},
+            "eata errs least on shifted streams: mean online HTER 13.0%, danet has 21.0%, 50.0% more than frozen, "
+            "none of the sites harmed by danet.",
+        ),
+        (
+            {"methods": rows_of(UNKNOWN, harmed=NAN), "figures": ()},
+            "eata errs least on shifted streams: mean online HTER 13.0%.",
+        ),
+        (EMPTY, "No method was measured."),
+    ],
+)
 def test_the_answer_comes_first_and_is_fair(changed: dict[str, object], words: str) -> None:
     assert head(render(bench(**changed))) == words
 
@@ -345,8 +471,12 @@ def test_methods_come_best_first_and_unmeasured_last() -> None:
 
 
 def test_streams_come_by_group() -> None:
-    report = bench(streams=(*reversed(bench().streams), replace(bench().streams[0], stream="odd", group="other")))
-    shown = re.findall(r'<th scope="rowgroup" colspan="14"><span>(.*?)<small>', section_html(render(report), "streams"))
+    report = bench(
+        streams=(*reversed(bench().streams), replace(bench().streams[0], stream="odd", group="other"))
+    )
+    shown = re.findall(
+        r'<th scope="rowgroup" colspan="14"><span>(.*?)<small>', section_html(render(report), "streams")
+    )
     assert shown == [*GROUPS, "other"]
 
 
@@ -358,15 +488,21 @@ def section_html(html: str, name: str) -> str:
 
 def test_worse_is_marked_by_more_than_colour() -> None:
     cells = {"frozen": 0.1, "danet": 0.08, "eata": 0.105, "tent": 0.15, "sar": 0.1004}
-    row = StreamRow("s", "shifted", "w", 100, 0.05, {m: StreamCell(h, h, h, "print") for m, h in cells.items()})
+    row = StreamRow(
+        "s", "shifted", "w", 100, 0.05, {m: StreamCell(h, h, h, "print") for m, h in cells.items()}
+    )
     table = section_html(render(bench(streams=(row,))), "streams")
     (line,) = re.findall(r'<th scope="row">s<small>.*?</tr>', table, re.DOTALL)
     kinds = re.findall(r'<td class="n([^"]*)"(?: style="--h:([\d.]+)")?>(.*?)</td>', line)[1:]
     text = [re.sub(r"<.*?>", "", t) for *_, t in kinds]
     assert text == ["10.0%", "8.0%▼ −2.0", "10.5%▲ +0.5", "10.0%0.0", "15.0%▲ +5.0"]
     assert [(k.split(), h) for k, h, _ in kinds] == [
-        ([], ""), (["better"], "0.20"), (["worse"], "0.05"), (["same"], "0"), (["worse", "harmed"], "0.50"),
-    ]  # fmt: skip
+        ([], ""),
+        (["better"], "0.20"),
+        (["worse"], "0.05"),
+        (["same"], "0"),
+        (["worse", "harmed"], "0.50"),
+    ]
 
 
 def test_without_the_baseline_nothing_is_compared() -> None:
@@ -377,10 +513,14 @@ def test_without_the_baseline_nothing_is_compared() -> None:
 
 
 def test_missing_sections_say_why() -> None:
-    html = render(bench(**EMPTY, omitted={"poison": "needs recorded streams with poison", "context": "not kept"}))
+    html = render(
+        bench(**EMPTY, omitted={"poison": "needs recorded streams with poison", "context": "not kept"})
+    )
     check_safe(html)
     for name in SECTIONS:
-        why = {"poison": "needs recorded streams with poison", "context": "not kept"}.get(name, "Not measured.")
+        why = {"poison": "needs recorded streams with poison", "context": "not kept"}.get(
+            name, "Not measured."
+        )
         assert section(html, name).endswith(why)
         assert "<table" not in section_html(html, name) and "<svg" not in section_html(html, name)
 
@@ -397,24 +537,49 @@ def test_a_reason_for_a_section_that_is_not_there_is_our_error() -> None:
 
 def test_what_was_not_measured_is_a_dash() -> None:
     none, nans = np.zeros(0), np.full(3, NAN)
-    html = render(bench(
-        figures=(Figure("f", NAN, "%", "t", None, "e"),),
-        methods=(MethodRow("danet", UNKNOWN, NAN, "", NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN),
-                 replace(bench().methods[0], hter=Estimate(0.1, NAN, NAN))),
-        streams=(StreamRow("s", "", "", 0, NAN, {
-                     "frozen": StreamCell(NAN, NAN, NAN, ""), "danet": StreamCell(NAN, 0.2, NAN, "")}),
-                 StreamRow("none", "clean", "", 0, NAN, {})),
-        timelines=(
-            Timeline("a", "", ((NAN, "e"),), ((NAN, 3.0, "s"),), {"danet": Line(np.arange(3.0), nans, nans)}, (none, none)),
-            Timeline("b", "", (), (), {}, None),
-            Timeline("c", "", (), (), {"eata": Line(none, none, none)}, (np.arange(3.0), nans)),
-        ),
-        one_class=(OneClassRow("d", NAN, "danet", NAN, NAN, NAN, NAN),),
-        poison=(PoisonRow("p", "", NAN, "danet", NAN, NAN, NAN), PoisonRow("p", "", NAN, "eata", NAN, 0.1, float("inf"))),
-        missing=(MissingRow("m", NAN, NAN, NAN),),
-        ablation=(AblationCell("a", "b", "c", NAN, NAN), AblationCell("a2", "b", "d", 0.1, NAN)),
-        additions=(AdditionRow("x", "", NAN, NAN, NAN, NAN, NAN), AdditionRow("y", "", 0.1, NAN, 0.1, NAN, NAN)),
-    ))  # fmt: skip
+    html = render(
+        bench(
+            figures=(Figure("f", NAN, "%", "t", None, "e"),),
+            methods=(
+                MethodRow("danet", UNKNOWN, NAN, "", NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN),
+                replace(bench().methods[0], hter=Estimate(0.1, NAN, NAN)),
+            ),
+            streams=(
+                StreamRow(
+                    "s",
+                    "",
+                    "",
+                    0,
+                    NAN,
+                    {"frozen": StreamCell(NAN, NAN, NAN, ""), "danet": StreamCell(NAN, 0.2, NAN, "")},
+                ),
+                StreamRow("none", "clean", "", 0, NAN, {}),
+            ),
+            timelines=(
+                Timeline(
+                    "a",
+                    "",
+                    ((NAN, "e"),),
+                    ((NAN, 3.0, "s"),),
+                    {"danet": Line(np.arange(3.0), nans, nans)},
+                    (none, none),
+                ),
+                Timeline("b", "", (), (), {}, None),
+                Timeline("c", "", (), (), {"eata": Line(none, none, none)}, (np.arange(3.0), nans)),
+            ),
+            one_class=(OneClassRow("d", NAN, "danet", NAN, NAN, NAN, NAN),),
+            poison=(
+                PoisonRow("p", "", NAN, "danet", NAN, NAN, NAN),
+                PoisonRow("p", "", NAN, "eata", NAN, 0.1, float("inf")),
+            ),
+            missing=(MissingRow("m", NAN, NAN, NAN),),
+            ablation=(AblationCell("a", "b", "c", NAN, NAN), AblationCell("a2", "b", "d", 0.1, NAN)),
+            additions=(
+                AdditionRow("x", "", NAN, NAN, NAN, NAN, NAN),
+                AdditionRow("y", "", 0.1, NAN, 0.1, NAN, NAN),
+            ),
+        )
+    )
     found = check_safe(html)
     assert not re.search(r"\b(nan|inf|None)\b", found.text)
     assert not re.search(r"[\"'=: ,](nan|inf|None)\b", html)
@@ -426,15 +591,22 @@ def test_hostile_strings_are_inert() -> None:
     h, e = HOSTILE, Estimate(0.1, 0.09, 0.11)
     at = np.arange(3.0)
     line = Line(at, at / 9, at / 9)
-    html = render(SiteBench(
-        created=datetime(2026, 3, 14, tzinfo=UTC), context={h: h}, figures=(Figure(h, 0.1, h, h, True, h),),
-        methods=(MethodRow(h, e, 0.1, h, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 9, 0.1, 1.5),),
-        streams=(StreamRow(h, h, h, 9, 0.1, {h: StreamCell(0.1, 0.1, 0.1, h)}),),
-        timelines=(Timeline(h, h, ((1.0, h),), ((0.0, 2.0, h + "2"),), {h: line}, (at, at)),),
-        one_class=(OneClassRow(h, 1.0, h, 0.1, 0.1, 0.1, 0.1),), poison=(PoisonRow(h, h, 0.1, h, 0.1, 0.1, None),),
-        missing=(MissingRow(h, 0.1, 0.1, 0.1),), ablation=(AblationCell(h, h, h, 0.1, 0.1),),
-        additions=(AdditionRow(h, h, 0.1, 0.1, 0.1, 0.1, 0.1),), omitted=dict.fromkeys(SECTIONS, h),
-    ))  # fmt: skip
+    html = render(
+        SiteBench(
+            created=datetime(2026, 3, 14, tzinfo=UTC),
+            context={h: h},
+            figures=(Figure(h, 0.1, h, h, True, h),),
+            methods=(MethodRow(h, e, 0.1, h, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 9, 0.1, 1.5),),
+            streams=(StreamRow(h, h, h, 9, 0.1, {h: StreamCell(0.1, 0.1, 0.1, h)}),),
+            timelines=(Timeline(h, h, ((1.0, h),), ((0.0, 2.0, h + "2"),), {h: line}, (at, at)),),
+            one_class=(OneClassRow(h, 1.0, h, 0.1, 0.1, 0.1, 0.1),),
+            poison=(PoisonRow(h, h, 0.1, h, 0.1, 0.1, None),),
+            missing=(MissingRow(h, 0.1, 0.1, 0.1),),
+            ablation=(AblationCell(h, h, h, 0.1, 0.1),),
+            additions=(AdditionRow(h, h, 0.1, 0.1, 0.1, 0.1, 0.1),),
+            omitted=dict.fromkeys(SECTIONS, h),
+        )
+    )
     check_safe(html)
     html.encode()
     assert "<script" not in html
@@ -472,8 +644,14 @@ def test_a_line_has_gaps_and_no_lost_points() -> None:
 
 
 def test_panels_mark_events_and_spans_where_they_are() -> None:
-    t = Timeline("s", "", ((25.0, "e"),), ((50.0, 75.0, "gone"),), {"eata": Line(np.array([0.0, 100.0]), np.ones(2), np.ones(2))},
-                 (np.array([0.0, 100.0]), np.array([-0.3, 0.6])))  # fmt: skip
+    t = Timeline(
+        "s",
+        "",
+        ((25.0, "e"),),
+        ((50.0, 75.0, "gone"),),
+        {"eata": Line(np.array([0.0, 100.0]), np.ones(2), np.ones(2))},
+        (np.array([0.0, 100.0]), np.array([-0.3, 0.6])),
+    )
     panels = [timelines.rates(t, "bpcer", {"eata": "c0 d0"}), timelines.moved(t)]
     for p in panels:
         assert '<rect class="shaded" x="50.00" width="25.00"' in p.drawn
@@ -486,14 +664,20 @@ def test_panels_mark_events_and_spans_where_they_are() -> None:
 def test_labels_do_not_touch_on_a_phone(seed: int) -> None:
     rng = np.random.default_rng(seed)
     events = tuple(
-        (float(rng.uniform(0, 1000)), "x" * int(rng.integers(3, 60)) + str(i)) for i in range(rng.integers(1, 9))
+        (float(rng.uniform(0, 1000)), "x" * int(rng.integers(3, 60)) + str(i))
+        for i in range(rng.integers(1, 9))
     )
     t = Timeline("s", "", (*events, (events[0][0] + 1, events[0][1])), ((100.0, 200.0, "IR gone"),), {}, None)
     placed = timelines.labels(t)
-    assert sorted(w.text for w in placed) == sorted([*(text for _, text in events), "IR gone"])  # equal words once
+    assert sorted(w.text for w in placed) == sorted(
+        [*(text for _, text in events), "IR gone"]
+    )  # equal words once
     ends = []
     for w in placed:
-        wide = min(100 * (timelines.LETTER * len(w.text) + 12) / timelines.NARROW, w.at if w.leftwards else 100 - w.at)
+        wide = min(
+            100 * (timelines.LETTER * len(w.text) + 12) / timelines.NARROW,
+            w.at if w.leftwards else 100 - w.at,
+        )
         ends.append((w.at - wide, w.at) if w.leftwards else (w.at, w.at + wide))
         assert ends[-1][0] >= -1e-9 and ends[-1][1] <= 100 + 1e-9
     for i, a in enumerate(placed):
@@ -504,10 +688,20 @@ def test_labels_do_not_touch_on_a_phone(seed: int) -> None:
 
 def test_a_label_hangs_where_its_event_is() -> None:
     t = Timeline(
-        "s", "", ((100.0, "early"), (900.0, "late"), (120.0, "soon after")), ((950.0, 1000.0, "gone"),), {}, None
+        "s",
+        "",
+        ((100.0, "early"), (900.0, "late"), (120.0, "soon after")),
+        ((950.0, 1000.0, "gone"),),
+        {},
+        None,
     )
     found = {w.text: (w.at, w.leftwards) for w in timelines.labels(t)}
-    assert found == {"early": (10.0, False), "soon after": (12.0, False), "late": (90.0, True), "gone": (95.0, True)}
+    assert found == {
+        "early": (10.0, False),
+        "soon after": (12.0, False),
+        "late": (90.0, True),
+        "gone": (95.0, True),
+    }
     lanes = {w.text: w.lane for w in timelines.labels(t)}
     assert lanes["early"] > lanes["soon after"] and lanes["gone"] > lanes["late"]  # no line crosses a word
 
@@ -538,9 +732,16 @@ def test_differences_read_well(value: float, words: str) -> None:
     assert timelines.points(value) == words
 
 
-@pytest.mark.parametrize("value, among, shade", [
-    (0.1, [0.1, 0.3], "0.00"), (0.3, [0.1, 0.3, NAN], "1.00"), (0.21, [0.2, 0.21], "0.50"), (NAN, [0.1], "0"), (0.1, [], "0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, among, shade",
+    [
+        (0.1, [0.1, 0.3], "0.00"),
+        (0.3, [0.1, 0.3, NAN], "1.00"),
+        (0.21, [0.2, 0.21], "0.50"),
+        (NAN, [0.1], "0"),
+        (0.1, [], "0"),
+    ],
+)
 def test_shades_do_not_blow_up_small_gaps(value: float, among: list[float], shade: str) -> None:
     assert timelines.shade(value, among) == shade
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from pipeline.intervals import Estimate, Paired
-from pipeline.metrics import rate
-from pipeline.report import DetCurve, plots, source, timelines
+from pipeline.report import plots, source, timelines
+from pipeline.report.content import DetCurve
 from pipeline.report.source import (
     SECTIONS,
     AblationCell,
@@ -27,6 +26,8 @@ from pipeline.report.source import (
     render,
     write,
 )
+from pipeline.stats.intervals import Estimate, Paired
+from pipeline.stats.metrics import rate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,42 +90,79 @@ def bench(**changed: object) -> SourceBench:
     report = SourceBench(
         title="source benchmark",
         created=datetime(2026, 3, 14, 5, 0, tzinfo=UTC),
-        notes=("rise is a reconstruction from the paper's abstract.", "Rendered data: no licence-gated image was used."),
+        notes=(
+            "rise is a reconstruction from the paper's abstract.",
+            "Rendered data: no licence-gated image was used.",
+        ),
         figures=(
-            Figure("rise against erm", 0.218, "%", "at least 15% less HTER", True, "1 - rise / erm, paired [14.1, 29.2]"),
+            Figure(
+                "rise against erm",
+                0.218,
+                "%",
+                "at least 15% less HTER",
+                True,
+                "1 - rise / erm, paired [14.1, 29.2]",
+            ),
             Figure("mean HTER of rise", 0.204, "%", "below 20%", False, "mean over 4 targets and 3 seeds"),
-            Figure("step time", 1.87, "× DataLoader", "above 1.5", True, "samples per second, median of 200 steps"),
+            Figure(
+                "step time",
+                1.87,
+                "× DataLoader",
+                "above 1.5",
+                True,
+                "samples per second, median of 200 steps",
+            ),
             Figure("gap to the oracle", None, "%", "below 5%", None, "needs the radii"),
         ),
         methods=tuple(method(m, v, rng) for m, v in MEANS.items()),
-        det={t: [(m, det(2 * NormalDist().inv_cdf(1 - v * HARD[t] * 0.8))) for m, v in MEANS.items()] for t in TARGETS},
+        det={
+            t: [(m, det(2 * NormalDist().inv_cdf(1 - v * HARD[t] * 0.8))) for m, v in MEANS.items()]
+            for t in TARGETS
+        },
         radii={
-            t: [*(panel(o, rng) for o in TARGETS if o != t), panel("target", rng, HARD[t] * 0.25)] for t in TARGETS
+            t: [*(panel(o, rng) for o in TARGETS if o != t), panel("target", rng, HARD[t] * 0.25)]
+            for t in TARGETS
         },
         ablation={
-            b: {c: AblationCell(around(0.26 - 0.01 * (i + j), rng), 0.17 - 0.004 * (i + j), 12)
-                for j, c in enumerate(("no MMSD", "mixing only", "full"))}
+            b: {
+                c: AblationCell(around(0.26 - 0.01 * (i + j), rng), 0.17 - 0.004 * (i + j), 12)
+                for j, c in enumerate(("no MMSD", "mixing only", "full"))
+            }
             for i, b in enumerate(boundaries)
         },
         missing={
-            p: {c: around(0.22 + 0.03 * i + 0.05 * j, rng) for j, c in enumerate(("complement", "zero-fill", "mean-fill"))}
+            p: {
+                c: around(0.22 + 0.03 * i + 0.05 * j, rng)
+                for j, c in enumerate(("complement", "zero-fill", "mean-fill"))
+            }
             for i, p in enumerate(("nothing missing", "no depth", "no IR", "no depth, no IR", "no RGB"))
         },
-        limited={p: {m: around(v * k, rng) for m, v in MEANS.items()} for p, k in (("CW→PS", 1.3), ("PS→CW", 1.45))},
+        limited={
+            p: {m: around(v * k, rng) for m, v in MEANS.items()} for p, k in (("CW→PS", 1.3), ("PS→CW", 1.45))
+        },
         unseen=tuple(
             UnseenRow(t, s, {"rise": rate(int(n * a), n), "erm": rate(int(n * b), n)})
             for t, s, n, a, b in (
-                ("wmca", "flexible mask", 411, 0.31, 0.52), ("wmca", "paper mask", 71, 0.04, 0.11),
-                ("cefa", "silicone", 180, 0.62, 0.71), ("padisi", "transparent mask", 76, 0.13, 0.09), ("surf", "bent", 32, 0, 0),
+                ("wmca", "flexible mask", 411, 0.31, 0.52),
+                ("wmca", "paper mask", 71, 0.04, 0.11),
+                ("cefa", "silicone", 180, 0.62, 0.71),
+                ("padisi", "transparent mask", 76, 0.13, 0.09),
+                ("surf", "bent", 32, 0, 0),
             )
         ),
         speed=(
             SpeedRow("palisade", 0.0021, 0.0412, 0.0627, 0.0049, 431.7),
             SpeedRow("plain DataLoader loop", 0.0877, 0.0431, 0.0655, 0.0052, 238.2),
         ),
-        context={"config": "conf/bench.yaml", "seconds": "41,234", "revision": "0f3e9a7", "cores": "2", "seeds": "0, 1, 2"},
+        context={
+            "config": "conf/bench.yaml",
+            "seconds": "41,234",
+            "revision": "0f3e9a7",
+            "cores": "2",
+            "seeds": "0, 1, 2",
+        },
         left_out={},
-    )  # fmt: skip
+    )
     return replace(report, **changed)  # pyright: ignore[reportArgumentType]
 
 
@@ -169,7 +207,10 @@ def check_safe(html: str) -> Page:
     assert len(ids) == len(set(ids))
     assert {a["href"] for t, a in found.tags if t == "a"} <= {f"#{i}" for i in ids}
     for table in re.findall(r"<table.*?</table>", html, re.DOTALL):
-        assert len({len(re.findall(r"<t[hd]\b", row)) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)}) == 1
+        assert (
+            len({len(re.findall(r"<t[hd]\b", row)) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)})
+            == 1
+        )
     return found
 
 
@@ -204,8 +245,9 @@ def test_every_number_is_on_the_page() -> None:
     for boundary, cells in report.ablation.items():
         said = " ".join(
             f"{100 * c.hter.value:.1f}% {100 * c.hter.low:.1f}–{100 * c.hter.high:.1f} "
-            f"oracle EER {100 * c.oracle_eer:.1f}%, {c.n} runs" for c in cells.values()
-        )  # fmt: skip
+            f"oracle EER {100 * c.oracle_eer:.1f}%, {c.n} runs"
+            for c in cells.values()
+        )
         assert f"{boundary} {said}" in section(html, "ablation")
     for r in report.unseen:
         said = " ".join(f"{100 * a.rate:.1f}% ≤ {100 * a.upper95:.1f}%, n {a.n}" for a in r.apcer.values())
@@ -217,9 +259,7 @@ def test_every_number_is_on_the_page() -> None:
         assert f"Target {target}" in section(html, "radii")
         for p in panels:
             out, inside = 100 * np.mean(p.bona_fide > p.rho), 100 * np.mean(p.attack <= p.rho)
-            said = (
-                f"{p.domain} , boundary 1.04 outside: {out:.1f}% of 300 bona fide inside: {inside:.1f}% of 700 attacks"
-            )
+            said = f"{p.domain} , boundary 1.04 outside: {out:.1f}% of 300 bona fide inside: {inside:.1f}% of 700 attacks"
             assert said in section(html, "radii")
 
 
@@ -227,7 +267,8 @@ def test_figures_say_whether_they_hold() -> None:
     tiles = re.findall(r"<div><dt>.*?</div>", render(bench()), re.DOTALL)
     text = [" ".join(re.sub(r"<[^>]*>", " ", t).split()) for t in tiles]
     assert (
-        text[0] == "rise against erm 21.8% ✓ holds target: at least 15% less HTER 1 - rise / erm, paired [14.1, 29.2]"
+        text[0]
+        == "rise against erm 21.8% ✓ holds target: at least 15% less HTER 1 - rise / erm, paired [14.1, 29.2]"
     )
     assert "20.4% ✕ does not hold target: below 20%" in text[1]
     assert "1.87 × DataLoader ✓ holds" in text[2]
@@ -246,17 +287,26 @@ def changed_erm(difference: Estimate, relative: Estimate, rise: float = 0.204) -
     return bench(methods=(erm, rows["pgirm"], replace(rows["rise"], hter=Estimate(rise, rise, rise))))
 
 
-@pytest.mark.parametrize("report, words", [
-    (changed_erm(Estimate(-0.057, -0.071, -0.042), Estimate(0.218, 0.16, 0.27)),
-     "rise errs least: mean HTER 20.4% over 4 unseen domains, 21.8% less than erm (16.0–27.0%)."),
-    (changed_erm(Estimate(-0.02, -0.045, 0.004), Estimate(0.08, -0.01, 0.17), rise=0.24),
-     "pgirm errs least: mean HTER 23.2% over 4 unseen domains, rise has 24.0%, "
-     "rise and erm are not told apart (−4.5 to +0.4 points)."),
-    (changed_erm(Estimate(0.03, 0.01, 0.05), Estimate(-0.11, -0.2, -0.04), rise=0.29),
-     "pgirm errs least: mean HTER 23.2% over 4 unseen domains, rise has 29.0%, +3.0 points more than erm (+1.0 to +5.0)."),
-    (changed_erm(UNKNOWN, UNKNOWN), "rise errs least: mean HTER 20.4% over 4 unseen domains."),
-    (bench(methods=()), "No method was measured."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "report, words",
+    [
+        (
+            changed_erm(Estimate(-0.057, -0.071, -0.042), Estimate(0.218, 0.16, 0.27)),
+            "rise errs least: mean HTER 20.4% over 4 unseen domains, 21.8% less than erm (16.0–27.0%).",
+        ),
+        (
+            changed_erm(Estimate(-0.02, -0.045, 0.004), Estimate(0.08, -0.01, 0.17), rise=0.24),
+            "pgirm errs least: mean HTER 23.2% over 4 unseen domains, rise has 24.0%, "
+            "rise and erm are not told apart (−4.5 to +0.4 points).",
+        ),
+        (
+            changed_erm(Estimate(0.03, 0.01, 0.05), Estimate(-0.11, -0.2, -0.04), rise=0.29),
+            "pgirm errs least: mean HTER 23.2% over 4 unseen domains, rise has 29.0%, +3.0 points more than erm (+1.0 to +5.0).",
+        ),
+        (changed_erm(UNKNOWN, UNKNOWN), "rise errs least: mean HTER 20.4% over 4 unseen domains."),
+        (bench(methods=()), "No method was measured."),
+    ],
+)
 def test_the_answer_comes_first_and_is_fair(report: SourceBench, words: str) -> None:
     assert head(render(report)) == words
 
@@ -290,7 +340,11 @@ def test_a_section_without_data_says_why(name: str) -> None:
 
 
 def test_nothing_measured_is_a_page_too() -> None:
-    none = {f.name: type(getattr(bench(), f.name))() for f in fields(SourceBench) if f.name not in ("title", "created")}
+    none = {
+        f.name: type(getattr(bench(), f.name))()
+        for f in fields(SourceBench)
+        if f.name not in ("title", "created")
+    }
     html = render(bench(**none))
     check_safe(html)
     assert all(section(html, s).endswith("Not part of this run.") for s in SECTIONS)
@@ -299,21 +353,42 @@ def test_nothing_measured_is_a_page_too() -> None:
 def test_not_measured_is_a_dash() -> None:
     rng = np.random.default_rng(0)
     nan = replace(
-        method("mmdg", 0.2, rng), hter_by_target={"wmca": UNKNOWN}, hter=UNKNOWN, oracle_eer=NAN, max_apcer=NAN,
-        worst_species="", bpcer=NAN, bpcer20=NAN, auc=NAN, paired=Paired(UNKNOWN, UNKNOWN),
-    )  # fmt: skip
+        method("mmdg", 0.2, rng),
+        hter_by_target={"wmca": UNKNOWN},
+        hter=UNKNOWN,
+        oracle_eer=NAN,
+        max_apcer=NAN,
+        worst_species="",
+        bpcer=NAN,
+        bpcer20=NAN,
+        auc=NAN,
+        paired=Paired(UNKNOWN, UNKNOWN),
+    )
     none = np.zeros(0)
-    html = render(bench(
-        figures=(Figure("f", NAN, "%", "t", None, "e"),),
-        methods=(nan,),
-        det={"wmca": [("mmdg", DetCurve(np.array([NAN]), np.array([0.1]), (NAN, NAN))), ("rise", DetCurve(none, none, None))]},
-        radii={"wmca": [RadiusPanel("target", none, np.array([NAN, 1.0]), NAN, none, np.array([0.0, NAN]))], "surf": []},
-        ablation={"sphere": {"full": AblationCell(UNKNOWN, NAN, 0)}, "linear": {"none": AblationCell(UNKNOWN, NAN, 0)}},
-        missing={"no IR": {"complement": UNKNOWN}},
-        limited={"a": {"rise": UNKNOWN}, "b": {"erm": Estimate(0.2, NAN, NAN)}},
-        unseen=(UnseenRow("wmca", "mask", {"rise": rate(0, 0)}),),
-        speed=(SpeedRow("loop", NAN, NAN, NAN, NAN, NAN),),
-    ))  # fmt: skip
+    html = render(
+        bench(
+            figures=(Figure("f", NAN, "%", "t", None, "e"),),
+            methods=(nan,),
+            det={
+                "wmca": [
+                    ("mmdg", DetCurve(np.array([NAN]), np.array([0.1]), (NAN, NAN))),
+                    ("rise", DetCurve(none, none, None)),
+                ]
+            },
+            radii={
+                "wmca": [RadiusPanel("target", none, np.array([NAN, 1.0]), NAN, none, np.array([0.0, NAN]))],
+                "surf": [],
+            },
+            ablation={
+                "sphere": {"full": AblationCell(UNKNOWN, NAN, 0)},
+                "linear": {"none": AblationCell(UNKNOWN, NAN, 0)},
+            },
+            missing={"no IR": {"complement": UNKNOWN}},
+            limited={"a": {"rise": UNKNOWN}, "b": {"erm": Estimate(0.2, NAN, NAN)}},
+            unseen=(UnseenRow("wmca", "mask", {"rise": rate(0, 0)}),),
+            speed=(SpeedRow("loop", NAN, NAN, NAN, NAN, NAN),),
+        )
+    )
     found = check_safe(html)
     assert not re.search(r"\b(nan|inf|None)\b", found.text)
     assert not re.search(r"[\"'=: ](nan|inf|None)\b", html)
@@ -325,13 +400,27 @@ def test_not_measured_is_a_dash() -> None:
 def test_hostile_strings_are_inert() -> None:
     rng = np.random.default_rng(0)
     e, h = around(0.2, rng), HOSTILE
-    html = render(SourceBench(
-        title=h, created=datetime(2026, 3, 14, tzinfo=UTC), notes=(h,), figures=(Figure(h, 0.1, h, h, True, h),),
-        methods=(replace(method(h, 0.2, rng), hter_by_target={h: e}, worst_species=h), method("rise", 0.3, rng)),
-        det={h: [(h, det(2.0))]}, radii={h: [panel(h, rng)]}, ablation={h: {h: AblationCell(e, 0.1, 3)}},
-        missing={h: {h: e}}, limited={h: {h: e}}, unseen=(UnseenRow(h, h, {h: rate(1, 9)}),),
-        speed=(SpeedRow(h, 0.1, 0.1, 0.1, 0.1, 9.0),), context={h: h}, left_out=dict.fromkeys(SECTIONS, h),
-    ))  # fmt: skip
+    html = render(
+        SourceBench(
+            title=h,
+            created=datetime(2026, 3, 14, tzinfo=UTC),
+            notes=(h,),
+            figures=(Figure(h, 0.1, h, h, True, h),),
+            methods=(
+                replace(method(h, 0.2, rng), hter_by_target={h: e}, worst_species=h),
+                method("rise", 0.3, rng),
+            ),
+            det={h: [(h, det(2.0))]},
+            radii={h: [panel(h, rng)]},
+            ablation={h: {h: AblationCell(e, 0.1, 3)}},
+            missing={h: {h: e}},
+            limited={h: {h: e}},
+            unseen=(UnseenRow(h, h, {h: rate(1, 9)}),),
+            speed=(SpeedRow(h, 0.1, 0.1, 0.1, 0.1, 9.0),),
+            context={h: h},
+            left_out=dict.fromkeys(SECTIONS, h),
+        )
+    )
     check_safe(html)
     html.encode()
     assert "<script" not in html
@@ -360,7 +449,9 @@ def test_rise_and_erm_are_drawn_over_the_others() -> None:
 
 
 def test_classes_of_a_scatter_differ_in_shape_and_stay_on_the_disc() -> None:
-    p = RadiusPanel("target", np.array([0.5, 9.0]), np.array([1.0]), 0.8, np.array([0.0, np.pi / 2]), np.array([np.pi]))
+    p = RadiusPanel(
+        "target", np.array([0.5, 9.0]), np.array([1.0]), 0.8, np.array([0.0, np.pi / 2]), np.array([np.pi])
+    )
     drawn = plots.sphere(p, top=2.0)
     assert 'class="bona-fide" d="M25.0 0.0h.01M0.0 -100.0h.01"' in drawn.replace("-0.0h", "0.0h").replace(
         "M-0.0", "M0.0"
@@ -385,9 +476,16 @@ def test_radius_bars_hold_every_sample() -> None:
         assert np.argmax(heights) == np.argmax(np.histogram(radius, plots.RADIUS_BINS, (0, 2.0))[0])
 
 
-@pytest.mark.parametrize("value, among, shade", [
-    (0.1, [0.1, 0.3], "0.00"), (0.3, [0.1, 0.3, NAN], "1.00"), (0.21, [0.2, 0.21], "0.20"), (NAN, [0.1], "0"), (0.1, [], "0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, among, shade",
+    [
+        (0.1, [0.1, 0.3], "0.00"),
+        (0.3, [0.1, 0.3, NAN], "1.00"),
+        (0.21, [0.2, 0.21], "0.20"),
+        (NAN, [0.1], "0"),
+        (0.1, [], "0"),
+    ],
+)
 def test_shades_do_not_blow_up_small_gaps(value: float, among: list[float], shade: str) -> None:
     assert source._shade(value, among) == shade
 

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from pipeline import bank
 from pipeline.models import TailConfig
 from pipeline.models import tail as tails
-from pipeline.site import LEARNED, cotta, drm, eata, entropy, read, recalibrate, sane, sar
+from pipeline.site import bank
+from pipeline.site.contract import LEARNED, entropy, sane
+from pipeline.site.methods import cotta, drm, eata, read, recalibrate, sar
 from pipeline.types import Features
 
 F, B = 16, 8
@@ -42,12 +43,19 @@ def source(head: str = "radial", features: int = F, width: int = 8, rank: int = 
     present = torch.ones(64, 3, dtype=torch.bool)
     label = (tails.score(tail, z, present) >= 0.5).float()
     pattern = torch.tensor([0.0, 0.2, -0.1, 0.1, 0.3, -0.2, 0.05, 0.0])
-    return {**tail, "pattern": pattern, "replay.z": z, "replay.present": present, "replay.label": label,
-            "reference.boundary": torch.tensor([-0.4, 0.0, 0.3]), "reference.logit": torch.zeros(8, 2, 33)}  # fmt: skip
+    return {
+        **tail,
+        "pattern": pattern,
+        "replay.z": z,
+        "replay.present": present,
+        "replay.label": label,
+        "reference.boundary": torch.tensor([-0.4, 0.0, 0.3]),
+        "reference.logit": torch.zeros(8, 2, 33),
+    }
 
 
 def method(kind: str, published: bool = False, **over: object):
-    module = importlib.import_module(f"pipeline.site.{kind}")
+    module = importlib.import_module(f"pipeline.site.methods.{kind}")
     return module.Config(**{**(module.PUBLISHED if published else {}), **over})
 
 
@@ -111,7 +119,10 @@ def test_exactly_its_own_part_moves(kind, head):
 
 @everywhere
 @settings(max_examples=5)
-@given(valid=st.lists(st.booleans(), min_size=B, max_size=B), junk=st.sampled_from([3.0, math.nan, math.inf, 1e30]))
+@given(
+    valid=st.lists(st.booleans(), min_size=B, max_size=B),
+    junk=st.sampled_from([3.0, math.nan, math.inf, 1e30]),
+)
 def test_padding_and_broken_rows_change_nothing(kind, published, valid, junk):
     tail, m = source(), eager(kind, published)
     one = two = three = after(m, tail, 1)
@@ -194,7 +205,9 @@ def test_the_cosine_of_two_class_predictions(p, q):
     pair = torch.tensor([[p, 1 - p], [q, 1 - q]])
     wanted = torch.nn.functional.cosine_similarity(pair[:1], pair[1:]).item()
     assert eata._cosine(torch.tensor([p]), torch.tensor(q)).item() == pytest.approx(wanted, abs=1e-5)
-    assert eata._cosine(torch.tensor([p]), torch.tensor(0.5)).item() >= 0.707, "no published margin passes at one half"
+    assert eata._cosine(torch.tensor([p]), torch.tensor(0.5)).item() >= 0.707, (
+        "no published margin passes at one half"
+    )
 
 
 def test_eata_is_held_to_the_source_where_its_features_are_known():
@@ -255,7 +268,9 @@ def test_cotta_serves_the_slow_mean_of_a_student_that_forgets():
         assert torch.equal(new[k], wanted)
     forgetful = method("cotta", restore=0.5)
     partly, _ = forgetful.step(source(), state, batch(8))
-    assert all(torch.equal(partly[k], new[k]) for k in tails.MOVABLE), "the teacher moves before the student forgets"
+    assert all(torch.equal(partly[k], new[k]) for k in tails.MOVABLE), (
+        "the teacher moves before the student forgets"
+    )
     home = partly["student.site.up"] == source()["site.up"]
     assert 0.3 < home.float().mean() < 0.7
     assert torch.equal(partly["student.site.up"][~home], new["student.site.up"][~home])
@@ -284,7 +299,9 @@ def test_cotta_averages_over_missing_sensors_only_where_in_doubt():
     assert not changed(doubtful._replace(present=doubtful.present & torch.tensor([True, False, False]))).any()
     sets = torch.tensor([[True, False, True], [True, False, False], [False, False, True]])
     both, *single = (tails.score(tail, doubtful.z, s.expand(B, 3)) for s in sets)
-    target = method("cotta", sure=1.0)._target(tail, tail, both, doubtful._replace(present=sets[0].expand(B, 3)))
+    target = method("cotta", sure=1.0)._target(
+        tail, tail, both, doubtful._replace(present=sets[0].expand(B, 3))
+    )
     torch.testing.assert_close(target, (both + single[0] + single[1]) / 3)
 
 
@@ -345,14 +362,20 @@ def test_read_makes_doubtful_rows_less_sure_and_one_factor_per_sensor():
         state = m.init(source())
         for _ in range(20):
             state, outcome = m.step(source(), state, doubtful)
-        change[published] = float((tails.score(tails.moved(source(), state), doubtful.z, doubtful.present)
-                                   - tails.score(source(), doubtful.z, doubtful.present)).mean())  # fmt: skip
+        change[published] = float(
+            (
+                tails.score(tails.moved(source(), state), doubtful.z, doubtful.present)
+                - tails.score(source(), doubtful.z, doubtful.present)
+            ).mean()
+        )
         assert state["site.gamma"].std(dim=-1).max() < 1e-6
         assert (outcome.pseudo_label == (1 if published else -1)).all()
     assert change[False] < 0 < change[True]
 
 
-@given(boundary=st.lists(st.floats(-1, 1), min_size=1, max_size=5), head=st.sampled_from(["radial", "linear"]))
+@given(
+    boundary=st.lists(st.floats(-1, 1), min_size=1, max_size=5), head=st.sampled_from(["radial", "linear"])
+)
 @settings(max_examples=15)
 def test_drm_stays_between_the_boundaries_and_goes_to_the_surest(boundary, head):
     tail = {**source(head), "reference.boundary": torch.tensor(boundary)}
@@ -364,7 +387,9 @@ def test_drm_stays_between_the_boundaries_and_goes_to_the_surest(boundary, head)
     assert min(boundary) - 1e-5 <= state["log_rho"][tails.FUSED] <= max(boundary) + 1e-5
     assert torch.equal(state["log_rho"][: tails.FUSED], tail["log_rho"][: tails.FUSED])
     cold, _ = method("drm", temperature=1e-6).step(tail, state, batch(3))
-    at = tail["reference.boundary"][(tail["reference.boundary"] - cold["log_rho"][tails.FUSED]).abs().argmin()]
+    at = tail["reference.boundary"][
+        (tail["reference.boundary"] - cold["log_rho"][tails.FUSED]).abs().argmin()
+    ]
     lowest = cold["entropy"].min()
     assert cold["entropy"][tail["reference.boundary"] == at].min() <= lowest + 1e-5
 
@@ -373,8 +398,12 @@ def test_drm_counts_every_sample_once_and_needs_boundaries():
     tail, m = source(), method("drm", momentum=0.9999)
     state = after(m, tail, 3)
     every = [sane(batch(k)) for k in range(3)]
-    each = torch.cat([drm._entropies(tail, tails.read(tail, b.z, b.present).radius[:, tails.FUSED], b.present)
-                      for b in every])  # fmt: skip
+    each = torch.cat(
+        [
+            drm._entropies(tail, tails.read(tail, b.z, b.present).radius[:, tails.FUSED], b.present)
+            for b in every
+        ]
+    )
     torch.testing.assert_close(state["entropy"], each.mean(dim=0))
     z, present = every[0].z, every[0].present
     alone = {**tail, "reference.boundary": tail["log_rho"][tails.FUSED :]}

@@ -9,16 +9,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import trust
 from pipeline.config import method_config, methods
 from pipeline.models import TailConfig, tail
-from pipeline.site import LEARNED, danet, sane
+from pipeline.site import trust
+from pipeline.site.contract import LEARNED, sane
+from pipeline.site.methods import danet
 from pipeline.types import Features
 
 F, B = 16, 8
-EAGER = {"confidence_bona_fide": 0.5, "confidence_attack": 0.5, "disagreement": 1.0, "unanimous_bona_fide": False,
-         "trigger": -1e9, "sessions": 0, "session_cap": 0, "lr": 1e-3}  # fmt: skip
-SOON = {"danet": EAGER, "recalibrate": {"minimum": 4}}  # settings with which one batch is enough to learn from
+EAGER = {
+    "confidence_bona_fide": 0.5,
+    "confidence_attack": 0.5,
+    "disagreement": 1.0,
+    "unanimous_bona_fide": False,
+    "trigger": -1e9,
+    "sessions": 0,
+    "session_cap": 0,
+    "lr": 1e-3,
+}
+SOON = {
+    "danet": EAGER,
+    "recalibrate": {"minimum": 4},
+}  # settings with which one batch is enough to learn from
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +76,9 @@ def test_state_keeps_names_shapes_and_stays_small(kind, source):
     method = method_config("site", kind)()
     state = method.init(source)
     new, _ = method.step(source, state, batch(2))
-    assert {k: (v.shape, v.dtype) for k, v in new.items()} == {k: (v.shape, v.dtype) for k, v in state.items()}
+    assert {k: (v.shape, v.dtype) for k, v in new.items()} == {
+        k: (v.shape, v.dtype) for k, v in state.items()
+    }
     assert set(tail.MOVABLE) <= set(new)
     assert sum(t.numel() * t.element_size() for t in new.values()) <= 160 * 1024
 
@@ -134,7 +148,9 @@ def test_bona_fide_needs_more_than_attack():
     assert judged(danet.Config(), p, torch.ones(2, 3, dtype=torch.bool)).tolist() == [0.0, 1.0]
 
 
-@pytest.mark.parametrize(("labels", "used"), [("all", [1, 1, 1]), ("confidence", [0, 1, 1]), ("vote", [0, 0, 1])])
+@pytest.mark.parametrize(
+    ("labels", "used"), [("all", [1, 1, 1]), ("confidence", [0, 1, 1]), ("vote", [0, 0, 1])]
+)
 def test_which_pseudo_labels_teach(labels, used):
     doubtful, one_against, agreed = [0.6] * 4, [0.99, 0.2, 0.99, 0.99], [0.99] * 4
     p = torch.tensor([doubtful, one_against, agreed])
@@ -197,7 +213,9 @@ def test_a_batch_that_teaches_nothing_gives_the_same_bits_without_gradients(sour
         z = torch.randn(B, 3, F, generator=torch.Generator().manual_seed(i))
         seen, lesson = method.observe(source, state, Features(z, there, there[:, 0], torch.arange(B) + B * i))
         lesson = lesson._replace(used=torch.zeros(B))
-        (state, skipped), (other, full) = (method.conclude(source, seen, lesson, learn=x) for x in (False, True))
+        (state, skipped), (other, full) = (
+            method.conclude(source, seen, lesson, learn=x) for x in (False, True)
+        )
         assert all(torch.equal(t, other[n]) for n, t in state.items())
         assert torch.equal(skipped.score, full.score) and torch.equal(skipped.omega, full.omega)
 
@@ -217,7 +235,9 @@ def test_source_mode_holds_on_to_the_source(source):
     full = {**source, **replay}
 
     def loss(state: dict[str, torch.Tensor]) -> float:
-        logit = tail.read(tail.moved(full, state), replay["replay.z"], replay["replay.present"]).logit[:, tail.FUSED]
+        logit = tail.read(tail.moved(full, state), replay["replay.z"], replay["replay.present"]).logit[
+            :, tail.FUSED
+        ]
         return float(danet._cross_entropy(logit, replay["replay.label"]).mean())
 
     method = danet.Config(**{**EAGER, "mode": "da", "source": 5.0, "lr": 0.01})
@@ -228,7 +248,9 @@ def test_source_mode_holds_on_to_the_source(source):
     assert loss(state) < start
 
 
-def shifted_stream(source: dict[str, torch.Tensor], *, by: float, steps: int, seed: int = 0) -> list[Features]:
+def shifted_stream(
+    source: dict[str, torch.Tensor], *, by: float, steps: int, seed: int = 0
+) -> list[Features]:
     """Batches whose source logits are those of validation, moved by ``by``."""
     g = torch.Generator().manual_seed(seed)
     made: list[Features] = []
@@ -238,8 +260,14 @@ def shifted_stream(source: dict[str, torch.Tensor], *, by: float, steps: int, se
         present = torch.ones(len(z), 3, dtype=torch.bool)
         logit = tail.read(source, z, present).logit[:, tail.FUSED]
         q = source["reference.logit"][-1]
-        want = torch.where(torch.rand(B, generator=g) < 0.7, q[1, torch.randint(33, (B,), generator=g)],
-                           q[0, torch.randint(33, (B,), generator=g)]) + by  # fmt: skip
+        want = (
+            torch.where(
+                torch.rand(B, generator=g) < 0.7,
+                q[1, torch.randint(33, (B,), generator=g)],
+                q[0, torch.randint(33, (B,), generator=g)],
+            )
+            + by
+        )
         rows = (logit[None] - want[:, None]).abs().argmin(1)
         made.append(Features(z[rows], there, there[:, 0], torch.arange(B) + B * len(made)))
     return made
@@ -254,7 +282,10 @@ def matched(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def test_without_a_shift_nothing_moves(source):
-    params, method = matched(source), danet.Config(confidence_bona_fide=0.5, confidence_attack=0.5, trigger=3.0)
+    params, method = (
+        matched(source),
+        danet.Config(confidence_bona_fide=0.5, confidence_attack=0.5, trigger=3.0),
+    )
     state = method.init(params)
     for b in shifted_stream(params, by=0.0, steps=40):
         state, outcome = method.step(params, state, b)
@@ -272,7 +303,10 @@ def test_the_boundary_follows_a_shift_when_attacks_were_seen(source):
 
 def test_one_class_never_loosens_the_boundary(source):
     params, method = matched(source), danet.Config(learn=False, trigger=-1e9)
-    genuine = {**params, "reference.logit": params["reference.logit"][:, [1, 1]]}  # the stream draws bona fide only
+    genuine = {
+        **params,
+        "reference.logit": params["reference.logit"][:, [1, 1]],
+    }  # the stream draws bona fide only
     state = method.init(params)
     for b in shifted_stream(genuine, by=-1.5, steps=60):
         state, _ = method.step(params, state, b)
@@ -291,8 +325,12 @@ def test_a_flood_of_one_session_counts_as_two_captures(source):
 
 def test_conformal_and_prototype_labels_only_ever_refuse_more(source):
     g = torch.Generator().manual_seed(2)
-    full = {**source, "replay.z": torch.randn(16, 3, F, generator=g), "replay.present": torch.ones(16, 3, dtype=torch.bool),
-            "replay.label": (torch.arange(16) % 2).float()}  # fmt: skip
+    full = {
+        **source,
+        "replay.z": torch.randn(16, 3, F, generator=g),
+        "replay.present": torch.ones(16, 3, dtype=torch.bool),
+        "replay.label": (torch.arange(16) % 2).float(),
+    }
     plain = danet.Config(**EAGER)
     for more in ({"prototypes": True}, {"conformal": 0.1}):
         strict = danet.Config(**EAGER, **more)

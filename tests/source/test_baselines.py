@@ -10,7 +10,8 @@ from torch.nn.functional import normalize
 
 from pipeline.models import TailConfig
 from pipeline.models import tail as tails
-from pipeline.source import PAIRS, Batch, ctnet, dadm, irm, logistic, mmdg, over_domains, sup_con, vrex, with_boundaries
+from pipeline.source.contract import PAIRS, Batch, logistic, over_domains, sup_con, with_boundaries
+from pipeline.source.methods import ctnet, dadm, irm, mmdg, vrex
 
 F, D, B = 16, 8, 24
 HEADS = ("radial", "linear")
@@ -31,7 +32,9 @@ def batch(present: torch.Tensor = EVERY, *, seed: int = 0, progress: float = 0.5
 class Stored:
     """What a method sees of the objective, with a trunk that returns its input."""
 
-    def __init__(self, config: irm.Config | vrex.Config | mmdg.Config | ctnet.Config, head: str = "radial") -> None:
+    def __init__(
+        self, config: irm.Config | vrex.Config | mmdg.Config | ctnet.Config, head: str = "radial"
+    ) -> None:
         tail = tails.init_tail(TailConfig(head=head, width=D, rank=4), F, generator=generator())
         self.tail = {n: t.requires_grad_() for n, t in tail.items()}
         self.extra = {n: t.requires_grad_() for n, t in config.extra(2, tail).items()}
@@ -54,7 +57,9 @@ def test_the_penalty_waits_for_its_share_of_the_schedule(kind, term: str) -> Non
 def test_vrex_is_zero_for_equal_risks_and_falls_when_learned() -> None:
     config = vrex.Config()
     model, b = Stored(config), batch()
-    same = b._replace(frames=b.frames[torch.arange(B) // 4 * 4 + b.label])  # both domains hold the same samples
+    same = b._replace(
+        frames=b.frames[torch.arange(B) // 4 * 4 + b.label]
+    )  # both domains hold the same samples
     assert float(config.losses(model, same, generator())["variance"].detach()) < 1e-8
     assert float(config.losses(model, b, generator())["variance"].detach()) > 1e-3
     optimizer = torch.optim.Adam([model.tail["fuse.in"]], lr=1e-2)
@@ -132,9 +137,13 @@ def test_the_gradient_of_the_shared_weights_is_regrads(head: str, missing: int |
     wanted = config.rebalance * mmdg.regrad(g, certain, risks.index(min(risks)))
     found = torch.cat([model.tail[n].grad.flatten() for n in names])
     assert torch.allclose(found, wanted, atol=1e-6)
-    assert not torch.allclose(found, config.rebalance * g.sum(dim=0), atol=1e-4), "the modulation does something"
+    assert not torch.allclose(found, config.rebalance * g.sum(dim=0), atol=1e-4), (
+        "the modulation does something"
+    )
     own = torch.autograd.grad(config.rebalance * alone.sum(), model.tail["intrinsic"])[0]
-    assert torch.allclose(model.tail["intrinsic"].grad, own, atol=1e-6), "what is not shared keeps its gradient"
+    assert torch.allclose(model.tail["intrinsic"].grad, own, atol=1e-6), (
+        "what is not shared keeps its gradient"
+    )
 
 
 def test_the_zero_term_is_exactly_zero() -> None:
@@ -164,7 +173,9 @@ def test_certainty_is_what_is_left_of_the_mean_deviation_over_the_samples_that_h
             radius = tails.radii(model.tail, kept * read.intrinsic / 0.7, read.synergy)[1]
             p.append(torch.sigmoid(tails.logit(model.tail, radius, present)))
     half = (p[0] - p[1]).abs()[:, :3] / 2  # the deviation of two numbers
-    assert torch.allclose(certain, 1 - 2 * torch.stack([half[:, 0].mean(), half[:10, 1].mean(), half[:, 2].mean()]))
+    assert torch.allclose(
+        certain, 1 - 2 * torch.stack([half[:, 0].mean(), half[:10, 1].mean(), half[:, 2].mean()])
+    )
 
 
 def test_prototypes_begin_at_the_first_mean_and_move_a_fifth_of_the_way() -> None:
@@ -201,7 +212,9 @@ def test_single_side_is_small_beside_the_own_prototype() -> None:
     right, wrong = mmdg.single_side(prototypes, at, torch.tensor([0, 1])).unbind(0)
     assert float(right.max()) < 1e-4
     assert float(wrong.min()) > 15
-    assert float(mmdg.single_side(prototypes, at, torch.tensor([0, 0])).max()) < 1e-4, "the unseen one is no rival"
+    assert float(mmdg.single_side(prototypes, at, torch.tensor([0, 0])).max()) < 1e-4, (
+        "the unseen one is no rival"
+    )
 
 
 def bound(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -233,7 +246,9 @@ def test_weights_are_shared_among_those_there_and_one_for_a_modality_alone() -> 
     present[:8, 1:], present[8:16, 0] = False, False
     _, weight = dadm.alignment(torch.randn(B, 3, D, generator=generator()), present, 0.1)
     assert torch.equal(weight[:8, 0], torch.ones(8))
-    assert torch.allclose(weight[8:16, 1:], torch.ones(8, 2)), "two that are compared to each other alone are equal"
+    assert torch.allclose(weight[8:16, 1:], torch.ones(8, 2)), (
+        "two that are compared to each other alone are equal"
+    )
     assert torch.allclose((weight * present).sum(dim=1), present.sum(dim=1).float())
 
 
@@ -289,7 +304,9 @@ def test_the_live_transition_is_the_mean_over_domains_however_many_samples_they_
     ways = torch.eye(D)[b.domain]
     half = torch.where((b.domain == 0) | (torch.arange(B) < 8), 1, 0).bool()
     few = Batch(b.frames[half], b.present[half], b.label[half], b.domain[half], 0.5)
-    consistent = [float(ctnet.transition_terms(along(w), x, 0.5)[0]) for w, x in ((ways, b), (ways[half], few))]
+    consistent = [
+        float(ctnet.transition_terms(along(w), x, 0.5)[0]) for w, x in ((ways, b), (ways[half], few))
+    ]
     assert consistent == pytest.approx([1 - math.sqrt(0.5)] * 2, rel=1e-4)
 
 

@@ -11,7 +11,8 @@ from pipeline import source
 from pipeline.config import method_config, methods
 from pipeline.models import TailConfig
 from pipeline.models import tail as tails
-from pipeline.source import Batch, Schedule, erm, rise
+from pipeline.source.contract import Batch, Schedule
+from pipeline.source.methods import erm, rise
 
 F, D, DOMAINS = 16, 8, 3
 HEADS = ("radial", "linear")
@@ -114,7 +115,9 @@ HOLES = {
     "no bona fide in domain 0": lambda b: rows(b, (b.domain > 0) | (b.label == 0)),
     "no bona fide at all": lambda b: rows(b, b.label == 0),
     "one domain": lambda b: rows(b, b.domain == 1),
-    "one sample in a cell": lambda b: rows(b, (b.domain > 0) | (b.label == 0) | (torch.arange(len(b.label)) == 1)),
+    "one sample in a cell": lambda b: rows(
+        b, (b.domain > 0) | (b.label == 0) | (torch.arange(len(b.label)) == 1)
+    ),
     "one row": lambda b: rows(b, torch.arange(1)),
     "depth missing everywhere": lambda b: without(b, 1),
     "RGB missing everywhere": lambda b: without(b, 0),
@@ -153,7 +156,9 @@ def total_is_finite(config: Schedule, head: str, b: Batch) -> None:
 @every_method
 @both_heads
 def test_an_absent_modality_changes_no_loss(config, head: str) -> None:
-    present = torch.tensor([[(k >> m) & 1 == 1 for m in range(3)] for k in (7, 1, 2, 3, 4, 5, 6)])[torch.arange(36) % 7]
+    present = torch.tensor([[(k >> m) & 1 == 1 for m in range(3)] for k in (7, 1, 2, 3, 4, 5, 6)])[
+        torch.arange(36) % 7
+    ]
     b = batch()._replace(present=present)
     loud = b._replace(frames=torch.where(present[..., None], b.frames, 1e3 * torch.randn(b.frames.shape)))
     assert values(config, b, head) == values(config, loud, head)
@@ -174,8 +179,13 @@ def test_the_order_of_samples_does_not_matter(config, head: str) -> None:
 @pytest.mark.parametrize("kind", [k for k in methods("source") if k != "erm"])
 def test_the_class_prior_of_a_domain_moves_no_risk(kind: str, label: int, domain: int) -> None:
     config, b = method_config("source", kind)(kind=kind), batch()
-    twice = torch.cat([torch.arange(36), ((b.label == label) & (b.domain == domain)).nonzero()[:, 0].repeat(3)])
-    skewed, free = values(config, rows(b, twice), "radial"), PRIOR_FREE - ({"heads"} if kind == "dadm" else set())
+    twice = torch.cat(
+        [torch.arange(36), ((b.label == label) & (b.domain == domain)).nonzero()[:, 0].repeat(3)]
+    )
+    skewed, free = (
+        values(config, rows(b, twice), "radial"),
+        PRIOR_FREE - ({"heads"} if kind == "dadm" else set()),
+    )
     for name, value in values(config, b, "radial").items():
         if name in free:
             assert skewed[name] == pytest.approx(value, rel=1e-4), name
@@ -195,7 +205,8 @@ def test_domain_risks_are_means_of_class_means() -> None:
     for e in range(DOMAINS):
         sides = [(b.label == y) & (b.domain == e) & used for y in (0, 1)]
         wanted.append(
-            0.5 * sum(torch.nn.functional.softplus((1 - 2 * y) * logit[c]).mean() for y, c in enumerate(sides))
+            0.5
+            * sum(torch.nn.functional.softplus((1 - 2 * y) * logit[c]).mean() for y, c in enumerate(sides))
         )
     assert torch.allclose(source.domain_risks(logit, b, used), torch.stack(wanted))
 
@@ -225,7 +236,9 @@ def test_pull_together_contracts_and_stays_between(seed: int, alpha: float, name
     if name == "log_rho":
         assert bool((spread[1] < spread[0]).all())
     diameter = [
-        (t.view(DOMAINS, tails.HEADS, -1)[:, None] - t.view(DOMAINS, tails.HEADS, -1)[None]).norm(dim=-1).amax()
+        (t.view(DOMAINS, tails.HEADS, -1)[:, None] - t.view(DOMAINS, tails.HEADS, -1)[None])
+        .norm(dim=-1)
+        .amax()
         for t in (before, after)
     ]
     assert diameter[1] <= diameter[0]
@@ -263,7 +276,9 @@ def test_every_sample_meets_the_boundary_of_its_domain(kind: str, head: str) -> 
 
 def test_irm_penalty_is_the_mean_over_all_splits_of_the_product_of_the_slopes() -> None:
     label = torch.tensor([0] * 4 + [1] * 4)
-    b = Batch(torch.zeros(8), torch.ones(8, 3, dtype=torch.bool), label, torch.zeros(8, dtype=torch.long), 0.0)
+    b = Batch(
+        torch.zeros(8), torch.ones(8, 3, dtype=torch.bool), label, torch.zeros(8, dtype=torch.long), 0.0
+    )
     logit = torch.randn(8, generator=generator())
 
     def slope(taken: tuple[int, ...]) -> float:
@@ -273,7 +288,9 @@ def test_irm_penalty_is_the_mean_over_all_splits_of_the_product_of_the_slopes() 
         return float(torch.autograd.grad(mean, w)[0])
 
     halves = [[(h, tuple(set(c) - set(h))) for h in combinations(c, 2)] for c in (range(4), range(4, 8))]
-    products = [0.25 * (slope(a) + slope(c)) * (slope(b_) + slope(d)) for a, b_ in halves[0] for c, d in halves[1]]
+    products = [
+        0.25 * (slope(a) + slope(c)) * (slope(b_) + slope(d)) for a, b_ in halves[0] for c, d in halves[1]
+    ]
     assert float(source.irm_penalty(logit, b)) == pytest.approx(sum(products) / len(products), rel=1e-4)
 
 
@@ -299,12 +316,18 @@ def test_sup_con_asks_for_more_with_a_margin_and_only_of_the_rows_in_use(seed: i
     hidden, group = torch.randn(12, D, generator=generator(seed)), torch.arange(12) % 3
     used = torch.rand(12, generator=generator(seed)) < 0.7
     part = source.sup_con(hidden, group, 0.1, used=used)
-    assert float(part) == pytest.approx(float(source.sup_con(hidden[used], group[used], 0.1)), rel=1e-4, abs=1e-6)
-    assert float(source.sup_con(hidden, group, 0.1, margin=margin)) > float(source.sup_con(hidden, group, 0.1))
+    assert float(part) == pytest.approx(
+        float(source.sup_con(hidden[used], group[used], 0.1)), rel=1e-4, abs=1e-6
+    )
+    assert float(source.sup_con(hidden, group, 0.1, margin=margin)) > float(
+        source.sup_con(hidden, group, 0.1)
+    )
 
 
 def test_dropping_modalities_never_leaves_nothing() -> None:
-    present = torch.tensor([[True, False, False], [False, True, False], [True, True, True], [False, True, True]] * 25)
+    present = torch.tensor(
+        [[True, False, False], [False, True, False], [True, True, True], [False, True, True]] * 25
+    )
     dropped = source.drop_modalities(present, 1.0, generator())
     assert bool(dropped.any(dim=1).all())
     assert not bool((dropped & ~present).any())
@@ -419,7 +442,9 @@ def test_attacks_keep_their_radius() -> None:
         torch.stack(list(config.losses(model, batch(seed=i), generator(i)).values())).sum().backward()
         optimizer.step()
         config.after_step(model.extra)
-    radius = tails.read(model.tail, model.trunk_features(b.frames, b.present), b.present).radius[:, tails.FUSED]
+    radius = tails.read(model.tail, model.trunk_features(b.frames, b.present), b.present).radius[
+        :, tails.FUSED
+    ]
     rho = float(model.extra["log_rho"][:, tails.FUSED].mean().exp().detach())
     assert float(radius[b.label == 1].median().detach()) < rho < float(radius[b.label == 0].median().detach())
     assert rho > 0.2

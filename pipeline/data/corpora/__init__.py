@@ -6,8 +6,6 @@ A kind is a module with ``rows(root, *, size) -> Iterator[Row | Rejected]`` and 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import pkgutil
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.data.corpus import (
@@ -44,8 +42,6 @@ __all__ = [
     "data_root",
     "evenly",
     "image_frame",
-    "import_corpus",
-    "kinds",
     "read_corpus",
     "read_manifest",
     "sha256",
@@ -53,43 +49,15 @@ __all__ = [
     "write_corpus",
 ]
 
-FRAMES = 3  # per video: the published lists use frames 12, 24 and 36 of 50; more would only repeat a presentation
+FRAMES = (
+    3  # per video: the published lists use frames 12, 24 and 36 of 50; more would only repeat a presentation
+)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-RENDERED = ("synth", "rendered")  # kinds that read nothing from disk
 NAMES: tuple[Name, Name, Name] = ("rgb", "depth", "ir")
 
 Item = TypeVar("Item")
 Images = tuple["Path", "Path", "Path"]  # RGB, depth, IR of one frame
-
-
-def kinds() -> list[str]:
-    """Names of the data sets that can be imported: the folder is the registry."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
-
-
-def import_corpus(
-    kind: str,
-    root: Path | None,
-    out: Path,
-    *,
-    domain: str,
-    size: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> CorpusManifest:
-    """Read the data set of ``kind`` below ``root`` into the corpus folder ``out``; progress gets (done, total).
-
-    ``out`` is the domain's own folder; it must not exist. A rendered kind needs no ``root``.
-    """
-    if kind not in kinds():
-        raise CorpusError(f"kind {kind!r}: allowed are {', '.join(kinds())}")
-    module = importlib.import_module(f"{__name__}.{kind}")
-    total = module.total(root)
-    tick = (lambda done: progress(min(done, total), total)) if progress else None
-    manifest = write_corpus(module.rows(root, size=size), out, domain=domain, kind=kind, size=size, progress=tick)
-    if progress:
-        progress(total, total)
-    return manifest
 
 
 def data_root(root: Path | None, layout: str) -> Path:

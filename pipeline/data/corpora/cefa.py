@@ -99,7 +99,11 @@ def _race_clips(person: Path, number: int) -> Iterator[_Clip | Rejected]:
             split = _split(int(code[2]))
             pai = INSTRUMENTS[code[5]]
             pai = f"{pai}_{SESSIONS[code[4]]}" if code[5] in "23" else pai
-            yield _Clip(path, subject, split, pai) if split else Rejected(f"{subject}/{path.name}", "subject above 499")
+            yield (
+                _Clip(path, subject, split, pai)
+                if split
+                else Rejected(f"{subject}/{path.name}", "subject above 499")
+            )
 
 
 def _split(subject: int) -> str | None:
@@ -111,7 +115,8 @@ def _mask_clip(path: Path) -> _Clip | Rejected:
     code = MASK.fullmatch(path.name)
     if not code or code[1] != MASK_KINDS[kind] or code[2] != person:
         return Rejected(
-            f"{kind}/{_safe(person)}/{_safe(path.name)}", "clip name is not a mask's or contradicts its folder"
+            f"{kind}/{_safe(person)}/{_safe(path.name)}",
+            "clip name is not a mask's or contradicts its folder",
         )
     if kind == "Silicone-Mask":
         pai = "silicone_glasses" if code[4] == "1" else "silicone"
@@ -129,7 +134,9 @@ def _clip_rows(clip: _Clip, size: int) -> Iterator[Row | Rejected]:
     video = f"{clip.subject}/{clip.path.name}"
     frames, incomplete = clip_frames(clip.path, FOLDERS)
     if incomplete or not frames:
-        yield Rejected(video, f"{incomplete} frames lack one of profile, depth, ir; {len(frames)} are complete")
+        yield Rejected(
+            video, f"{incomplete} frames lack one of profile, depth, ir; {len(frames)} are complete"
+        )
     for images in evenly(frames):
         sample = f"{video}/{int(images[0].stem):04d}"
         try:

@@ -82,10 +82,14 @@ def _files(root: Path) -> list[Path]:
 
 def _trials(root: Path) -> dict[str, _Trial]:
     splits = {
-        r["trial_id"]: GROUPS.get(r["partition_name"]) for r in _table(root, PARTITION, ("trial_id", "partition_name"))
+        r["trial_id"]: GROUPS.get(r["partition_name"])
+        for r in _table(root, PARTITION, ("trial_id", "partition_name"))
     }
     truth = _table(root, TRUTH, ("trial_id", "ground_truth", "participant_id"))
-    return {r["trial_id"]: _Trial(r["ground_truth"], r["participant_id"], splits.get(r["trial_id"])) for r in truth}
+    return {
+        r["trial_id"]: _Trial(r["ground_truth"], r["participant_id"], splits.get(r["trial_id"]))
+        for r in truth
+    }
 
 
 def _table(root: Path, pattern: str, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:

@@ -73,7 +73,12 @@ def _clips(root: Path) -> list[_Clip]:
                 places = [folder / f"{part}_{split}_part"]
                 if split == "train" and folder.parent.name == "Training":
                     places.append(folder)
-                clips += [_Clip(p, split, label) for place in places for p in sorted(place.glob("*/*")) if p.is_dir()]
+                clips += [
+                    _Clip(p, split, label)
+                    for place in places
+                    for p in sorted(place.glob("*/*"))
+                    if p.is_dir()
+                ]
     if not clips:
         raise CorpusError(f"{root}: holds no CASIA-SURF clips; expected {LAYOUT}")
     return clips
@@ -92,7 +97,9 @@ def _clip_rows(clip: _Clip, size: int) -> Iterator[Row | Rejected]:
     for images in evenly(frames):
         name = f"{item}/{int(images[0].stem)}"
         pai = BONA_FIDE if clip.label else video
-        yield _row(images, name, clip.split, label=clip.label, pai=pai, subject=subject, video=item, size=size)
+        yield _row(
+            images, name, clip.split, label=clip.label, pai=pai, subject=subject, video=item, size=size
+        )
 
 
 def _listed_rows(path: Path, split: str, size: int) -> Iterator[Row | Rejected]:
@@ -101,10 +108,20 @@ def _listed_rows(path: Path, split: str, size: int) -> Iterator[Row | Rejected]:
         found = {m[2]: m for m in (LISTED.fullmatch(c) for c in cells) if m}
         if not cells:
             continue
-        if set(found) != set(FOLDERS) or len({m[1] for m in found.values()}) != 1 or cells[-1] not in ("0", "1"):
-            yield Rejected(f"{path.name}:{number}", "expected color, depth and ir of one sample, and a label 0 or 1")
+        if (
+            set(found) != set(FOLDERS)
+            or len({m[1] for m in found.values()}) != 1
+            or cells[-1] not in ("0", "1")
+        ):
+            yield Rejected(
+                f"{path.name}:{number}", "expected color, depth and ir of one sample, and a label 0 or 1"
+            )
             continue
-        images = path.parent / found["color"][0], path.parent / found["depth"][0], path.parent / found["ir"][0]
+        images = (
+            path.parent / found["color"][0],
+            path.parent / found["depth"][0],
+            path.parent / found["ir"][0],
+        )
         sample = f"{split}/{found['color'][1]}"
         label = int(cells[-1])
         pai = BONA_FIDE if label else LISTED_ATTACK

@@ -95,7 +95,9 @@ def _recordings(root: Path) -> list[_Recording]:
     if not colour or not planes:
         missing = " and ".join(w for w, found in (("RGB", colour), ("CDIT", planes)) if not found)
         raise CorpusError(f"{root}: holds no WMCA {missing} recordings; expected {LAYOUT}")
-    return [_Recording(name, colour.get(name), planes.get(name)) for name in sorted(colour.keys() | planes.keys())]
+    return [
+        _Recording(name, colour.get(name), planes.get(name)) for name in sorted(colour.keys() | planes.keys())
+    ]
 
 
 def _files(root: Path, which: str) -> list[Path]:
@@ -139,7 +141,8 @@ def _recording_rows(
         yield Rejected(name, f"bona fide with instrument {code[5]}, allowed 00 to 02")
     elif (split := _split(name, code[1], protocol)) is None:
         yield Rejected(
-            name, f"client {code[1]} has no split" if protocol is None else f"has no single split in {PROTOCOL}"
+            name,
+            f"client {code[1]} has no split" if protocol is None else f"has no single split in {PROTOCOL}",
         )
     else:
         pai = BONA_FIDE if code[4] == "0" else species(code[4], code[5])
@@ -157,13 +160,18 @@ def _split(name: str, client: str, protocol: dict[str, str | None] | None) -> st
     return next((split for split, clients in CLIENTS.items() if client in clients.split()), None)
 
 
-def _frames(rgb: Path, cdit: Path, size: int) -> Iterator[tuple[int | None, tuple[np.ndarray, int, str] | str]]:
+def _frames(
+    rgb: Path, cdit: Path, size: int
+) -> Iterator[tuple[int | None, tuple[np.ndarray, int, str] | str]]:
     """(frame index, what goes into its row | reason); index None for a reason that holds for the whole recording."""
     try:
         with h5py.File(rgb, "r") as colour, h5py.File(cdit, "r") as planes:
             indices, others = _indices(colour), _indices(planes)
             if set(indices) != set(others) or not indices:
-                yield None, f"frame indices differ: {len(indices)} of colour, {len(others)} of depth and infrared"
+                yield (
+                    None,
+                    f"frame indices differ: {len(indices)} of colour, {len(others)} of depth and infrared",
+                )
                 return
             for i in evenly(sorted(indices)):
                 try:
@@ -183,13 +191,20 @@ def _indices(file: h5py.File) -> dict[int, str]:
 
 def _frame(colour: object, planes: object, size: int) -> tuple[np.ndarray, int, str]:
     rgb, cdit = _array(colour, 3, "rgb"), _array(planes, 4, "depth")
-    frame, present = frame_from_arrays(np.ascontiguousarray(rgb.transpose(1, 2, 0)), cdit[1], cdit[2], size=size)
+    frame, present = frame_from_arrays(
+        np.ascontiguousarray(rgb.transpose(1, 2, 0)), cdit[1], cdit[2], size=size
+    )
     return frame, present, sha256((rgb.tobytes(), cdit.tobytes()))
 
 
 def _array(array: object, planes: int, name: str) -> np.ndarray:
     """The frame's array; its claimed shape is bounded before it is read."""
-    if not isinstance(array, h5py.Dataset) or array.ndim != 3 or array.shape[0] != planes or array.dtype != np.uint8:
+    if (
+        not isinstance(array, h5py.Dataset)
+        or array.ndim != 3
+        or array.shape[0] != planes
+        or array.dtype != np.uint8
+    ):
         raise BadImage(f"{name}: array is not uint8 [{planes}, H, W]")
     if max(array.shape) > MAX_SIDE:
         raise BadImage(f"{name}: array claims {array.shape[2]}x{array.shape[1]}, allowed {MAX_SIDE}")

@@ -1,0 +1,1 @@
+"""``palisade audit``, ``notify`` and ``metrics``: what the record says to others."""

@@ -1,0 +1,1 @@
+"""``palisade bench``: every published figure, measured again by one command."""

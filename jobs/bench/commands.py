@@ -1,0 +1,79 @@
+"""The commands ``palisade bench …``; see ``commands``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from jobs.options import EVERYWHERE
+
+bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: figures against their targets, exit 0 or 3.")
+
+
+@bench_app.command("source", epilog=EVERYWHERE)
+def bench_source(
+    ctx: typer.Context,
+    quick: Annotated[
+        bool, typer.Option(help="erm and rise, one seed, short fits: minutes, and no evidence.")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds per method; default: bench.seeds.")] = None,
+) -> int:
+    """Compare all source methods over domains left out, missing modalities and few sources; resumes by itself.
+
+    Uses conf/bench.yaml where no --config is given.
+    """
+    config = ctx.obj.benchmark
+    from jobs.bench.source.run import bench_source
+
+    return bench_source(config, ctx.obj.terminal, quick=quick, seeds=seeds)
+
+
+@bench_app.command("site", epilog=EVERYWHERE)
+def bench_site(
+    ctx: typer.Context,
+    quick: Annotated[
+        bool, typer.Option(help="Four methods, one seed, short streams: minutes, and no evidence.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Source models per stream; default: bench.seeds.")
+    ] = None,
+) -> int:
+    """Compare all site methods over recorded and rendered streams, hostile ones too; resumes by itself.
+
+    Uses conf/bench.yaml where no --config is given.
+    """
+    config = ctx.obj.benchmark
+    from jobs.bench.site.run import bench_site
+
+    return bench_site(config, ctx.obj.terminal, quick=quick, seeds=seeds)
+
+
+@bench_app.command("fleet", epilog=EVERYWHERE)
+def bench_fleet(
+    ctx: typer.Context,
+    quick: Annotated[bool, typer.Option(help="A tenth of the sites: minutes, and no evidence.")] = False,
+) -> int:
+    """Measure what adaptation, ingest, Ray, kills and lineage cost, each as a ratio inside one run.
+
+    Uses conf/bench.yaml where no --config is given.
+    """
+    config = ctx.obj.benchmark
+    from jobs.bench.fleet.run import bench_fleet
+
+    return bench_fleet(config, ctx.obj.terminal, quick=quick)
+
+
+@bench_app.command("rollout", epilog=EVERYWHERE)
+def bench_rollout(
+    ctx: typer.Context,
+    quick: Annotated[bool, typer.Option(help="A tenth of it: seconds, and no evidence.")] = False,
+) -> int:
+    """Measure what a rollout costs and what its guards see, and simulate a month of all that can go wrong.
+
+    Uses conf/bench.yaml where no --config is given.
+    """
+    config = ctx.obj.benchmark
+    from jobs.bench.rollout.run import bench_rollout
+
+    return bench_rollout(config, ctx.obj.terminal, quick=quick)

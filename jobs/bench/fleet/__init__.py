@@ -1,0 +1,1 @@
+"""``palisade bench fleet``: what cycles over a fleet cost."""

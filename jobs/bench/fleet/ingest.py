@@ -1,0 +1,141 @@
+"""How fast ``palisade bench fleet`` finds ingest beside a loop that only decodes and beside a DataLoader, on the same files."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from jobs.ingest import ingest_step
+from pipeline.control.deployment import lease, now, open_ledger
+from pipeline.data.captures import list_segments, read_segment
+from pipeline.data.decode import decode
+from pipeline.data.featurise import decoded, through_trunk
+from pipeline.models import TinyConfig, checkpoint, tail, trunk
+
+if TYPE_CHECKING:
+    from jobs.bench.fleet.runs import Ground
+    from jobs.terminal import Terminal
+    from pipeline.config import Config
+    from pipeline.data.featurise import Frames
+
+SMALLEST = TinyConfig(width=4, features=8)  # what is left of the trunk's share when a GPU does it
+DECODED = 4  # segments in the decoding loop
+
+
+def measure(ground: Ground, terminal: Terminal, *, sites: int, captures: int) -> dict[str, float | None]:
+    """Ratios of captures per second; needs a connected Ray, whose workers are there when the clock starts."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    _ingested(ground.crowd("warm", sites=2, captures=8), terminal)
+    whole = ground.crowd("whole", sites=sites, captures=captures)
+    listed = list_segments(Path(whole.data.captures)).segments.values()
+    paths = [p for found in listed for p in found if isinstance(p, Path)]
+    loop = _decode_only(whole, paths[:DECODED]) * len(os.sched_getaffinity(0))
+    ours = _ingested(whole, terminal)
+    loader = _loaded(whole, paths)
+    data_plane = _ingested(_with_smallest_trunk(ground, "plane", sites=sites, captures=captures), terminal)
+    return {
+        "ingest": data_plane / loop,
+        "ingest.trunk": ours / loop,
+        "ingest.loader": ours / loader,
+        "ingest.rate": ours,
+    }
+
+
+def _ingested(config: Config, terminal: Terminal) -> float:
+    """Captures per second of one ingest."""
+    ledger = open_ledger(config)
+    with lease(config, ledger, "ingest") as held:
+        began = time.perf_counter()
+        taken = ingest_step(config, ledger, held, terminal)
+        seconds = time.perf_counter() - began
+        ledger.finish_cycle(held, summary=taken, now=now())
+    return int(str(taken["samples"])) / seconds
+
+
+def _decode_only(config: Config, paths: list[Path]) -> float:
+    """Captures per second of a loop over what is already in memory, in one thread."""
+    captures = [c for p in paths for c in read_segment(p, site=p.parent.name, limits=config.data).good]
+    began = time.perf_counter()
+    for c in captures:
+        decode(c["rgb"], c["depth"], c["ir"], size=config.data.size)
+    return len(captures) / (time.perf_counter() - began)
+
+
+def _loaded(config: Config, paths: list[Path]) -> float:
+    """Captures per second of a DataLoader that decodes in two workers, with the trunk in this process."""
+    model = checkpoint.load(open_ledger(config).source().path)
+    loader = DataLoader(
+        _Segments(config, paths),
+        batch_size=None,
+        num_workers=2,
+        multiprocessing_context="spawn",
+        worker_init_fn=_single,
+        collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]: unbatched, it is given the item
+    )
+    count, began = 0, None
+    for frames in loader:
+        if began is None:
+            began = time.perf_counter()  # its workers are there
+        else:
+            count += len(frames.captures)
+        through_trunk(model, frames)
+    return count / (time.perf_counter() - (began or 0))
+
+
+def _with_smallest_trunk(ground: Ground, name: str, *, sites: int, captures: int) -> Config:
+    config = ground.crowd(name, sites=sites, captures=captures)
+    ledger, random = open_ledger(config), torch.Generator().manual_seed(0)
+    source = checkpoint.load(ledger.source().path)
+    shape = source.manifest.config.model_copy(update={"trunk": SMALLEST})
+    made = checkpoint.seal(
+        trunk.fold(trunk.build_trunk(SMALLEST, config.data.size)),
+        tail.init_tail(shape.tail, SMALLEST.features, generator=random),
+        source.manifest.model_copy(update={"config": shape}),
+    )
+    path = config.place("models", "smallest")
+    digest = checkpoint.save(path, made)
+    version = ledger.add_source(
+        digest,
+        trunk=made.manifest.trunk_digest,
+        path=str(path),
+        lineage="",
+        manifest=made.manifest.model_dump(mode="json"),
+        now=now(),
+    )
+    ledger.set_champion(version, now=now())
+    return config
+
+
+class _Segments(Dataset["Frames"]):
+    """The frames of one segment an item."""
+
+    def __init__(self, config: Config, paths: list[Path]) -> None:
+        self.limits, self.paths = config.data, paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Frames:
+        path = self.paths[index]
+        (frames,) = decoded(
+            read_segment(path, site=path.parent.name, limits=self.limits).good, self.limits.size
+        )
+        return frames._replace(
+            captures=[{**c, "rgb": None, "depth": None, "ir": None} for c in frames.captures]
+        )
+
+
+def _single(_: int) -> None:
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def _as_it_is(frames: Frames) -> Frames:
+    return frames

@@ -1,0 +1,1 @@
+"""``palisade bench rollout``: what moving a fleet costs and what its guards stop."""

@@ -1,0 +1,1 @@
+"""``palisade bench site``: site methods on recorded and rendered streams."""

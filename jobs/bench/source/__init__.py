@@ -1,0 +1,1 @@
+"""``palisade bench source``: source methods on left-out domains."""

@@ -1,0 +1,1 @@
+"""``palisade guard`` and ``palisade anchor``: verdicts and what they rest on."""

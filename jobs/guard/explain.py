@@ -1,0 +1,240 @@
+"""``palisade guard explain``: the newest verdict of a site in plain words, what it rests on, and what would change it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import numpy as np
+from pydantic import ValidationError
+
+from jobs.terminal import Exit, table
+from pipeline.config import PLACES, RESULT_SECTIONS
+from pipeline.control.deployment import open_ledger
+from pipeline.control.recount import basis
+from pipeline.guards import ATTACKS, REAL, GuardsConfig, paired_upper95
+from pipeline.ledger import LedgerError, UnknownSite
+from pipeline.stats.metrics import clopper_pearson
+
+if TYPE_CHECKING:
+    from jobs.terminal import Terminal
+    from pipeline.config import Config
+    from pipeline.guards import Evidence, Reason, Verdict
+    from pipeline.ledger import Ledger, VerdictRow
+
+ORDER = {"fail": 0, "hold": 1, "pass": 2}
+SHARES = ("ceiling", "noninferiority")  # their numbers are shares of presentations
+LABELS = {"anchor": "the sealed anchor set; labels of the stream were not used"}
+REMEDIES = 8  # lines of what would have to change
+
+
+class Limits(NamedTuple):
+    """What the candidates of one cycle were judged by."""
+
+    guards: GuardsConfig
+    fingerprint: str
+    sound: bool  # the stored configuration has the fingerprint that the cycle began with
+
+
+def explain(config: Config, terminal: Terminal, *, what: str) -> int:
+    """Every finding, decisive first; the evidence; the change that would make it pass."""
+    ledger = open_ledger(config, create=False)
+    row = find(ledger, what)
+    verdict, evidence, limits = row.verdict, row.evidence, limits_of(ledger, row.cycle)
+    findings = decisive_first(verdict)
+    rests = _rests_on(ledger, row, evidence, limits)
+    change = changes(verdict, limits.guards, evidence)
+    aborts = " Too many holds in a row: the candidate is given up." if verdict.abort else ""
+    terminal.result(
+        {
+            "site": row.site,
+            "verdict": row.id,
+            "outcome": verdict.outcome,
+            "abort": verdict.abort,
+            "findings": [r.model_dump(mode="json") for r in findings],
+            "evidence": dict(rests),
+            "to_pass": change,
+        },
+        f"{row.site}: {_said(verdict)}{aborts}",
+        table(
+            f"findings of verdict {row.id}",
+            ["guard", "where", "number", "limit", "call", "advisory"],
+            [
+                [
+                    r.guard,
+                    r.where,
+                    _number(r, r.number),
+                    _number(r, r.limit),
+                    r.call,
+                    "advisory" if r.advisory else "",
+                ]
+                for r in findings
+            ],
+        ),
+        table("what it rests on", ["", ""], rests),
+        *change,
+        f"the same again from the stored evidence: palisade guard replay {row.id}",
+    )
+    return Exit.DONE
+
+
+def find(ledger: Ledger, what: str) -> VerdictRow:
+    """The verdict of that id, or the newest of that site; LedgerError says what there is."""
+    if found := ledger.verdicts(ids=[what]):
+        return found[0]
+    try:
+        ledger.site(what)
+    except UnknownSite as e:
+        raise UnknownSite(f"{e}; nor is it the id of a verdict") from None
+    own = ledger.verdicts(site=what)
+    if not own:
+        raise LedgerError(f"site {what}: no cycle has judged it yet; run `palisade cycle`")
+    return own[-1]
+
+
+def limits_of(ledger: Ledger, cycle: str) -> Limits:
+    """The section guards of the configuration that ``cycle`` ran under; LedgerError when it is not on record."""
+    row = next((r for r in ledger.cycles() if r.id == cycle), None)
+    stored: dict[str, dict[str, object]] = json.loads(row.config) if row else {}
+    if row is None:  # a verdict on a bare source model stands for itself
+        stored = next(
+            (cast("dict[str, dict[str, object]]", v.counters) for v in ledger.verdicts(ids=[cycle])), {}
+        )
+    if "guards" not in stored:
+        raise LedgerError(
+            f"cycle {cycle}: its configuration is not on record, so its verdicts cannot be replayed"
+        )
+    try:
+        guards = GuardsConfig.model_validate(stored["guards"])
+    except ValidationError as e:
+        where = ".".join(str(part) for part in e.errors()[0]["loc"])
+        raise LedgerError(
+            f"cycle {cycle}: its limits are of another version (guards.{where}); replay it with that"
+        ) from None
+    if row is None:
+        return Limits(guards, cycle, True)
+    return Limits(guards, row.fingerprint, fingerprint(stored) == row.fingerprint)
+
+
+def fingerprint(stored: dict[str, dict[str, object]]) -> str:
+    """Config.fingerprint of a stored configuration as it is: this version's defaults must not enter an older one."""
+    kept = {
+        s: {k: v for k, v in stored[s].items() if k not in PLACES.get(s, ())}
+        for s in RESULT_SECTIONS
+        if s in stored
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def decisive_first(verdict: Verdict) -> list[Reason]:
+    """What decided, then what else was found, then what is advisory."""
+    return sorted(verdict.reasons, key=lambda r: (r.advisory, r.call != verdict.outcome, ORDER[r.call]))
+
+
+def changes(verdict: Verdict, limits: GuardsConfig, evidence: Evidence) -> list[str]:
+    """What would have to change for a pass, the nearest limit first; how near a limit was, for one that passed."""
+    if verdict.outcome == "pass":
+        near = [r for r in verdict.reasons if not r.advisory and r.number is not None and r.limit]
+        if not near:
+            return []
+        r = max(near, key=lambda r: (r.number or 0) / (r.limit or 1))
+        return [f"nearest to a limit: {r.guard} {r.where}: {_number(r, r.number)} of {_number(r, r.limit)}"]
+    against = [r for r in verdict.reasons if not r.advisory and r.call != "pass"]
+    against.sort(key=_distance)
+    said = [f"to pass: {_remedy(r, limits, evidence)}" for r in against[:REMEDIES]]
+    more = [f"and {len(against) - REMEDIES} more findings"] if len(against) > REMEDIES else []
+    return said + more
+
+
+def _said(verdict: Verdict) -> str:
+    aside = sum(r.advisory and r.call != "pass" for r in verdict.reasons)
+    return {
+        "pass": "the candidate may serve: no guard that decides objects"
+        + (f", {aside} advisory findings do" if aside else ""),
+        "fail": f"the candidate may not serve. {verdict.decisive}",
+        "hold": f"not decided, so the site keeps what it serves. {verdict.decisive}",
+    }[verdict.outcome] + "."
+
+
+def _rests_on(ledger: Ledger, row: VerdictRow, evidence: Evidence, limits: Limits) -> list[tuple[str, str]]:
+    found, c = basis(ledger, row), row.counters
+    by_time = "" if found.recorded else " (by time)"
+    age = "unknown" if evidence.age_seconds is None else f"{evidence.age_seconds:.0f} s"
+    window = f"offsets {row.offset_from}–{row.offset_to}, {c['samples']} samples of {c.get('sessions', '?')} sessions"
+    merged = (
+        [("merged", f"counted together as other: {', '.join(evidence.merged)}")] if evidence.merged else []
+    )
+    shown = sum(x.n for x in evidence.cells)
+    return [
+        (
+            "verdict",
+            f"{row.outcome} at {row.at:%Y-%m-%d %H:%M:%S} UTC in {row.cycle}, holds before it: {evidence.holds_before}",
+        ),
+        ("candidate", f"state {row.state}" if row.state else "none: the window was empty"),
+        (
+            "champion",
+            (f"state {found.stable}" if found.stable else f"source v{found.source.version} as it is")
+            + by_time,
+        ),
+        ("window", f"{window}, {age} old"),
+        ("labels", LABELS.get(evidence.labels, evidence.labels)),
+        ("anchor set", f"{found.anchor[:12]}{by_time}, {shown} presentations over all patterns"),
+        *merged,
+        (
+            "limits",
+            f"configuration {limits.fingerprint[:12]}"
+            + ("" if limits.sound else ", CHANGED since the cycle began"),
+        ),
+        ("evidence", f"sha256 {hashlib.sha256(row.evidence_json.encode()).hexdigest()}"),
+    ]
+
+
+def _number(r: Reason, x: float | None) -> str:
+    if x is None:
+        return "not known"
+    return f"{x:.2%}" if r.guard in SHARES else f"{x:.4g}" if abs(x) < 1e4 else f"{x:.0f}"
+
+
+def _distance(r: Reason) -> float:
+    if r.number is None or not r.limit:
+        return float("inf")
+    return abs(r.number - r.limit) / abs(r.limit)
+
+
+def _remedy(r: Reason, limits: GuardsConfig, evidence: Evidence) -> str:
+    pattern, _, species = r.where.partition("/")
+    own = [c for c in evidence.cells if c.pattern == pattern]
+    cells = (
+        [c for c in own if c.species == species]
+        if species != ATTACKS
+        else [c for c in own if c.species != REAL]
+    )
+    n, head = sum(c.n for c in cells), f"{r.guard} {r.where}"
+    if r.guard == "ceiling" and r.limit is not None and cells:
+        _, upper = clopper_pearson(np.arange(n + 1), np.full(n + 1, n))
+        return f"{head}: {_at_most(upper, r.limit, sum(c.errors for c in cells), n, 'errors')}"
+    if r.guard == "noninferiority" and r.limit is not None and cells:
+        worse, better = sum(c.worse for c in cells), sum(c.better for c in cells)
+        if r.call == "hold":
+            return f"{head}: {n} anchor presentations are too few for the margin; add to data.anchor and seal it anew"
+        upper = paired_upper95(np.arange(n + 1.0), np.full(n + 1, float(better)), np.full(n + 1, float(n)))
+        return (
+            f"{head}: {_at_most(upper, r.limit + 1e-12, worse, n, 'presentations worse than the champion')}"
+        )
+    if r.guard == "no_data" and species and r.limit is not None:
+        need = f"at least {r.limit:.0f} anchor presentations (there are {n})"
+        return f"{head}: {need}; add to data.anchor and run `palisade anchor seal`"
+    if r.guard == "no_data" and r.number is not None and r.limit is not None and r.number < r.limit:
+        return f"{head}: a window of at least {r.limit:.0f} instead of {r.number:.0f}; the next cycle brings another"
+    if r.number is None:
+        return f"{head}: {r.text}"
+    return f"{head}: from {_number(r, r.number)} to {_number(r, r.limit)}; {r.text}"
+
+
+def _at_most(upper: np.ndarray, limit: float, now: int, n: int, what: str) -> str:
+    """How many of ``n`` the limit allows; ``upper`` [n + 1] is the bound that each count would give."""
+    fit = np.flatnonzero(upper <= limit)
+    if not len(fit):
+        return f"no count of {n} can show it; more anchor presentations are needed"
+    return f"at most {int(fit.max())} {what} of {n} instead of {now}"

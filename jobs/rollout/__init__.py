@@ -1,0 +1,1 @@
+"""``palisade rollout``: releases over the fleet."""

@@ -1,0 +1,1 @@
+"""``palisade site``: one site or the list of them."""

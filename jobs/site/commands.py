@@ -1,0 +1,124 @@
+"""The commands of ``palisade site``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.options import EVERYWHERE
+
+site_app = typer.Typer(
+    no_args_is_help=True, help="Sites: what they serve and why, their tags, what their boxes pull."
+)
+
+
+@site_app.command("list", epilog=EVERYWHERE)
+def site_list(ctx: typer.Context) -> int:
+    """All sites with their last verdict and what they serve."""
+    config = ctx.obj.config
+    from jobs.site.show import list_sites
+
+    return list_sites(config, ctx.obj.terminal)
+
+
+@site_app.command("show", epilog=EVERYWHERE)
+def site_show(ctx: typer.Context, site: str) -> int:
+    """One site: registration, stream position, quarantine, verdicts."""
+    config = ctx.obj.config
+    from jobs.site.show import show
+
+    return show(config, ctx.obj.terminal, site=site)
+
+
+@site_app.command("explain", epilog=EVERYWHERE)
+def site_explain(ctx: typer.Context, site: str) -> int:
+    """Why the site serves what it serves: source version, stream window, candidate, verdict, wave."""
+    config = ctx.obj.config
+    from jobs.site.show import explain
+
+    return explain(config, ctx.obj.terminal, site=site)
+
+
+@site_app.command("tag", epilog=EVERYWHERE)
+def site_tag(
+    ctx: typer.Context,
+    site: Annotated[str | None, typer.Argument(help="The site; none with --from.")] = None,
+    tags: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE...", help="e.g. region=north tz=Europe/Berlin rig=rgb+ir."),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--from", help="CSV: a column site, then one per tag; an empty cell changes nothing."),
+    ] = None,
+) -> int:
+    """Say what a site is: region, tenant, hardware, tz (IANA), rig (rgb, depth, ir), or tags of your own; KEY= removes one.
+
+    Waves, caps, control sites and nights of a rollout go by these.
+    """
+    config = ctx.obj.config
+    from jobs.site.show import tag
+
+    return tag(config, ctx.obj.terminal, site=site, pairs=tags or [], file=file)
+
+
+@site_app.command("retire", epilog=EVERYWHERE)
+def site_retire(
+    ctx: typer.Context, site: str, reason: Annotated[str, typer.Option(help="Why; kept in the audit log.")]
+) -> int:
+    """Take a site out of service: no release plans it, holds because of it or counts it as silent."""
+    config = ctx.obj.config
+    from jobs.site.show import retire
+
+    return retire(config, ctx.obj.terminal, site=site, reason=reason, retired=True)
+
+
+@site_app.command("restore", epilog=EVERYWHERE)
+def site_restore(
+    ctx: typer.Context, site: str, reason: Annotated[str, typer.Option(help="Why; kept in the audit log.")]
+) -> int:
+    """Take a retired site back into service."""
+    config = ctx.obj.config
+    from jobs.site.show import retire
+
+    return retire(config, ctx.obj.terminal, site=site, reason=reason, retired=False)
+
+
+@site_app.command("pull", epilog=EVERYWHERE)
+def site_pull(
+    ctx: typer.Context,
+    site: str,
+    to: Annotated[Path, typer.Option(help="Folder of the site's box.")],
+    public_key: Annotated[
+        Path | None,
+        typer.Option(help="Refuse what this key would not verify; default: the signing key's own."),
+    ] = None,
+) -> int:
+    """Write what the site's box is to serve, under a signed manifest: model (once), state, release.json.
+
+    Everything is verified first. Needs neither MLflow nor Ray.
+    """
+    config = ctx.obj.config
+    from jobs.site.pull import pull
+
+    return pull(config, ctx.obj.terminal, site=site, to=to, public_key=public_key)
+
+
+@site_app.command("verify")
+def site_verify(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="What site pull wrote.")],
+    public_key: Annotated[Path, typer.Option(help="The deployment's public key, KEY.pub.")],
+    site: Annotated[
+        str | None, typer.Option(help="Which site this is; needed until a release was accepted here.")
+    ] = None,
+) -> int:
+    """What a box runs before it serves a release: accept it, or refuse it with exit code 4. Needs no configuration.
+
+    Checked are signature, site, expiry, every file's digest, and that the counter is not below the last accepted one.
+    """
+    from jobs.site.pull import verify_folder
+
+    return verify_folder(ctx.obj.terminal, folder, public_key=public_key, site=site)

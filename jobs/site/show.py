@@ -1,0 +1,271 @@
+"""``palisade site``: what is known of a site, why it serves what it serves, and what people say of it."""
+
+from __future__ import annotations
+
+import csv
+import getpass
+import re
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from jobs.terminal import Exit, table
+from pipeline.control.deployment import now, open_ledger
+from pipeline.models.checkpoint import Manifest
+from pipeline.rollout.calendar import known_zone
+from pipeline.types import Modality
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from jobs.terminal import Terminal
+    from pipeline.config import Config
+    from pipeline.ledger import Ledger, ServingRow, VerdictRow
+
+TAG = re.compile(r"[a-z][a-z0-9_]{0,31}")
+MODALITIES = tuple(m.name.lower() for m in Modality)
+
+
+def list_sites(config: Config, terminal: Terminal) -> int:
+    """Every site in one line."""
+    ledger = open_ledger(config, create=False)
+    latest, serving = ledger.latest_verdicts(), ledger.serving()
+    rows: list[list[object]] = []
+    listed: list[dict[str, object]] = []
+    for row in ledger.sites():
+        verdict, served = latest.get(row.site), serving.get(row.site)
+        outcome = verdict.outcome if verdict else None
+        rows.append(
+            [
+                row.site,
+                row.status,
+                row.learned,
+                outcome,
+                serving_name(ledger, served),
+                served.wave if served else None,
+            ]
+        )
+        listed.append(
+            {
+                "site": row.site,
+                "status": row.status,
+                "reason": row.reason,
+                "offset": row.learned,
+                "verdict": outcome,
+                "serving": serving_name(ledger, served),
+                "wave": served.wave if served else None,
+            }
+        )
+    terminal.result(
+        {"sites": listed}, table("sites", ["site", "status", "offset", "verdict", "serves", "wave"], rows)
+    )
+    return Exit.DONE
+
+
+def show(config: Config, terminal: Terminal, *, site: str) -> int:
+    """Stream, quarantine and verdicts of one site."""
+    ledger = open_ledger(config, create=False)
+    row = ledger.site(site)
+    segments, verdicts, refused = ledger.segments(site), ledger.verdicts(site=site), ledger.quarantined(site)
+    reasons = Counter(q.reason for q in refused)
+    status = f"{row.status}: {row.reason}" if row.reason else row.status
+    head = f"{site}: {status}; stream at offset {row.ingested}, adapted to {row.learned}"
+    terminal.result(
+        {
+            "site": site,
+            "status": row.status,
+            "reason": row.reason,
+            "ingested": row.ingested,
+            "learned": row.learned,
+            "segments": [vars(s) for s, _ in segments],
+            "quarantine": dict(reasons),
+            "verdicts": [
+                {"cycle": v.cycle, "outcome": v.outcome, "reason": v.verdict.decisive} for v in verdicts
+            ],
+        },
+        head,
+        table(
+            "segments",
+            ["segment", "offsets", "good", "refused", "ingested"],
+            [
+                [
+                    s.name,
+                    f"{s.base_offset}–{s.base_offset + s.rows}",
+                    s.good,
+                    s.quarantined,
+                    f"{at:%Y-%m-%d %H:%M}",
+                ]
+                for s, at in segments
+            ],
+        ),
+        *(
+            [table("refused", ["reason", "count"], [[r, n] for r, n in reasons.most_common()])]
+            if reasons
+            else []
+        ),
+        table(
+            "verdicts",
+            ["cycle", "offsets", "samples", "verdict", "why"],
+            [
+                [
+                    v.cycle,
+                    f"{v.offset_from}–{v.offset_to}",
+                    v.counters["samples"],
+                    v.outcome,
+                    v.verdict.decisive,
+                ]
+                for v in verdicts
+            ],
+        ),
+    )
+    return Exit.DONE
+
+
+def explain(config: Config, terminal: Terminal, *, site: str) -> int:
+    """Source version → stream window → candidate → verdict → wave, of what the site serves now."""
+    ledger = open_ledger(config, create=False)
+    ledger.site(site)
+    served = ledger.serving([site]).get(site)
+    source = ledger.source(served.source_version if served else None)
+    made = Manifest.model_validate(source.manifest)
+    since = f" since {served.since:%Y-%m-%d %H:%M:%S} UTC, release {served.counter}" if served else ""
+    steps: list[tuple[str, str]] = [
+        ("serves", serving_name(ledger, served) + since),
+        ("source", f"v{source.version} {source.digest[:12]} ({made.method} on {', '.join(made.domains)})"),
+        ("lineage", f"MLflow run {source.lineage}"),
+    ]
+    state = ledger.state(served.state) if served else None
+    if state:
+        verdict = ledger.verdicts(ids=[state.id])[0]
+        steps += [
+            (
+                "window",
+                f"offsets {state.offset_from}–{state.offset_to}, {verdict.counters['samples']} samples, cycle {state.cycle}",
+            ),
+            (
+                "candidate",
+                f"{state.id} by {state.method}, blob {state.blob[:12]} slot {state.slot}, parent {state.parent or 'source'}",
+            ),
+            ("verdict", f"{verdict.outcome} at {verdict.at:%Y-%m-%d %H:%M:%S} UTC: {_findings(verdict)}"),
+        ]
+    if served:
+        steps.append(("wave", _wave(ledger, served)))
+    last = ledger.verdicts(site=site)[-1:]
+    if last and (state is None or last[0].state != state.id):
+        steps.append(
+            (
+                "newest",
+                f"candidate of {last[0].cycle}: {last[0].outcome}: {last[0].verdict.decisive or 'not released yet'}",
+            )
+        )
+    elif not last:
+        steps.append(("newest", "no cycle has adapted this site yet"))
+    history = [
+        f"release {s.counter}: {s.kind} to {s.state or f'source v{s.source_version}'} by {s.rollout} wave {s.wave}"
+        for s in ledger.served(site)
+    ]
+    terminal.result(
+        {"site": site, **dict(steps), "history": history},
+        table(f"why {site} serves what it serves", ["", ""], steps),
+        *history,
+    )
+    return Exit.DONE
+
+
+def tag(
+    config: Config, terminal: Terminal, *, site: str | None, pairs: Sequence[str], file: Path | None
+) -> int:
+    """Give a site tags, or the sites of a CSV ``file``; nothing changes unless everything can."""
+    if (site is None) == (file is None) or (site is not None and not pairs):
+        raise ValueError(
+            "site tag: write either SITE key=value …, or --from FILE.csv with a column site and one per tag"
+        )
+    changes = {site: _tags([p.partition("=") for p in pairs], site)} if site is not None else {}
+    if file is not None:
+        changes = dict(_listed(file))
+    changed = open_ledger(config, create=False).set_tags(changes, now=now())
+    terminal.result(
+        {"changed": changed, "given": len(changes)},
+        f"{len(changed)} of {len(changes)} sites have other tags now",
+    )
+    return Exit.DONE
+
+
+def retire(config: Config, terminal: Terminal, *, site: str, reason: str, retired: bool) -> int:
+    """Take a site out of service, or back into it."""
+    if not reason.strip():
+        raise ValueError("site: an empty --reason says nothing to an auditor; say why")
+    who = getpass.getuser()
+    changed = open_ledger(config, create=False).set_retired(
+        site, retired=retired, reason=f"{who}: {reason}", now=now()
+    )
+    state = "retired: no release plans it or waits for it" if retired else "back in service"
+    terminal.result({"site": site, "retired": retired, "changed": changed}, f"{site} is {state}")
+    return Exit.DONE
+
+
+def serving_name(ledger: Ledger, served: ServingRow | None) -> str:
+    """What a site serves, in a word."""
+    if served is None:
+        return "source (never released to)"
+    return f"state {served.state}" if served.state else f"source v{served.source_version}"
+
+
+def _findings(v: VerdictRow) -> str:
+    return "; ".join(f"{r.guard}: {r.text}" for r in v.verdict.reasons if not r.advisory)
+
+
+def _wave(ledger: Ledger, served: ServingRow) -> str:
+    release = next((r for r in ledger.rollouts() if r.id == served.rollout), None)
+    state = f" ({release.status}, plan {release.plan_hash[:8]})" if release else ""
+    return f"{served.kind} in wave {served.wave} of {served.rollout}{state}"
+
+
+def _listed(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """(site, its tags) of a CSV; an empty cell leaves the tag as it is."""
+    seen: set[str] = set()
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            rows = csv.reader(stream, strict=True)
+            head = [name.strip() for name in next(rows, [])]
+            if head[:1] != ["site"] or len(head) < 2 or len(set(head)) != len(head):
+                raise ValueError(
+                    f"{file}: the first line must name the columns: site, then one per tag, each once"
+                )
+            for row in rows:
+                where = f"{file} line {rows.line_num}"
+                if len(row) != len(head) or not row[0].strip():
+                    raise ValueError(f"{where}: {len(row)} cells, {len(head)} with a site first are needed")
+                site = row[0].strip()
+                if site in seen:
+                    raise ValueError(f"{where}: site {site} is there twice")
+                seen.add(site)
+                cells = zip(head[1:], row[1:], strict=True)
+                yield site, _tags([(k, "=", v.strip()) for k, v in cells if v.strip()], where)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ValueError(f"{file}: not a CSV in UTF-8: {e}") from None
+
+
+def _tags(pairs: Sequence[tuple[str, str, str]], where: str) -> dict[str, str]:
+    tags: dict[str, str] = {}
+    for key, eq, value in pairs:
+        if not eq or not TAG.fullmatch(key) or key in tags:
+            raise ValueError(
+                f"{where}: {key + eq + value!r}: write key=value, each key once, of a-z 0-9 _ and at most 32 long"
+            )
+        if len(value) > 100 or not value.isprintable():
+            raise ValueError(f"{where}: {key}: a value has at most 100 characters, all printable")
+        if key == "tz" and value and not known_zone(value):
+            raise ValueError(f"{where}: tz={value}: not an IANA time zone, e.g. Europe/Berlin")
+        if (
+            key == "rig"
+            and value
+            and not (set(parts := value.split("+")) <= set(MODALITIES) and len(set(parts)) == len(parts))
+        ):
+            raise ValueError(
+                f"{where}: rig={value}: write what it has of {', '.join(MODALITIES)}, e.g. rgb+ir"
+            )
+        tags[key] = value
+    return tags

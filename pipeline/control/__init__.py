@@ -1,0 +1,1 @@
+"""The loops that join decisions to the ledger; no Ray, no command line."""

@@ -1,0 +1,299 @@
+"""A shard: the process that adapts and judges many sites at once. It holds no truth: killing it at any time is safe.
+
+``adapt_sites`` is the whole work on some sites, without Ray; ``Shard`` is the actor around it. The order that makes it
+exactly-once: read cursors and states → learn → judge → blobs to disk → one ledger transaction for all sites of the call. A
+repeated call finds its cursors moved and does nothing. What a process keeps between calls is a copy of what lies in blobs,
+found by the digests that the ledger gives out: the least recently used goes first, and is read again when it is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+
+from pipeline.config import Config, parse
+from pipeline.control import rebase
+from pipeline.control.judge import Window, features_of, judge, rescored, slot_of, steps_of
+from pipeline.data import blobs
+from pipeline.data.anchor import AnchorSet, open_sealed
+from pipeline.data.features import FeatureBlock, read_features
+from pipeline.guards import Earlier, added
+from pipeline.ledger import Cycle, Ledger, ShardRow, StateRow
+from pipeline.models import checkpoint, tail
+from pipeline.site import bank
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from pipeline.models.checkpoint import SourceModel
+    from pipeline.site.contract import SiteMethod, State
+    from pipeline.storage import Place
+
+JUDGED = 1024  # states whose anchor scores are kept
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What a shard needs to start: small, so that a restarted actor gets it again."""
+
+    config: str  # resolved configuration, JSON
+    checkpoint: str  # place of the source model
+    source_version: int
+    anchor: str  # digest
+    cycle: Cycle
+    retained: int = (
+        0  # samples of a site that a rebase learns anew from; 0: what the site has not learned from yet
+    )
+
+
+def shard_job(
+    config: Config, ledger: Ledger, cycle: Cycle, *, version: int | None = None, retained: int = 0
+) -> ShardJob:
+    """What the shards of ``cycle`` are given: a source model (None: the champion) and the anchor set of its trunk."""
+    source = ledger.source(version)
+    anchor = ledger.anchor(source.trunk)
+    open_sealed(config.place("anchors"), anchor)  # damaged, it is said once and not of every site
+    return ShardJob(config.model_dump_json(), source.path, source.version, anchor, cycle, retained)
+
+
+def adapt_sites(job: ShardJob, sites: Sequence[str]) -> dict[str, str]:
+    """Adapt and judge ``sites``, ``bank.sites`` at a time, and commit them together → {site: reason} of those that failed."""
+    config, model = _config(job.config), _model(job.checkpoint)
+    ledger = _ledger(config.ledger.url)
+    if job.retained:
+        windows, failed = rebase.windows(config, model, ledger, sites, samples=job.retained)
+    else:
+        windows, failed = _windows(config, model, job, ledger, sites)
+    rows: list[ShardRow] = []
+    for start in range(0, len(windows), config.bank.sites):
+        rows += _learn_and_judge(config, model, job, windows[start : start + config.bank.sites])
+    if rows:
+        ledger.commit_shard(job.cycle, rows, now=datetime.now(UTC), rebased=job.retained > 0)
+    return failed
+
+
+def _windows(
+    config: Config, model: SourceModel, job: ShardJob, ledger: Ledger, sites: Sequence[str]
+) -> tuple[list[Window], dict[str, str]]:
+    rows = {row.site: row for row in ledger.sites_named(sites)}
+    serving, pending = ledger.serving(sites), ledger.pending(sites)
+    stored = ledger.states([r.learner for r in rows.values()] + [s.state for s in serving.values()])
+    now, store, fresh = (
+        datetime.now(UTC),
+        config.place("features"),
+        cast("SiteMethod", config.site).init(model.tail),
+    )
+    windows: list[Window] = []
+    failed: dict[str, str] = {}
+    for site in sites:
+        row, served, (want, newest) = rows[site], serving.get(site), pending[site]
+        try:
+            block = read_features(
+                store,
+                model.manifest.trunk_digest,
+                site,
+                start=row.learned,
+                end=row.ingested,
+                features=model.manifest.config.trunk.features,
+            )
+            if len(block) != want:
+                raise blobs.BadBlob(
+                    f"{len(block)} of {want} ingested samples have features of this source model; ingest again"
+                )
+            own = stored.get(row.learner) if row.learner else None
+            own = own if own and own.source_version == job.source_version else None
+            stable = stored.get(served.state) if served and served.state else None
+            stable = stable if stable and stable.source_version == job.source_version else None
+            own = own or stable  # under another source model a site goes on from what it serves
+            champion = load_state(config, model, stable, fresh=fresh)
+            learner, parent, lost = _learner(config, model, own, fresh), own, None
+            if learner is None:
+                learner, parent, lost = champion, stable, own
+        except (blobs.BadBlob, OSError) as e:
+            failed[site] = str(e)
+            continue
+        age = (now - newest).total_seconds() if newest else float("nan")
+        parent_id, lost_id, served_id = (state.id if state else None for state in (parent, lost, stable))
+        windows.append(Window(row, block, learner, champion, parent_id, lost_id, age, served_id))
+    return [_renewed(config, w, fresh) for w in _recalled(ledger, windows, now)], failed
+
+
+def _recalled(ledger: Ledger, windows: Sequence[Window], now: datetime) -> list[Window]:
+    """The windows with what earlier verdicts measured: of the site, whatever it learns from now, and of that state."""
+    latest = ledger.latest_verdicts([w.row.site for w in windows])
+    wanted = [w.parent for w in windows if w.parent and latest[w.row.site].state != w.parent]
+    older = {v.state: v for v in ledger.verdicts(ids=wanted)} if wanted else {}
+    found: list[Window] = []
+    for w in windows:
+        last, made = latest.get(w.row.site), None
+        before = last.evidence.stream if last else None
+        baseline = before.baseline if before else ()
+        if last and before and last.outcome != "fail":
+            baseline = added(baseline, before.hours)
+        if w.parent and last:
+            made = (
+                (last, before)
+                if last.state == w.parent
+                else (older[w.parent], older[w.parent].evidence.stream)
+            )
+        born, sessions = now.isoformat(), 0
+        if made and made[1]:
+            born, sessions = (
+                made[1].born or made[0].at.isoformat(),
+                made[1].sessions_before + (made[1].sessions or 0),
+            )
+        age = (now - datetime.fromisoformat(born)).total_seconds() / 86_400
+        found.append(replace(w, earlier=Earlier(baseline, born, age, sessions)))
+    return found
+
+
+def _renewed(config: Config, w: Window, fresh: State) -> Window:
+    """A site whose state has come to its age (guard ``expiry``) begins again from the source model."""
+    rule, age, steps = config.guards.expiry, w.earlier.age_days or 0.0, steps_of(w.learner) or 0
+    if rule.advisory or w.parent is None or (age <= rule.state_days and steps <= rule.state_steps):
+        return w
+    return replace(w, learner=fresh, parent=None, earlier=Earlier(baseline=w.earlier.baseline, age_days=0.0))
+
+
+def _learner(config: Config, model: SourceModel, row: StateRow | None, fresh: State) -> State | None:
+    """What learning goes on from; None where its blob is damaged: then the site goes on from what it serves."""
+    try:
+        return load_state(config, model, row, fresh=fresh)
+    except blobs.BadBlob:
+        return None
+
+
+def _learn_and_judge(
+    config: Config, model: SourceModel, job: ShardJob, windows: Sequence[Window]
+) -> list[ShardRow]:
+    method = cast("SiteMethod", config.site)
+    streams = [features_of(w.block) for w in windows]
+    start = bank.stack([w.learner for w in windows])
+    states, traces = bank.run(
+        method, model.tail, start, streams, batch=config.bank.batch, slots=config.bank.sites
+    )
+    blob = blobs.put(config.place("states"), states)
+    anchor, known = _anchor(config.place("anchors"), job.anchor), _known(job.anchor, job.checkpoint)
+    scored = [rescored(model, w, slot_of(states, k), streams[k]) for k, w in enumerate(windows)]
+    judged = judge(config, model, anchor, windows, states, traces, scored=scored, known=known)
+    outcomes = blobs.put(config.place("outcomes"), _outcomes(windows, traces, scored))
+    ends = np.cumsum([len(w.block) for w in windows]).tolist()
+    return [
+        ShardRow(
+            site=w.row.site,
+            offset_from=w.row.learned,
+            offset_to=w.row.ingested,
+            source_version=job.source_version,
+            method=method.kind,
+            blob=blob if len(w.block) else None,
+            slot=k,
+            parent=w.parent,
+            counters={
+                "samples": len(w.block),
+                "outcomes": outcomes,
+                "rows": [ends[k] - len(w.block), ends[k]],
+                "lost": w.lost,
+                "anchor": job.anchor,
+                "stable": w.served,
+                **_counters(w.block, traces[k]),
+            },
+            verdict=verdict,
+            evidence=evidence,
+        )
+        for k, (w, (evidence, verdict)) in enumerate(zip(windows, judged, strict=True))
+    ]
+
+
+def load_state(
+    config: Config, model: SourceModel, row: StateRow | None, *, fresh: State | None = None
+) -> State:
+    """The state a ledger row points to; the source model's own, ``fresh``, where there is none or it is of another method."""
+    method = cast("SiteMethod", config.site)
+    fresh = fresh or method.init(model.tail)
+    if row is None:
+        return fresh
+    hot = _hot(config.bank.hot_mb)
+    key = row.blob, row.slot
+    if key not in hot:
+        hot[key] = {name: t[row.slot].clone() for name, t in _blob(config.place("states"), row.blob).items()}
+    state = hot[key]
+    if row.method != method.kind or {n: t.shape for n, t in state.items()} != {
+        n: t.shape for n, t in fresh.items()
+    }:
+        moved = {name: state[name] for name in tail.MOVABLE if name in state}  # an earlier version had fewer
+        return {**fresh, **moved}  # another method: what it learned, not how
+    return state
+
+
+def _outcomes(
+    windows: Sequence[Window], traces: Sequence[bank.Trace], scored: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """What reports and scoring need per sample, site after site: the score served before, online (before learning), after."""
+    return {
+        "offset": torch.from_numpy(np.concatenate([w.block.offset for w in windows])),
+        "present": torch.from_numpy(np.concatenate([w.block.present for w in windows])),
+        "before": torch.cat([before for before, _ in scored]),
+        "after": torch.cat([after for _, after in scored]),
+        "online": torch.cat([t.score for t in traces]),
+        **{
+            n: torch.cat([getattr(t, n) for t in traces])
+            for n in ("pseudo_label", "disagreement", "omega", "instability")
+        },
+    }
+
+
+def _counters(block: FeatureBlock, trace: bank.Trace) -> dict[str, object]:
+    n = max(len(block), 1)
+    labels = trace.pseudo_label
+    return {
+        "accepted_bona_fide": int((labels == 1).sum()),
+        "accepted_attack": int((labels == 0).sum()),
+        "called_bona_fide_share": float((trace.score >= 0.5).sum()) / n,
+        "restores": int(trace.restored.sum()),
+        "omega": float(trace.omega[-1]) if len(block) else None,
+        "sessions": len(np.unique(block.session)),
+    }
+
+
+@lru_cache(maxsize=2)
+def _config(text: str) -> Config:
+    return parse(text, "shard job")
+
+
+@lru_cache(maxsize=2)
+def _model(path: str) -> SourceModel:
+    torch.set_num_threads(1)
+    return checkpoint.load(path)
+
+
+@lru_cache(maxsize=2)
+def _ledger(url: str) -> Ledger:
+    return Ledger.open(url)
+
+
+@lru_cache(maxsize=2)
+def _anchor(root: Place, digest: str) -> AnchorSet:
+    return open_sealed(root, digest)
+
+
+@lru_cache(maxsize=4)  # what its sites need goes to the hot states
+def _blob(root: Place, digest: str) -> State:
+    return blobs.get(root, digest)
+
+
+@lru_cache(maxsize=2)
+def _hot(megabytes: int) -> LRUCache[tuple[str, int], State]:
+    return LRUCache(megabytes * 2**20, getsizeof=lambda state: sum(t.nbytes for t in state.values()))
+
+
+@lru_cache(maxsize=2)
+def _known(anchor: str, model: str) -> LRUCache[bytes, np.ndarray]:
+    return LRUCache(JUDGED)

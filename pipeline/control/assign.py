@@ -1,0 +1,57 @@
+"""Which shard a site belongs to, and which sites go out together; pure, so that every driver decides the same.
+
+Rendezvous hashing (Thaler & Ravishankar, 1998): a site belongs to the shard whose hash with it is the highest. A shard that
+joins takes only what becomes its own, one that leaves gives up only what it had: the states others keep in memory stay hot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+SAMPLES, SITES = (
+    1024,
+    256,
+)  # of one call: its fixed costs must not show, and its loss with a shard must not hurt
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def homes(sites: Sequence[str], shards: int) -> NDArray[np.int64]:
+    """[N] the shard of each site."""
+    own = np.array([_hash(s) for s in sites], np.uint64)
+    shard = _mixed(np.arange(1, shards + 1, dtype=np.uint64) * GOLDEN)
+    return np.stack([_mixed(own ^ k) for k in shard]).argmax(axis=0)
+
+
+def calls(pending: Mapping[str, int], *, slots: int) -> list[list[str]]:
+    """Sites with so many samples each → calls of about SAMPLES in banks of ``slots``, the longest streams together.
+
+    A bank takes as many steps as its longest stream has batches, so streams of a length waste the fewest slots.
+    """
+    found: list[list[str]] = [[]]
+    samples = 0
+    for site in sorted(pending, key=lambda s: (-pending[s], s)):
+        if found[-1] and len(found[-1]) % slots == 0 and (samples >= SAMPLES or len(found[-1]) >= SITES):
+            found.append([])
+            samples = 0
+        found[-1].append(site)
+        samples += pending[site]
+    return [c for c in found if c]
+
+
+def _hash(site: str) -> int:
+    return int.from_bytes(hashlib.blake2b(site.encode(), digest_size=8).digest(), "little")
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64 (Steele et al., 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,159 @@
+"""What a plan may promote each site to: its newest passing candidate, or what it becomes under a new source model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline import rollout as machine
+from pipeline.control.anchor import compare_sources
+from pipeline.control.deployment import check_size, now, source_model
+from pipeline.guards import assess, expired
+from pipeline.guards.limits import of_source
+from pipeline.ledger import RETIRED
+from pipeline.rollout import Candidate, Pointer, SiteFacts, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pipeline.config import Config
+    from pipeline.control.deployment import Reporter
+    from pipeline.control.rebase import Rebased
+    from pipeline.ledger import Ledger, ServingRow, SiteRow, StateRow, VerdictRow
+
+
+def candidates(
+    config: Config, ledger: Ledger, reporter: Reporter, *, of: Sequence[SiteRow] | None = None
+) -> dict[str, SiteFacts]:
+    """Every site (or those ``of``) with its newest candidate; a verdict counts only if its evidence passes under today's
+    limits as well, and not for longer than ``guards.expiry`` allows.
+    """
+    latest = ledger.latest_verdicts()
+    states, champion = ledger.states([v.state for v in latest.values()]), ledger.source().version
+    rows = _living(ledger) if of is None else of
+    found: dict[str, Candidate | None] = {}
+    with reporter.progress("judge again", "sites") as advance:
+        for i, row in enumerate(rows):
+            verdict = latest.get(row.site)
+            state = states.get(verdict.state) if verdict and verdict.state else None
+            found[row.site] = _candidate(config, verdict, state, champion) if verdict else None
+            advance(i + 1, len(rows))
+    return _facts(config, ledger, rows, found)
+
+
+def of_new_source(
+    config: Config,
+    ledger: Ledger,
+    reporter: Reporter,
+    *,
+    version: int,
+    rebase: Callable[[], Rebased] | None,
+    dry_run: bool = False,
+) -> dict[str, SiteFacts]:
+    """Every site under source model ``version``: its rebased state if that passes, else the bare model.
+
+    ``rebase`` fits every site's state anew; None resets the fleet to the bare model. Raises ValueError unless the bare
+    model passes against the present one. From then on the version is the challenger: new captures get features under
+    both trunks.
+    """
+    old, new = ledger.source(), source_model(ledger, version)
+    if version == old.version:
+        raise ValueError(f"source v{version} is the champion already; `palisade train` makes another")
+    if dry_run and rebase:
+        raise ValueError("--dry-run with --states rebase would fit every site's state; leave one of them out")
+    check_size(config, new)
+    evidence = compare_sources(config, ledger, old, new)
+    limits = of_source(config.guards)
+    verdict = assess(limits, evidence)
+    if verdict.outcome != "pass":
+        raise ValueError(
+            f"source v{version} may not be released: verdict {verdict.outcome}: {verdict.decisive}"
+        )
+    judged = ledger.judge_source(version, verdict, evidence, now=now(), limits=limits.model_dump(mode="json"))
+    bare = Candidate(Pointer(None, version), judged, "pass")
+    rows = _living(ledger)
+    found: dict[str, Candidate | None] = dict.fromkeys([r.site for r in rows], bare)
+    if not dry_run:
+        ledger.set_challenger(version, now=now())
+    if rebase:
+        done = rebase()
+        for site, why in [*done.reset.items(), *done.failed.items()]:
+            reporter.say(f"{site}: reset to the bare source model: {why}")
+        for site, v in done.candidates.items():
+            if v.outcome == "pass" and site in found:
+                found[site] = Candidate(Pointer(v.state, version), v.id, "pass")
+    return _facts(config, ledger, rows, found)
+
+
+def joiners(
+    config: Config, ledger: Ledger, reporter: Reporter, release: str, r: machine.Rollout
+) -> dict[str, machine.Target]:
+    """Sites that were registered after the plan was made and have a passing candidate: they go with the last wave."""
+    if r.plan.kind != "candidates" or not machine.open_to_joiners(r):
+        return {}
+    planned = ledger.rollout_sites(release)
+    new = [s for s in _living(ledger) if s.site not in planned]
+    if not new:
+        return {}
+    facts = candidates(config, ledger, reporter, of=new)
+    draft = machine.plan(
+        release, {s: f for s, f in facts.items() if not f.control}, r.plan.source_version, r.plan.config
+    )
+    last = len(r.plan.waves) - 1
+    return {
+        s: t._replace(wave=last)
+        for s, t in draft.targets.items()
+        if not r.plan.config.night or t.zone in r.plan.zones
+    }
+
+
+def pointer(ledger: Ledger, served: ServingRow | None) -> Pointer:
+    """What a site serves; without a row the champion source model."""
+    if served is None:
+        return Pointer(None, ledger.source().version)
+    return Pointer(served.state, served.source_version)
+
+
+def _living(ledger: Ledger) -> list[SiteRow]:
+    return [row for row in ledger.sites() if row.status != RETIRED]
+
+
+def _candidate(
+    config: Config, verdict: VerdictRow, state: StateRow | None, champion: int
+) -> Candidate | None:
+    if state is None or state.source_version != champion:
+        if verdict.outcome == "pass":
+            return None  # of another source model
+        return Candidate(Pointer(None, champion), verdict.id, "hold", verdict.verdict.decisive)
+    to = Pointer(verdict.state, champion)
+    if verdict.outcome != "pass":
+        return Candidate(
+            to, verdict.id, "fail" if verdict.outcome == "fail" else "hold", verdict.verdict.decisive
+        )
+    late = expired(config.guards, verdict.at, now())
+    if late is not None and not late.advisory:
+        return Candidate(to, verdict.id, late.call, f"{late.guard}: {late.text}")
+    again = assess(config.guards, verdict.evidence)
+    return Candidate(to, verdict.id, again.outcome, again.decisive)
+
+
+def _facts(
+    config: Config, ledger: Ledger, rows: Sequence[SiteRow], found: Mapping[str, Candidate | None]
+) -> dict[str, SiteFacts]:
+    serving = ledger.serving()
+    good = ledger.served_by([r.id for r in ledger.rollouts() if r.status == Status.COMPLETED])
+    controls = set(machine.choose_controls({r.site: r.tags for r in _living(ledger)}, config.rollout))
+    source = Pointer(None, ledger.source().version)
+    return {
+        row.site: SiteFacts(
+            serving=_of(serving.get(row.site)) or source,
+            last_good=_of(good.get(row.site)),
+            candidate=found[row.site],
+            control=row.site in controls,
+            tags=row.tags,
+        )
+        for row in rows
+    }
+
+
+def _of(served: ServingRow | None) -> Pointer | None:
+    return Pointer(served.state, served.source_version) if served else None

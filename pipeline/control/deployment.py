@@ -1,0 +1,143 @@
+"""What every job needs of a deployment: its ledger, its source model, and the fleet's lease."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import psutil
+
+from pipeline.data.corpus import read_manifest
+from pipeline.ledger import Ledger, LedgerError, LedgerUnavailable, StaleGeneration
+from pipeline.storage import place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from pipeline.config import Config
+    from pipeline.ledger import Cycle, SourceRow
+
+RENEW_SECONDS = 30
+CLOCK_SECONDS = 2  # by which a start may seem to move when the boot time is corrected
+
+
+class Reporter(Protocol):
+    """Where long work says how far it is; the command line's ``Terminal`` is one."""
+
+    def say(self, text: str) -> None: ...
+    def progress(self, label: str, unit: str = "") -> AbstractContextManager[Callable[[int, int], None]]: ...
+
+
+def now() -> datetime:
+    """The clock of the jobs, UTC; nothing below them reads one."""
+    return datetime.now(UTC)
+
+
+def open_ledger(config: Config, *, create: bool = True) -> Ledger:
+    """The deployment's ledger."""
+    return Ledger.open(config.ledger.url, create=create)
+
+
+def corpora(config: Config) -> list[Path]:
+    """Folders of the corpora that ``data.domains`` names (where it is empty, all that are not rendered for training alone)."""
+    root = Path(config.data.corpora)
+    there = sorted(p.parent.name for p in root.glob("*/manifest.json"))
+    if not there:
+        raise ValueError(
+            f"data.corpora: {root} holds no imported corpus; run `palisade import KIND FOLDER` first"
+        )
+    missing = [d for d in config.data.domains if d not in there]
+    if missing:
+        raise ValueError(f"data.domains: {missing[0]!r} is not imported; there are {', '.join(there)}")
+    found = [
+        root / d
+        for d in config.data.domains or there
+        if config.data.domains or read_manifest(root / d).kind != "rendered"
+    ]
+    for path in found:
+        size = read_manifest(path).size
+        if size != config.data.size:
+            raise ValueError(
+                f"data.size: {config.data.size}, but {path} was imported at {size}; import it again or change data.size"
+            )
+    return found
+
+
+def check_size(config: Config, source: SourceRow) -> None:
+    """Frames of another size would give features that only look right."""
+    if (size := int(str(source.manifest["size"]))) != config.data.size:
+        raise ValueError(f"data.size: {config.data.size}, but source v{source.version} was trained at {size}")
+
+
+def source_model(ledger: Ledger, version: int | None = None) -> SourceRow:
+    """A source version (default: the champion) whose checkpoint is there."""
+    row = ledger.source(version)
+    if not place(row.path).exists():
+        raise LedgerError(
+            f"source v{row.version}: its model {row.path} is missing; restore it or run `palisade train`"
+        )
+    return row
+
+
+def featured_by(config: Config, ledger: Ledger) -> list[SourceRow]:
+    """The source models whose trunks every new sample goes through: the champion, then the challenger while there is one."""
+    rows, challenger = [source_model(ledger)], ledger.challenger()
+    if challenger is not None:
+        rows.append(source_model(ledger, challenger))
+    for row in rows:
+        check_size(config, row)
+    return rows if rows[-1].trunk != rows[0].trunk else rows[:1]
+
+
+@contextmanager
+def lease(config: Config, ledger: Ledger, kind: str, *, purpose: str = "") -> Iterator[Cycle]:
+    """Hold the fleet's lease for a cycle of ``kind``; whoever dies in it is resumed by the next to call this.
+
+    The caller ends the cycle with ``finish_cycle``. A cycle that was begun for another ``purpose`` is not gone on with.
+    """
+    host = socket.gethostname()
+    own = psutil.Process()
+    holder = f"{host}:{own.pid}:{own.create_time():.0f}"
+    cycle = ledger.begin_cycle(
+        kind, config.fingerprint() + purpose, config.model_dump_json(), holder=holder, dead=_dead, now=now()
+    )
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(RENEW_SECONDS):
+            try:
+                ledger.renew(cycle, now=now())
+            except LedgerUnavailable:
+                continue  # the lease lasts longer than a hiccup
+            except StaleGeneration:
+                return  # the next commit says so
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield cycle
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _dead(holder: str) -> bool:
+    """Whether a holder on this very host is gone; of other hosts only the lease's end tells."""
+    host, _, rest = holder.partition(":")
+    pid, _, started = rest.partition(":")
+    if host != socket.gethostname() or not (pid.isdigit() and started.isdigit()):
+        return False
+    if int(pid) == os.getpid():
+        return True  # this process itself, from an earlier job that did not end well
+    try:
+        process = psutil.Process(int(pid))
+        another = abs(process.create_time() - float(started)) > CLOCK_SECONDS
+        return another or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

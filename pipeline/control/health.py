@@ -1,0 +1,199 @@
+"""How the promoted sites do: who has brought data, and what the labelled presentations say of what each serves now."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pipeline.control.adapt import load_state
+from pipeline.control.candidates import pointer
+from pipeline.control.deployment import now, source_model
+from pipeline.control.judge import features_of
+from pipeline.control.scoring import labels_of
+from pipeline.data.blobs import BadBlob
+from pipeline.data.captures import BadSegment
+from pipeline.data.features import read_features
+from pipeline.guards import Standing, budget, compare, watch
+from pipeline.models import checkpoint, tail
+from pipeline.rollout import CONTROL, FLYING, RETURNING, Failing, Seen, Status, WaveSeen
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.config import Config
+    from pipeline.guards import Reason
+    from pipeline.ledger import Ledger
+    from pipeline.models.checkpoint import SourceModel
+    from pipeline.rollout import Pointer, Rollout
+
+HOURS = 6  # that the error budget looks back
+
+
+def look(config: Config, ledger: Ledger, rollout: str, r: Rollout) -> Seen:
+    """What the state machine needs to know now; on the way back only who still has to go."""
+    if r.status in RETURNING:
+        return returning(ledger, rollout, r)
+    if r.status not in FLYING | {Status.PAUSED} or r.wave < 0:
+        return Seen()
+    last = min(r.wave, len(r.plan.waves) - 1)
+    silent = ledger.silent(rollout, upto=last, samples=r.plan.config.health_samples, without=list(r.failed))
+    out = Counter(r.failed.values())
+    waves = [WaveSeen(sites=w.sites - out[i]) for i, w in enumerate(r.plan.waves[:last])]
+    waves.append(ledger.wave_seen(rollout, last, without=list(r.failed)))
+    labelled = _labelled(config)
+    promoted = {p.site: (p.wave, p.to, p.back) for p in ledger.promoted(rollout, upto=last, names=labelled)}
+    failed = ledger.targets(
+        rollout, sorted(set(r.failed) & set(labelled))
+    )  # what they did counts against the release
+    promoted |= {s: (t.wave, t.to, t.back) for s, t in failed.items()}
+    treated = _standing(config, ledger, [(s, to, back) for s, (_, to, back) in promoted.items()])
+    found = watch(config.guards, treated.counts)
+    wave_of = {s: wave for s, (wave, _, _) in promoted.items()}
+    presented = Counter[int]()
+    for site, n in zip(treated.counts.sites, treated.counts.attacks.tolist(), strict=True):
+        presented[wave_of[site]] += n
+    return Seen(
+        waves=tuple(
+            WaveSeen(w.sites, w.late, w.first_late, *silent.get(i, (0, "")), presentations=presented[i])
+            for i, w in enumerate(waves)
+        ),
+        unreturned=ledger.returnable(rollout, list(r.failed)) if r.failed else 0,
+        failing={
+            s: Failing(wave_of[s], _told(reasons[0]))
+            for s, reasons in found.failing.items()
+            if s not in r.failed
+        },
+        breach=tuple(_told(reason) for reason in found.breach),
+        freeze=_freeze(config, ledger, rollout, treated, labelled),
+    )
+
+
+def _freeze(config: Config, ledger: Ledger, rollout: str, treated: Treated, labelled: Sequence[str]) -> str:
+    """Why the fleet gets no promotions now: its error budget, or that promoted sites err more than control sites do.
+
+    The latter keeps false findings at 5 % of the findings, which is enough to ask a person, not to take a release back.
+    """
+    strata = config.rollout.strata
+    tags = {s.site: s.tags for s in ledger.sites_named(list(labelled))}
+    names = [s for s, e in ledger.excluded(rollout, labelled).items() if e.reason == CONTROL]
+    serving = ledger.serving(names)
+    at = {s: (s, here := pointer(ledger, serving.get(s)), here) for s in names}
+    controls = _standing(config, ledger, list(at.values()))
+    stratum = {s: "/".join(t.get(tag, "") for tag in strata) or "fleet" for s, t in tags.items()}
+    reasons = [
+        *budget(config.guards, *_hourly(treated)),
+        *compare(config.guards, treated.counts, controls.counts, strata=stratum),
+    ]
+    return next((f"promotions freeze: {_told(x)}" for x in reasons if not x.advisory), "")
+
+
+def returning(ledger: Ledger, rollout: str, r: Rollout) -> Seen:
+    """What a rollback needs to know: how many sites still have to go."""
+    return Seen(on=ledger.returnable(rollout) if r.status == Status.ROLLING_BACK else None)
+
+
+def _told(reason: Reason) -> str:
+    """A finding as people and notifications read it: where, guard, number and limit."""
+    return f"{reason.where}: {reason.guard}: {reason.text}"
+
+
+def _labelled(config: Config) -> list[str]:
+    """Sites with recorded red-team presentations."""
+    folder = config.data.redteam
+    return (
+        sorted(p.name.removesuffix("-labels.parquet") for p in Path(folder).glob("*-labels.parquet"))
+        if folder
+        else []
+    )
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What one pointer calls the labelled presentations of a site."""
+
+    truth: np.ndarray  # [N] 1 bona fide, 0 attack
+    bona_fide: np.ndarray  # [N] bool
+    captured_at: np.ndarray  # [N] datetime64[us]
+
+
+@dataclass(frozen=True)
+class Treated:
+    """Sites with what they were presented and how often they erred, in all and one by one."""
+
+    counts: Standing
+    wrong: np.ndarray  # [N] bool, all presentations of all sites
+    captured_at: np.ndarray  # [N] datetime64[us]
+
+
+def _standing(config: Config, ledger: Ledger, sites: Sequence[tuple[str, Pointer, Pointer]]) -> Treated:
+    """Replay each site's presentations through what it serves and through what it would go back to.
+
+    What cannot be read is no data: such a site counts nothing here.
+    """
+    rows: dict[str, list[int]] = {}
+    wrongs, times = [np.zeros(0, bool)], [np.zeros(0, "datetime64[us]")]
+    ends = {s.site: s.ingested for s in ledger.sites_named([site for site, _, _ in sites])}
+    for site, to, back in sites:
+        try:
+            served, before = (_calls(config, ledger, site, ends[site], p) for p in (to, back))
+        except (BadBlob, BadSegment, OSError):
+            continue
+        attack, real = served.truth == 0, served.truth == 1
+        same = np.array_equal(served.truth, before.truth)  # under another trunk some features may be missing
+        let_in, was_let_in = served.bona_fide, before.bona_fide if same else np.ones_like(served.bona_fide)
+        rows[site] = [
+            int(attack.sum()),
+            int((attack & let_in).sum()),
+            int((attack & let_in & ~was_let_in).sum()),
+            int((attack & ~let_in & was_let_in).sum()),
+            int(real.sum()),
+            int((real & ~let_in).sum()),
+            int((real & ~before.bona_fide).sum()) if same else 0,
+        ]
+        wrongs.append(let_in == attack)
+        times.append(served.captured_at)
+    counts = np.array(list(rows.values()), np.int64).reshape(-1, 7).T
+    return Treated(Standing(list(rows), *counts), np.concatenate(wrongs), np.concatenate(times))
+
+
+def _hourly(treated: Treated) -> tuple[np.ndarray, np.ndarray]:
+    """(errors, presentations) of each of the last hours [H], newest last."""
+    ago = (np.datetime64(now().replace(tzinfo=None), "us") - treated.captured_at).astype(np.float64) / 3.6e9
+    recent = (ago >= 0) & (ago < HOURS)
+    hour = HOURS - 1 - ago[recent].astype(int)
+    return (
+        np.bincount(hour, weights=treated.wrong[recent], minlength=HOURS),
+        np.bincount(hour, minlength=HOURS),
+    )
+
+
+def _calls(config: Config, ledger: Ledger, site: str, end: int, pointer: Pointer) -> Calls:
+    """The site's labelled presentations under the trunk of ``pointer``, and what it calls them."""
+    model = _model(source_model(ledger, pointer.source_version).path)
+    block = read_features(
+        config.place("features"),
+        model.manifest.trunk_digest,
+        site,
+        start=0,
+        end=end,
+        features=model.manifest.config.trunk.features,
+    )
+    labels = labels_of(config.data.redteam, site)
+    block = block.rows(np.array([s in labels for s in block.sample_id], bool))
+    truth = np.array([labels[s][0] for s in block.sample_id], np.int64)
+    state = load_state(config, model, ledger.state(pointer.state_id))
+    stream = features_of(block)
+    with torch.no_grad():
+        score = tail.score(tail.moved(model.tail, state), stream.z, stream.present)
+    return Calls(truth, (score >= model.manifest.threshold).numpy(), block.captured_at)
+
+
+@lru_cache(maxsize=2)
+def _model(path: str) -> SourceModel:
+    return checkpoint.load(path)

@@ -1,0 +1,214 @@
+"""What a shard holds of a site's window, and the judging of what it learned from it: no ledger, no blobs, no Ray."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pipeline.data.features import mask_to_bool
+from pipeline.data.protocols import PATTERNS
+from pipeline.guards import Earlier, Evidence, Seen, Stream, Verdict, assess, evidence_of, stream_of, usual
+from pipeline.models import tail
+from pipeline.site import bank
+from pipeline.types import Features, Modality
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, MutableMapping, Sequence
+
+    from torch import Tensor
+
+    from pipeline.config import Config
+    from pipeline.data.anchor import AnchorSet
+    from pipeline.data.features import FeatureBlock
+    from pipeline.ledger import SiteRow
+    from pipeline.models.checkpoint import SourceModel
+    from pipeline.site.contract import State
+
+    Known = MutableMapping[bytes, np.ndarray]  # anchor scores of a state, by the digest of what it moved
+
+NOTHING = Earlier()
+
+
+@dataclass(frozen=True)
+class Window:
+    """One site with what it has not learned from yet."""
+
+    row: SiteRow
+    block: FeatureBlock
+    learner: State  # what learning goes on from
+    stable: State  # what the site serves
+    parent: str | None  # state that the learner is
+    lost: str | None  # state that it should have been, whose blob is damaged
+    age_seconds: float
+    served: str | None = None  # state that ``stable`` is; None = the source model as it is
+    earlier: Earlier = NOTHING
+
+
+def features_of(block: FeatureBlock) -> Features:
+    """A block of the store as one site's stream."""
+    present = torch.from_numpy(mask_to_bool(block.present))
+    z, session = torch.from_numpy(block.z.astype(np.float32)), torch.from_numpy(block.session)
+    return Features(z, present, torch.ones(len(block), dtype=torch.bool), session)
+
+
+def judge(
+    config: Config,
+    model: SourceModel,
+    anchor: AnchorSet,
+    windows: Sequence[Window],
+    states: State,
+    traces: Sequence[bank.Trace],
+    *,
+    scored: Sequence[tuple[Tensor, Tensor]],
+    known: Known | None = None,
+) -> list[tuple[Evidence, Verdict]]:
+    """Replay the anchor set against every candidate and champion under every missing-modality pattern, then assess.
+
+    Where a site's rig is known a pattern leaves what the rig has of it, and one that leaves nothing is passed over.
+    ``scored`` is what ``rescored`` gives for each window. Each state is scored by itself, and once: sites that have
+    not moved share what ``known`` has of the source model.
+    """
+    patterns, _ = anchor.replayed()
+    known = {} if known is None else known
+    sound = torch.stack(
+        [torch.isfinite(t).reshape(len(t), -1).all(1) for t in states.values() if t.is_floating_point()]
+    ).all(0)
+    rigs = [rig_of(w.row.tags) for w in windows]
+    shown = {rig: _shown(anchor, rig).any(-1) for rig in set(rigs)}
+    judged: list[tuple[Evidence, Verdict]] = []
+    for k, (w, rig) in enumerate(zip(windows, rigs, strict=True)):
+        own, valid = slot_of(states, k), shown[rig]
+        finite = bool(sound[k] & torch.isfinite(traces[k].score).all())
+        stream = Stream(baseline=w.earlier.baseline, born=w.earlier.born, sessions_before=w.earlier.sessions)
+        if finite:
+            stream = _measured(config, model, anchor, w, own, traces[k], scored[k], known)
+        evidence = evidence_of(
+            anchor_scores(model, anchor, own, known, rig=rig),
+            anchor_scores(model, anchor, w.stable, known, rig=rig),
+            anchor.label.numpy(),
+            anchor.species,
+            patterns,
+            model.manifest.threshold,
+            trust_ratio=bank.distance(model.tail, states, k),
+            stream_n=len(w.block),
+            age_seconds=w.age_seconds,
+            stream_finite=finite,
+            valid=valid.numpy(),
+            holds_before=w.row.holds,
+            rig=rig,
+            unseen=_unseen(rig),
+            stream=stream,
+        )
+        judged.append((evidence, assess(config.guards, evidence)))
+    return judged
+
+
+def rig_of(tags: Mapping[str, str]) -> tuple[str, ...]:
+    """Modalities that the tag ``rig`` names, such as ``rgb+ir``; none where it is missing or names something else."""
+    named = tags.get("rig", "").lower().split("+")
+    allowed = [m.name.lower() for m in Modality]
+    return tuple(m for m in allowed if m in named) if set(named) <= set(allowed) else ()
+
+
+def anchor_scores(
+    model: SourceModel, anchor: AnchorSet, state: State, known: Known, *, rig: Sequence[str] = ()
+) -> np.ndarray:
+    """Scores [P, N] of one state under every pattern, as ``rig`` shows it; looked up in and added to ``known``."""
+    key = _moved(state) + "+".join(rig).encode()
+    if key not in known:
+        params = tail.moved(model.tail, state)
+        with torch.no_grad():
+            known[key] = torch.stack([tail.score(params, anchor.z, p) for p in _shown(anchor, rig)]).numpy()
+    return known[key]
+
+
+def rescored(model: SourceModel, window: Window, candidate: State, stream: Features) -> tuple[Tensor, Tensor]:
+    """The stream's scores [N] by what the site serves and by the candidate."""
+    with torch.no_grad():
+        before = tail.score(tail.moved(model.tail, window.stable), stream.z, stream.present)
+        if _moved(candidate) == _moved(window.stable):
+            return before, before
+        return before, tail.score(tail.moved(model.tail, candidate), stream.z, stream.present)
+
+
+def slot_of(stacked: State, k: int) -> State:
+    return {name: t[k] for name, t in stacked.items()}
+
+
+def steps_of(state: State) -> int | None:
+    """Steps that a state has taken since it left the source model; None where its method does not count them."""
+    return next((int(state[n]) for n in ("step", "adam.t") if n in state), None)
+
+
+def _unseen(rig: Sequence[str]) -> list[str]:
+    """Patterns that leave nothing of a known rig."""
+    has = sum(1 << m for m in Modality if m.name.lower() in rig)
+    return [name for name, mask in PATTERNS.items() if rig and not mask & has]
+
+
+def _shown(anchor: AnchorSet, rig: Sequence[str]) -> Tensor:
+    """[P, N, M] what each pattern leaves present, of the modalities of a known rig."""
+    present = anchor.replayed()[1]
+    return present & torch.tensor([m.name.lower() in rig for m in Modality]) if rig else present
+
+
+def _measured(
+    config: Config,
+    model: SourceModel,
+    anchor: AnchorSet,
+    w: Window,
+    own: State,
+    trace: bank.Trace,
+    scored: tuple[Tensor, Tensor],
+    known: Known,
+) -> Stream:
+    """What the window shows without labels, against the anchor set as its usual modalities show it to the source model.
+
+    Captures whose features are not finite score nothing and show nothing.
+    """
+    scores = [t.numpy().astype(np.float64) for t in (trace.score, *scored)]
+    sane = np.isfinite(scores).all(0)
+    present = w.block.present[sane]
+    hour = w.block.captured_at.astype("datetime64[h]").astype(np.int64) % 24
+    online, champion, candidate = (x[sane] for x in scores)
+    seen = Seen(
+        online,
+        champion,
+        candidate,
+        trace.pseudo_label.numpy()[sane],
+        trace.disagreement.numpy().astype(np.float64)[sane],
+        w.block.session[sane],
+        present,
+        hour[sane],
+    )
+    source = _source_scores(model, anchor, usual(present), known)
+    return stream_of(
+        config.guards, seen, source, model.manifest.threshold, earlier=w.earlier, steps=steps_of(own)
+    )
+
+
+def _source_scores(model: SourceModel, anchor: AnchorSet, mask: int, known: Known) -> np.ndarray:
+    """The source model's scores of the anchor items that a pattern shows with just the modalities of ``mask``."""
+    key = b"source" + bytes([mask])
+    if key not in known:
+        scores = anchor_scores(model, anchor, tail.movable(model.tail), known)
+        alike = (
+            (anchor.replayed()[1] == torch.from_numpy(mask_to_bool(np.array([mask], np.uint8))))
+            .all(-1)
+            .numpy()
+        )
+        found = np.flatnonzero(alike.any(0))  # several patterns may leave the same of a sample
+        known[key] = scores[alike.argmax(0)[found], found].astype(np.float64)
+    return known[key]
+
+
+def _moved(state: State) -> bytes:
+    """Digest of what decides a state's scores."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in tail.MOVABLE:
+        digest.update(state[name].contiguous().numpy().tobytes())
+    return digest.digest()

@@ -1,0 +1,100 @@
+"""A site on another trunk: what is retained of its stream, and the window from which it learns anew under that trunk.
+
+No tensor of a state means anything under another trunk, so that of what a site has learned only its samples go over. The
+window ends where the site has learned to, under whatever trunk: what comes after it is learned once, by whichever state
+the site goes on from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import takewhile
+from typing import TYPE_CHECKING, cast
+
+from pipeline.control.judge import Window
+from pipeline.data.blobs import BadBlob
+from pipeline.data.features import FeatureBlock, read_features
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pipeline.config import Config
+    from pipeline.ledger import Cycle, Ledger, SegmentRow, SiteRow, VerdictRow
+    from pipeline.models.checkpoint import SourceModel
+    from pipeline.site.contract import SiteMethod
+
+
+@dataclass(frozen=True)
+class Rebased:
+    """What became of the fleet."""
+
+    cycle: Cycle
+    candidates: Mapping[str, VerdictRow]  # by site, the newest under the present configuration
+    reset: Mapping[str, str]  # sites that cannot be rebased, with the reason
+    failed: Mapping[str, str]  # sites that a repeated call tries again, with the reason
+
+
+def retained(segments: Sequence[SegmentRow], *, learned: int, samples: int) -> tuple[SegmentRow, ...]:
+    """The newest whole segments before offset ``learned`` that hold ``samples`` good samples, or all where there are fewer.
+
+    ``segments`` are those of one site, in stream order.
+    """
+    taken: list[SegmentRow] = []
+    held = 0
+    for s in reversed(segments):
+        if held >= samples:
+            break
+        if s.rows and s.base_offset < learned:
+            taken.append(s)
+            held += s.good
+    return tuple(reversed(taken))
+
+
+def unbroken(segments: Sequence[SegmentRow], whole: Callable[[SegmentRow], bool]) -> tuple[SegmentRow, ...]:
+    """The newest of ``segments`` before which none is missing: a stream with a hole is not learned across it."""
+    return tuple(reversed(list(takewhile(whole, reversed(segments)))))
+
+
+def windows(
+    config: Config, model: SourceModel, ledger: Ledger, sites: Sequence[str], *, samples: int
+) -> tuple[list[Window], dict[str, str]]:
+    """What is retained of each site under the trunk of ``model``, to be learned from the model's own state →
+    {site: reason} of those that have nothing.
+    """
+    fresh, now = cast("SiteMethod", config.site).init(model.tail), datetime.now(UTC)
+    found: list[Window] = []
+    failed: dict[str, str] = {}
+    for row in ledger.sites_named(sites):
+        told = ledger.segments(row.site)
+        at = {s.name: ingested_at for s, ingested_at in told}
+        kept = retained([s for s, _ in told], learned=row.learned, samples=samples)
+        try:
+            block = _block(config, model, row, kept)
+        except (BadBlob, OSError) as e:
+            failed[row.site] = str(e)
+            continue
+        kept = unbroken(kept, lambda s, block=block: _held(block, s) == s.good)
+        if not sum(s.good for s in kept):
+            failed[row.site] = "nothing that it learned from has features of this source model"
+            continue
+        window = replace(row, learned=kept[0].base_offset, ingested=row.learned, learner=None, holds=0)
+        age = (now - max(at[s.name] for s in kept)).total_seconds()
+        own = block.rows(block.offset >= window.learned)
+        found.append(Window(window, own, fresh, fresh, None, None, age))
+    return found, failed
+
+
+def _block(config: Config, model: SourceModel, row: SiteRow, kept: Sequence[SegmentRow]) -> FeatureBlock:
+    return read_features(
+        config.place("features"),
+        model.manifest.trunk_digest,
+        row.site,
+        start=kept[0].base_offset if kept else row.learned,
+        end=row.learned,
+        features=model.manifest.config.trunk.features,
+    )
+
+
+def _held(block: FeatureBlock, s: SegmentRow) -> int:
+    return int(((block.offset >= s.base_offset) & (block.offset < s.base_offset + s.rows)).sum())

@@ -1,0 +1,126 @@
+"""The anchor part of a verdict's evidence, counted anew: the sealed set scored by the stored states of candidate and champion.
+
+Counts must be equal; the two measured numbers may differ by another machine's rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from cachetools import LRUCache
+
+from pipeline.control.adapt import load_state
+from pipeline.control.judge import anchor_scores
+from pipeline.data.anchor import open_sealed
+from pipeline.guards import evidence_of
+from pipeline.models import checkpoint
+from pipeline.models.tail import movable
+from pipeline.site import bank
+from pipeline.types import Modality
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pipeline.config import Config
+    from pipeline.data.anchor import AnchorSet
+    from pipeline.guards import Evidence
+    from pipeline.ledger import Ledger, SourceRow, VerdictRow
+    from pipeline.models.checkpoint import SourceModel
+    from pipeline.storage import Place
+
+KNOWN = 256  # states whose anchor scores are kept
+ROUNDING = 1e-4  # relative; of what float32 sums in another order may differ by
+
+
+class Basis(NamedTuple):
+    """What a verdict was counted on."""
+
+    source: SourceRow
+    anchor: str  # digest
+    stable: str | None  # state that the site served; None = the source model as it is
+    recorded: bool  # kept with the verdict; else found by time, as an earlier version kept neither
+
+
+def basis(ledger: Ledger, row: VerdictRow) -> Basis:
+    """What ``row`` was counted on: as kept with it, else by what was sealed and served at its time."""
+    state = ledger.state(row.state)
+    source = ledger.source(state.source_version if state else None)
+    if "anchor" in row.counters:
+        stable = row.counters["stable"]
+        return Basis(source, str(row.counters["anchor"]), str(stable) if stable else None, recorded=True)
+    served = [s for s in ledger.served(row.site) if s.since <= row.at]
+    own = served[-1].state if served and served[-1].source_version == source.version else None
+    return Basis(source, ledger.anchor(source.trunk, at=row.at), own, recorded=False)
+
+
+def recounted(config: Config, ledger: Ledger, row: VerdictRow, evidence: Evidence) -> Evidence:
+    """``evidence`` with what the anchor set says of the stored states again. Raises BadBlob, or ValueError where nothing was
+    stored.
+    """
+    state = ledger.state(row.state)
+    if state is None:
+        raise ValueError("no candidate was made of an empty window")
+    found = basis(ledger, row)
+    model, anchor = _model(found.source.path), _anchor(config.place("anchors"), found.anchor)
+    stable = ledger.state(found.stable)
+    own, served = (load_state(config, model, s, fresh=movable(model.tail)) for s in (state, stable))
+    known = _known(found.source.path, found.anchor)
+    patterns, present = anchor.replayed()
+    if evidence.rig:
+        present = present & torch.tensor([m.name.lower() in evidence.rig for m in Modality])
+    candidate, champion = (anchor_scores(model, anchor, s, known, rig=evidence.rig) for s in (own, served))
+    return evidence_of(
+        candidate,
+        champion,
+        anchor.label.numpy(),
+        anchor.species,
+        patterns,
+        model.manifest.threshold,
+        trust_ratio=bank.distance(model.tail, bank.stack([own]), 0),
+        stream_n=evidence.stream_n,
+        age_seconds=evidence.age_seconds or 0.0,
+        stream_finite=evidence.finite,
+        valid=present.any(-1).numpy(),
+        holds_before=evidence.holds_before,
+        rig=evidence.rig,
+        unseen=evidence.unseen,
+        stream=evidence.stream,
+    )
+
+
+def count_differences(stored: Evidence, counted: Evidence) -> list[str]:
+    """What the recount found otherwise, a line each."""
+    was, now = ({(c.pattern, c.species): c for c in e.cells} for e in (stored, counted))
+    said: list[str] = []
+    for key in {**was, **now}:
+        if (a := was.get(key)) != (b := now.get(key)):
+            told = [
+                f"{c.errors} errors of {c.n}, {c.worse} worse, {c.better} better" if c else "nothing"
+                for c in (a, b)
+            ]
+            said.append(f"{'/'.join(key)}: {told[0]} on record, {told[1]} counted")
+    for name in ("trust_ratio", "margin_drop"):
+        a, b = getattr(stored, name), getattr(counted, name)
+        if (a is None) != (b is None) or (
+            a is not None and not math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING)
+        ):
+            said.append(f"{name}: {a} on record, {b} counted")
+    return said
+
+
+@lru_cache(maxsize=2)
+def _model(path: str) -> SourceModel:
+    return checkpoint.load(path)
+
+
+@lru_cache(maxsize=2)
+def _anchor(root: Place, digest: str) -> AnchorSet:
+    return open_sealed(root, digest)
+
+
+@lru_cache(maxsize=2)
+def _known(model: str, anchor: str) -> LRUCache[bytes, np.ndarray]:
+    return LRUCache(KNOWN)

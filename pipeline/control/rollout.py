@@ -1,0 +1,215 @@
+"""Moving a rollout on: see how its sites do, ask the state machine, do what it says, store what it remembers.
+
+Every step is one transaction of the ledger that names the revision it was decided on. A crash between two of them is mended
+by the next tick, and of two drivers at once the slower one's step is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pipeline import rollout as machine
+from pipeline.control.deployment import now
+from pipeline.control.health import look, returning
+from pipeline.control.notify import notify
+from pipeline.ledger import Memory, StaleGeneration
+from pipeline.rollout import RETURNING, TERMINAL, Rollout, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from datetime import datetime
+
+    from pipeline.config import Config
+    from pipeline.control.deployment import Reporter
+    from pipeline.ledger import Ledger, RolloutRow
+    from pipeline.rollout import Seen, Target
+    from pipeline.sections import Severity
+
+RUNNING = machine.FLYING | {Status.APPROVED, *RETURNING}
+OVERTAKEN = 5  # times that a person's step tries again after a tick that was faster
+SEVERITY: dict[Status, Severity] = {
+    Status.HOLD: "warning",
+    Status.PAUSED: "warning",
+    Status.EXPIRED: "warning",
+    Status.ABORTING: "critical",
+    Status.ROLLING_BACK: "critical",
+    Status.ROLLED_BACK: "critical",
+}
+
+
+def load(row: RolloutRow) -> Rollout:
+    """The state machine's memory."""
+    return Rollout.model_validate_json(row.body)
+
+
+def newest(ledger: Ledger) -> list[RolloutRow]:
+    """Every rollout, newest first; ValueError where there is none."""
+    rows = ledger.rollouts()
+    if not rows:
+        raise ValueError("no rollout yet; run `palisade rollout plan` first")
+    return rows
+
+
+def save(
+    ledger: Ledger,
+    row: RolloutRow,
+    r: Rollout,
+    event: str,
+    *,
+    at: datetime,
+    joined: Mapping[str, Target] | None = None,
+) -> RolloutRow:
+    """Store what the state machine remembers, unless somebody else did."""
+    ledger.save_rollout(
+        row.id,
+        plan_hash=row.plan_hash,
+        status=r.status,
+        body=r.model_dump_json(),
+        revision=row.revision,
+        event={"event": event},
+        now=at,
+        joined=joined,
+        roles=_roles(r),
+    )
+    return ledger.rollout(row.id)
+
+
+def change(ledger: Ledger, row: RolloutRow, to: Callable[[Rollout], Rollout], event: str) -> RolloutRow:
+    """A person's step, on top of whatever a tick did meanwhile."""
+    for _ in range(OVERTAKEN):
+        current = load(row)
+        new = to(current)
+        if new == current:
+            return row
+        try:
+            return save(ledger, row, new, event, at=now())
+        except StaleGeneration:
+            row = ledger.rollout(row.id)
+    raise StaleGeneration(
+        f"{row.id}: others keep moving it on; look at `palisade rollout status` and try again"
+    )
+
+
+def step(ledger: Ledger, row: RolloutRow, seen: Seen, at: datetime) -> tuple[RolloutRow, int]:
+    """Ask the state machine once and do what it says, in one transaction → the rollout as it is now, how many sites moved."""
+    current = load(row)
+    new, actions = machine.advance(current, seen, at)
+    if new == current:
+        moved = (
+            ledger.carry_out(
+                row.id, actions, without=list(new.failed), reason=new.reason, revision=row.revision, now=at
+            )
+            if actions
+            else 0
+        )
+        return row, moved
+    memory = Memory(new.status, new.model_dump_json(), said(current, new), _roles(new))
+    moved = ledger.carry_out(
+        row.id,
+        actions,
+        without=list(new.failed),
+        reason=new.reason,
+        revision=row.revision,
+        now=at,
+        memory=memory,
+    )
+    return replace(row, status=new.status, body=memory.body, revision=row.revision + 1, updated_at=at), moved
+
+
+def tick(config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporter) -> RolloutRow:
+    """Step until there is nothing more to do now, and tell people."""
+    while True:
+        before = load(row)
+        row, moved = step(ledger, row, look(config, ledger, row.id, before), now())
+        after = load(row)
+        _tell(config, ledger, row.id, before, after, reporter)
+        if not moved and (after.status, after.wave) == (before.status, before.wave):
+            return row
+
+
+def go_back(
+    config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporter, *, who: str, reason: str
+) -> RolloutRow:
+    """Abort and roll back at once: looks at no site's health, waits for nothing, comes back when a tick got in between."""
+    for _ in range(OVERTAKEN):
+        try:
+            row = change(
+                ledger,
+                row,
+                lambda r: machine.abort(r, reason=f"{who}: {reason}", now=now()),
+                f"aborted by {who}",
+            )
+            while (before := load(row)).status in RETURNING:
+                row, _ = step(ledger, row, returning(ledger, row.id, before), now())
+                _tell(config, ledger, row.id, before, load(row), reporter)
+            return row
+        except StaleGeneration:
+            row = ledger.rollout(row.id)
+    raise StaleGeneration(f"{row.id}: others keep moving it on; say it again")
+
+
+def record(config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporter) -> None:
+    """The ended rollout's run in MLflow; that it is out of reach costs the run, never the rollout."""
+    if Status(row.status) not in TERMINAL:
+        return
+    from pipeline.lineage import Lineage, LineageError
+    from pipeline.revision import code_revision
+
+    r = load(row)
+    tags = {
+        "plan": row.plan_hash,
+        "status": row.status,
+        "reason": r.reason,
+        "source.version": ledger.source().version,
+    }
+    try:
+        lineage = Lineage.open(config.lineage, code_revision=code_revision())
+        with lineage.run("rollout", row.id, params={}, tags=tags, key=row.id) as run:
+            sites = sum(w.sites for w in r.plan.waves) + r.joined
+            run.metrics({"sites": sites, "failed": len(r.failed), "waves": len(r.plan.waves)})
+    except LineageError as e:
+        reporter.say(f"warning: {e}")
+
+
+def said(before: Rollout, after: Rollout) -> str:
+    """What changed, in a line."""
+    where = (
+        f" wave {after.wave + 1} of {len(after.plan.waves)}"
+        if 0 <= after.wave < len(after.plan.waves)
+        else ""
+    )
+    reason = f": {after.reason}" if after.reason and after.reason != before.reason else ""
+    return f"{after.status}{where}{reason}"
+
+
+def _roles(r: Rollout) -> dict[str, int | None]:
+    """What an ended source release makes of the source models."""
+    if r.plan.kind != "source" or r.status not in {Status.COMPLETED, Status.ROLLED_BACK, Status.EXPIRED}:
+        return {}  # whoever supersedes it names the next challenger
+    if r.status == Status.COMPLETED:  # the old trunk's features go on, for the way back, until the next plan
+        return {"champion": r.plan.source_version, "challenger": r.plan.source_before}
+    return {"challenger": None} | (
+        {"champion": r.plan.source_before} if r.status == Status.ROLLED_BACK else {}
+    )
+
+
+def _tell(
+    config: Config, ledger: Ledger, rollout: str, before: Rollout, after: Rollout, reporter: Reporter
+) -> None:
+    if after == before:
+        return
+    text = f"{rollout}: {said(before, after)}"
+    reporter.say(text)
+    if after.status != before.status and (after.status in SEVERITY or after.status in TERMINAL):
+        context = {"rollout": rollout, "status": after.status, "wave": after.wave + 1, "reason": after.reason}
+        for remark in notify(
+            config,
+            ledger,
+            key=f"rollout/{rollout}/{after.status}",
+            text=text,
+            now=now(),
+            severity=SEVERITY.get(after.status, "info"),
+            context=context,
+        ):
+            reporter.say(remark)

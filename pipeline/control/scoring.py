@@ -1,0 +1,106 @@
+"""Sealed labels joined to stored outcomes: the only place where a site's labels are read, and only to score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from pipeline.data import blobs
+from pipeline.data.captures import read_labels
+from pipeline.data.features import read_features
+from pipeline.stats import metrics
+from pipeline.stats.metrics import MetricError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.config import Config
+    from pipeline.ledger import SourceRow, VerdictRow
+    from pipeline.stats.metrics import PadReport
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A site's judged samples in stream order, N rows; label -1 where no sealed label is known."""
+
+    offset: np.ndarray  # [N]
+    captured_at: np.ndarray  # [N] datetime64[us]
+    present: np.ndarray  # [N] uint8
+    label: np.ndarray  # [N] int
+    pai: np.ndarray  # [N] str
+    before: np.ndarray  # [N] score by what the site served
+    online: np.ndarray  # [N] score before learning from the sample
+    after: np.ndarray  # [N] score by the candidate
+    pseudo_label: np.ndarray  # [N] -1 not used
+    omega: np.ndarray  # [N]
+    instability: np.ndarray  # [N]
+
+    def pad(self, which: str, threshold: float) -> PadReport | None:
+        """ISO/IEC 30107-3 numbers of ``before``, ``online`` or ``after``; None without labels of both classes."""
+        known = self.label >= 0
+        try:
+            return metrics.report(
+                getattr(self, which)[known], self.label[known], self.pai[known], threshold, samples=0
+            )
+        except MetricError:
+            return None
+
+
+def labels_of(folder: str | None, site: str) -> dict[str, tuple[int, str]]:
+    """Labels of a site in ``data.sealed`` or ``data.redteam``; empty where there are none."""
+    path = Path(folder) / f"{site}-labels.parquet" if folder else None
+    return read_labels(path) if path and path.exists() else {}
+
+
+def scored(config: Config, source: SourceRow, verdicts: Sequence[VerdictRow]) -> Scored | None:
+    """Join the outcomes of one site's ``verdicts`` with the feature store and the sealed labels; None if nothing is left of what
+    it saw.
+    """
+    parts = [v for v in verdicts if v.counters["samples"]]
+    if not parts:
+        return None
+    site = parts[0].site
+    features = int(config.model.trunk.features)
+    outcomes = [found for v in parts if (found := _outcomes(config, v))]
+    if not outcomes:
+        return None
+    o = {name: np.concatenate([part[name] for part in outcomes]) for name in outcomes[0]}
+    block = read_features(
+        config.place("features"),
+        source.trunk,
+        site,
+        start=int(o["offset"].min()),
+        end=int(o["offset"].max()) + 1,
+        features=features,
+    )
+    if not np.isin(o["offset"], block.offset).all():
+        raise blobs.BadBlob(f"{site}: features of a judged window are gone or belong to another source model")
+    rows = np.searchsorted(block.offset, o["offset"])
+    labels = labels_of(config.data.sealed, site)
+    known = [labels.get(s, (-1, "unknown")) for s in block.sample_id[rows]]
+    return Scored(
+        o["offset"],
+        block.captured_at[rows],
+        o["present"],
+        np.array([k[0] for k in known]),
+        np.array([k[1] for k in known]),
+        o["before"],
+        o["online"],
+        o["after"],
+        o["pseudo_label"],
+        o["omega"],
+        o["instability"],
+    )
+
+
+def _outcomes(config: Config, v: VerdictRow) -> dict[str, np.ndarray]:
+    """Of one window; its blob holds those of the sites that were adapted together with it."""
+    first, end = cast("list[int]", v.counters["rows"])
+    try:
+        stored = blobs.get(config.place("outcomes"), str(v.counters["outcomes"]))
+    except blobs.MissingBlob:  # older than what gc keeps
+        return {}
+    return {name: t[first:end].numpy() for name, t in stored.items()}

@@ -1,0 +1,205 @@
+"""One segment of captures → features: validate, decode, trunk, store. What ingest tasks run; nothing here knows Ray.
+
+``read_segment`` and ``decoded`` are the data plane, ``through_trunk`` the models' share: while a release of another source
+model goes on, every sample is decoded once and goes through both trunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.data.blobs import BadBlob
+from pipeline.data.captures import BadRow, Capture, Segment, read_segment
+from pipeline.data.decode import CHANNELS, BadImage, decode
+from pipeline.data.features import (
+    FeatureBlock,
+    forget_range,
+    mask_to_bool,
+    pseudonym,
+    read_features,
+    write_features,
+)
+from pipeline.models.trunk import features as features_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from pipeline.data import DataConfig
+    from pipeline.models.checkpoint import SourceModel
+    from pipeline.storage import Place
+
+CHUNK = 256  # captures decoded and featurised together, which bounds a task's memory
+SLICE = 64  # of them in the trunk at once: its activations then stay in a core's cache, 1.3 times as fast
+REPEATED = "sample_id: already at offset"  # how the reason of such a row begins
+REMEMBERED = (
+    1000  # offsets before a segment among which its sample ids are looked for: what an uploader sends again
+)
+
+
+@dataclass(frozen=True)
+class NewSegment:
+    """A segment that passed, with the offset of its first row."""
+
+    site: str
+    name: str
+    path: str
+    rows: int
+    base_offset: int
+
+
+class Frames(NamedTuple):
+    """Captures that could be decoded, N of them, and those that could not."""
+
+    captures: list[Capture]
+    pixels: np.ndarray  # [N, 5, S, S] uint8
+    present: np.ndarray  # [N] uint8 bit mask
+    bad: list[BadRow]
+
+
+def ingest_segment(
+    segment: NewSegment, limits: DataConfig, model: SourceModel, features: Place
+) -> tuple[str, list[BadRow]]:
+    """Validate, decode, featurise and store one segment → its sha256 and bad rows."""
+    read = read_segment(Path(segment.path), site=segment.site, limits=limits)
+    return read.sha256, store_segment(segment, read, {}, limits.size, [model], features)
+
+
+def store_segment(
+    segment: NewSegment,
+    read: Segment,
+    earlier: dict[str, int],
+    size: int,
+    models: Sequence[SourceModel],
+    features: Place,
+) -> list[BadRow]:
+    """Decode, featurise and store what was ``read``, under the trunk of each of ``models`` → the bad rows.
+
+    ``earlier``: offsets by sample id of the site's samples before it; those of this segment come to it.
+    """
+    bad = list(read.bad)
+    oldest = segment.base_offset - REMEMBERED
+    fresh: list[Capture] = []
+    for c in read.good:
+        known = earlier.get(c["sample_id"], -1)
+        if known >= max(0, oldest):
+            bad.append(BadRow(c["row"], c["sample_id"], f"{REPEATED} {known} of the site"))
+        else:
+            fresh.append(c)
+    worse, stored = _store(segment, fresh, size, models, features)
+    earlier.update(stored)
+    return sorted([*bad, *worse], key=lambda b: b.row)
+
+
+def restore_segment(
+    segment: NewSegment,
+    read: Segment,
+    refused: Collection[int],
+    size: int,
+    model: SourceModel,
+    features: Place,
+) -> None:
+    """Store under one trunk what ``store_segment`` stored under another or the same; ``refused``: the rows that it refused."""
+    _store(segment, [c for c in read.good if c["row"] not in refused], size, [model], features)
+
+
+def earlier_ids(features: Place, model: SourceModel, site: str, *, end: int) -> dict[str, int]:
+    """Offset by sample id of the site's stored samples in the REMEMBERED offsets before ``end``."""
+    trunk, width = model.manifest.trunk_digest, model.manifest.config.trunk.features
+    try:
+        block = read_features(features, trunk, site, start=max(0, end - REMEMBERED), end=end, features=width)
+    except BadBlob:
+        return {}  # adaptation names the file; what is new need not wait for its repair
+    return dict(zip(block.sample_id.tolist(), block.offset.tolist()))
+
+
+def decoded(captures: Sequence[Capture], size: int) -> Iterator[Frames]:
+    """Frames of side ``size`` in chunks of at most CHUNK; a capture that cannot be decoded comes back with its reason."""
+    for start in range(0, len(captures), CHUNK):
+        part = captures[start : start + CHUNK]
+        pixels = np.empty((len(part), CHANNELS, size, size), np.uint8)
+        found = Frames([], pixels, np.zeros(len(part), np.uint8), [])
+        for c in part:
+            try:
+                frame, present = decode(c["rgb"], c["depth"], c["ir"], size=size)
+            except BadImage as e:
+                found.bad.append(BadRow(c["row"], c["sample_id"], str(e)))
+                continue
+            present &= _informative(frame)
+            if not present:
+                reason = "every modality is one constant value: covered or broken camera"
+                found.bad.append(BadRow(c["row"], c["sample_id"], reason))
+                continue
+            n = len(found.captures)
+            found.pixels[n], found.present[n] = frame, present
+            found.captures.append(c)
+        n = len(found.captures)
+        yield found._replace(pixels=pixels[:n], present=found.present[:n])
+
+
+def through_trunk(model: SourceModel, frames: Frames) -> np.ndarray:
+    """z float16 [N, M, F]."""
+    there = torch.from_numpy(mask_to_bool(frames.present))
+    if not len(there):
+        return np.zeros((0, there.shape[1], model.manifest.config.trunk.features), np.float16)
+    return (
+        features_of(model.trunk, torch.from_numpy(frames.pixels), there, batch=SLICE)
+        .numpy()
+        .astype(np.float16)
+    )
+
+
+def _store(
+    segment: NewSegment,
+    captures: Sequence[Capture],
+    size: int,
+    models: Sequence[SourceModel],
+    features: Place,
+) -> tuple[list[BadRow], dict[str, int]]:
+    """Decode once, featurise and store under every trunk → the bad rows and the offsets of the others by sample id."""
+    bad, blocks = list[BadRow](), list[list[FeatureBlock]]()
+    for frames in decoded(captures, size):
+        own, worse = _blocks(frames, segment, [through_trunk(model, frames) for model in models])
+        blocks.append(own)
+        bad += [*frames.bad, *worse]
+    end = segment.base_offset + segment.rows
+    ids: dict[str, int] = {}
+    for k, model in enumerate(models):
+        trunk, parts = model.manifest.trunk_digest, [own[k] for own in blocks]
+        forget_range(features, trunk, segment.site, start=segment.base_offset, end=end)
+        if sum(map(len, parts)):
+            names = FeatureBlock.__dataclass_fields__
+            whole = FeatureBlock(*(np.concatenate([getattr(b, n) for b in parts]) for n in names))
+            write_features(features, trunk, segment.site, whole)
+            ids = dict(zip(whole.sample_id.tolist(), whole.offset.tolist()))
+    return bad, ids
+
+
+def _blocks(
+    frames: Frames, segment: NewSegment, zs: Sequence[np.ndarray]
+) -> tuple[list[FeatureBlock], list[BadRow]]:
+    """One block for each of ``zs``, of the same samples: those that every trunk gives finite features."""
+    fine = np.logical_and.reduce([np.isfinite(z).all(axis=(1, 2)) for z in zs])
+    kept = frames.captures
+    bad = [
+        BadRow(c["row"], c["sample_id"], "its features are not finite") for c, ok in zip(kept, fine) if not ok
+    ]
+    whole = FeatureBlock(
+        offset=segment.base_offset + np.array([c["row"] for c in kept], np.int64),
+        sample_id=np.array([c["sample_id"] for c in kept], dtype=object),
+        captured_at=np.array([c["captured_at"] for c in kept], dtype="datetime64[us]"),
+        session=np.array([pseudonym(segment.site, c["session_id"]) for c in kept], np.int64),
+        present=frames.present,
+        z=zs[0],
+    )
+    return [replace(whole, z=z).rows(fine) for z in zs], bad
+
+
+def _informative(frame: np.ndarray) -> int:
+    """Bit mask of the modalities that are more than one constant value; a constant one is as good as absent."""
+    planes = (frame[:3], frame[3], frame[4])
+    return sum(1 << m for m, plane in enumerate(planes) if plane.min() != plane.max())

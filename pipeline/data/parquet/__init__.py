@@ -1,0 +1,1 @@
+"""Opening Parquet files that a stranger wrote."""

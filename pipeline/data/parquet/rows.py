@@ -1,0 +1,115 @@
+"""One row of a foreign table: judged cell by cell, so that a bad capture costs one capture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
+
+import pyarrow as pa
+
+from pipeline.data.parquet.untrusted import ARROW_ERRORS, BadParquet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+MAX_ID = 200  # characters
+LATEST = 4_102_444_800_000_000  # 2100-01-01 in microseconds
+
+
+class Capture(TypedDict):
+    """A row that passed; its images are still encoded."""
+
+    row: int  # position in the segment
+    sample_id: str
+    site_id: str
+    captured_at: int  # microseconds since 1970, UTC
+    session_id: str  # "" where the site gave none: all of those count as one session
+    rgb: bytes | None
+    depth: bytes | None
+    ir: bytes | None
+
+
+class BadRow(NamedTuple):
+    """A row that goes to quarantine."""
+
+    row: int
+    sample_id: str | None
+    reason: str
+
+
+def judged(columns: Sequence[Sequence[object]], site: str) -> Iterator[Capture | BadRow]:
+    """Rows of a segment's columns, in their order, each a capture of ``site`` or the reason why it is none."""
+    seen: dict[str, int] = {}
+    for row, cells in enumerate(zip(*columns)):
+        yield _capture(row, cells, site, seen)
+
+
+def values(column: pa.ChunkedArray) -> list[object]:
+    """Python values of a column; equal bytes are one object, and nothing is decoded as text yet."""
+    found: list[object] = []
+    try:
+        for chunk in column.chunks:
+            if not pa.types.is_dictionary(chunk.type):
+                found += chunk.cast(pa.int64()).to_pylist()
+                continue
+            words = chunk.dictionary.cast(pa.binary()).to_pylist()
+            indices = chunk.indices.to_pylist()
+            if any(i is not None and not 0 <= i < len(words) for i in indices):
+                raise BadParquet("has a damaged dictionary")
+            found += [None if i is None else words[i] for i in indices]
+    except BadParquet:
+        raise
+    except ARROW_ERRORS:
+        raise BadParquet("has a damaged column") from None
+    return found
+
+
+def text(raw: object) -> str | None:
+    """Short printable text, else None."""
+    if not isinstance(raw, bytes) or not 0 < len(raw) <= 4 * MAX_ID:
+        return None
+    try:
+        word = raw.decode()
+    except UnicodeDecodeError:
+        return None
+    return word if len(word) <= MAX_ID and word.isprintable() else None
+
+
+def shown(raw: object) -> str:
+    """At most 63 characters of something foreign, safe for a log line."""
+    word = raw.decode(errors="replace") if isinstance(raw, bytes) else str(raw)
+    return ascii(word[:63])
+
+
+def _capture(row: int, cells: tuple[object, ...], site: str, seen: dict[str, int]) -> Capture | BadRow:
+    sample_raw, site_raw, at, session_raw, rgb, depth, ir = cells
+    sample, session = text(sample_raw), text(session_raw)
+    if sample is None:
+        return BadRow(row, None, f"sample_id: {_fault(sample_raw)}")
+    if sample in seen:
+        return BadRow(row, sample, f"sample_id: already in row {seen[sample]}")
+    seen[sample] = row
+    if text(site_raw) != site:
+        return BadRow(row, sample, f"site_id: {shown(site_raw)}, expected {site!r}")
+    if not isinstance(at, int):
+        return BadRow(row, sample, "captured_at: null")
+    if not 0 <= at < LATEST:
+        return BadRow(row, sample, "captured_at: not between 1970 and 2100")
+    if session is None and session_raw is not None:
+        return BadRow(row, sample, f"session_id: {_fault(session_raw)}")
+    images = [i if isinstance(i, bytes) else None for i in (rgb, depth, ir)]
+    if not any(i is not None for i in images):
+        return BadRow(row, sample, "no modality present")
+    return Capture(
+        row=row,
+        sample_id=sample,
+        site_id=site,
+        captured_at=at,
+        session_id=session or "",
+        rgb=images[0],
+        depth=images[1],
+        ir=images[2],
+    )
+
+
+def _fault(raw: object) -> str:
+    return "null" if raw is None else f"not 1-{MAX_ID} printable characters"

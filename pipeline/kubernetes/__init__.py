@@ -1,0 +1,1 @@
+"""KubeRay manifests from the typed configuration."""

@@ -1,0 +1,133 @@
+"""What people do to a rollout: start, approve, override, pause, resume, retry, abort, supersede; and sites that join late."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from pipeline.rollout.plan import Plan, plan_hash
+from pipeline.rollout.state import (
+    FLYING,
+    RETURNING,
+    TERMINAL,
+    WAITING,
+    Approval,
+    Override,
+    Rollout,
+    RolloutError,
+    Status,
+    enter,
+)
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+
+def start(plan: Plan, now: datetime) -> Rollout:
+    """A planned rollout; it does nothing until it is approved."""
+    return Rollout(plan=plan, plan_hash=plan_hash(plan), status=Status.PLANNED, since=now)
+
+
+def approve(r: Rollout, *, hash: str, who: str, now: datetime) -> Rollout:
+    """One person's approval; the first lets it start. ``hash`` must be that of the stored plan: what was looked at runs."""
+    if hash != r.plan_hash:
+        raise RolloutError(
+            f"plan hash {hash[:12]}: the stored plan is {r.plan_hash[:12]}; plan again and look at it"
+        )
+    if r.status in TERMINAL | RETURNING:
+        return _refuse(r, "approved")
+    if who not in approved(r):
+        r = r.model_copy(update={"approvals": (*r.approvals, Approval(who=who, at=now))})
+    return enter(r, Status.APPROVED, now) if r.status == Status.PLANNED else r
+
+
+def approved(r: Rollout) -> frozenset[str]:
+    """Who approved."""
+    return frozenset(a.who for a in r.approvals)
+
+
+def needed(plan: Plan, wave: int) -> int:
+    """People who must have approved before ``wave`` begins."""
+    from_share, sites = plan.config.two_people_from, [w.sites for w in plan.waves]
+    reached = max(plan.waves[wave].share, sum(sites[: wave + 1]) / max(sum(sites), 1))  # few sites round up
+    return 2 if from_share is not None and reached >= from_share else 1
+
+
+def override(r: Rollout, *, who: str, reason: str, now: datetime) -> Rollout:
+    """One person's wish to go on in spite of a hold. Approvals, breaches and failed sites cannot be overridden."""
+    if not reason.strip():
+        raise RolloutError("an override needs a reason; say why with --reason")
+    if r.status not in FLYING | {Status.PAUSED}:
+        return _refuse(r, "overridden")
+    kept = tuple(o for o in r.overrides if o.who != who and _lasts(r, o, now))
+    return r.model_copy(update={"overrides": (*kept, Override(who=who, reason=reason, at=now))})
+
+
+def overridden(r: Rollout, now: datetime) -> bool:
+    """Whether two people's overrides last."""
+    return len({o.who for o in r.overrides if _lasts(r, o, now)}) >= 2
+
+
+def pause(r: Rollout, *, reason: str, now: datetime) -> Rollout:
+    """Stop promoting; what was promoted stays."""
+    if r.status == Status.PAUSED:
+        return r
+    return enter(r, Status.PAUSED, now, reason=reason) if r.status in FLYING else _refuse(r, "paused")
+
+
+def resume(r: Rollout, *, now: datetime) -> Rollout:
+    """Go on with the wave that was paused; it bakes anew."""
+    if r.status != Status.PAUSED:
+        return _refuse(r, "resumed")
+    return enter(r, Status.STAGING, now, baked_from=None, reason="")
+
+
+def retry(r: Rollout, *, now: datetime) -> Rollout:
+    """Give the sites of this wave that failed another try, after a person found why; it bakes anew.
+
+    Those of earlier waves stay out: their wave is over, and the next release plans them again.
+    """
+    if r.status not in FLYING | {Status.PAUSED}:
+        return _refuse(r, "retried")
+    kept = {site: wave for site, wave in r.failed.items() if wave != r.wave}
+    if len(kept) == len(r.failed):
+        raise RolloutError(
+            f"no site of wave {r.wave + 1} failed; those of earlier waves wait for the next release"
+        )
+    return enter(r, Status.STAGING, now, baked_from=None, failed=kept, reason="")
+
+
+def abort(r: Rollout, *, reason: str, now: datetime) -> Rollout:
+    """End it and go back. Also takes back a completed rollout; during a rollback it changes nothing."""
+    if r.status in RETURNING:
+        return r
+    if r.status in {Status.SUPERSEDED, Status.EXPIRED}:
+        return _refuse(r, "rolled back")
+    return enter(r, Status.ABORTING, now, reason=reason)
+
+
+def supersede(r: Rollout, *, by: str, now: datetime) -> Rollout:
+    """A newer release takes over; promoted sites stay where they are until that one moves them."""
+    if r.status in TERMINAL | RETURNING:
+        return _refuse(r, "superseded")
+    return enter(r, Status.SUPERSEDED, now, reason=f"superseded by {by}")
+
+
+def open_to_joiners(r: Rollout) -> bool:
+    """Whether sites may still be added: to the last wave, as long as it has not begun."""
+    return (r.status in WAITING | FLYING | {Status.PAUSED}) and r.wave < len(r.plan.waves) - 1
+
+
+def join(r: Rollout, *, count: int) -> Rollout:
+    """``count`` sites were added to the last wave."""
+    if not open_to_joiners(r):
+        return _refuse(r, "joined any more")
+    return r.model_copy(update={"joined": r.joined + count}) if count else r
+
+
+def _lasts(r: Rollout, o: Override, now: datetime) -> bool:
+    return o.at <= now < o.at + timedelta(seconds=r.plan.config.override_seconds)
+
+
+def _refuse(r: Rollout, what: str) -> Rollout:
+    raise RolloutError(f"rollout of {r.plan.release} is {r.status}; it cannot be {what}")

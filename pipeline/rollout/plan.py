@@ -1,0 +1,318 @@
+"""The plan: which site is promoted to what in which wave, who stays a control, who is left out and why.
+
+A Draft is a plan with everything that it says of single sites; stored, its
+sites are rows of the ledger, and the state machine needs the Plan alone, which stays small however large the fleet is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from pipeline.guards.limits import Shadow
+from pipeline.rollout.calendar import known_zone
+from pipeline.rollout.power import days_to_detect
+from pipeline.rollout.settings import RolloutConfig
+from pipeline.types import Section
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+DAY = 86_400.0
+
+
+CONTROL = "control: stays on the source model"
+
+
+class Pointer(NamedTuple):
+    """What a site serves: a state of the ledger, or the bare source model (``state_id`` None)."""
+
+    state_id: str | None
+    source_version: int
+
+
+class Candidate(NamedTuple):
+    """What a site may be promoted to, with its stored verdict."""
+
+    to: Pointer
+    verdict_id: str | None
+    outcome: Literal["pass", "fail", "hold"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What the plan needs of one site. ``last_good`` was served under a release that completed and still passes."""
+
+    serving: Pointer | None
+    last_good: Pointer | None = None
+    candidate: Candidate | None = None
+    control: bool = False
+    tags: Mapping[str, str] | None = None
+
+
+class Target(NamedTuple):
+    """One planned site."""
+
+    wave: int  # index
+    to: Pointer
+    back: Pointer  # where a rollback goes
+    verdict_id: str
+    zone: str = "UTC"
+
+
+class Excluded(NamedTuple):
+    """Why a site is in no wave."""
+
+    reason: str
+    verdict_id: str | None = None
+
+
+class Wave(Section):
+    """Sites promoted together; ``abort_at`` failing sites abort the rollout."""
+
+    share: float
+    sites: int
+    abort_at: int
+    detects_days: float | None = None  # see power.days_to_detect
+
+
+class Plan(Section):
+    """What will happen. ``roster`` is the sha256 over what it says of each site, so its own hash covers everything."""
+
+    release: str
+    kind: Literal["candidates", "source"] = "candidates"
+    source_version: int  # the source model under the targets
+    source_before: int  # the champion source model when it was planned
+    waves: tuple[Wave, ...]
+    zones: tuple[str, ...] = ()
+    controls: int = 0
+    excluded: int = 0
+    duration_seconds: float  # predicted: staging and baking of every wave, and its night
+    rollback_seconds: float
+    roster: str
+    config: RolloutConfig
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan with its sites."""
+
+    plan: Plan
+    targets: dict[str, Target]
+    excluded: dict[str, Excluded]
+    controls: tuple[str, ...]
+
+    def wave(self, index: int) -> tuple[str, ...]:
+        """Sites of one wave, sorted."""
+        return tuple(sorted(s for s, t in self.targets.items() if t.wave == index))
+
+
+class PlanDiff(Section):
+    """What plan b does otherwise than plan a."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    retargeted: tuple[str, ...]
+    moved: dict[str, tuple[int, int]]  # site → wave index in a, in b
+
+
+def plan(
+    release: str,
+    sites: Mapping[str, SiteFacts],
+    source_version: int,
+    config: RolloutConfig,
+    *,
+    source_before: int | None = None,
+    shadow: Shadow | None = None,
+) -> Draft:
+    """Waves over the sites whose candidate has a passing verdict; the same inputs give the same plan.
+
+    ``source_version`` is the source model that the candidates adapt; sites without a good earlier version go back to it, or
+    to ``source_before`` where the release brings a new one. Then the controls follow with the last wave. ``shadow`` is the guard
+    that the bakes are watched by, for what each wave can detect.
+    """
+    before = source_version if source_before is None else source_before
+    excluded: dict[str, Excluded] = {}
+    chosen: dict[str, SiteFacts] = {}
+    for site, facts in sorted(sites.items()):
+        if facts.control and source_before is None:
+            excluded[site] = Excluded(CONTROL)
+            continue
+        why = _why_not(facts)
+        if why:
+            excluded[site] = Excluded(why, facts.candidate.verdict_id if facts.candidate else None)
+        else:
+            chosen[site] = facts
+    last = sorted(s for s, f in chosen.items() if f.control)
+    parts = _parts(release, {s: f.tags or {} for s, f in chosen.items() if not f.control}, config, late=last)
+    targets = {s: _target(i, chosen[s], before) for i, (_, members) in enumerate(parts) for s in members}
+    controls = tuple(s for s, f in sorted(sites.items()) if f.control)
+    waves = tuple(
+        Wave(
+            share=share,
+            sites=len(members),
+            abort_at=_abort_at(config, len(members)),
+            detects_days=_detects(len(members), config, shadow or Shadow()),
+        )
+        for share, members in parts
+    )
+    night = DAY if config.night else 0.0
+    made = Plan(
+        release=release,
+        kind="candidates" if source_before is None else "source",
+        source_version=source_version,
+        source_before=before,
+        waves=waves,
+        zones=tuple(sorted({t.zone for t in targets.values()})),
+        controls=len(controls),
+        excluded=len(excluded),
+        config=config,
+        roster=roster(targets, excluded),
+        duration_seconds=len(waves) * (config.stage_seconds + config.bake_seconds + night),
+        rollback_seconds=config.rollback_seconds,
+    )
+    return Draft(made, targets, excluded, controls)
+
+
+def choose_controls(tags: Mapping[str, Mapping[str, str]], config: RolloutConfig) -> tuple[str, ...]:
+    """Control sites: ``control_share`` of every stratum, at least one where it has ``control_min_sites``.
+
+    Taken in an order that depends on the site id only, so that a growing fleet keeps the controls it has.
+    """
+    chosen: list[str] = []
+    for members in _strata(tags, config).values():
+        least = 1 if len(members) >= config.control_min_sites and config.control_share > 0 else 0
+        members.sort(key=lambda site: (_draw(config.seed, "control", site), site))
+        chosen += members[: max(least, int(config.control_share * len(members)))]
+    return tuple(sorted(chosen))
+
+
+def roster(targets: Mapping[str, Target], excluded: Mapping[str, Excluded]) -> str:
+    """sha256 over one line per site, in order."""
+    lines = [
+        f"{s} {t.wave} {t.to[0]} {t.to[1]} {t.back[0]} {t.back[1]} {t.verdict_id} {t.zone}"
+        for s, t in sorted(targets.items())
+    ]
+    lines += [f"{s} - {e.verdict_id} {e.reason}" for s, e in sorted(excluded.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def plan_hash(plan: Plan) -> str:
+    """sha256 of the plan as canonical JSON: what ``apply`` must name."""
+    text = json.dumps(plan.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def diff(a: Mapping[str, Target], b: Mapping[str, Target]) -> PlanDiff:
+    """What the targets ``b`` do otherwise than ``a``."""
+    both = sorted(a.keys() & b.keys())
+    return PlanDiff(
+        added=tuple(sorted(b.keys() - a.keys())),
+        removed=tuple(sorted(a.keys() - b.keys())),
+        retargeted=tuple(s for s in both if a[s].to != b[s].to),
+        moved={s: (a[s].wave, b[s].wave) for s in both if a[s].wave != b[s].wave},
+    )
+
+
+def _detects(sites: int, config: RolloutConfig, shadow: Shadow) -> float | None:
+    if shadow.advisory:
+        return None
+    return days_to_detect(sites, config.presentations_per_day, apcer=shadow.apcer, alpha=shadow.alpha)
+
+
+def _why_not(facts: SiteFacts) -> str:
+    c = facts.candidate
+    if c is None:
+        return "no candidate"
+    if c.outcome != "pass" or c.verdict_id is None:
+        return f"verdict {c.outcome}: {c.reason}" if c.verdict_id is not None else "no stored verdict"
+    if not known_zone(_zone(facts)):
+        return f"time zone {_zone(facts)!r} is not known; mend it with `palisade site tag`"
+    return "already serves it" if facts.serving == c.to else ""
+
+
+def _zone(facts: SiteFacts) -> str:
+    return (facts.tags or {}).get("tz", "UTC")
+
+
+def _target(wave: int, facts: SiteFacts, source_version: int) -> Target:
+    c = facts.candidate
+    assert c is not None and c.verdict_id is not None
+    good = facts.last_good if facts.last_good != c.to else None
+    return Target(wave, c.to, good or Pointer(None, source_version), c.verdict_id, _zone(facts))
+
+
+def _parts(
+    release: str, tags: Mapping[str, Mapping[str, str]], config: RolloutConfig, *, late: Sequence[str]
+) -> list[tuple[float, list[str]]]:
+    """(cumulative share, sites) of every wave that is not empty. What the caps keep out of the last one comes in more."""
+    queue = deque(_order(release, tags, config))
+    total, parts = len(queue), list[tuple[float, list[str]]]()
+    limits = {
+        tag: _limits(Counter(t.get(tag, "") for t in tags.values()), cap) for tag, cap in config.caps.items()
+    }
+    for share in config.waves:
+        end = total if share == 1 else max(1, int(share * total))
+        if members := _taken(queue, end - (total - len(queue)), tags, limits):
+            parts.append((share, sorted(members)))
+    while queue:
+        parts.append((1.0, sorted(_taken(queue, len(queue), tags, limits))))
+    if late:
+        share, members = parts.pop() if parts else (1.0, [])
+        parts.append((share, sorted([*members, *late])))
+    return parts
+
+
+def _order(release: str, tags: Mapping[str, Mapping[str, str]], config: RolloutConfig) -> list[str]:
+    """All sites such that every beginning of the list holds about the same share of each stratum."""
+    placed: list[tuple[float, bytes, str]] = []
+    for key, members in _strata(tags, config).items():
+        drawn = sorted((_draw(config.seed, release, site), site) for site in members)
+        shift = int.from_bytes(_draw(config.seed, release, "/".join(key))[:4], "big") / 2**32
+        placed += [((i + shift) / len(drawn), draw, site) for i, (draw, site) in enumerate(drawn)]
+    return [site for _, _, site in sorted(placed)]
+
+
+def _strata(tags: Mapping[str, Mapping[str, str]], config: RolloutConfig) -> dict[tuple[str, ...], list[str]]:
+    strata: dict[tuple[str, ...], list[str]] = {}
+    for site, tag in tags.items():
+        strata.setdefault(tuple(tag.get(name, "") for name in config.strata), []).append(site)
+    return strata
+
+
+def _limits(sizes: Mapping[str, int], cap: float) -> dict[str, int]:
+    return {value: int(cap) if cap >= 1 else max(1, int(cap * n)) for value, n in sizes.items()}
+
+
+def _taken(
+    queue: deque[str],
+    count: int,
+    tags: Mapping[str, Mapping[str, str]],
+    limits: Mapping[str, Mapping[str, int]],
+) -> list[str]:
+    """The first ``count`` of ``queue`` that no cap keeps out; the others stay in it, in order."""
+    taken: list[str] = []
+    used: Counter[tuple[str, str]] = Counter()
+    left: deque[str] = deque()
+    while queue and len(taken) < count:
+        site = queue.popleft()
+        own = [(tag, tags[site].get(tag, "")) for tag in limits]
+        if any(used[key] >= limits[key[0]][key[1]] for key in own):
+            left.append(site)
+            continue
+        used.update(own)
+        taken.append(site)
+    queue.extendleft(reversed(left))
+    return taken
+
+
+def _abort_at(config: RolloutConfig, sites: int) -> int:
+    return max(int(config.abort_share * sites) + 1, min(config.abort_min_sites, sites))
+
+
+def _draw(seed: int, purpose: str, site: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{purpose}/{site}".encode()).digest()

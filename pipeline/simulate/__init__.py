@@ -1,0 +1,1 @@
+"""The rendered world: faces, rigs, sites with their scripts, and corpora made of them."""

@@ -1,0 +1,1 @@
+"""Rendered labelled corpora, one file each, importable like a data set."""

@@ -1,0 +1,243 @@
+"""What happens at simulated sites: who comes when, under which rig, and what goes wrong; nothing is rendered here.
+
+Hours count from the start of the script. A plan follows from (script, phase, seed), so labels never need the pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+from zlib import crc32
+
+import numpy as np
+
+from pipeline.simulate.render import BONA_FIDE, Presentation
+from pipeline.simulate.rig import TRAINING, UNSEEN, SensorRig, variant
+from pipeline.types import check_site_id
+
+RED_SPECIES = ("print_flat", "print_cutout", "replay", "mask_rigid", "mask_silicone")
+
+
+class Phase(NamedTuple):
+    """Hours of the script, cut into segments of about equal rows."""
+
+    start: float
+    end: float
+    segments: int
+    first: int  # number of the first segment
+
+
+PHASES = {1: Phase(0, 24, 3, 0), 2: Phase(24, 36, 2, 3)}
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A modality gives nothing between two hours."""
+
+    modality: Literal["rgb", "depth", "ir"]
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Other traffic between two hours: an attack burst, or a one-class stretch with prior 1."""
+
+    start: float
+    end: float
+    prior: float  # share of bona fide sessions
+    rate: float = 1.0  # factor on the site's rate
+    species: tuple[str, ...] = ()  # () = the site's own
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The camera delivers rubbish in ``share`` of the captures between two hours."""
+
+    kind: Literal["black", "constant", "truncated"]
+    start: float
+    end: float
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Rates per day, exponential: how fast the illuminator fades, depth noise grows and white balance turns warm."""
+
+    ir_fade: float = 0.0
+    depth_noise: float = 0.0
+    warm: float = 0.0
+
+
+@dataclass(frozen=True)
+class SiteScript:
+    """One site: where it is, what it has, who comes, what goes wrong."""
+
+    site: str
+    rig: SensorRig
+    region: str
+    tenant: str
+    hardware: str
+    rate: float = 8.5  # captures per hour
+    prior: float = 0.8  # share of bona fide sessions
+    species: tuple[str, ...] = ("print_flat", "replay", "mask_rigid")
+    swap: tuple[float, SensorRig] | None = None  # another rig from this hour on
+    drift: Drift = Drift()
+    missing: tuple[Missing, ...] = ()
+    stretches: tuple[Stretch, ...] = ()
+    broken: Broken | None = None
+    hostile: tuple[Literal["garbage", "schema", "bomb"], ...] = ()  # phase 1: two more files, one row
+    redteam: int = 20  # presentations of the red team in phase 2, half of them attacks
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One planned capture."""
+
+    sample_id: str
+    session_id: str
+    hour: float
+    what: Presentation
+    frame: int
+    red: bool
+
+
+def plan(script: SiteScript, *, phase: int, seed: int) -> list[Shot]:
+    """What is presented at the site in ``phase``, in order of time; sessions of one to three captures."""
+    check_site_id(script.site)
+    when, code = PHASES[phase], crc32(script.site.encode())
+    rng = np.random.default_rng([seed, code, phase])
+    base = 200_000 + code % 7_000 * 100  # people of this site: 0-59 come daily, 60-99 attack
+    sessions: list[tuple[float, Presentation, int, bool]] = []
+    hour = when.start
+    while (hour := hour + float(rng.exponential(2 / (script.rate * _now(script, hour).rate)))) < when.end:
+        now = _now(script, hour)
+        genuine = rng.random() < now.prior
+        species = BONA_FIDE if genuine else str(rng.choice(now.species or script.species))
+        sessions.append((hour, _presentation(base, species, rng), 1 + int(rng.integers(3)), False))
+    if phase == 2:
+        for k in range(script.redteam):
+            species = BONA_FIDE if k % 2 else RED_SPECIES[k // 2 % len(RED_SPECIES)]
+            sessions.append(
+                (float(rng.uniform(when.start, when.end)), _presentation(base, species, rng), 1, True)
+            )
+    sessions.sort(key=lambda session: session[0])
+    shots: list[Shot] = []
+    for number, (start, what, frames, red) in enumerate(sessions):
+        for frame in range(frames):
+            name = f"{script.site}-{phase}{len(shots):05d}"
+            shots.append(
+                Shot(name, f"{script.site}-{phase}-s{number:04d}", start + frame / 1800, what, frame, red)
+            )
+    return shots
+
+
+def rig_at(script: SiteScript, hour: float) -> SensorRig:
+    """The rig as swap and drift have left it at ``hour``."""
+    rig = script.swap[1] if script.swap and hour >= script.swap[0] else script.rig
+    days, drift = hour / 24, script.drift
+    if drift == Drift():
+        return rig
+    turn = float(np.exp(drift.warm * days))
+    red, green, blue = rig.white
+    return replace(
+        rig,
+        ir_power=rig.ir_power * float(np.exp(-drift.ir_fade * days)),
+        white=(red * turn, green, blue / turn),
+        depth_noise=rig.depth_noise * float(np.exp(drift.depth_noise * days)),
+    )
+
+
+def demo_fleet(seed: int = 0) -> list[SiteScript]:
+    """Fourteen sites: three clean controls of training families, four unseen devices, seven with other troubles."""
+    a, b, c, d = (variant(rig, seed * 100 + k) for k, rig in enumerate(TRAINING.values()))
+    e, f, g, h = (variant(rig, seed * 100 + 10 + k) for k, rig in enumerate(UNSEEN.values()))
+    e2, f2 = variant(UNSEEN["E"], seed * 100 + 20), variant(UNSEEN["F"], seed * 100 + 21)
+    prints, masks = (
+        ("print_flat", "print_bent", "print_cutout"),
+        ("mask_rigid", "mask_silicone", "partial_glasses"),
+    )
+    night = (Missing("rgb", 0, 6), Missing("rgb", 20, 30))
+    return [
+        SiteScript("lobby-north", a, "eu-central", "meridian", "a-structured-850"),
+        SiteScript("lobby-south", b, "eu-central", "meridian", "b-outdoor-850", prior=0.85),
+        SiteScript("office-gate", c, "us-east", "halden", "c-tof-940", species=masks),
+        SiteScript(
+            "terminal-gate", e, "eu-west", "aerogate", "e-tof-940", species=(*prints, "replay", "mask_rigid")
+        ),
+        SiteScript(
+            "mall-kiosk",
+            f,
+            "us-east",
+            "brightmart",
+            "f-kiosk-850",
+            prior=0.95,
+            stretches=(
+                Stretch(15, 18, 0.15, rate=3, species=("replay",)),
+                Stretch(30, 32, 0.2, rate=3, species=("replay",)),
+            ),
+        ),
+        SiteScript(
+            "phone-onboarding",
+            g,
+            "ap-south",
+            "novabank",
+            "g-phone-940",
+            prior=0.75,
+            species=(*prints, "replay"),
+        ),
+        SiteScript(
+            "dock-night", h, "us-west", "freightline", "h-dock-850", prior=0.85, species=masks, missing=night
+        ),
+        SiteScript(
+            "gate-ageing",
+            c,
+            "eu-west",
+            "aerogate",
+            "c-tof-940",
+            drift=Drift(ir_fade=0.8, depth_noise=0.6, warm=0.12),
+        ),
+        SiteScript(
+            "vault-ir-dead", a, "us-east", "novabank", "a-structured-850", missing=(Missing("ir", 10, 34),)
+        ),
+        SiteScript(
+            "turnstile-depth-out",
+            e2,
+            "ap-south",
+            "transitcorp",
+            "e-tof-940",
+            missing=(Missing("depth", 8, 27),),
+        ),
+        SiteScript(
+            "gate-oneclass",
+            f2,
+            "eu-central",
+            "halden",
+            "f-kiosk-850",
+            species=("print_cutout", "mask_rigid"),
+            stretches=(Stretch(0, 28, 1.0), Stretch(28, 30, 0.1, rate=3)),
+        ),
+        SiteScript("branch-swap", d, "eu-west", "novabank", "d-crop-850", swap=(14, b)),
+        SiteScript(
+            "yard-broken", b, "us-west", "freightline", "b-outdoor-850", broken=Broken("black", 7, 36, 0.9)
+        ),
+        SiteScript(
+            "edge-untrusted",
+            d,
+            "ap-south",
+            "brightmart",
+            "d-crop-850",
+            hostile=("garbage", "schema", "bomb"),
+            broken=Broken("truncated", 4, 9, 0.5),
+        ),
+    ]
+
+
+def _now(script: SiteScript, hour: float) -> Stretch:
+    usual = Stretch(0, 0, script.prior)
+    return next((s for s in script.stretches if s.start <= hour < s.end), usual)
+
+
+def _presentation(base: int, species: str, rng: np.random.Generator) -> Presentation:
+    person = int(rng.integers(60)) if species == BONA_FIDE else 60 + int(rng.integers(40))
+    return Presentation(base + person, species, int(rng.integers(2**31)))

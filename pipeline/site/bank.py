@@ -1,0 +1,143 @@
+"""K sites as stacked tensors: the only place that knows the axis K.
+
+Shapes are fixed by configuration (K slots, B samples), so the arithmetic of one slot never depends on what its
+neighbours hold: their results are bit-equal whatever a hostile site sends.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from pydantic import Field
+
+from pipeline.models import tail as tails
+from pipeline.site.contract import Selective
+from pipeline.types import Features, Outcome, Section
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from pipeline.site.contract import Params, SiteMethod, State
+
+
+class BankConfig(Section):
+    """Section ``bank``: the fixed shapes of one step."""
+
+    sites: int = Field(default=16, ge=1, description="K, sites stepped together")
+    batch: int = Field(default=8, ge=1, description="B, samples per site and step")
+    hot_mb: int = Field(
+        default=256, ge=16, description="MiB of site states that a shard keeps in memory between calls"
+    )
+
+
+class Trace(NamedTuple):
+    """What happened to one site's N samples in ``run``; step quantities are repeated for each sample of the step."""
+
+    score: Tensor  # [N] before learning
+    pseudo_label: Tensor  # [N] int8
+    disagreement: Tensor  # [N] nats
+    omega: Tensor  # [N]
+    instability: Tensor  # [N]
+    restored: Tensor  # [N] bool, True at the first sample of a restoring step
+
+
+def stack(states: Sequence[State]) -> State:
+    """K states of one site each → one state with the leading axis K."""
+    return {name: torch.stack([s[name] for s in states]) for name in states[0]}
+
+
+def unstack(stacked: State) -> list[State]:
+    """The inverse of ``stack``; the tensors are copies."""
+    count = next(iter(stacked.values())).shape[0]
+    return [{name: t[k].clone() for name, t in stacked.items()} for k in range(count)]
+
+
+def step(method: SiteMethod, tail: Params, stacked: State, batch: Features) -> tuple[State, Outcome]:
+    """One mixed step: batch has z [K, B, M, F], present [K, B, M], valid [K, B]; slots without valid rows keep their state."""
+    if isinstance(method, Selective):
+        seen, lesson = torch.func.vmap(lambda s, b: method.observe(tail, s, b))(stacked, batch)
+        learn = bool(lesson.used.any())
+        new, outcome = torch.func.vmap(lambda s, x: method.conclude(tail, s, x, learn=learn))(seen, lesson)
+    else:
+        new, outcome = torch.func.vmap(lambda s, b: method.step(tail, s, b))(stacked, batch)
+    idle = ~batch.valid.any(dim=1)
+    kept = {n: torch.where(idle.view(-1, *[1] * (t.dim() - 1)), stacked[n], t) for n, t in new.items()}
+    return {n: t.detach() for n, t in kept.items()}, Outcome(*(t.detach() for t in outcome))
+
+
+def run(
+    method: SiteMethod,
+    tail: Params,
+    stacked: State,
+    streams: Sequence[Features],
+    *,
+    batch: int,
+    slots: int,
+    on_step: Callable[[State], None] | None = None,
+) -> tuple[State, list[Trace]]:
+    """Feed each site its samples in order, ``batch`` at a time: predict, then learn. ``stacked`` holds one state a stream.
+
+    ``on_step`` is shown the states after each step. Slots beyond ``len(streams)`` are filled with an idle copy, so every step
+    has the shape [slots, batch].
+    """
+    count = len(streams)
+    assert 0 < count <= slots
+    spare = torch.arange(slots).clamp(max=count - 1)
+    stacked = {name: t[spare] for name, t in stacked.items()}
+    empty = Features(*(t[:0] for t in streams[0]))
+    parts: list[list[Outcome]] = [[] for _ in streams]
+    for start in range(0, max(len(s.z) for s in streams), batch):
+        now = [Features(*(t[start : start + batch] for t in s)) for s in streams]
+        stacked, outcome = step(method, tail, stacked, pad(now + [empty] * (slots - count), batch))
+        if on_step:
+            on_step(stacked)
+        for k, here in enumerate(now):
+            if len(here.z):
+                parts[k].append(Outcome(*(t[k, : len(here.z)] if t.dim() > 1 else t[k] for t in outcome)))
+    return {name: t[:count] for name, t in stacked.items()}, [_trace(p) for p in parts]
+
+
+def scores(tail: Params, stacked: State, z: Tensor, present: Tensor) -> Tensor:
+    """Score the same samples (z [N, M, F], present [N, M]) with K states → [K, N] P(bona fide)."""
+    own = {name: stacked[name] for name in tails.MOVABLE}
+    with torch.no_grad():
+        return torch.func.vmap(lambda s: tails.score({**tail, **s}, z, present))(own)
+
+
+def distance(tail: Params, stacked: State, k: int) -> float:
+    """|theta_c - theta_0| / |theta_0| of site ``k`` over the movable tensors; theta_0 is the source model's."""
+    moved = torch.stack([torch.sum((stacked[n][k] - tail[n]) ** 2) for n in tails.MOVABLE]).sum()
+    size = torch.stack([torch.sum(tail[n] ** 2) for n in tails.MOVABLE]).sum()
+    return float(torch.sqrt(moved / size))
+
+
+def pad(batches: Sequence[Features], size: int) -> Features:
+    """One Features per site with at most ``size`` rows each → z [K, size, M, F] and masks, padded with invalid zero rows."""
+    return Features(*(torch.stack([_fill(t, size) for t in parts]) for parts in zip(*batches, strict=True)))
+
+
+def _trace(outcomes: Sequence[Outcome]) -> Trace:
+    if not outcomes:
+        none = torch.zeros(0)
+        return Trace(none, none.to(torch.int8), none, none, none, none.bool())
+    sizes = torch.tensor([len(o.score) for o in outcomes])
+
+    def spread(values: list[Tensor]) -> Tensor:
+        return torch.repeat_interleave(torch.stack(values), sizes)
+
+    first = torch.cat([torch.arange(int(n)) == 0 for n in sizes])
+    return Trace(
+        torch.cat([o.score for o in outcomes]),
+        torch.cat([o.pseudo_label for o in outcomes]),
+        torch.cat([o.disagreement for o in outcomes]),
+        spread([o.omega for o in outcomes]),
+        spread([o.instability for o in outcomes]),
+        spread([o.restored for o in outcomes]) & first,
+    )
+
+
+def _fill(t: Tensor, size: int) -> Tensor:
+    return torch.cat([t, t.new_zeros(size - t.shape[0], *t.shape[1:])])

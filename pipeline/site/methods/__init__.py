@@ -1,0 +1,1 @@
+"""Site methods, one file each: `site.kind: danet` is the module `danet`."""

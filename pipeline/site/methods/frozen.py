@@ -1,0 +1,35 @@
+"""The source model as it is: scores, never learns. The reference every other method is judged against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from pipeline.models import tail as tails
+from pipeline.site.contract import sane
+from pipeline.types import Outcome, Section
+
+if TYPE_CHECKING:
+    from pipeline.site.contract import Params, State
+    from pipeline.types import Features
+
+
+class Config(Section):
+    """Nothing to set."""
+
+    kind: Literal["frozen"] = "frozen"
+
+    def init(self, tail: Params) -> State:
+        """The movable tensors, which never move."""
+        return {k: v.clone() for k, v in tails.movable(tail).items()}
+
+    def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
+        """Score the batch."""
+        batch = sane(batch)
+        score = tails.score(tails.moved(tail, state), batch.z, batch.present)
+        zero = torch.zeros((), dtype=score.dtype)
+        unused = torch.full_like(score, -1, dtype=torch.int8)
+        return state, Outcome(
+            score, unused, torch.zeros_like(score), zero, zero, torch.zeros((), dtype=torch.bool)
+        )

@@ -1,0 +1,53 @@
+"""TENT (Wang et al., ICLR 2021): minimise the entropy of the prediction over the affine part of the site adapter.
+
+The paper adapts batch-normalisation affines with batch statistics; there are none here, so gamma and beta of the site
+adapter take their place. Kept as a baseline: it has nothing that protects a one-class stream.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+
+from pipeline.models import tail as tails
+from pipeline.site.contract import adam, entropy, moments, sane
+from pipeline.types import Outcome, Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.site.contract import Params, State
+    from pipeline.types import Features
+
+LEARNED = ("site.gamma", "site.beta")
+
+
+class Config(Section):
+    """Settings of the baseline."""
+
+    kind: Literal["tent"] = "tent"
+    lr: float = Field(default=1e-3, gt=0)
+    clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
+
+    def init(self, tail: Params) -> State:
+        """Movable tensors and Adam moments of the affine part."""
+        return {**{k: v.clone() for k, v in tails.movable(tail).items()}, **moments(tail, LEARNED)}
+
+    def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
+        """Score the batch, then take one step on the mean entropy of its valid rows."""
+        batch = sane(batch)
+
+        def loss(learned: Params) -> tuple[Tensor, Tensor]:
+            score = tails.score({**tails.moved(tail, state), **learned}, batch.z, batch.present)
+            mean = (entropy(score) * batch.valid).sum() / batch.valid.sum().clamp(min=1)
+            return mean, score
+
+        grads, score = torch.func.grad(loss, has_aux=True)({k: state[k] for k in LEARNED})
+        state = adam(state, grads, lr=self.lr, clip=self.clip, when=batch.valid.any())
+        pseudo = torch.where(
+            batch.valid, (score >= 0.5).to(torch.int8), torch.full_like(score, -1, dtype=torch.int8)
+        )
+        zero = torch.zeros_like(score).sum()
+        return state, Outcome(score, pseudo, torch.zeros_like(score), zero + 1, zero, zero > 1)

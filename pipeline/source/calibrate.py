@@ -1,0 +1,110 @@
+"""What a fitted model still needs: where its boundaries lie, and the source features that travel with it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pipeline.data.features import mask_to_bool
+from pipeline.models import tail as tails
+from pipeline.models.trunk import features
+from pipeline.source.sampler import stratify
+from pipeline.stats import metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from pipeline.data.corpus import Corpus
+
+    Params = dict[str, Tensor]
+
+REPLAY = 64  # labelled source features that travel with the model
+
+
+def calibrated(
+    tail: Params, z: Tensor, present: Tensor, label: np.ndarray, *, substitute: bool = True
+) -> Params:
+    """log_rho [V] and pattern [2^M] at which validation errors are equal: 0.5 then means the same for every head,
+    and for the fused head whatever sensors are left. A head or pattern without both classes stays as it is."""
+    log_rho, pattern = tail["log_rho"].clone(), torch.zeros_like(tail["pattern"])
+
+    def boundary(head: int, there: Tensor, seen: Tensor) -> float | None:
+        rows = seen.numpy()
+        if len(set(label[rows].tolist())) < 2:
+            return None
+        r = tails.read(tail, z[seen], there[seen], substitute=substitute).radius[:, head].double().numpy()
+        at = -metrics.eer_threshold(-r, label[rows])
+        return at if "linear" in tail else math.log(max(at, tails.SMALLEST))
+
+    for v in range(tails.HEADS):
+        seen = torch.ones(len(label), dtype=torch.bool) if v == tails.FUSED else present[:, v]
+        log_rho[v] = float(log_rho[v]) if (at := boundary(v, present, seen)) is None else at
+    everything = 2**tails.MODALITIES - 1
+    for left in range(1, everything):
+        kept = torch.tensor([bool(left >> m & 1) for m in range(tails.MODALITIES)])
+        at = boundary(tails.FUSED, kept.expand_as(present), (present | ~kept).all(dim=1))
+        pattern[left] = 0.0 if at is None else at - float(log_rho[tails.FUSED])
+    return {"log_rho": log_rho, "pattern": pattern}
+
+
+def reference(tail: Params, z: Tensor, present: Tensor, label: np.ndarray, domain: np.ndarray) -> Params:
+    """What label-free methods hold a site's scores against, from the pooled validation.
+
+    reference.logit [2^M, 2, QUANTILES]: quantiles of the fused logit of attacks (0) and bona fide (1) for every set of
+    present modalities; where a set cannot be shown, those of all modalities. reference.boundary [E]: the fused log radius
+    at which each domain's own errors are equal.
+    """
+    levels = np.linspace(0, 1, tails.QUANTILES)
+    everything = 2**tails.MODALITIES - 1
+    logit = torch.zeros(2**tails.MODALITIES, 2, tails.QUANTILES)
+    own: list[float] = []
+    for left in range(everything, -1, -1):
+        kept = torch.tensor([bool(left >> m & 1) for m in range(tails.MODALITIES)])
+        seen = (present | ~kept).all(dim=1).numpy() if left else np.zeros(len(label), bool)
+        if len(set(label[seen].tolist())) < 2:
+            logit[left] = logit[everything]
+            continue
+        read = tails.read(tail, z[seen], kept.expand_as(present)[seen])
+        fused, radius = (t[:, tails.FUSED].double().numpy() for t in (read.logit, read.radius))
+        for y in (0, 1):
+            logit[left, y] = torch.from_numpy(np.quantile(fused[label[seen] == y], levels)).float()
+        if left == everything:
+            for e in np.unique(domain[seen]):
+                here = domain[seen] == e
+                if len(set(label[seen][here].tolist())) == 2:
+                    at = -metrics.eer_threshold(-radius[here], label[seen][here])
+                    own.append(at if "linear" in tail else math.log(max(at, tails.SMALLEST)))
+    return {"reference.logit": logit, "reference.boundary": torch.tensor(own)}
+
+
+def replay(trunk: nn.Module, corpora: Sequence[Corpus]) -> Params:
+    """A few labelled training features, equal per domain x class, for site methods that keep the source in their loss."""
+    cells = stratify(corpora)
+    each = max(REPLAY // len(cells), 1)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for cell in cells:
+        rows = cell.rows[np.linspace(0, len(cell.rows) - 1, min(each, len(cell.rows))).astype(int)]
+        present = torch.from_numpy(mask_to_bool(np.asarray(corpora[cell.domain].present)[rows]))
+        z = features(trunk, torch.from_numpy(corpora[cell.domain].frame[rows]), present)
+        parts.append((z, present, torch.full((len(rows),), float(cell.label))))
+    z, present, label = (torch.cat(p) for p in zip(*parts, strict=True))
+    return {"replay.z": z, "replay.present": present, "replay.label": label}
+
+
+def validation(trunk: nn.Module, corpora: Sequence[Corpus]) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
+    """(domain, label, z, present) of the pooled val split."""
+    parts = []
+    for e, corpus in enumerate(corpora):
+        rows = np.flatnonzero((np.asarray(corpus.split) == "val") & (np.asarray(corpus.present) > 0))
+        if len(rows) == 0:
+            continue
+        present = torch.from_numpy(mask_to_bool(np.asarray(corpus.present)[rows]))
+        z = features(trunk, torch.from_numpy(corpus.frame[rows]), present)
+        parts.append((np.full(len(rows), e), np.asarray(corpus.label)[rows].astype(np.int64), z, present))
+    domain, label, z, present = zip(*parts, strict=True)
+    return np.concatenate(domain), np.concatenate(label), torch.cat(z), torch.cat(present)

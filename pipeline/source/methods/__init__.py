@@ -1,0 +1,1 @@
+"""Source methods, one file each: `source.kind: rise` is the module `rise`."""

@@ -1,0 +1,48 @@
+"""Empirical risk minimisation: the baseline that every other source method has to beat.
+
+The logistic loss of all heads with equal mass per class, no domain label. With ``model.tail.head: linear`` it is plain
+cross entropy on a linear head.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+
+from pipeline.models import tail as tails
+from pipeline.source.contract import Schedule, drop_modalities, heads_seen, masked_mean
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from pipeline.source.contract import Batch, Model
+
+
+class Config(Schedule):
+    """``source.kind: erm``."""
+
+    kind: Literal["erm"] = "erm"  # pyright: ignore[reportIncompatibleVariableOverride]
+    dropout: float = Field(
+        default=0.0, ge=0, le=1, description="share of samples that lose one or two modalities"
+    )
+
+    def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        z = model.trunk_features(batch.frames, batch.present)
+        present = drop_modalities(batch.present, self.dropout, generator)
+        read = tails.read(model.tail, z, present)
+        per_head = [
+            class_balanced(read.logit[:, v], batch.label, seen)
+            for v, seen in enumerate(heads_seen(present).unbind(dim=1))
+        ]
+        return self.risk_terms(torch.stack(per_head))
+
+
+def class_balanced(logit: Tensor, label: Tensor, used: Tensor) -> Tensor:
+    """Mean logistic loss per class over the rows in ``used`` [B], then the mean of both: class priors do not matter."""
+    per_class = [
+        masked_mean(torch.nn.functional.softplus(-logit), used & (label == 1)),
+        masked_mean(torch.nn.functional.softplus(logit), used & (label == 0)),
+    ]
+    return 0.5 * torch.stack(per_class).sum()

@@ -1,0 +1,40 @@
+"""IRMv1: the same scale of the logit has to be the best one in every domain.
+
+Arjovsky et al., "Invariant Risk Minimization", 2019 (arXiv 1907.02893): mean risk of the domains plus a penalty on the
+gradient of each domain's risk by a scale of the logit, weight 1 at first and ``penalty`` later, as in DomainBed
+(Gulrajani and Lopez-Paz, ICLR 2021). Ours: class means first, the fused head only, and no rescaling when the weight rises.
+The authors' code divides the loss by the weight and DomainBed resets Adam; Adam's memory of squared gradients is as long
+as a schedule here, so a division would cut the rate on the risk for the rest of the fit, and the gradient's clip is
+what bounds the jump.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from pipeline.models import tail as tails
+from pipeline.source.contract import Schedule, head_risks, irm_penalty
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from pipeline.source.contract import Batch, Model
+
+
+class Config(Schedule):
+    """``source.kind: irm``."""
+
+    kind: Literal["irm"] = "irm"  # pyright: ignore[reportIncompatibleVariableOverride]
+    penalty: float = Field(default=10.0, ge=0, description="weight of the penalty after the annealing")
+    anneal: float = Field(
+        default=0.5, ge=0, le=1, description="share of the schedule in which the weight is at most 1"
+    )
+
+    def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        z = model.trunk_features(batch.frames, batch.present)
+        logit = tails.read(model.tail, z, batch.present).logit
+        risk = head_risks(logit, batch, batch.present)
+        weight = self.penalty if batch.progress >= self.anneal else min(1.0, self.penalty)
+        return {**self.risk_terms(risk), "irm": weight * irm_penalty(logit[:, tails.FUSED], batch)}

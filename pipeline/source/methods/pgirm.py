@@ -1,0 +1,55 @@
+"""SA-FAS-style training: domains stay apart in the features and come to share a boundary (PG-IRM).
+
+Sun et al., "Rethinking Domain Generalization for Face Anti-spoofing: Separability and Alignment", CVPR 2023 (arXiv
+2303.13662): a supervised contrast keeps (domain, class) groups separate; every domain has its own classifier, and after
+each step it is drawn to the one farthest from it; the mean classifies at inference. Ours: the same for every head of a
+multi-modal tail, radial or linear, and the weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from pipeline.models import tail as tails
+from pipeline.source.contract import (
+    Schedule,
+    domain_boundaries,
+    head_risks,
+    pull_together,
+    sup_con,
+    with_boundaries,
+)
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from pipeline.source.contract import Batch, Model, Params
+
+
+class Config(Schedule):
+    """``source.kind: pgirm``."""
+
+    kind: Literal["pgirm"] = "pgirm"  # pyright: ignore[reportIncompatibleVariableOverride]
+    angle: float = Field(default=0.1, ge=0, description="weight of the contrast by (domain, class)")
+    temperature: float = Field(default=0.1, gt=0)
+    alpha: float = Field(
+        default=0.995, gt=0, le=1, description="share of its own boundary a domain keeps per step"
+    )
+
+    def extra(self, domains: int, tail: Params) -> Params:
+        return domain_boundaries(domains, tail)
+
+    def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        z = model.trunk_features(batch.frames, batch.present)
+        read = tails.read(with_boundaries(model, batch), z, batch.present)
+        risk = head_risks(read.logit, batch, batch.present)
+        return {
+            **self.risk_terms(risk),
+            "angle": self.angle * sup_con(read.hidden, 2 * batch.domain + batch.label, self.temperature),
+        }
+
+    def after_step(self, extra: Params) -> None:
+        """PG-IRM: one boundary comes to serve all domains."""
+        pull_together(extra, self.alpha)

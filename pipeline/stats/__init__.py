@@ -1,0 +1,1 @@
+"""Rates, intervals and sequential tests: numbers in, numbers out."""

@@ -1,0 +1,332 @@
+"""Error rates of presentation attack detection after ISO/IEC 30107-3, on arrays of scores.
+
+A score is P(bona fide); a presentation is called bona fide iff ``score >= threshold``: a NaN score is called an attack.
+APCER of a PAI species: share of its attack presentations that are called bona fide; species are never pooled under that
+name, the figure of a system is the worst species. BPCER: share of bona fide presentations called attack.
+FAR pools all attacks; it is used for the EER threshold and for HTER only. Comparisons are made in float64.
+BPCER10, 20, 100: BPCER where the worst species has APCER 10, 5, 1 %; ``*_oracle`` chooses that on the measured data itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from pipeline.stats.intervals import Interval, MetricError, auc_interval, calls, hter_interval
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+    Floats = NDArray[np.float64]
+    Names = Sequence[str] | NDArray[np.str_]
+
+BONA_FIDE = 1
+OTHER = "other"
+MIN_SPECIES = 30  # presentations below which a species' rate says little; such species are merged and named
+ABOVE = 1e-6  # a threshold this far above the top score rejects it in float32 too
+
+
+class Rate(NamedTuple):
+    """Errors of n with one-sided 95 % Clopper-Pearson bounds; ``rate`` is NaN when n is 0."""
+
+    errors: int
+    n: int
+    rate: float
+    lower95: float
+    upper95: float
+
+
+class Dev(NamedTuple):
+    """Development (source-validation) scores, on which thresholds may be chosen."""
+
+    score: ArrayLike  # [n]
+    label: ArrayLike  # [n]
+    pai: Names  # [n]
+
+
+class Det(NamedTuple):
+    """Detection error trade-off, by rising threshold: FAR falls from 1 to 0, FRR rises from 0 to 1."""
+
+    threshold: Floats
+    far: Floats
+    frr: Floats
+
+
+@dataclass(frozen=True)
+class PadReport:
+    """One evaluation at a threshold that was fixed elsewhere; ``eer`` and ``*_oracle`` choose theirs on this data."""
+
+    threshold: float
+    n_bona_fide: int
+    n_attack: int
+    hter: float
+    auc: float
+    eer: float  # oracle
+    bpcer: float
+    max_apcer: float
+    worst_species: str
+    bona_fide: Rate
+    species: dict[str, Rate]
+    merged: tuple[str, ...]  # species with too few presentations, counted together as "other"
+    bpcer10: float  # NaN without development scores
+    bpcer20: float
+    bpcer100: float
+    bpcer10_oracle: float
+    bpcer20_oracle: float
+    bpcer100_oracle: float
+    tpr_at_fpr_1e2: float
+    tpr_at_fpr_1e3: float
+    hter_interval: Interval | None  # bootstrap over groups, 95 %
+    auc_interval: Interval | None
+
+
+def report(
+    score: ArrayLike,
+    label: ArrayLike,
+    pai: Names,
+    threshold: float,
+    *,
+    dev: Dev | None = None,
+    groups: Names | None = None,
+    min_species: int = MIN_SPECIES,
+    samples: int = 1000,
+    seed: int = 0,
+) -> PadReport:
+    """Everything of one evaluation at ``threshold``; ``groups`` (video or subject per sample) adds bootstrap intervals.
+
+    ``dev`` adds BPCER10, 20 and 100. Numbers that a missing class makes undefined are NaN.
+    """
+    s, y = _checked(score, label)
+    names, merged = merge_small(pai, y, min_species)
+    by_species = apcer_by_species(s, y, names, threshold)
+    worst, top = max_apcer(by_species)
+    bona_fide = bpcer(s, y, threshold)
+    both = 0 < bona_fide.n < len(y)
+    hters = aucs = None
+    if groups is not None and both:
+        hters = hter_interval(calls(s, y, groups, threshold), samples=samples, seed=seed)
+        aucs = auc_interval(s, y, groups, samples=samples, seed=seed)
+    limits = (0.1, 0.05, 0.01)
+    oracle = [bpcer_at_apcer(s, y, names, a) if both else math.nan for a in limits]
+    honest = [math.nan] * len(limits)
+    if dev is not None:
+        species, _ = merge_small(dev.pai, dev.label, min_species)
+        honest = [bpcer_at_dev(s, y, dev.score, dev.label, species, a) for a in limits]
+    return PadReport(
+        threshold=float(threshold),
+        n_bona_fide=bona_fide.n,
+        n_attack=len(y) - bona_fide.n,
+        hter=hter(s, y, threshold),
+        auc=auc(s, y),
+        eer=eer(s, y),
+        bpcer=bona_fide.rate,
+        max_apcer=top,
+        worst_species=worst,
+        bona_fide=bona_fide,
+        species=by_species,
+        merged=merged,
+        bpcer10=honest[0],
+        bpcer20=honest[1],
+        bpcer100=honest[2],
+        bpcer10_oracle=oracle[0],
+        bpcer20_oracle=oracle[1],
+        bpcer100_oracle=oracle[2],
+        tpr_at_fpr_1e2=tpr_at_fpr(s, y, 1e-2),
+        tpr_at_fpr_1e3=tpr_at_fpr(s, y, 1e-3),
+        hter_interval=hters,
+        auc_interval=aucs,
+    )
+
+
+def clopper_pearson(errors: ArrayLike, n: ArrayLike, *, confidence: float = 0.95) -> tuple[Floats, Floats]:
+    """Exact one-sided lower and upper bounds of a binomial rate, each at ``confidence``; 0 and 1 where n is 0."""
+    from scipy.special import betaincinv  # pyright: ignore  # an import too slow for readers of the configuration
+
+    k, m = np.broadcast_arrays(np.asarray(errors, np.float64), np.asarray(n, np.float64))
+    with np.errstate(invalid="ignore"):
+        lower = np.where(k > 0, betaincinv(np.maximum(k, 1), m - k + 1, 1 - confidence), 0.0)
+        upper = np.where(k < m, betaincinv(k + 1, np.maximum(m - k, 1), confidence), 1.0)
+    return lower, upper
+
+
+def rate(errors: int, n: int) -> Rate:
+    """A Rate with its bounds."""
+    lower, upper = clopper_pearson(errors, n)
+    return Rate(int(errors), int(n), errors / n if n else math.nan, float(lower), float(upper))
+
+
+def merge_small(
+    pai: Names, label: ArrayLike, minimum: int = MIN_SPECIES
+) -> tuple[NDArray[np.str_], tuple[str, ...]]:
+    """Species per sample, those of fewer than ``minimum`` attacks renamed ``other``; and the names that were merged."""
+    names = np.asarray(pai, dtype=np.str_)
+    y = np.asarray(label)
+    if names.shape != y.shape:
+        raise MetricError(f"pai: {names.shape[0]} names for {y.shape[0]} labels; one per sample is needed")
+    found, count = np.unique(names[y != BONA_FIDE], return_counts=True)
+    merged = tuple(str(s) for s in found[count < minimum])
+    small = np.isin(names, merged) & (y != BONA_FIDE)
+    return np.where(small, OTHER, names), merged
+
+
+def apcer_by_species(score: ArrayLike, label: ArrayLike, pai: Names, threshold: float) -> dict[str, Rate]:
+    """APCER of every PAI species among the attacks, with bounds."""
+    s, y = _checked(score, label)
+    names = np.asarray(pai, dtype=np.str_)
+    attack = y != BONA_FIDE
+    found, index = np.unique(names[attack], return_inverse=True)
+    n = np.bincount(index, minlength=len(found))
+    errors = np.bincount(index, weights=s[attack] >= threshold, minlength=len(found))
+    return {str(name): rate(int(errors[i]), int(n[i])) for i, name in enumerate(found)}
+
+
+def max_apcer(species: dict[str, Rate]) -> tuple[str, float]:
+    """The worst species and its APCER; ("", NaN) without attacks."""
+    worst = max(species, key=lambda name: species[name].rate, default="")
+    return worst, species[worst].rate if worst else math.nan
+
+
+def bpcer(score: ArrayLike, label: ArrayLike, threshold: float) -> Rate:
+    """Share of bona fide presentations called attack, with bounds."""
+    s, y = _checked(score, label)
+    real = s[y == BONA_FIDE]
+    return rate(int(np.sum(~(real >= threshold))), len(real))
+
+
+def far_frr(score: ArrayLike, label: ArrayLike, threshold: float) -> tuple[float, float]:
+    """(share of all attacks called bona fide, share of bona fide called attack); NaN for a class that is missing."""
+    s, y = _checked(score, label)
+    accepted = s >= threshold
+    return _mean(accepted[y != BONA_FIDE]), _mean(~accepted[y == BONA_FIDE])
+
+
+def hter(score: ArrayLike, label: ArrayLike, threshold: float) -> float:
+    """Half total error rate (FAR + FRR) / 2, attacks pooled."""
+    return float(np.mean(far_frr(score, label, threshold)))
+
+
+def det_curve(score: ArrayLike, label: ArrayLike) -> Det:
+    """FAR and FRR at each distinct score as threshold and at one above all; needs both classes and finite scores."""
+    s, y = _checked(score, label)
+    real, attack = np.sort(s[y == BONA_FIDE]), np.sort(s[y != BONA_FIDE])
+    if not len(real) or not len(attack):
+        raise MetricError(
+            f"both classes are needed; given {len(real)} bona fide and {len(attack)} attack presentations"
+        )
+    if not np.isfinite(s).all():
+        raise MetricError(f"scores must be finite; {int((~np.isfinite(s)).sum())} of {len(s)} are not")
+    threshold = np.unique(s)
+    threshold = np.append(threshold, threshold[-1] + ABOVE)
+    far = 1 - np.searchsorted(attack, threshold, side="left") / len(attack)
+    frr = np.searchsorted(real, threshold, side="left") / len(real)
+    return Det(threshold, far, frr)
+
+
+def eer_threshold(score: ArrayLike, label: ArrayLike) -> float:
+    """argmin |FAR - FRR|, the smaller error sum at a tie.
+
+    Lies half way to the next lower score, so that rounding changes no call.
+    """
+    curve = det_curve(score, label)
+    i, t = _eer_index(curve), curve.threshold
+    return _halfway(float(t[i - 1]), float(t[i])) if 0 < i < len(t) - 1 else float(t[i])
+
+
+def eer(score: ArrayLike, label: ArrayLike) -> float:
+    """(FAR + FRR) / 2 at the EER threshold of the same data: an oracle number. NaN where undefined."""
+    try:
+        curve = det_curve(score, label)
+    except MetricError:
+        return math.nan
+    i = _eer_index(curve)
+    return float((curve.far[i] + curve.frr[i]) / 2)
+
+
+def apcer_threshold(score: ArrayLike, label: ArrayLike, pai: Names, apcer: float) -> float:
+    """The lowest threshold at which no species exceeds ``apcer``; on dev data this fixes BPCER10/20/100 honestly."""
+    s, y = _checked(score, label)
+    names, attack = np.asarray(pai, dtype=np.str_), y != BONA_FIDE
+    bound = -np.inf  # the highest score that must be rejected
+    for name in np.unique(names[attack]):
+        own = s[attack & (names == name)]
+        allowed = int(np.floor(apcer * len(own) + 1e-9))
+        own = np.sort(own[~np.isnan(own)])[::-1]
+        if allowed < len(own):
+            bound = max(bound, own[allowed])
+    if bound == -np.inf:
+        return float(np.nanmin(s))
+    above = s[s > bound]
+    return _halfway(bound, float(above.min())) if len(above) else float(bound + ABOVE)
+
+
+def bpcer_at_apcer(score: ArrayLike, label: ArrayLike, pai: Names, apcer: float) -> float:
+    """BPCER where the worst species has APCER <= ``apcer`` on the same data: an oracle (BPCER20 for 0.05)."""
+    return bpcer(score, label, apcer_threshold(score, label, pai, apcer)).rate
+
+
+def bpcer_at_dev(
+    score: ArrayLike,
+    label: ArrayLike,
+    dev_score: ArrayLike,
+    dev_label: ArrayLike,
+    dev_pai: Names,
+    apcer: float,
+) -> float:
+    """BPCER where the worst species of the development set has APCER <= ``apcer`` there; NaN if it has no attack.
+
+    APCER of the measured data may be higher: unseen species do not keep what was tuned on others.
+    """
+    if not (np.asarray(dev_label) != BONA_FIDE).any():
+        return math.nan
+    return bpcer(score, label, apcer_threshold(dev_score, dev_label, dev_pai, apcer)).rate
+
+
+def auc(score: ArrayLike, label: ArrayLike) -> float:
+    """P(bona fide score > attack score) + half of the ties, by mid-ranks; NaN for a missing class or a NaN score."""
+    s, y = _checked(score, label)
+    real = y == BONA_FIDE
+    n, m = int(real.sum()), int((~real).sum())
+    if not n or not m or np.isnan(s).any():
+        return math.nan
+    _, index, count = np.unique(s, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[index]
+    return float((rank[real].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def tpr_at_fpr(score: ArrayLike, label: ArrayLike, fpr: float) -> float:
+    """Largest share of bona fide accepted while at most ``fpr`` of all attacks are: an oracle. NaN where undefined."""
+    try:
+        curve = det_curve(score, label)
+    except MetricError:
+        return math.nan
+    return float(1 - curve.frr[curve.far <= fpr + 1e-12].min())
+
+
+def _checked(score: ArrayLike, label: ArrayLike) -> tuple[Floats, NDArray[np.int64]]:
+    s, y = np.asarray(score, np.float64), np.asarray(label, np.int64)
+    if s.ndim != 1 or s.shape != y.shape:
+        raise MetricError(
+            f"score and label must be two equally long rows; given shapes {s.shape} and {y.shape}"
+        )
+    if not np.isin(y, (0, 1)).all():
+        raise MetricError("label: 1 (bona fide) and 0 (attack) are allowed; leave unknown samples out")
+    return s, y
+
+
+def _mean(values: NDArray[np.bool_]) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _eer_index(curve: Det) -> int:
+    gap = np.abs(curve.far - curve.frr)
+    return int(np.lexsort((curve.far + curve.frr, np.round(gap, 12)))[0])
+
+
+def _halfway(rejected: float, accepted: float) -> float:
+    middle = (rejected + accepted) / 2
+    return middle if middle > rejected else accepted

@@ -1,0 +1,173 @@
+"""The work of a shard, without Ray: what it keeps between calls, and what it does when a blob is damaged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from pipeline.control import adapt as shard
+from pipeline.control import judge
+from pipeline.control.deployment import now
+from pipeline.data import blobs
+from pipeline.models import tail
+from tests.support.crowds import SITES, YAML, Life, ground
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def life(tmp_path) -> Life:
+    """Two days: the first is adapted, the second has arrived."""
+    life = made(tmp_path / "d")
+    for day in range(2):
+        life.arrive(day)
+        if day == 0:
+            adapted(life)
+    return life
+
+
+def made(root: Path) -> Life:
+    root.mkdir()
+    return ground(root, text=YAML)
+
+
+def adapted(life: Life) -> None:
+    cycle = life.begin()
+    assert shard.adapt_sites(life.job(cycle), SITES) == {}
+    life.ledger.finish_cycle(cycle, summary={}, now=now())
+
+
+def forget() -> None:
+    """What a fresh process remembers."""
+    for kept in (shard._hot, shard._known, shard._blob):
+        kept.cache_clear()
+
+
+def test_a_hot_state_is_the_one_in_the_blob(life):
+    adapted(life)  # the first day's states were never read: this process made them
+    hot = shard._hot(life.d.config.bank.hot_mb)
+    rows = life.ledger.states(
+        [v.parent for v in life.ledger.states([s.learner for s in life.ledger.sites()]).values()]
+    )
+    assert len(rows) == len(SITES)
+    for row in rows.values():
+        stored = blobs.get(life.d.config.place("states"), row.blob)
+        assert all(torch.equal(t, stored[n][row.slot]) for n, t in hot[row.blob, row.slot].items())
+
+
+def test_a_site_whose_own_state_is_damaged_goes_on_from_what_it_serves(life):
+    forget()
+    (blob,) = {s.blob for s in life.ledger.states([s.learner for s in life.ledger.sites()[:1]]).values()}
+    path = life.d.config.place("states") / blob[:2] / f"{blob}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    hit = {
+        s.site
+        for s in life.ledger.states([r.learner for r in life.ledger.sites()]).values()
+        if s.blob == blob
+    }
+    adapted(life)
+    newest = {v.site: v for v in life.ledger.verdicts() if v.offset_from > 0}
+    assert {site for site, v in newest.items() if v.counters["lost"]} == hit
+    rows = life.ledger.states([v.state for v in newest.values()])
+    assert {r.site for r in rows.values() if r.parent is None} == hit, "the source model is what they serve"
+
+
+def test_states_that_move_alike_share_their_anchor_scores(life):
+    config, model = life.d.config, shard._model(life.ledger.source().path)
+    anchor = shard._anchor(config.place("anchors"), life.ledger.anchor(life.ledger.source().trunk))
+    fresh = config.site.init(model.tail)
+    other = {**fresh, "log_rho": fresh["log_rho"] + 0.1}
+    later = {**fresh, "seen": fresh["seen"] + 5}  # moves nothing that scores
+    known: dict = {}
+    scores = [judge.anchor_scores(model, anchor, s, known) for s in (fresh, later, other)]
+    assert scores[0] is scores[1] and len(known) == 2
+    patterns, present = anchor.replayed()
+    for p in range(len(patterns)):
+        wanted = tail.score(tail.moved(model.tail, other), anchor.z, present[p])
+        torch.testing.assert_close(torch.from_numpy(scores[2][p]), wanted)
+
+
+def test_the_slots_of_a_bank_and_the_size_of_a_call_change_no_bit(tmp_path):
+    whole, alone = made(tmp_path / "whole"), made(tmp_path / "alone")
+    for life, calls in ((whole, [SITES]), (alone, [[s] for s in reversed(SITES)])):
+        forget()
+        life.arrive(0)
+        cycle = life.begin()
+        for call in calls:
+            assert shard.adapt_sites(life.job(cycle), call) == {}
+        life.finish(cycle)
+    mine, theirs = whole.states(), alone.states()
+    assert mine.keys() == theirs.keys() and len(mine) == len(SITES)
+    assert all(torch.equal(t, theirs[key][n]) for key, state in mine.items() for n, t in state.items())
+    cells = [
+        {v.site: (v.evidence.cells, v.evidence.margin_drop) for v in life.ledger.verdicts()}
+        for life in (whole, alone)
+    ]
+    assert cells[0] == cells[1]
+
+
+def streams(life: Life) -> dict:
+    """What the newest verdict of each site measured without labels."""
+    return {v.site: v.evidence.stream for v in life.ledger.latest_verdicts().values()}
+
+
+def test_a_window_knows_what_the_windows_before_it_measured(life):
+    first = streams(life)
+    assert all(s.baseline == () and s.sessions_before == 0 and s.age_days == 0 for s in first.values())
+    adapted(life)
+    for site, s in streams(life).items():
+        assert s.baseline == first[site].hours
+        assert sum(n for n, _ in s.hours) == s.sessions > 0
+        assert (s.sessions_before, s.born) == (first[site].sessions, first[site].born)
+        assert s.age_days > 0
+
+
+def test_a_failed_window_is_no_baseline_and_its_state_not_gone_on_from(tmp_path):
+    life = made(tmp_path / "d")
+    text = (life.d.root / "palisade.yaml").read_text()
+    for day in range(3):
+        life.arrive(day)
+        broken = text.replace("trust: {rho: 50.0", "trust: {rho: 1.0e-9") if day == 1 else text
+        (life.d.root / "palisade.yaml").write_text(broken)
+        adapted(life)
+    by_day = [life.ledger.verdicts(site=s) for s in SITES[:3]]
+    for first, second, third in by_day:
+        assert [v.outcome for v in (first, second, third)] == [first.outcome, "fail", third.outcome]
+        assert (
+            third.evidence.stream.baseline == second.evidence.stream.baseline == first.evidence.stream.hours
+        )
+        assert third.evidence.stream.sessions_before == 0, "it began anew from the source model"
+        assert third.evidence.stream.born > first.evidence.stream.born
+
+
+def test_the_anchor_set_is_shown_as_the_rig_sees_it(life):
+    config, model = life.d.config, shard._model(life.ledger.source().path)
+    anchor = shard._anchor(config.place("anchors"), life.ledger.anchor(life.ledger.source().trunk))
+    known: dict = {}
+    fresh = config.site.init(model.tail)
+    whole, rig = (judge.anchor_scores(model, anchor, fresh, known, rig=r) for r in ((), ("rgb", "ir")))
+    names = list(anchor.replayed()[0])
+    at = {n: k for k, n in enumerate(names)}
+    assert (rig[at["full"]] == whole[at["no-depth"]]).all()
+    assert (rig[at["no-ir"]] == whole[at["no-depth-ir"]]).all()
+    assert judge.rig_of({"rig": "ir+RGB"}) == ("rgb", "ir")
+    assert judge.rig_of({"rig": "kiosk-2"}) == judge.rig_of({}) == ()
+    assert judge._unseen(("rgb",)) == ["no-rgb"]
+    assert judge._unseen(()) == []
+
+
+def test_a_site_with_one_camera_is_judged_on_what_it_can_show(tmp_path):
+    life = made(tmp_path / "d")
+    life.ledger.set_tags({SITES[0]: {"rig": "rgb"}}, now=now())
+    life.arrive(0)
+    adapted(life)
+    found = life.ledger.latest_verdicts()[SITES[0]].evidence
+    assert found.rig == ("rgb",)
+    assert found.unseen == ("no-rgb",)
+    assert "no-rgb" not in {c.pattern for c in found.cells}
+    assert life.ledger.latest_verdicts([SITES[1]])[SITES[1]].evidence.unseen == ()

@@ -1,0 +1,204 @@
+"""Simulated sites: scripts come true in the files, and nothing in a row gives a label away."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data import DataConfig
+from pipeline.data.captures import BadSegment, check_segment, list_segments, read_labels, read_segment
+from pipeline.data.decode import BadImage, decode
+from pipeline.simulate.render import BONA_FIDE
+from pipeline.simulate.rig import TRAINING, UNSEEN, SensorRig
+from pipeline.simulate.site_script import (
+    PHASES,
+    Broken,
+    Drift,
+    Missing,
+    SiteScript,
+    Stretch,
+    demo_fleet,
+    plan,
+    rig_at,
+)
+from pipeline.simulate.sites import START, simulate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RIG = SensorRig("tiny", side=32)
+SITE = SiteScript("door-1", RIG, "eu", "acme", "tiny", rate=1.0, redteam=4)
+
+
+def _rows(root: Path, site: str) -> list[dict[str, object]]:
+    paths = list_segments(root / "captures").segments[site]
+    return [row for path in paths for row in pq.read_table(path).to_pylist()]
+
+
+def _hour(row: dict[str, object]) -> float:
+    return (row["captured_at"] - START) / timedelta(hours=1)  # pyright: ignore[reportOperatorIssue]
+
+
+def test_two_phases_give_segments_and_labels_that_match_the_rows(tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    first = simulate(tmp_path, [SITE], phase=1, workers=1, progress=lambda *p: steps.append(p))
+    assert not (tmp_path / "redteam").exists()
+    second = simulate(tmp_path, [SITE], phase=2, workers=1)
+    rows = _rows(tmp_path, "door-1")
+    assert steps[-1] == (first["door-1"], first["door-1"])
+    assert len(rows) == first["door-1"] + second["door-1"]
+    labels = read_labels(tmp_path / "sealed" / "door-1-labels.parquet")
+    assert [r["sample_id"] for r in rows] == list(labels)
+    red = read_labels(tmp_path / "redteam" / "door-1-labels.parquet")
+    assert len(red) == 4
+    assert sorted(label for label, _ in red.values()) == [0, 0, 1, 1]
+    assert all(labels[k] == v for k, v in red.items())
+    hours = [_hour(r) for r in rows]
+    assert all(PHASES[1].start <= h < PHASES[2].end + 0.1 for h in hours)
+
+
+def test_every_row_of_a_clean_site_decodes(tmp_path: Path) -> None:
+    simulate(tmp_path, [SITE], phase=1, workers=1)
+    for path in list_segments(tmp_path / "captures").segments["door-1"]:
+        check_segment(path, site="door-1", limits=DataConfig())
+        segment = read_segment(path, site="door-1", limits=DataConfig())
+        assert not segment.bad
+        for row in segment.good:
+            frame, present = decode(row["rgb"], row["depth"], row["ir"], size=24)
+            assert present == 7
+            assert frame.any(axis=(1, 2)).all()
+
+
+def test_same_seed_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
+    simulate(tmp_path / "a", [SITE], phase=1, workers=1, seed=4)
+    simulate(tmp_path / "b", [SITE], phase=1, workers=2, seed=4)
+    assert _rows(tmp_path / "a", "door-1") == _rows(tmp_path / "b", "door-1")
+    assert plan(SITE, phase=1, seed=4) != plan(SITE, phase=1, seed=5)
+
+
+def test_a_segment_is_never_written_twice(tmp_path: Path) -> None:
+    simulate(tmp_path, [SITE], phase=1, workers=1)
+    with pytest.raises(BadSegment, match="exists"):
+        simulate(tmp_path, [SITE], phase=1, workers=1)
+
+
+def test_missing_episode_is_null_exactly_then(tmp_path: Path) -> None:
+    script = replace(SITE, missing=(Missing("ir", 6, 18), Missing("rgb", 12, 20)))
+    simulate(tmp_path, [script], phase=1, workers=1)
+    rows = _rows(tmp_path, "door-1")
+    assert any(6 <= _hour(r) < 18 for r in rows)
+    for row in rows:
+        assert (row["ir"] is None) == (6 <= _hour(row) < 18)
+        assert (row["rgb"] is None) == (12 <= _hour(row) < 20)
+        assert row["depth"] is not None
+
+
+def test_rig_swap_changes_pixels_and_not_labels(tmp_path: Path) -> None:
+    swapped = replace(SITE, swap=(12, replace(RIG, side=40)))
+    for name, script in (("a", SITE), ("b", swapped)):
+        simulate(tmp_path / name, [script], phase=1, workers=1)
+    labels = [(tmp_path / n / "sealed" / "door-1-labels.parquet").read_bytes() for n in "ab"]
+    assert labels[0] == labels[1]
+    for before, after in zip(_rows(tmp_path / "a", "door-1"), _rows(tmp_path / "b", "door-1"), strict=True):
+        assert before["sample_id"] == after["sample_id"]
+        assert (before["rgb"] == after["rgb"]) == (_hour(before) < 12)
+
+
+@pytest.mark.parametrize("prior", [0.5, 0.9, 1.0])
+def test_prior_is_respected(prior: float) -> None:
+    shots = [s for k in range(8) for s in plan(replace(SITE, rate=20, prior=prior), phase=1, seed=k)]
+    share = np.mean([s.what.species == BONA_FIDE for s in shots])
+    assert share == pytest.approx(prior, abs=0.04)
+    assert {s.what.species for s in shots} <= {BONA_FIDE, *SITE.species}
+
+
+def test_burst_brings_more_traffic_of_its_species() -> None:
+    burst = Stretch(10, 14, 0.0, rate=4, species=("replay",))
+    shots = plan(replace(SITE, rate=20, prior=1.0, stretches=(burst,)), phase=1, seed=0)
+    inside = [s for s in shots if 10.2 <= s.hour < 14]
+    before = [s for s in shots if s.hour < 10]
+    assert {s.what.species for s in inside} == {"replay"}
+    assert {s.what.species for s in before} == {BONA_FIDE}
+    assert len(inside) / 4 > 2 * len(before) / 10
+
+
+def test_broken_camera(tmp_path: Path) -> None:
+    for kind in ("black", "constant", "truncated"):
+        script = replace(SITE, rate=0.5, broken=Broken(kind, 0, 24))
+        simulate(tmp_path / kind, [script], phase=1, workers=1)
+        row = _rows(tmp_path / kind, "door-1")[0]
+        rgb, depth, ir = row["rgb"], row["depth"], row["ir"]
+        if kind == "truncated":
+            with pytest.raises(BadImage, match="rgb"):
+                decode(rgb, depth, ir, size=24)  # pyright: ignore[reportArgumentType]
+        else:
+            frame, _ = decode(rgb, depth, ir, size=24)  # pyright: ignore[reportArgumentType]
+            assert frame[:3].std() < 2
+
+
+def test_hostile_files_are_refused_and_the_bomb_never_opens(tmp_path: Path) -> None:
+    script = replace(SITE, hostile=("garbage", "schema", "bomb"))
+    simulate(tmp_path, [script], phase=1, workers=1)
+    paths = list_segments(tmp_path / "captures").segments["door-1"]
+    assert len(paths) == PHASES[1].segments + 2
+    refused, reasons = 0, []
+    for path in paths:
+        try:
+            segment = read_segment(path, site="door-1", limits=DataConfig())
+        except BadSegment:
+            refused += 1
+            continue
+        for row in segment.good:
+            try:
+                decode(row["rgb"], row["depth"], row["ir"], size=24)
+            except BadImage as e:
+                reasons.append(str(e))
+    assert refused == 2
+    assert len(reasons) == 1
+    assert "12000" in reasons[0]
+
+
+def test_drift_only_goes_one_way() -> None:
+    script = replace(SITE, drift=Drift(ir_fade=0.7, depth_noise=0.5, warm=0.1))
+    power = [rig_at(script, h).ir_power for h in (0, 12, 24, 38)]
+    assert power == sorted(power, reverse=True)
+    assert rig_at(script, 24).ir_power == pytest.approx(RIG.ir_power * np.exp(-0.7))
+    assert rig_at(script, 24).white[0] > RIG.white[0]
+    assert rig_at(SITE, 24) == RIG
+
+
+def test_demo_fleet_is_the_promised_mix() -> None:
+    fleet = demo_fleet()
+    assert len({s.site for s in fleet}) == 14
+    assert len({s.rig.name for s in fleet if s.rig.name in UNSEEN}) >= 3
+    troubled = [
+        s for s in fleet if s.missing or s.stretches or s.broken or s.hostile or s.swap or s.drift != Drift()
+    ]
+    clean = [s for s in fleet if s not in troubled]
+    assert sum(s.rig.name in TRAINING for s in clean) == 3
+    assert {m.modality for s in fleet for m in s.missing} == {"rgb", "depth", "ir"}
+    for phase, low, high in ((1, 120, 330), (2, 80, 330)):
+        assert all(low < len(plan(s, phase=phase, seed=0)) < high for s in fleet)
+    assert all(s.region and s.tenant and s.hardware for s in fleet)
+
+
+def test_sessions_are_one_presentation_and_ids_say_nothing() -> None:
+    shots = plan(replace(SITE, rate=10, redteam=20), phase=2, seed=0)
+    sessions: dict[str, set[object]] = {}
+    for shot in shots:
+        sessions.setdefault(shot.session_id, set()).add(shot.what)
+        assert shot.what.species not in shot.sample_id + shot.session_id
+    assert {len(v) for v in sessions.values()} == {1}
+    assert [s.sample_id for s in shots] == sorted(s.sample_id for s in shots)
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="phase 3: allowed are 1, 2"):
+        simulate(tmp_path, [SITE], phase=3)
+    with pytest.raises(ValueError, match="must differ"):
+        simulate(tmp_path, [SITE, SITE], phase=1)

@@ -1,0 +1,297 @@
+"""A crowd for the chaos tests: its deployment, the processes that adapt it and are killed, and what must hold after every kill.
+
+The model is random and small, and every sample teaches, so that each site's state moves in every step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from sqlalchemy.engine.default import DefaultDialect
+
+from pipeline.control.adapt import ShardJob, adapt_sites
+from pipeline.control.deployment import lease, now
+from pipeline.data import blobs
+from pipeline.data.anchor import AnchorSet, seal
+from pipeline.data.features import FeatureBlock, write_features
+from pipeline.ledger import Cycle, Ledger, SegmentRow, StaleGeneration
+from pipeline.models import checkpoint, tail
+from pipeline.models.trunk import build_trunk, fold
+from pipeline.simulate.cloned_sites import names
+from tests.support.deployments import Deployment, copy, fresh
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import ForkServerProcess
+
+    from pipeline.ledger import SiteRow, VerdictRow
+
+States = dict[
+    tuple[str, int], dict[str, torch.Tensor]
+]  # by site and the offset that the state has learned to
+
+YAML = """
+data: {{captures: {root}/captures, size: 32}}
+model: {{trunk: {{kind: tiny, width: 4, features: 16}}, tail: {{width: 8, rank: 4}}}}
+source: {{kind: erm}}
+site: {{kind: danet, reservoir: 8, lr: 1.0e-3, trigger: -1, sessions: 0, session_cap: 0, disagreement: 1,
+        confidence_bona_fide: 0.5, confidence_attack: 0.5, unanimous_bona_fide: false}}
+bank: {{sites: 6, batch: 8, hot_mb: 16}}
+guards:
+  ceiling: {{apcer: 1.0, bpcer: 1.0}}
+  noninferiority: {{attacks: 1.0, worst_species: 1.0, bona_fide: 1.0}}
+  trust: {{rho: 50.0, margin: 50.0}}
+  no_data: {{n_min: 4, anchor_min: 1}}
+  influence: {{advisory: true}}
+  labels: {{advisory: true}}
+  modality: {{advisory: true}}
+  collapse: {{advisory: true}}
+cluster: {{shards: 2, ingest_workers: 2}}
+ledger: {{url: "sqlite:///{root}/ledger.db", artifacts: {root}/artifacts}}
+"""
+QUIET = YAML.replace(
+    "kind: danet,", "kind: danet, learn: false,"
+)  # counts and boundaries move, by no gradient
+DAYS = 3  # of ingest and adaptation, one cycle each
+FEATURES, ANCHORS = 16, 32
+SITES = tuple(names(12))
+LENGTH = {site: 9 + k % 3 * 3 for k, site in enumerate(SITES)}  # samples a day: streams of a bank differ
+HOSTILE, BLIND = SITES[3], SITES[7]  # sends NaN and infinity; has one camera alone
+STALE = 17  # exit status of a process that was fenced off
+INSTANTS = {  # what is called there, whether it is before that; each occurs at least three times in a cycle
+    "before a blob": (blobs, "put", True),
+    "a blob under its temporary name": (Path, "replace", True),
+    "after a blob": (blobs, "put", False),
+    "before a commit": (Ledger, "commit_shard", True),
+    "within a commit": (DefaultDialect, "do_commit", True),
+    "after a commit": (Ledger, "commit_shard", False),
+}
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(
+    ["pytest", "torch._dynamo", "tests.support.crowds", "pipeline.cluster.fleet", "jobs.cycle"]
+)
+
+
+@dataclass(frozen=True)
+class Life:
+    """A crowd in a folder of its own, from its first day on."""
+
+    d: Deployment
+    ledger: Ledger
+
+    def arrive(self, day: int) -> None:
+        """The features of ``day`` begin to count."""
+        with lease(self.d.config, self.ledger, "ingest") as cycle:
+            rows = [
+                SegmentRow(site, f"segment-{day:04d}.parquet", "", n, day * n, n, 0)
+                for site, n in LENGTH.items()
+            ]
+            self.ledger.commit_ingest(cycle, rows, [], now=now())
+            self.ledger.finish_cycle(cycle, summary={}, now=now())
+
+    def begin(self) -> Cycle:
+        """Take the lease from whoever has it: an unfinished cycle goes on under a new generation."""
+        config = self.d.config
+        return self.ledger.begin_cycle(
+            "adapt", config.fingerprint(), "{}", holder="test", dead=lambda _: True, now=now()
+        )
+
+    def start(
+        self,
+        cycle: Cycle,
+        parts: Sequence[Sequence[str]],
+        *,
+        instant: tuple[str, int] | None = None,
+        gate: Connection | None = None,
+    ) -> ForkServerProcess:
+        """A shard process that adapts ``parts`` call by call, see ``_shard``."""
+        child = FORK.Process(target=_shard, args=(self.job(cycle), parts, instant, gate), daemon=True)
+        child.start()
+        return child
+
+    def job(self, cycle: Cycle) -> ShardJob:
+        """What a shard of ``cycle`` is given."""
+        source, config = self.ledger.source(), self.d.config
+        return ShardJob(
+            config.model_dump_json(), source.path, source.version, self.ledger.anchor(source.trunk), cycle
+        )
+
+    def newest(self) -> Cycle:
+        """The cycle of the last day, in the generation that has it."""
+        row = self.ledger.cycles(kinds=["adapt"])[0]
+        return Cycle(row.id, row.generation, resumed=True)
+
+    def finish(self, cycle: Cycle) -> None:
+        """Every site is done: the cycle ends, and the audit chain is whole (I6)."""
+        assert self.check(cycle) == set(SITES)
+        self.ledger.finish_cycle(cycle, summary={}, now=now())
+        assert self.ledger.broken_audit() is None
+
+    def check(self, cycle: Cycle | None = None) -> set[str]:
+        """I1 and I2, also while others write → the sites that are done in ``cycle`` (default: the newest)."""
+        last = cycle.id if cycle else next((c.id for c in self.ledger.cycles(kinds=["adapt", "cycle"])), "")
+        rows, verdicts = self._snapshot()
+        for row in rows:
+            own = sorted((v for v in verdicts if v.site == row.site), key=lambda v: v.offset_to)
+            ends = [0, *(v.offset_to for v in own)]
+            assert [v.offset_from for v in own] == ends[:-1], (
+                f"{row.site}: its verdicts do not tile its stream"
+            )
+            assert row.learned == ends[-1], row.site
+            assert sum(v.cycle == last for v in own) == (row.learned == row.ingested), row.site
+        self._verify(rows, verdicts)
+        return {v.site for v in verdicts if v.cycle == last}
+
+    def states(self) -> States:
+        """Every state that was ever committed."""
+        kept = self.ledger.states([v.state for v in self.ledger.verdicts()]).values()
+        held = {b: blobs.get(self.d.config.place("states"), b) for b in {s.blob for s in kept}}
+        return {(s.site, s.offset_to): {k: t[s.slot] for k, t in held[s.blob].items()} for s in kept}
+
+    def _snapshot(self) -> tuple[list[SiteRow], list[VerdictRow]]:
+        """Sites and verdicts of one moment."""
+        rows = self.ledger.sites()
+        while True:
+            verdicts, again = self.ledger.verdicts(), self.ledger.sites()
+            if rows == again:
+                return rows, verdicts
+            rows = again
+
+    def _verify(self, rows: Sequence[SiteRow], verdicts: Sequence[VerdictRow]) -> None:
+        """Every pointer names a blob whose digest verifies and which holds what it is said to hold."""
+        stored = self.ledger.states([v.state for v in verdicts] + [r.learner for r in rows])
+        assert {v.state for v in verdicts} | {r.learner for r in rows if r.learner} <= stored.keys()
+        states, outcomes = self.d.config.place("states"), self.d.config.place("outcomes")
+        slots = {b: len(next(iter(blobs.get(states, b).values()))) for b in {s.blob for s in stored.values()}}
+        assert all(s.slot < slots[s.blob] for s in stored.values())
+        named = [str(v.counters["outcomes"]) for v in verdicts]
+        offsets = {digest: blobs.get(outcomes, digest)["offset"].tolist() for digest in set(named)}
+        for v, digest in zip(verdicts, named, strict=True):
+            first, end = cast("list[int]", v.counters["rows"])
+            assert offsets[digest][first:end] == list(range(v.offset_from, v.offset_to)), v.site
+
+
+def ground(root: Path, *, text: str = YAML, days: int = DAYS, hostile: bool = True) -> Life:
+    """Sites with the features of ``days``, none of which counts yet. Without ``hostile`` no value is NaN."""
+    d = fresh(root, text)
+    config, ledger = d.config, d.ledger
+    random = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trunk = fold(build_trunk(config.model.trunk, config.data.size))
+    params = tail.init_tail(config.model.tail, FEATURES, generator=random)
+    manifest = checkpoint.Manifest(config=config.model, size=config.data.size, threshold=0.5, method="erm")
+    path = config.place("models", "crowd")
+    checkpoint.save(path, checkpoint.SourceModel(trunk, params, manifest))
+    m = checkpoint.read_manifest(path)
+    ledger.add_source(
+        m.digest,
+        trunk=m.trunk_digest,
+        path=str(path),
+        manifest=m.model_dump(mode="json"),
+        lineage="-",
+        now=now(),
+    )
+    label = torch.arange(ANCHORS) % 2
+    species = tuple("bona_fide" if y else "print" for y in label.tolist())
+    z, present = torch.randn(ANCHORS, 3, FEATURES, generator=random), torch.ones(ANCHORS, 3, dtype=torch.bool)
+    anchor = seal(config.place("anchors"), AnchorSet(z, present, label.to(torch.int8), species))
+    ledger.pin_anchor(anchor, trunk=m.trunk_digest, summary={}, now=now())
+    if days:
+        ledger.register_sites({site: {} for site in SITES}, now=now())
+    for k, (site, n) in enumerate(LENGTH.items()):
+        for day in range(days):
+            write_features(config.place("features"), m.trunk_digest, site, _sent(k, day, n, hostile=hostile))
+    ledger.close()
+    return Life(d, ledger)
+
+
+def reborn(life: Life, root: Path) -> Life:
+    """The same crowd in another folder, which is not there yet; the source model stays where it is."""
+    assert not root.exists(), root
+    copy(life.d.root, root)
+    text = Path(life.d.yaml).read_text().replace(str(life.d.root), str(root))
+    (root / "palisade.yaml").write_text(text)
+    d = Deployment(root)
+    return Life(d, d.ledger)
+
+
+def undisturbed(life: Life) -> States:
+    """The states of all days, adapted by one process that nobody kills."""
+    for day in range(DAYS):
+        life.arrive(day)
+        cycle = life.begin()
+        child = life.start(cycle, dealt(np.random.default_rng(0)))
+        child.join()
+        assert child.exitcode == 0
+        life.finish(cycle)
+    return life.states()
+
+
+def dealt(rng: np.random.Generator) -> list[list[str]]:
+    """All sites in calls of random sites: neither neighbours nor slots are the same twice."""
+    sites = rng.permutation(SITES).tolist()
+    cuts = sorted(rng.choice(np.arange(1, len(sites)), 2, replace=False))
+    return [sites[a:b] for a, b in zip([0, *cuts], [*cuts, len(sites)], strict=True)]
+
+
+def assert_same(found: States, wanted: States, *, without: Collection[str] = ()) -> None:
+    """Bit-equal, for every site but ``without`` and every day."""
+    assert found.keys() == wanted.keys()
+    for key, state in found.items():
+        if key[0] not in without:
+            assert state.keys() == wanted[key].keys()
+            assert all(torch.equal(t, wanted[key][name]) for name, t in state.items()), key
+
+
+def _sent(k: int, day: int, n: int, *, hostile: bool) -> FeatureBlock:
+    rng = np.random.default_rng([k, day])
+    z = rng.normal(0.3 * day, 1, (n, 3, FEATURES)).astype(np.float16)
+    if hostile and SITES[k] == HOSTILE:
+        z[::2], z[1::4] = np.nan, np.inf
+    present = np.full(n, 1 if SITES[k] == BLIND else 7, np.uint8)
+    ids = np.array([f"{SITES[k]}-{day}-{i}" for i in range(n)], object)
+    at = np.datetime64("2026-03-02", "us") + np.arange(n)
+    return FeatureBlock(day * n + np.arange(n), ids, at, rng.integers(0, 5, n), present, z)
+
+
+def _shard(
+    job: ShardJob, parts: Sequence[Sequence[str]], instant: tuple[str, int] | None, gate: Connection | None
+) -> None:
+    """Adapt ``parts``. At the n-th ``instant`` the process kills itself or, with a ``gate``, says so and waits there."""
+    if instant:
+        _arm(*instant, _die if gate is None else lambda: (gate.send(True), gate.recv()))
+    try:
+        for part in parts:
+            assert adapt_sites(job, part) == {}
+    except StaleGeneration:
+        os._exit(STALE)
+
+
+def _arm(name: str, n: int, act: Callable[[], object]) -> None:
+    owner, attribute, before = INSTANTS[name]
+    real, calls = getattr(owner, attribute), itertools.count(1)
+
+    def armed(*args: object, **kwargs: object) -> object:
+        now_ = next(calls) == n
+        if now_ and before:
+            act()
+        result = real(*args, **kwargs)
+        if now_ and not before:
+            act()
+        return result
+
+    setattr(owner, attribute, armed)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
