@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
     from jobs.terminal import Terminal
-    from pipeline.cluster.ingest import Found, Ingested
+    from pipeline.cluster.ingest import Ingested, IngestListing
     from pipeline.config import Config
     from pipeline.ledger import Cycle, Ledger, SegmentRow, SiteRow
     from pipeline.storage import Place
@@ -73,12 +73,14 @@ def ingest_step(config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal
     return _step(config, ledger, cycle, terminal)[0]
 
 
-def captured(config: Config, ledger: Ledger) -> Found:
+def captured(config: Config, ledger: Ledger) -> IngestListing:
     """Which segments that the ledger has are still there."""
     return _find(config, ledger, most=0)
 
 
-def stretch(ledger: Ledger, site: str, segments: Iterable[SegmentRow], found: Found) -> repair.Stretch:
+def stretch(
+    ledger: Ledger, site: str, segments: Iterable[SegmentRow], found: IngestListing
+) -> repair.Stretch:
     """Segments of a site that count, with what is needed to make their features (again)."""
     rows = tuple(segments)
     bad = ledger.quarantined(site)
@@ -153,7 +155,9 @@ def _step(
     }, done
 
 
-def _find(config: Config, ledger: Ledger, *, most: int | None = None, without: Collection[str] = ()) -> Found:
+def _find(
+    config: Config, ledger: Ledger, *, most: int | None = None, without: Collection[str] = ()
+) -> IngestListing:
     offsets = {row.site: row.ingested for row in ledger.sites()}
     return cluster_ingest.find(
         config.data, ledger.known_segments(), lambda site: offsets.get(site, 0), most=most, without=without
@@ -165,7 +169,7 @@ def _repair(
     ledger: Ledger,
     cycle: Cycle,
     terminal: Terminal,
-    found: Found,
+    found: IngestListing,
     *,
     without: Collection[str],
 ) -> None:
@@ -181,7 +185,7 @@ def _repair(
     stretches = [stretch(ledger, row.site, _ahead(ledger, row), found) for row in failed]
     with connected(config.cluster):
         done = repair.run(config, stretches, checkpoint=source_model(ledger).path)
-    ledger.lose(cycle, [(d.site, name) for d in done for name in d.lost], reason=LOST, now=now())
+    ledger.quarantine_lost(cycle, [(d.site, name) for d in done for name in d.lost], reason=LOST, now=now())
     for d in done:
         if d.restored:
             terminal.say(f"{d.site}: features of {', '.join(d.restored)} did not verify and were made again")
@@ -202,7 +206,7 @@ def _ahead(ledger: Ledger, row: SiteRow) -> Iterator[SegmentRow]:
     return (s for s, _ in ledger.segments(row.site) if s.rows and row.learned <= s.base_offset < row.ingested)
 
 
-def _forget(config: Config, found: Found, done: Ingested) -> None:
+def _forget(config: Config, found: IngestListing, done: Ingested) -> None:
     """Frames do not outlive ingest; a segment with a refused row stays for whoever looks into it."""
     clean = {(s.site, s.name): s.sha256 for s in done.segments if not s.quarantined}
     for backlog in found.new:
@@ -210,7 +214,7 @@ def _forget(config: Config, found: Found, done: Ingested) -> None:
             _unlink(path, clean.get((backlog.site, path.name)), config.data.max_bytes)
 
 
-def _forget_counted(config: Config, ledger: Ledger, found: Found) -> None:
+def _forget_counted(config: Config, ledger: Ledger, found: IngestListing) -> None:
     """What ``_forget`` did not come to after an earlier commit."""
     for site, paths in found.counted.items():
         clean = {s.name: s.sha256 for s, _ in ledger.segments(site) if not s.quarantined}

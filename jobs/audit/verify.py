@@ -95,7 +95,7 @@ def _findings(config: Config, ledger: Ledger, head: str | None, advance: Advance
     serving = {s.source_version for s in ledger.serving().values()}
     champion = {ledger.source().version} if ledger.sources() else set()
     total, done = 3 + len(wanted) + len(anchors) + len(serving | champion), 0
-    for check in (_chain(ledger, head), ledger.verify_served(), ledger.misled()):
+    for check in (_chain(ledger, head), ledger.verify_served(), ledger.served_without_verdict()):
         yield from check
         advance(done := done + 1, total)
     for version in sorted(serving | champion):

@@ -12,7 +12,7 @@ from jobs.terminal import Exit, table
 from pipeline import rollout as machine
 from pipeline.control.candidates import candidates, joiners, of_new_source, pointer
 from pipeline.control.deployment import now, open_ledger
-from pipeline.control.rollout import RUNNING, change, go_back, load, newest, record, save, tick
+from pipeline.control.rollout import RUNNING, change, load, newest, reconcile, record, roll_back_now, save
 from pipeline.rollout import Status
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def apply(
     ledger = open_ledger(config, create=False)
     row = _named(ledger, plan_hash)
     if Status(row.status) == Status.PLANNED:
-        row = tick(config, ledger, row, terminal)  # it may have expired
+        row = reconcile(config, ledger, row, terminal)  # it may have expired
     person = who or getpass.getuser()
     if Status(row.status) in machine.TERMINAL:
         raise ValueError(f"{row.id} is {row.status}; plan a new release")
@@ -159,7 +159,7 @@ def override(config: Config, terminal: Terminal, *, reason: str, who: str | None
     said = f"override by {person}: {reason}"
     row = change(ledger, row, lambda r: machine.override(r, who=person, reason=reason, now=now()), said)
     if machine.overridden(load(row), now()):
-        row = tick(config, ledger, row, terminal)
+        row = reconcile(config, ledger, row, terminal)
     return show_status(terminal, ledger, row.id, load(row))
 
 
@@ -171,7 +171,7 @@ def abort(config: Config, terminal: Terminal, *, reason: str) -> int:
         raise ValueError(
             f"{row.id} is {row.status}, there is nothing to abort; `palisade rollout rollback` undoes it"
         )
-    row = go_back(config, ledger, row, terminal, who=getpass.getuser(), reason=reason)
+    row = roll_back_now(config, ledger, row, terminal, who=getpass.getuser(), reason=reason)
     return show_status(terminal, ledger, row.id, load(row))
 
 
@@ -182,7 +182,7 @@ def rollback(config: Config, terminal: Terminal, *, reason: str) -> int:
     row = next((r for r in newest(ledger) if Status(r.status) not in never), None)
     if row is None:
         raise ValueError("no rollout has promoted anything; see `palisade rollout status`")
-    row = go_back(config, ledger, row, terminal, who=getpass.getuser(), reason=reason)
+    row = roll_back_now(config, ledger, row, terminal, who=getpass.getuser(), reason=reason)
     return show_status(terminal, ledger, row.id, load(row))
 
 
@@ -191,14 +191,14 @@ def tick_running(config: Config, ledger: Ledger, terminal: Terminal) -> None:
     for row in ledger.rollouts():
         if Status(row.status) in RUNNING | {Status.PAUSED}:
             row = _joined(config, ledger, row, terminal)
-            record(config, ledger, tick(config, ledger, row, terminal), terminal)
+            record(config, ledger, reconcile(config, ledger, row, terminal), terminal)
 
 
 def _go_on(config: Config, ledger: Ledger, row: RolloutRow, terminal: Terminal, *, watch: bool) -> int:
-    row = tick(config, ledger, _joined(config, ledger, row, terminal), terminal)
+    row = reconcile(config, ledger, _joined(config, ledger, row, terminal), terminal)
     while watch and load(row).status in RUNNING - {Status.HOLD}:
         time.sleep(POLL_SECONDS)
-        row = tick(config, ledger, row, terminal)
+        row = reconcile(config, ledger, row, terminal)
     record(config, ledger, row, terminal)
     code = show_status(terminal, ledger, row.id, load(row))
     return Exit.GUARD_FAILED if Status(row.status) in {Status.ROLLING_BACK, Status.ROLLED_BACK} else code

@@ -58,7 +58,7 @@ class Backlog:
 
 
 @dataclass(frozen=True)
-class Found:
+class IngestListing:
     """What the captures hold beyond the ledger."""
 
     sites: tuple[str, ...]
@@ -79,7 +79,7 @@ class Ingested:
     orphans: tuple[tuple[str, int, int], ...]  # (site, start, end): offsets whose features must not be read
 
 
-class Done(TypedDict):
+class SegmentResult(TypedDict):
     """What became of one segment: ``refused`` is final, ``error`` is tried again."""
 
     site: str
@@ -99,7 +99,7 @@ def find(
     *,
     most: int | None = None,
     without: Collection[str] = (),
-) -> Found:
+) -> IngestListing:
     """List the segments that the ledger does not know; ``known`` maps a site to its segment names.
 
     At most ``most`` of them, every site's first before any site's second; none of the sites in ``without``.
@@ -119,7 +119,7 @@ def find(
     backlogs = (
         _backlog(site, next_offset(site), fresh[site][:n], listing.sizes) for site, n in sorted(taken.items())
     )
-    return Found(tuple(listing.segments), tuple(backlogs), counted, tuple(listing.rejected))
+    return IngestListing(tuple(listing.segments), tuple(backlogs), counted, tuple(listing.rejected))
 
 
 def run(
@@ -156,7 +156,7 @@ def run(
         num_cpus=cpus,
         num_gpus=gpus or None,
     )
-    done: list[Done] = []
+    done: list[SegmentResult] = []
     total = sum(len(b.paths) for b in new)
     on_progress(0, total)
     for row in dataset.iter_rows():
@@ -181,7 +181,7 @@ def forget_orphans(config: Config, trunks: Sequence[str], done: Ingested) -> Non
 
 
 def collect(
-    new: Sequence[Backlog], done: Sequence[Done], history: Mapping[str, Mapping[str, str]]
+    new: Sequence[Backlog], done: Sequence[SegmentResult], history: Mapping[str, Mapping[str, str]]
 ) -> Ingested:
     """Results in stream order. After a failed segment the site's later ones wait: its rows come before theirs."""
     by_key = {(d["site"], d["name"]): d for d in done}
@@ -216,12 +216,12 @@ def collect(
 
 def ingest_site(
     backlog: Backlog, limits: DataConfig, checkpoints: Sequence[str], features: Place
-) -> list[Done]:
+) -> list[SegmentResult]:
     """One site's segments in order: one that breaks is reported, never raised, so that it stops no other site."""
-    done: list[Done] = []
+    done: list[SegmentResult] = []
     site, base, earlier = backlog.site, backlog.base_offset, None
     for path in map(segment_at, backlog.paths):
-        result = Done(
+        result = SegmentResult(
             site=site, name=path.name, base_offset=base, rows=0, sha256="", bad=[], refused="", error=""
         )
         done.append(result)

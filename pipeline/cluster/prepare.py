@@ -279,7 +279,7 @@ def _trunk(model: SourceModel, corpus: Corpus, rows: np.ndarray) -> np.ndarray:
 
 def _logits(tail: Params, z: np.ndarray, present: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        read = tails.read(
+        read = tails.forward(
             tail, torch.from_numpy(z.astype(np.float32)), torch.from_numpy(mask_to_bool(present))
         )
     return read.logit[:, tails.FUSED].numpy()

@@ -21,7 +21,7 @@ from pipeline.data.captures import BadSegment
 from pipeline.data.features import read_features
 from pipeline.guards import Standing, budget, compare, watch
 from pipeline.models import checkpoint, tail
-from pipeline.rollout import CONTROL, FLYING, RETURNING, Failing, Seen, Status, WaveSeen
+from pipeline.rollout import CONTROL, FLYING, RETURNING, Failing, Observation, Status, WaveObservation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 HOURS = 6  # that the error budget looks back
 
 
-def look(config: Config, ledger: Ledger, rollout: str, r: Rollout) -> Seen:
+def observe(config: Config, ledger: Ledger, rollout: str, r: Rollout) -> Observation:
     """What the state machine needs to know now; on the way back only who still has to go."""
     if r.status in RETURNING:
         return returning(ledger, rollout, r)
     if r.status not in FLYING | {Status.PAUSED} or r.wave < 0:
-        return Seen()
+        return Observation()
     last = min(r.wave, len(r.plan.waves) - 1)
     silent = ledger.silent(rollout, upto=last, samples=r.plan.config.health_samples, without=list(r.failed))
     out = Counter(r.failed.values())
-    waves = [WaveSeen(sites=w.sites - out[i]) for i, w in enumerate(r.plan.waves[:last])]
+    waves = [WaveObservation(sites=w.sites - out[i]) for i, w in enumerate(r.plan.waves[:last])]
     waves.append(ledger.wave_seen(rollout, last, without=list(r.failed)))
     labelled = _labelled(config)
     promoted = {p.site: (p.wave, p.to, p.back) for p in ledger.promoted(rollout, upto=last, names=labelled)}
@@ -58,9 +58,11 @@ def look(config: Config, ledger: Ledger, rollout: str, r: Rollout) -> Seen:
     presented = Counter[int]()
     for site, n in zip(treated.counts.sites, treated.counts.attacks.tolist(), strict=True):
         presented[wave_of[site]] += n
-    return Seen(
+    return Observation(
         waves=tuple(
-            WaveSeen(w.sites, w.late, w.first_late, *silent.get(i, (0, "")), presentations=presented[i])
+            WaveObservation(
+                w.sites, w.late, w.first_late, *silent.get(i, (0, "")), presentations=presented[i]
+            )
             for i, w in enumerate(waves)
         ),
         unreturned=ledger.returnable(rollout, list(r.failed)) if r.failed else 0,
@@ -93,9 +95,9 @@ def _freeze(config: Config, ledger: Ledger, rollout: str, treated: Treated, labe
     return next((f"promotions freeze: {_told(x)}" for x in reasons if not x.advisory), "")
 
 
-def returning(ledger: Ledger, rollout: str, r: Rollout) -> Seen:
+def returning(ledger: Ledger, rollout: str, r: Rollout) -> Observation:
     """What a rollback needs to know: how many sites still have to go."""
-    return Seen(on=ledger.returnable(rollout) if r.status == Status.ROLLING_BACK else None)
+    return Observation(on=ledger.returnable(rollout) if r.status == Status.ROLLING_BACK else None)
 
 
 def _told(reason: Reason) -> str:
@@ -190,7 +192,7 @@ def _calls(config: Config, ledger: Ledger, site: str, end: int, pointer: Pointer
     state = load_state(config, model, ledger.state(pointer.state_id))
     stream = features_of(block)
     with torch.no_grad():
-        score = tail.score(tail.moved(model.tail, state), stream.z, stream.present)
+        score = tail.score(tail.with_site_state(model.tail, state), stream.z, stream.present)
     return Calls(truth, (score >= model.manifest.threshold).numpy(), block.captured_at)
 
 

@@ -120,7 +120,7 @@ def anchor_scores(
     """Scores [P, N] of one state under every pattern, as ``rig`` shows it; looked up in and added to ``known``."""
     key = _moved(state) + "+".join(rig).encode()
     if key not in known:
-        params = tail.moved(model.tail, state)
+        params = tail.with_site_state(model.tail, state)
         with torch.no_grad():
             known[key] = torch.stack([tail.score(params, anchor.z, p) for p in _shown(anchor, rig)]).numpy()
     return known[key]
@@ -129,10 +129,10 @@ def anchor_scores(
 def rescored(model: SourceModel, window: Window, candidate: State, stream: Features) -> tuple[Tensor, Tensor]:
     """The stream's scores [N] by what the site serves and by the candidate."""
     with torch.no_grad():
-        before = tail.score(tail.moved(model.tail, window.stable), stream.z, stream.present)
+        before = tail.score(tail.with_site_state(model.tail, window.stable), stream.z, stream.present)
         if _moved(candidate) == _moved(window.stable):
             return before, before
-        return before, tail.score(tail.moved(model.tail, candidate), stream.z, stream.present)
+        return before, tail.score(tail.with_site_state(model.tail, candidate), stream.z, stream.present)
 
 
 def slot_of(stacked: State, k: int) -> State:
@@ -195,7 +195,7 @@ def _source_scores(model: SourceModel, anchor: AnchorSet, mask: int, known: Know
     """The source model's scores of the anchor items that a pattern shows with just the modalities of ``mask``."""
     key = b"source" + bytes([mask])
     if key not in known:
-        scores = anchor_scores(model, anchor, tail.movable(model.tail), known)
+        scores = anchor_scores(model, anchor, tail.site_state(model.tail), known)
         alike = (
             (anchor.replayed()[1] == torch.from_numpy(mask_to_bool(np.array([mask], np.uint8))))
             .all(-1)

@@ -56,7 +56,7 @@ def notify(
     for message in messages:
         failed = _send(n, message)
         if not failed:
-            ledger.sent(str(message["key"]), text=str(message["text"]), now=now)
+            ledger.mark_sent(str(message["key"]), text=str(message["text"]), now=now)
         remarks += [r for r in failed if r not in remarks]
     return remarks
 

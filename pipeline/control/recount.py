@@ -17,7 +17,7 @@ from pipeline.control.judge import anchor_scores
 from pipeline.data.anchor import open_sealed
 from pipeline.guards import evidence_of
 from pipeline.models import checkpoint
-from pipeline.models.tail import movable
+from pipeline.models.tail import site_state
 from pipeline.site import bank
 from pipeline.types import Modality
 
@@ -66,7 +66,7 @@ def recounted(config: Config, ledger: Ledger, row: VerdictRow, evidence: Evidenc
     found = basis(ledger, row)
     model, anchor = _model(found.source.path), _anchor(config.place("anchors"), found.anchor)
     stable = ledger.state(found.stable)
-    own, served = (load_state(config, model, s, fresh=movable(model.tail)) for s in (state, stable))
+    own, served = (load_state(config, model, s, fresh=site_state(model.tail)) for s in (state, stable))
     known = _known(found.source.path, found.anchor)
     patterns, present = anchor.replayed()
     if evidence.rig:

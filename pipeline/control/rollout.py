@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import rollout as machine
 from pipeline.control.deployment import now
-from pipeline.control.health import look, returning
+from pipeline.control.health import observe, returning
 from pipeline.control.notify import notify
 from pipeline.ledger import Memory, StaleGeneration
 from pipeline.rollout import RETURNING, TERMINAL, Rollout, Status
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.control.deployment import Reporter
     from pipeline.ledger import Ledger, RolloutRow
-    from pipeline.rollout import Seen, Target
+    from pipeline.rollout import Observation, Target
     from pipeline.sections import Severity
 
 RUNNING = machine.FLYING | {Status.APPROVED, *RETURNING}
@@ -91,10 +91,10 @@ def change(ledger: Ledger, row: RolloutRow, to: Callable[[Rollout], Rollout], ev
     )
 
 
-def step(ledger: Ledger, row: RolloutRow, seen: Seen, at: datetime) -> tuple[RolloutRow, int]:
+def step(ledger: Ledger, row: RolloutRow, observation: Observation, at: datetime) -> tuple[RolloutRow, int]:
     """Ask the state machine once and do what it says, in one transaction → the rollout as it is now, how many sites moved."""
     current = load(row)
-    new, actions = machine.advance(current, seen, at)
+    new, actions = machine.advance(current, observation, at)
     if new == current:
         moved = (
             ledger.carry_out(
@@ -117,18 +117,18 @@ def step(ledger: Ledger, row: RolloutRow, seen: Seen, at: datetime) -> tuple[Rol
     return replace(row, status=new.status, body=memory.body, revision=row.revision + 1, updated_at=at), moved
 
 
-def tick(config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporter) -> RolloutRow:
+def reconcile(config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporter) -> RolloutRow:
     """Step until there is nothing more to do now, and tell people."""
     while True:
         before = load(row)
-        row, moved = step(ledger, row, look(config, ledger, row.id, before), now())
+        row, moved = step(ledger, row, observe(config, ledger, row.id, before), now())
         after = load(row)
         _tell(config, ledger, row.id, before, after, reporter)
         if not moved and (after.status, after.wave) == (before.status, before.wave):
             return row
 
 
-def go_back(
+def roll_back_now(
     config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporter, *, who: str, reason: str
 ) -> RolloutRow:
     """Abort and roll back at once: looks at no site's health, waits for nothing, comes back when a tick got in between."""

@@ -80,7 +80,7 @@ class Notices(Store):
         it was not sent and whoever had to does no longer. Of many that ask at once one has to.
         """
         text = storable(text)
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             row = c.execute(sa.select(notices).where(notices.c.key == key)).first()
             if row is None:
                 values = {
@@ -107,7 +107,7 @@ class Notices(Store):
 
     def unsent(self, *, now: datetime) -> list[NoticeRow]:
         """Notices that nobody sent and nobody is sending; the caller has to, and then say ``sent``."""
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             waiting = c.execute(
                 sa.select(notices).where(notices.c.sent_at.is_(None)).order_by(notices.c.first_at)
             )
@@ -116,7 +116,7 @@ class Notices(Store):
                 c.execute(notices.update().where(notices.c.key == r.key).values(last_at=iso(now)))
         return [_notice(r) for r in due]
 
-    def sent(self, key: str, *, text: str, now: datetime) -> None:
+    def mark_sent(self, key: str, *, text: str, now: datetime) -> None:
         """Every sink took ``text``."""
         same = sa.and_(notices.c.key == key, notices.c.text == storable(text))
         with self._write() as c:
@@ -160,7 +160,7 @@ class Notices(Store):
         with self._read() as c:
             return c.scalar(sa.select(rollouts.c.plan_hash).where(rollouts.c.id == rollout))
 
-    def misled(self) -> list[str]:
+    def served_without_verdict(self) -> list[str]:
         """One line per release that went back without being a rollback, per promotion without a stored verdict that passes
         what was promoted, and per pointer to a state that is not stored.
         """

@@ -26,7 +26,7 @@ from pipeline.ledger.tables import (
     targets,
     verdicts,
 )
-from pipeline.rollout import Excluded, Pointer, Target, WaveSeen
+from pipeline.rollout import Excluded, Pointer, Target, WaveObservation
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -77,7 +77,7 @@ class Plans(Store):
         ``draft`` is its plan with the first state; ``joined`` are sites that were added to it. ``roles`` are source models
         that become champion or challenger with it (None: nobody), so that no overtaken driver names one.
         """
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             if revision == 0:
                 new = {
                     "id": rollout,
@@ -179,14 +179,14 @@ class Plans(Store):
             rows = c.execute(query) if names is None else named(c, query, targets.c.site, names)
             return {r.site: Excluded(r.reason, r.verdict or None) for r in rows}
 
-    def wave_seen(self, rollout: str, wave: int, *, without: Collection[str]) -> WaveSeen:
+    def wave_seen(self, rollout: str, wave: int, *, without: Collection[str]) -> WaveObservation:
         """A wave without the failed sites ``without`` and the retired ones: how many, and who does not serve its target."""
         with self._read() as c:
             rows = list(
                 c.execute(_seen(champion(c)), {"rollout": rollout, "wave": wave, "without": list(without)})
             )
         names = sorted(r.first for r in rows if r.first is not None)
-        return WaveSeen(
+        return WaveObservation(
             sites=sum(r.n for r in rows),
             late={r.zone: int(r.late) for r in rows if r.late},
             first_late=names[0] if names else "",

@@ -84,7 +84,7 @@ class Releases(Plans):
         ``without``. Nothing at all is written unless every one of them has its stored passing verdict and the rollout is still
         at ``revision``.
         """
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             if memory is None:
                 self._still(c, rollout, revision)
             else:
@@ -115,7 +115,7 @@ class Releases(Plans):
         """Point single sites at (state, source version); counters only grow. Kind promote needs the passing verdict."""
         if not changes:
             return
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             if kind == "promote":
                 _check_verdicts(c, changes)
             current = newest_served(c, list(changes))

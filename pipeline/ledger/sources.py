@@ -37,7 +37,7 @@ class Sources(Store):
         now: datetime,
     ) -> int:
         """Record a source model → its version; the same digest keeps its version. The first becomes the champion."""
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             known = c.scalar(sa.select(sources.c.version).where(sources.c.digest == digest))
             if known is not None:
                 return int(known)
@@ -78,7 +78,7 @@ class Sources(Store):
     def set_champion(self, version: int, *, now: datetime) -> None:
         """Make ``version`` the source model that the fleet adapts from."""
         self.source(version)
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             self._name(c, "champion", version, now)
 
     def challenger(self) -> int | None:
@@ -91,7 +91,7 @@ class Sources(Store):
         """From now on every sample gets features under this version's trunk too; None: no longer."""
         if version is not None:
             self.source(version)
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             self._name(c, "challenger", version, now)
 
     def judge_source(
@@ -122,7 +122,7 @@ class Sources(Store):
             "offset_to": version,
             "at": iso(now),
         }
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             if c.scalar(sa.select(verdicts.c.id).where(verdicts.c.id == own)) is None:
                 c.execute(verdicts.insert(), values)
                 self._append(

@@ -97,9 +97,9 @@ class Store:
         """Give the connections back; whoever uses the ledger again connects again."""
         self.engine.dispose()
 
-    def note(self, kind: str, payload: Mapping[str, object], *, now: datetime) -> None:
+    def append_audit(self, kind: str, payload: Mapping[str, object], *, now: datetime) -> None:
         """Append to the audit chain."""
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             self._append(c, kind, payload, now)
 
     def audit(self) -> list[tuple[int, datetime, str, dict[str, object]]]:
@@ -151,14 +151,14 @@ class Store:
         return _shown(str(self.engine.url))
 
     @contextmanager
-    def _write(self, *, alone: bool = False) -> Iterator[Connection]:
+    def _write(self, *, exclusive: bool = False) -> Iterator[Connection]:
         """One transaction. ``alone``: after every other such one has ended, for what must see all that went before.
 
         SQLite has one writer; on Postgres it is the row of the audit head, locked first, so that nobody waits in a circle.
         """
         try:
             with self.engine.begin() as c:
-                if alone:
+                if exclusive:
                     self._head(c)
                 yield c
         except DatabaseError as e:

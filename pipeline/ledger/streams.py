@@ -46,7 +46,7 @@ class Streams(Store):
 
     def register_sites(self, tags: Mapping[str, Mapping[str, str]], *, now: datetime) -> list[str]:
         """Add sites that are not known yet → their ids; known ones keep what they have."""
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             known = {r.site for r in named(c, sa.select(sites.c.site), sites.c.site, list(tags))}
             new = [s for s in tags if s not in known]
             rows = [
@@ -69,7 +69,7 @@ class Streams(Store):
 
     def set_tags(self, changes: Mapping[str, Mapping[str, str]], *, now: datetime) -> list[str]:
         """Give sites these tags beside those they have; an empty value takes one away → sites that changed. Audited."""
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             query = sa.select(sites.c.site, sites.c.tags)
             before = {r.site: json.loads(r.tags) for r in named(c, query, sites.c.site, list(changes))}
             if unknown := sorted(changes.keys() - before.keys()):
@@ -97,7 +97,7 @@ class Streams(Store):
         values = (
             {"status": RETIRED, "reason": storable(reason)} if retired else {"status": "active", "reason": ""}
         )
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             changed = (
                 c.execute(sites.update().where(sites.c.site == site, other).values(values)).rowcount == 1
             )
@@ -218,12 +218,14 @@ class Streams(Store):
                 c.execute(move, [{"s": s, "v_end": end} for s, end in sorted(moved.items())])
         return [(r.site, r.name) for r in rows if (r.site, r.name) in known]
 
-    def lose(self, cycle: Cycle, lost: Sequence[tuple[str, str]], *, reason: str, now: datetime) -> None:
+    def quarantine_lost(
+        self, cycle: Cycle, lost: Sequence[tuple[str, str]], *, reason: str, now: datetime
+    ) -> None:
         """Quarantine, with ``reason``, every sample that still counts of segments (site, name) whose features are lost.
 
         Their offsets stay taken, so that the site goes on behind them. In the audit chain.
         """
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             self._fence(c, cycle)
             for site, name in lost:
                 own = sa.and_(segments.c.site == site, segments.c.name == name)
@@ -282,7 +284,7 @@ class Streams(Store):
 
         ``dead(holder)`` says that a holder cannot come back, so its lease need not run out. Raises CycleBusy.
         """
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             for row in c.execute(sa.select(cycles).where(cycles.c.status == "running").with_for_update()):
                 if datetime.fromisoformat(row.lease_until) > now and not dead(row.holder):
                     raise CycleBusy(
@@ -323,7 +325,7 @@ class Streams(Store):
 
     def finish_cycle(self, cycle: Cycle, *, summary: Mapping[str, object], now: datetime) -> None:
         """Give the lease back; the cycle is done."""
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             self._fence(c, cycle)
             values = {"status": "finished", "finished": iso(now), "summary": dump(dict(summary))}
             c.execute(cycles.update().where(cycles.c.id == cycle.id).values(values))

@@ -148,7 +148,7 @@ class Verdicts(Store):
 
         One that was sealed earlier counts again; the one that counts already stays as it is.
         """
-        with self._write(alone=True) as c:
+        with self._write(exclusive=True) as c:
             newest = c.execute(_sealed(trunk)).first()
             if newest and newest.digest == digest:
                 return

@@ -62,7 +62,7 @@ class Completed(NamedTuple):
     complement: Tensor  # [B, M, F] what the other present modalities say about m
 
 
-class Read(NamedTuple):
+class TailOutput(NamedTuple):
     """What the tail makes of a batch."""
 
     logit: Tensor  # [B, V] kappa * (rho - radius); P(bona fide) = sigmoid
@@ -112,35 +112,37 @@ def init_tail(config: TailConfig, features: int, *, generator: torch.Generator) 
     }
 
 
-def movable(tail: Params) -> Params:
+def site_state(tail: Params) -> Params:
     """The tensors that adaptation may change; everything else stays bit-equal."""
     return {name: tail[name] for name in MOVABLE}
 
 
-def moved(tail: Params, state: Params) -> Params:
+def with_site_state(tail: Params, state: Params) -> Params:
     """``tail`` as one site serves it: with the movable tensors of ``state``."""
     return {**tail, **{name: state[name] for name in MOVABLE}}
 
 
-def read(params: Params, z: Tensor, present: Tensor, *, substitute: bool = True) -> Read:
+def forward(params: Params, z: Tensor, present: Tensor, *, substitute: bool = True) -> TailOutput:
     """Score a batch. A row's score depends on that row alone and on no value of an absent modality.
 
     Without ``substitute`` an absent modality is zeros: what the complement is compared to.
     """
-    completed = complete(params, adapt(params, z, present), present)
+    completed = complete(params, apply_adapter(params, z, present), present)
     if not substitute:
         completed = completed._replace(z=torch.where(present[..., None], completed.z, 0.0))
     intrinsic, synergy = split(params, completed.z)
     hidden, radius = radii(params, intrinsic, synergy)
-    return Read(logit(params, radius, present), radius, hidden, intrinsic, synergy, completed.complement)
+    return TailOutput(
+        logit(params, radius, present), radius, hidden, intrinsic, synergy, completed.complement
+    )
 
 
 def score(params: Params, z: Tensor, present: Tensor) -> Tensor:
     """[B] P(bona fide) of the fused head."""
-    return torch.sigmoid(read(params, z, present).logit[..., FUSED])
+    return torch.sigmoid(forward(params, z, present).logit[..., FUSED])
 
 
-def adapt(params: Params, z: Tensor, present: Tensor) -> Tensor:
+def apply_adapter(params: Params, z: Tensor, present: Tensor) -> Tensor:
     """Site adapter: gamma z + beta + U relu(V LN(z)); absent modalities become exactly zero.
 
     The movable tensors may have a leading axis B here and below: a copy for each sample, whose gradients are the samples'.

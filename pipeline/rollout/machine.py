@@ -1,7 +1,7 @@
 """The state machine that carries a plan out. It is asked repeatedly.
 
 planned → approved → staging(w) → baking(w) → staging(w+1) … → completed; hold and paused between; aborting →
-rolling_back → rolled_back; superseded, expired. ``advance`` is level-triggered: from the stored Rollout and what is seen of
+rolling_back → rolled_back; superseded, expired. ``advance`` is level-triggered: from the stored Rollout and what is observation of
 the sites now it derives what to do now, so a repeated or crashed tick changes nothing.
 
 A site that fails is rolled back by itself and stays out (``failed``). More than ``abort_share`` of a wave failing
@@ -24,13 +24,13 @@ from pipeline.rollout.state import (
     TERMINAL,
     WAITING,
     Action,
-    Bring,
     Notify,
+    Observation,
     Promote,
+    Rollback,
     Rollout,
-    Seen,
     Status,
-    WaveSeen,
+    WaveObservation,
     enter,
 )
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     Step = tuple[Rollout, tuple[Action, ...]]
 
 
-def advance(r: Rollout, seen: Seen, now: datetime) -> Step:
+def advance(r: Rollout, observation: Observation, now: datetime) -> Step:
     """What to do now; asking again with the same sight gives the same state and the same actions."""
     if r.status in TERMINAL:
         return r, ()
@@ -55,12 +55,12 @@ def advance(r: Rollout, seen: Seen, now: datetime) -> Step:
             return r, ()
         r = enter(r, Status.STAGING, now, wave=0)
     if r.status in FLYING or r.status == Status.PAUSED:
-        r = _latch(r, seen)
-        why = _abort_reason(r, seen)
+        r = _latch(r, observation)
+        why = _abort_reason(r, observation)
         if not why:
-            return _fly(r, seen, now)
+            return _fly(r, observation, now)
         r = enter(r, Status.ABORTING, now, reason=why)
-    return _roll_back(r, seen, now)
+    return _roll_back(r, observation, now)
 
 
 def _turned_back(r: Rollout, now: datetime) -> Step:
@@ -73,32 +73,42 @@ def _turned_back(r: Rollout, now: datetime) -> Step:
     return enter(r, Status.HOLD, now, reason=reason), (Notify(status=Status.HOLD, reason=reason),)
 
 
-def _fly(r: Rollout, seen: Seen, now: datetime) -> Step:
+def _fly(r: Rollout, observation: Observation, now: datetime) -> Step:
     p, c = r.plan, r.plan.config
     if r.wave >= len(p.waves):
-        done = sum(w.sites for w in seen.waves)
+        done = sum(w.sites for w in observation.waves)
         return _end(r, Status.COMPLETED, now, f"{done} of {done + len(r.failed)} sites promoted")
-    back: tuple[Action, ...] = (Bring(sites=tuple(sorted(r.failed))),) if _unreturned(r, seen) else ()
+    back: tuple[Action, ...] = (
+        (Rollback(sites=tuple(sorted(r.failed))),) if _unreturned(r, observation) else ()
+    )
     if r.status == Status.PAUSED:
         return r, back
-    wave = seen.waves[r.wave] if r.wave < len(seen.waves) else None
+    wave = observation.waves[r.wave] if r.wave < len(observation.waves) else None
     if wave is None or wave.late:
-        return _stage(r, seen, wave, now, back)
+        return _stage(r, observation, wave, now, back)
     if r.baked_from is None:
         r = enter(r, Status.BAKING, now, baked_from=now, reason="")
     assert r.baked_from is not None
     if now - r.baked_from < timedelta(seconds=c.bake_seconds):
         return (r if r.status == Status.BAKING else enter(r, Status.BAKING, now)), back
-    blocked = _blocked(r, seen) or (f"{seen.unreturned} failed sites are not rolled back yet" if back else "")
+    blocked = _blocked(r, observation) or (
+        f"{observation.unreturned} failed sites are not rolled back yet" if back else ""
+    )
     if blocked and not (overridden(r, now) and not back):
         return _hold(r, now, blocked, back)
-    return _fly(enter(r, Status.STAGING, now, wave=r.wave + 1, baked_from=None, reason=""), seen, now)
+    return _fly(enter(r, Status.STAGING, now, wave=r.wave + 1, baked_from=None, reason=""), observation, now)
 
 
-def _stage(r: Rollout, seen: Seen, wave: WaveSeen | None, now: datetime, back: tuple[Action, ...]) -> Step:
+def _stage(
+    r: Rollout,
+    observation: Observation,
+    wave: WaveObservation | None,
+    now: datetime,
+    back: tuple[Action, ...],
+) -> Step:
     """Sites of the wave that do not serve their target yet are promoted, where and while that is allowed."""
     c = r.plan.config
-    gate = _gate(r, seen, now)
+    gate = _gate(r, observation, now)
     if gate:
         return _hold(r, now, gate, back)
     if r.status == Status.HOLD and (wave is None or sum(wave.late.values()) == wave.sites):
@@ -117,7 +127,7 @@ def _stage(r: Rollout, seen: Seen, wave: WaveSeen | None, now: datetime, back: t
     )
 
 
-def _gate(r: Rollout, seen: Seen, now: datetime) -> str:
+def _gate(r: Rollout, observation: Observation, now: datetime) -> str:
     """Why nothing may be promoted now."""
     share, have = r.plan.waves[r.wave].share, len(approved(r))
     if have < (want := needed(r.plan, r.wave)):
@@ -127,8 +137,8 @@ def _gate(r: Rollout, seen: Seen, now: datetime) -> str:
         )
     if overridden(r, now):
         return ""
-    if seen.freeze:
-        return seen.freeze
+    if observation.freeze:
+        return observation.freeze
     window = frozen(r.plan.config.freeze, now)
     return f"no promotions until {window.end:%Y-%m-%d %H:%M} UTC: {window.reason}" if window else ""
 
@@ -144,45 +154,45 @@ def _hold(r: Rollout, now: datetime, why: str, actions: tuple[Action, ...]) -> S
     return r.model_copy(update={"reason": why}), actions
 
 
-def _roll_back(r: Rollout, seen: Seen, now: datetime) -> Step:
-    if seen.on == 0:
+def _roll_back(r: Rollout, observation: Observation, now: datetime) -> Step:
+    if observation.on == 0:
         return _end(r, Status.ROLLED_BACK, now, r.reason)
     return (r if r.status == Status.ROLLING_BACK else enter(r, Status.ROLLING_BACK, now)), (
-        Bring(sites=None),
+        Rollback(sites=None),
     )
 
 
-def _unreturned(r: Rollout, seen: Seen) -> bool:
-    return seen.unreturned > 0 or any(site in r.failed for site in seen.failing)
+def _unreturned(r: Rollout, observation: Observation) -> bool:
+    return observation.unreturned > 0 or any(site in r.failed for site in observation.failing)
 
 
-def _latch(r: Rollout, seen: Seen) -> Rollout:
+def _latch(r: Rollout, observation: Observation) -> Rollout:
     """A site that failed once stays out: after its rollback its reports are about something else."""
-    new = {s: f.wave for s, f in seen.failing.items() if s not in r.failed}
+    new = {s: f.wave for s, f in observation.failing.items() if s not in r.failed}
     return r.model_copy(update={"failed": {**r.failed, **new}}) if new else r
 
 
-def _abort_reason(r: Rollout, seen: Seen) -> str:
-    if seen.breach:
-        return seen.breach[0]
+def _abort_reason(r: Rollout, observation: Observation) -> str:
+    if observation.breach:
+        return observation.breach[0]
     for i, count in _failed_per_wave(r):
         wave = r.plan.waves[i]
         if count >= wave.abort_at:
-            why = next((f"; {f.reason}" for _, f in sorted(seen.failing.items()) if f.wave == i), "")
+            why = next((f"; {f.reason}" for _, f in sorted(observation.failing.items()) if f.wave == i), "")
             return f"{count} of {wave.sites} sites of wave {i + 1} fail; {wave.abort_at} abort{why}"
     return ""
 
 
-def _blocked(r: Rollout, seen: Seen) -> str:
+def _blocked(r: Rollout, observation: Observation) -> str:
     """Why the wave cannot end though it has baked."""
     c = r.plan.config
     for i, count in _failed_per_wave(r):
         if count > c.abort_share * r.plan.waves[i].sites:
             return f"{count} of {r.plan.waves[i].sites} sites of wave {i + 1} fail"
-    for i, w in enumerate(seen.waves[: r.wave + 1]):
+    for i, w in enumerate(observation.waves[: r.wave + 1]):
         if w.silent > c.missing_share * w.sites:
             return f"no data from {w.silent} of {w.sites} sites of wave {i + 1}, first {w.first_silent}"
-    w = seen.waves[r.wave]
+    w = observation.waves[r.wave]
     if w.presentations is not None and w.presentations < c.health_presentations:
         return (
             f"wave {r.wave + 1} saw {w.presentations} labelled attack presentations, rollout.health_presentations wants "

@@ -82,7 +82,7 @@ class Failing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class WaveSeen:
+class WaveObservation:
     """A started wave now, without its failed and its retired sites."""
 
     sites: int
@@ -98,10 +98,10 @@ class WaveSeen:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """What is known now, of the waves that were started."""
 
-    waves: tuple[WaveSeen, ...] = ()
+    waves: tuple[WaveObservation, ...] = ()
     on: int | None = None  # sites that serve their target and could go back; None: not looked at
     unreturned: int = 0  # of those the failed ones
     failing: Mapping[str, Failing] = field(default_factory=dict[str, Failing])
@@ -117,7 +117,7 @@ class Promote(Section):
     zones: tuple[str, ...] | None = None
 
 
-class Bring(Section):
+class Rollback(Section):
     """Let sites that serve their target serve what the plan says they go back to: these, or all that were promoted (None).
 
     A site that serves something else was moved by someone later, who is not overruled.
@@ -135,7 +135,7 @@ class Notify(Section):
     reason: str
 
 
-Action = Promote | Bring | Notify
+Action = Promote | Rollback | Notify
 
 
 def enter(r: Rollout, status: Status, now: datetime, **changes: object) -> Rollout:

@@ -53,7 +53,7 @@ def prototype(tail: Params, hidden: Tensor) -> Tensor:
 
     The direction never enters the score, so this is a second opinion (RiSe-style angles keep what a radius drops).
     """
-    source = tails.read(tail, tail["replay.z"], tail["replay.present"]).hidden
+    source = tails.forward(tail, tail["replay.z"], tail["replay.present"]).hidden
     alike = torch.nn.functional.normalize(hidden, dim=-1) @ torch.nn.functional.normalize(source, dim=-1).T
     return tail["replay.label"][alike.argmax(-1)]
 

@@ -37,7 +37,7 @@ def calibrated(
         rows = seen.numpy()
         if len(set(label[rows].tolist())) < 2:
             return None
-        r = tails.read(tail, z[seen], there[seen], substitute=substitute).radius[:, head].double().numpy()
+        r = tails.forward(tail, z[seen], there[seen], substitute=substitute).radius[:, head].double().numpy()
         at = -metrics.eer_threshold(-r, label[rows])
         return at if "linear" in tail else math.log(max(at, tails.SMALLEST))
 
@@ -69,7 +69,7 @@ def reference(tail: Params, z: Tensor, present: Tensor, label: np.ndarray, domai
         if len(set(label[seen].tolist())) < 2:
             logit[left] = logit[everything]
             continue
-        read = tails.read(tail, z[seen], kept.expand_as(present)[seen])
+        read = tails.forward(tail, z[seen], kept.expand_as(present)[seen])
         fused, radius = (t[:, tails.FUSED].double().numpy() for t in (read.logit, read.radius))
         for y in (0, 1):
             logit[left, y] = torch.from_numpy(np.quantile(fused[label[seen] == y], levels)).float()

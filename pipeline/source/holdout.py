@@ -117,7 +117,7 @@ def score(model: SourceModel, corpus: Corpus, split: str) -> Split:
     z = features(model.trunk, torch.from_numpy(corpus.frame[rows]), present)
     logit = np.full((len(rows), len(PATTERNS), len(FILLS)), np.nan, np.float32)
     with torch.no_grad():
-        whole = tails.read(model.tail, z, present)
+        whole = tails.forward(model.tail, z, present)
         for p, mask in enumerate(PATTERNS.values()):
             left = drop(bits, mask)
             kept = torch.from_numpy(np.flatnonzero(usable(left)))
@@ -126,7 +126,7 @@ def score(model: SourceModel, corpus: Corpus, split: str) -> Split:
                 if mask == FULL and f:
                     logit[:, p, f] = logit[:, p, 0]
                     continue
-                read = tails.read(model.tail, z[kept], there[kept], substitute=fill == "complement")
+                read = tails.forward(model.tail, z[kept], there[kept], substitute=fill == "complement")
                 logit[kept.numpy(), p, f] = read.logit[:, tails.FUSED].numpy()
     subject = np.char.add(f"{corpus.domain}/", np.asarray(corpus.subject, np.str_)[rows])
     return Split(

@@ -13,7 +13,7 @@ import torch
 
 from jobs.ingest import LOST, _ahead, _forget_counted, stretch
 from pipeline.cluster import ingest
-from pipeline.cluster.ingest import Backlog, Done, collect, find
+from pipeline.cluster.ingest import Backlog, SegmentResult, collect, find
 from pipeline.cluster.repair import Repaired, repair_site
 from pipeline.config import Config, load
 from pipeline.control.deployment import featured_by, now
@@ -97,14 +97,14 @@ class Fleet:
         self.ledger = Ledger.open(config.ledger.url)
         self.captures = place(config.data.captures)
 
-    def find(self, **bounds: object) -> ingest.Found:
+    def find(self, **bounds: object) -> ingest.IngestListing:
         offsets = {row.site: row.ingested for row in self.ledger.sites()}
         return find(self.config.data, self.ledger.known_segments(), lambda s: offsets.get(s, 0), **bounds)  # pyright: ignore
 
     def round(self, **bounds: object) -> ingest.Ingested:
         found = self.find(**bounds)
         self.ledger.register_sites({s: {} for s in found.sites}, now=now())
-        done: list[Done] = []
+        done: list[SegmentResult] = []
         for b in found.new:
             done += ingest.ingest_site(
                 b,
@@ -268,7 +268,7 @@ def test_a_dead_worker_costs_its_sites_one_round() -> None:
         Backlog("door", 0, ("/c/door/segment-0.parquet",), 9),
         Backlog("gate", 0, ("/c/gate/segment-0.parquet",), 9),
     ]
-    done = Done(
+    done = SegmentResult(
         site="door", name="segment-0.parquet", base_offset=0, rows=1, sha256="d", bad=[], refused="", error=""
     )
     result = collect(new, [done], {})
@@ -364,7 +364,7 @@ def test_features_whose_capture_is_gone_or_another_are_lost_and_the_site_goes_on
     assert fleet.ledger.pending(["gate"])["gate"][0] == 4
     cycle = fleet.begin()
     for _ in range(2):  # a second time changes nothing
-        fleet.ledger.lose(cycle, [("gate", name) for name in told.lost], reason=LOST, now=now())
+        fleet.ledger.quarantine_lost(cycle, [("gate", name) for name in told.lost], reason=LOST, now=now())
     assert fleet.ledger.pending(["gate"])["gate"][0] == 1
     assert fleet.stored("gate") == {"d": 4}
     assert mended(fleet) == Repaired("gate")

@@ -88,7 +88,7 @@ def test_states_that_move_alike_share_their_anchor_scores(life):
     assert scores[0] is scores[1] and len(known) == 2
     patterns, present = anchor.replayed()
     for p in range(len(patterns)):
-        wanted = tail.score(tail.moved(model.tail, other), anchor.z, present[p])
+        wanted = tail.score(tail.with_site_state(model.tail, other), anchor.z, present[p])
         torch.testing.assert_close(torch.from_numpy(scores[2][p]), wanted)
 
 

@@ -31,7 +31,7 @@ from hypothesis.stateful import (
 from pipeline import rollout as ro
 from pipeline.config import load
 from pipeline.control import rollout as drive
-from pipeline.control.health import look, returning
+from pipeline.control.health import observe, returning
 from pipeline.ledger import Ledger, StaleGeneration
 from pipeline.rollout import Candidate, Failing, Freeze, Pointer, RolloutConfig, SiteFacts, Status
 from tests.support.ledgers import BAD, GOOD, T0, begin, segment, shard
@@ -235,7 +235,7 @@ class World:
         row, r = self.row, self.r
         if r.status in ro.RETURNING:
             return returning(self.ledger, row.id, r)
-        seen = look(CONFIG, self.ledger, row.id, r)
+        seen = observe(CONFIG, self.ledger, row.id, r)
         on = self.ledger.promoted(row.id, upto=r.wave, names=sorted(self.bad)) if seen.waves else []
         waves = tuple(replace(w, presentations=None) for w in seen.waves)
         breach = (self.breach,) if self.breach and seen.waves else ()
@@ -462,7 +462,7 @@ class Events(RuleBasedStateMachine):
                 row.id, [ro.Promote(wave=0)], without=(), reason="", revision=row.revision, now=now
             ),
             lambda: ledger.carry_out(
-                row.id, [ro.Bring()], without=(), reason="", revision=row.revision, now=now
+                row.id, [ro.Rollback()], without=(), reason="", revision=row.revision, now=now
             ),
             lambda: drive.save(ledger, row, drive.load(row), "late", at=now),
         ):
@@ -613,7 +613,9 @@ def drives(me, path, barrier):
             if me == 2 and r.wave == 1:
                 drive.change(ledger, row, lambda r: ro.abort(r, reason="incident", now=T0), "aborted")
             seen = (
-                returning(ledger, row.id, r) if r.status in ro.RETURNING else look(CONFIG, ledger, row.id, r)
+                returning(ledger, row.id, r)
+                if r.status in ro.RETURNING
+                else observe(CONFIG, ledger, row.id, r)
             )
             drive.step(
                 ledger,

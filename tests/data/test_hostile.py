@@ -45,7 +45,7 @@ import json, resource, sys, time
 from pathlib import Path
 import pyarrow as pa
 import torch
-from pipeline.cluster.featurise import decoded
+from pipeline.data.featurise import decoded
 from pipeline.data import DataConfig, blobs
 from pipeline.data.captures import list_segments, read_segment, check_segment
 from pipeline.models import checkpoint

@@ -274,7 +274,7 @@ def test_the_distance_is_relative_to_the_source():
     generator = torch.Generator().manual_seed(0)
     source = tails.init_tail(TailConfig(width=8, rank=4), 16, generator=generator)
     double = {n: 2 * source[n] for n in tails.MOVABLE}
-    stacked = bank.stack([tails.movable(source), double])
+    stacked = bank.stack([tails.site_state(source), double])
     assert [bank.distance(source, stacked, k) for k in (0, 1)] == [0.0, pytest.approx(1.0)]
 
 

@@ -20,7 +20,7 @@ def said(ledger, text="wave 1 holds", *, key="release-1", severity="warning", af
 
 def test_what_is_new_is_sent_and_what_was_sent_waits_for_its_window(ledger):
     assert said(ledger)
-    ledger.sent("release-1", text="wave 1 holds", now=T0)
+    ledger.mark_sent("release-1", text="wave 1 holds", now=T0)
     assert not said(ledger, after=599)
     assert said(ledger, key="release-2", after=599)
     assert said(ledger, after=600)
@@ -32,7 +32,7 @@ def test_what_is_new_is_sent_and_what_was_sent_waits_for_its_window(ledger):
 def test_another_text_or_severity_is_sent_at_once(ledger):
     for k, (text, severity) in enumerate([("a", "info"), ("b", "info"), ("b", "critical")]):
         assert said(ledger, text, severity=severity, after=k)
-        ledger.sent("release-1", text=text, now=T0 + k * SECOND)
+        ledger.mark_sent("release-1", text=text, now=T0 + k * SECOND)
         assert not said(ledger, text, severity=severity, after=k + 0.5)
 
 
@@ -44,7 +44,7 @@ def test_what_nobody_sent_is_sent_by_the_next_who_asks_after_a_while(ledger):
     assert said(ledger, after=late)
     assert [r.key for r in ledger.unsent(now=T0 + 2 * CLAIM)] == ["release-1"]
     assert ledger.unsent(now=T0 + 2 * CLAIM) == [], "another driver has it now"
-    ledger.sent("release-1", text="wave 1 holds", now=T0 + 2 * CLAIM)
+    ledger.mark_sent("release-1", text="wave 1 holds", now=T0 + 2 * CLAIM)
     assert ledger.unsent(now=T0 + 9 * CLAIM) == []
 
 
@@ -57,15 +57,15 @@ def test_asking_again_and_again_does_not_put_a_retry_off(ledger):
 def test_that_an_older_text_was_sent_says_nothing_of_the_newer(ledger):
     assert said(ledger, "a")
     assert said(ledger, "b", after=1)
-    ledger.sent("release-1", text="a", now=T0 + 2 * SECOND)
+    ledger.mark_sent("release-1", text="a", now=T0 + 2 * SECOND)
     assert ledger.notices()[0].sent_at is None
-    ledger.sent("release-1", text="b", now=T0 + 3 * SECOND)
+    ledger.mark_sent("release-1", text="b", now=T0 + 3 * SECOND)
     assert ledger.notices()[0].sent_at == T0 + 3 * SECOND
 
 
 def test_a_clock_that_went_back_silences_nothing(ledger):
     assert said(ledger, after=86_400)
-    ledger.sent("release-1", text="wave 1 holds", now=T0 + 86_400 * SECOND)
+    ledger.mark_sent("release-1", text="wave 1 holds", now=T0 + 86_400 * SECOND)
     assert said(ledger)
 
 
@@ -92,7 +92,7 @@ def test_the_audit_log_of_a_site_names_what_moved_it(ledger):
     for site in ("s0", "s1"):
         ledger.serve({site: (learner[site], 1)}, rollout="r1", wave=1, kind="promote", reason="", now=T0)
     ledger.set_tags({"s0": {"region": "north"}, "s2": {"region": "south"}}, now=T0)
-    ledger.note("remark", {"site": "s_0"}, now=T0)
+    ledger.append_audit("remark", {"site": "s_0"}, now=T0)
     kinds = [(r.kind, r.seq) for r in ledger.audit_log(limit=10, site="s0")]
     assert [k for k, _ in kinds] == ["tags", "promote"]
     assert [r.kind for r in ledger.audit_log(limit=2)] == ["remark", "tags"]
@@ -118,18 +118,18 @@ def test_who_was_promoted_without_a_verdict_or_taken_back_without_a_record_is_fo
         serve(site, late[site])
         serve(site, None, "rollback")
         serve(site, early[site])
-    assert ledger.misled() == []
+    assert ledger.served_without_verdict() == []
     execute(url, "update served set kind = 'promote' where site = 's1' and counter = 3")
     execute(url, f"update verdicts set outcome = 'hold' where id = '{late['s0']}'")
-    assert ledger.misled() == [
+    assert ledger.served_without_verdict() == [
         "site s1: release 3 by r1 went back without a rollback record",
         f"site s0: release 2 by r1 promoted state {late['s0']} without a stored verdict that passes it",
         "site s1: release 3 by r1 promoted source v1 without a stored verdict that passes it",
     ]
     execute(url, f"update verdicts set outcome = 'pass', site = 's4' where id = '{late['s0']}'")
-    assert "site s0: release 2" in ledger.misled()[1]
+    assert "site s0: release 2" in ledger.served_without_verdict()[1]
     execute(url, f"delete from states where id = '{late['s1']}'")
-    assert ledger.misled()[-2:] == [
+    assert ledger.served_without_verdict()[-2:] == [
         f"site s1: learns from state {late['s1']}, which is not stored",
         f"site s1: served state {late['s1']}, which is not stored",
     ]

@@ -41,7 +41,7 @@ def race(pool, work, *arguments):
 def opens(me, url):
     together.wait()
     ledger = Ledger.open(url)
-    ledger.note("opened", {"me": me}, now=T0)
+    ledger.append_audit("opened", {"me": me}, now=T0)
     ledger.close()
 
 
@@ -66,7 +66,7 @@ def appends(me, url):
     together.wait()
     for i in range(ROUNDS):
         ledger.register_sites({f"{me}-{i}": {}, f"all-{i}": {}}, now=T0)
-        ledger.note("test", {"me": me, "i": i}, now=T0)
+        ledger.append_audit("test", {"me": me, "i": i}, now=T0)
         ledger.serve({"s0": (None, 1)}, rollout="r", wave=1, kind="rollback", reason="", now=T0)
         ledger.sites()
     ledger.close()

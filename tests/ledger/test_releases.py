@@ -54,7 +54,7 @@ def promote(ledger, wave, *, zones=None, without=(), rollout="r1", revision=1, n
 
 
 def back(ledger, only=None, *, rollout="r1", revision=1):
-    action = ro.Bring(sites=None if only is None else tuple(only))
+    action = ro.Rollback(sites=None if only is None else tuple(only))
     return ledger.carry_out(rollout, [action], without=(), reason="x", revision=revision, now=T0)
 
 
@@ -110,7 +110,7 @@ def test_a_wave_is_seen_without_failed_and_retired_sites(planned):
     assert planned.wave_seen("r1", 1, without=[last[1]]).sites == 1
     assert promote(planned, 1) == 2
     assert last[0] not in planned.serving()
-    assert planned.wave_seen("r1", 1, without=()) == ro.WaveSeen(sites=2)
+    assert planned.wave_seen("r1", 1, without=()) == ro.WaveObservation(sites=2)
     planned.set_retired(last[1], retired=True, reason="sold", now=T0)
     assert [p.site for p in planned.promoted("r1", upto=1, names=last)] == last[2:]
     assert back(planned) == 2, "a retired site goes back with the others"

@@ -10,7 +10,16 @@ import pytest
 import sqlalchemy as sa
 
 from pipeline.ledger import SCHEMA, Ledger, LedgerUnavailable, schema
-from pipeline.rollout import Excluded, Pointer, Rollout, Seen, Target, WaveSeen, advance, approved
+from pipeline.rollout import (
+    Excluded,
+    Observation,
+    Pointer,
+    Rollout,
+    Target,
+    WaveObservation,
+    advance,
+    approved,
+)
 from tests.support.ledgers import T0, begin, execute, segment, shard
 
 LEARNED = "2547247271efa6de"  # Zeta's state
@@ -145,7 +154,7 @@ def test_a_rollout_of_an_older_version_goes_on(old):
         for s, w in (("a", 1), ("b", 0), ("c", 1))
     }
     assert ledger.excluded(row.id) == {"d": Excluded("verdict hold: n", "v0"), "e": Excluded("no candidate")}
-    seen, later = Seen(waves=(WaveSeen(sites=0),)), T0 + timedelta(seconds=90)
+    seen, later = Observation(waves=(WaveObservation(sites=0),)), T0 + timedelta(seconds=90)
     assert advance(r, seen, later)[0].reason == "1 of 1 sites of wave 1 fail; 1 abort"
     after, actions = advance(r.model_copy(update={"failed": {}}), seen, later)
     assert (after.wave, after.status, [a.kind for a in actions]) == (1, "staging", ["promote"])

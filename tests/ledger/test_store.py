@@ -20,7 +20,7 @@ from tests.support.ledgers import T0, execute
 )
 def test_the_audit_chain_shows_tampering(ledger, url, damage, broken):
     for i in range(3):
-        ledger.note("test", {"i": i}, now=T0)
+        ledger.append_audit("test", {"i": i}, now=T0)
     assert ledger.broken_audit() is None
     assert [payload for _, _, kind, payload in ledger.audit() if kind == "test"] == [
         {"i": 0},
@@ -53,7 +53,7 @@ def test_an_empty_database_is_no_ledger_until_somebody_may_create_it(url):
 
 
 def test_a_transaction_that_fails_leaves_no_gap_in_the_chain(ledger, monkeypatch):
-    ledger.note("test", {"i": 0}, now=T0)
+    ledger.append_audit("test", {"i": 0}, now=T0)
     real = ledger._append
 
     def crash(*_):
@@ -61,8 +61,8 @@ def test_a_transaction_that_fails_leaves_no_gap_in_the_chain(ledger, monkeypatch
 
     monkeypatch.setattr(ledger, "_append", lambda *a: crash(real(*a)))
     with pytest.raises(KeyboardInterrupt):
-        ledger.note("test", {"i": 1}, now=T0)
+        ledger.append_audit("test", {"i": 1}, now=T0)
     monkeypatch.undo()
-    ledger.note("test", {"i": 2}, now=T0)
+    ledger.append_audit("test", {"i": 2}, now=T0)
     assert [seq for seq, *_ in ledger.audit()] == [1, 2]
     assert ledger.broken_audit() is None

@@ -18,8 +18,8 @@ def writes(ledger, cycle):
         lambda: ledger.commit_shard(cycle, [], now=T0),
         lambda: ledger.commit_ingest(cycle, [segment()], [], now=T0),
         lambda: ledger.commit_ingest(cycle, [], [], now=T0),
-        lambda: ledger.lose(cycle, [("s0", "segment-1.parquet")], reason="features lost", now=T0),
-        lambda: ledger.lose(cycle, [], reason="features lost", now=T0),
+        lambda: ledger.quarantine_lost(cycle, [("s0", "segment-1.parquet")], reason="features lost", now=T0),
+        lambda: ledger.quarantine_lost(cycle, [], reason="features lost", now=T0),
         lambda: ledger.renew(cycle, now=T0),
         lambda: ledger.finish_cycle(cycle, summary={}, now=T0),
     )
@@ -59,7 +59,9 @@ def test_lost_samples_are_quarantined_once_and_keep_their_offsets(ledger):
         cycle, [segment()], [QuarantineRow("s0", "segment-1.parquet", 3, "x", "rgb: torn")], now=T0
     )
     for _ in range(2):
-        ledger.lose(cycle, [("s0", "segment-1.parquet"), ("s0", "unknown")], reason="features lost", now=T0)
+        ledger.quarantine_lost(
+            cycle, [("s0", "segment-1.parquet"), ("s0", "unknown")], reason="features lost", now=T0
+        )
     ((row, _),) = ledger.segments("s0")
     assert (row.rows, row.good, row.quarantined, ledger.site("s0").ingested) == (10, 0, 10, 10)
     lost = [q.row for q in ledger.quarantined("s0") if q.reason == "features lost"]

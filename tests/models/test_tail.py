@@ -28,7 +28,7 @@ def test_direction_cannot_change_the_score() -> None:
     rotation = torch.linalg.qr(torch.randn(8, 8))[0]
     turned = {**p, "fuse.out": rotation @ p["fuse.out"], "head.out": rotation @ p["head.out"]}
     present = torch.ones(5, 3, dtype=torch.bool)
-    before, after = tails.read(p, z(), present), tails.read(turned, z(), present)
+    before, after = tails.forward(p, z(), present), tails.forward(turned, z(), present)
     assert torch.allclose(before.logit, after.logit, atol=1e-5)
     assert not torch.allclose(before.hidden, after.hidden)
 
@@ -48,7 +48,9 @@ def test_absent_features_cannot_change_anything(bits: int, filler: float) -> Non
     present = torch.tensor([[(bits >> m) & 1 == 1 for m in range(3)]]).expand(5, -1)
     held = torch.where(present[..., None], z(), torch.zeros(()))
     filled = torch.where(present[..., None], z(), torch.full((), filler))
-    for a, b in zip(tails.read(params(), held, present), tails.read(params(), filled, present), strict=True):
+    for a, b in zip(
+        tails.forward(params(), held, present), tails.forward(params(), filled, present), strict=True
+    ):
         assert torch.equal(a, b)
         assert bool(torch.isfinite(a).all())
 
@@ -57,12 +59,12 @@ def test_gradient_is_finite_for_every_pattern_and_for_garbage_in_absent_rows() -
     p = {n: t.clone().requires_grad_() for n, t in params().items()}
     present = patterns()
     x = torch.where(present[..., None], z(7), torch.full((), float("nan")))
-    tails.read(p, x, present).logit.sum().backward()
+    tails.forward(p, x, present).logit.sum().backward()
     assert all(bool(torch.isfinite(t.grad).all()) for t in p.values() if t.grad is not None)
 
 
 def test_nothing_present_stays_finite() -> None:
-    read = tails.read(params(), z(), torch.zeros(5, 3, dtype=torch.bool))
+    read = tails.forward(params(), z(), torch.zeros(5, 3, dtype=torch.bool))
     assert all(bool(torch.isfinite(t).all()) for t in read)
 
 
@@ -82,7 +84,7 @@ def test_a_row_depends_on_itself_alone() -> None:
 
 def test_a_fresh_site_adapter_is_the_identity() -> None:
     present = torch.ones(5, 3, dtype=torch.bool)
-    assert torch.equal(tails.adapt(params(), z(), present), z())
+    assert torch.equal(tails.apply_adapter(params(), z(), present), z())
 
 
 def test_complement_of_a_modality_never_reads_that_modality() -> None:
@@ -121,9 +123,9 @@ def test_vmap_over_sites_equals_a_loop() -> None:
 
 def test_moved_takes_only_what_may_move() -> None:
     tail, other = params(0), params(1)
-    served = tails.moved(tail, other)
+    served = tails.with_site_state(tail, other)
     assert all(torch.equal(served[n], other[n] if n in tails.MOVABLE else tail[n]) for n in tail)
-    assert set(tails.movable(tail)) == set(tails.MOVABLE)
+    assert set(tails.site_state(tail)) == set(tails.MOVABLE)
 
 
 @pytest.mark.parametrize("name", tails.NO_DECAY)

@@ -16,13 +16,13 @@ from pipeline.rollout import (
     Excluded,
     Failing,
     Freeze,
+    Observation,
     Pointer,
     RolloutConfig,
-    Seen,
     SiteFacts,
     Status,
     Target,
-    WaveSeen,
+    WaveObservation,
 )
 from pipeline.rollout.calendar import awake
 
@@ -71,7 +71,7 @@ class Fleet:
         sites = [s for s in self.wave(i) if s in self.targets and s not in self.r.failed]
         late = [s for s in sites if s not in self.promoted()]
         quiet = [s for s in sites if s in self.silent and s not in late]
-        return WaveSeen(
+        return WaveObservation(
             len(sites),
             Counter(self.targets[s].zone for s in late),
             min(late, default=""),
@@ -86,7 +86,7 @@ class Fleet:
         failing = {
             s: Failing(self.targets[s].wave, why) for s, why in self.failing.items() if s in self.promoted()
         }
-        return Seen(
+        return Observation(
             tuple(self._wave_seen(i) for i in range(started)),
             len(on),
             len(on & set(self.r.failed)),
@@ -414,7 +414,7 @@ def test_share_and_number_of_failing_sites_abort(failing, status):
     f.tick(3601)
     assert f.r.status == status
     if status == Status.HOLD:
-        assert f.actions[0] == ro.Bring(sites=bad)  # these went back by themselves
+        assert f.actions[0] == ro.Rollback(sites=bad)  # these went back by themselves
         assert f.promoted().isdisjoint(bad)
     else:
         assert f.r.reason == "5 of 30 sites of wave 3 fail; 5 abort; shadow 9 of 9 > 5"
@@ -471,7 +471,7 @@ def test_rollback_waits_for_no_data_is_repeatable_and_respects_later_moves():
     f.r = ro.abort(f.r, reason="incident", now=f.now)
     assert f.tick(obey=False) == Status.ROLLING_BACK
     f.r = ro.abort(f.r, reason="again", now=f.now)
-    assert (f.tick(), f.actions) == (Status.ROLLING_BACK, (ro.Bring(sites=None),))
+    assert (f.tick(), f.actions) == (Status.ROLLING_BACK, (ro.Rollback(sites=None),))
     assert (f.tick(), f.r.reason) == (Status.ROLLED_BACK, "incident")
     assert f.serving[moved] == pointer(777)
 

@@ -117,7 +117,7 @@ def test_scores_are_those_of_each_site_alone():
     z, present = mixed(5).z[0], mixed(5).present[0]
     together = bank.scores(SOURCE, bank.stack(states), z, present)
     for k, state in enumerate(states):
-        torch.testing.assert_close(together[k], tail.score(tail.moved(SOURCE, state), z, present))
+        torch.testing.assert_close(together[k], tail.score(tail.with_site_state(SOURCE, state), z, present))
 
 
 def test_run_scores_every_sample_once_whatever_the_slots():

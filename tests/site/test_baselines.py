@@ -113,7 +113,7 @@ def test_exactly_its_own_part_moves(kind, head):
     assert moved(state, tail) == MOVES[kind]
     _, outcome = m.step(tail, state, batch(9))
     clean = sane(batch(9))
-    assert torch.equal(outcome.score, tails.score(tails.moved(tail, state), clean.z, clean.present))
+    assert torch.equal(outcome.score, tails.score(tails.with_site_state(tail, state), clean.z, clean.present))
     assert outcome.pseudo_label.dtype == torch.int8
 
 
@@ -313,7 +313,9 @@ def test_shot_as_published_turns_a_one_class_stream_towards_the_other_class():
         state = m.init(source())
         for k in range(30):
             state, _ = m.step(source(), state, rows(0.8, 0.97, start=B * k))
-        mean[published] = float(tails.score(tails.moved(source(), state), check.z, check.present).mean())
+        mean[published] = float(
+            tails.score(tails.with_site_state(source(), state), check.z, check.present).mean()
+        )
     start = float(tails.score(source(), check.z, check.present).mean())
     assert mean[True] < start - 0.02, mean
     assert mean[False] > start - 0.02, mean
@@ -364,7 +366,7 @@ def test_read_makes_doubtful_rows_less_sure_and_one_factor_per_sensor():
             state, outcome = m.step(source(), state, doubtful)
         change[published] = float(
             (
-                tails.score(tails.moved(source(), state), doubtful.z, doubtful.present)
+                tails.score(tails.with_site_state(source(), state), doubtful.z, doubtful.present)
                 - tails.score(source(), doubtful.z, doubtful.present)
             ).mean()
         )
@@ -400,14 +402,14 @@ def test_drm_counts_every_sample_once_and_needs_boundaries():
     every = [sane(batch(k)) for k in range(3)]
     each = torch.cat(
         [
-            drm._entropies(tail, tails.read(tail, b.z, b.present).radius[:, tails.FUSED], b.present)
+            drm._entropies(tail, tails.forward(tail, b.z, b.present).radius[:, tails.FUSED], b.present)
             for b in every
         ]
     )
     torch.testing.assert_close(state["entropy"], each.mean(dim=0))
     z, present = every[0].z, every[0].present
     alone = {**tail, "reference.boundary": tail["log_rho"][tails.FUSED :]}
-    own = drm._entropies(alone, tails.read(tail, z, present).radius[:, tails.FUSED], present)
+    own = drm._entropies(alone, tails.forward(tail, z, present).radius[:, tails.FUSED], present)
     torch.testing.assert_close(own[:, 0], entropy(tails.score(tail, z, present)))
     bare = {k: v for k, v in tail.items() if not k.startswith("reference.")}
     for lacking in (bare, {**bare, "reference.boundary": torch.zeros(0)}):
@@ -433,7 +435,10 @@ def test_recalibrate_follows_the_share_within_its_limit_and_not_before_the_count
         assert bool(moved(state, tail)) is (seen >= m.minimum)
     assert 0.9 * m.limit < sign * float(state["shift"]) <= m.limit
     b = batch(1)
-    gain = [tails.read(tails.moved(tail, s), b.z, b.present).logit[:, tails.FUSED] for s in (state, tail)]
+    gain = [
+        tails.forward(tails.with_site_state(tail, s), b.z, b.present).logit[:, tails.FUSED]
+        for s in (state, tail)
+    ]
     torch.testing.assert_close(gain[0] - gain[1], state["shift"].expand(B), atol=1e-4, rtol=1e-4)
 
 
@@ -444,7 +449,7 @@ def test_recalibrate_as_published_makes_half_of_any_stream_attacks(share, head):
     state, stream = m.init(tail), door(share, m.window, head)
     for start in range(0, m.window, B):
         state, _ = m.step(tail, state, Features(*(t[start : start + B] for t in stream)))
-    calls = tails.score(tails.moved(tail, state), stream.z, stream.present) >= 0.5
+    calls = tails.score(tails.with_site_state(tail, state), stream.z, stream.present) >= 0.5
     assert calls.float().mean().item() == pytest.approx(0.5, abs=0.01)
 
 

@@ -68,7 +68,7 @@ def test_scores_are_taken_before_learning(kind, source):
     method = method_config("site", kind)()
     state, b = method.init(source), batch(1)
     _, outcome = method.step(source, state, b)
-    torch.testing.assert_close(outcome.score, tail.score(tail.moved(source, state), b.z, b.present))
+    torch.testing.assert_close(outcome.score, tail.score(tail.with_site_state(source, state), b.z, b.present))
 
 
 @pytest.mark.parametrize("kind", every_method())
@@ -137,7 +137,7 @@ def test_padding_changes_nothing(source):
 def judged(method: danet.Config, p: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     """[B] 1 where the heads' P(bona fide) ``p`` [B, V] give a pseudo label that teaches."""
     none = torch.zeros(0)
-    read = tail.Read(torch.logit(p), none, none, none, none, none)
+    read = tail.TailOutput(torch.logit(p), none, none, none, none, none)
     n = len(p)
     b = Features(torch.zeros(n, 3, F), present, torch.ones(n, dtype=torch.bool), torch.arange(n))
     return method._reliable({}, read, read, *trust.vote(p, present), b)[1]
@@ -235,9 +235,9 @@ def test_source_mode_holds_on_to_the_source(source):
     full = {**source, **replay}
 
     def loss(state: dict[str, torch.Tensor]) -> float:
-        logit = tail.read(tail.moved(full, state), replay["replay.z"], replay["replay.present"]).logit[
-            :, tail.FUSED
-        ]
+        logit = tail.forward(
+            tail.with_site_state(full, state), replay["replay.z"], replay["replay.present"]
+        ).logit[:, tail.FUSED]
         return float(danet._cross_entropy(logit, replay["replay.label"]).mean())
 
     method = danet.Config(**{**EAGER, "mode": "da", "source": 5.0, "lr": 0.01})
@@ -258,7 +258,7 @@ def shifted_stream(
     while len(made) < steps:
         z = torch.randn(64 * B, 3, F, generator=g) * torch.rand(64 * B, 1, 1, generator=g) * 3
         present = torch.ones(len(z), 3, dtype=torch.bool)
-        logit = tail.read(source, z, present).logit[:, tail.FUSED]
+        logit = tail.forward(source, z, present).logit[:, tail.FUSED]
         q = source["reference.logit"][-1]
         want = (
             torch.where(

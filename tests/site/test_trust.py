@@ -88,5 +88,5 @@ def test_the_nearest_direction_decides_whatever_the_length():
         "replay.present": torch.ones(4, 3, dtype=torch.bool),
         "replay.label": torch.tensor([0.0, 1, 0, 1]),
     }
-    hidden = tail.read(params, z, params["replay.present"]).hidden
+    hidden = tail.forward(params, z, params["replay.present"]).hidden
     assert trust.prototype(params, 7.0 * hidden).tolist() == [0, 1, 0, 1]

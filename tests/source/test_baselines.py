@@ -127,7 +127,7 @@ def test_the_gradient_of_the_shared_weights_is_regrads(head: str, missing: int |
     b = batch(present)
     config.losses(model, b, generator(5))["rebalance"].backward()
     alone = mmdg.alone_risks(model.tail, b.frames, b)
-    read = tails.read(model.tail, b.frames, b.present)
+    read = tails.forward(model.tail, b.frames, b.present)
     certain = mmdg.certainty(model.tail, read, b.present, config.dropout, config.passes, generator(5))
     names = [n for n in mmdg.SHARED if n in model.tail]
     assert names[:3] == ["fuse.in", "fuse.bias", "fuse.out"] and ("linear" in names) == (head == "linear")
@@ -156,7 +156,7 @@ def test_certainty_is_one_for_a_head_that_dropout_cannot_move() -> None:
     model, b = Stored(mmdg.Config()), batch()
     with torch.no_grad():
         model.tail["head.out"][2] = 0
-        read = tails.read(model.tail, b.frames, b.present)
+        read = tails.forward(model.tail, b.frames, b.present)
         certain = mmdg.certainty(model.tail, read, b.present, 0.3, 8, generator())
     assert float(certain[2]) == pytest.approx(1, abs=1e-6)
     assert bool((certain[:2] < 0.99).all() and (certain >= 0).all())
@@ -166,7 +166,7 @@ def test_certainty_is_what_is_left_of_the_mean_deviation_over_the_samples_that_h
     model, present = Stored(mmdg.Config()), EVERY.clone()
     present[10:, 1] = False
     with torch.no_grad():
-        read = tails.read(model.tail, batch().frames, present)
+        read = tails.forward(model.tail, batch().frames, present)
         certain = mmdg.certainty(model.tail, read, present, 0.3, 2, generator())
         p = []
         for kept in torch.rand(2, B, 3, D, generator=generator()) >= 0.3:
@@ -198,7 +198,7 @@ def test_losses_keep_the_prototypes_in_extra_and_give_them_no_gradient() -> None
     optimizer = torch.optim.AdamW(model.extra.values(), lr=0.1, weight_decay=0)
     torch.stack(list(config.losses(model, b, generator()).values())).sum().backward()
     seen = model.extra["prototype"].detach().clone()
-    live = tails.read(model.tail, b.frames, b.present).intrinsic[b.label == 1].mean(dim=0)
+    live = tails.forward(model.tail, b.frames, b.present).intrinsic[b.label == 1].mean(dim=0)
     assert torch.allclose(seen[:, 0], live.detach(), atol=1e-5)
     optimizer.step()
     assert torch.equal(model.extra["prototype"], seen)
@@ -259,7 +259,7 @@ def test_dadm_weighs_the_modality_heads_and_widens_angles_where_a_modality_is_th
     present[5:, 1] = False
     b = batch(present)
     terms = config.losses(model, b, generator())
-    read = tails.read(with_boundaries(model, b), b.frames, b.present)
+    read = tails.forward(with_boundaries(model, b), b.frames, b.present)
     _, weight = dadm.alignment(read.intrinsic, present, config.temperature)
     loss = weight * logistic(read.logit, b.label[:, None])[:, :3]
     wanted = config.heads * over_domains(loss, b, present).sum()

@@ -68,7 +68,7 @@ def test_radii_do_not_collapse_and_the_spheres_agree() -> None:
     model = fits.fit(task(), corpora())
     test = corpus("new", 60, seed=9)
     present = torch.ones(60, 3, dtype=torch.bool)
-    read = tails.read(model.tail, features(model.trunk, torch.from_numpy(test.frame), present), present)
+    read = tails.forward(model.tail, features(model.trunk, torch.from_numpy(test.frame), present), present)
     live, attack = read.radius[test.label == 1, tails.FUSED], read.radius[test.label == 0, tails.FUSED]
     assert float(attack.median()) > 1.2 * float(live.median())
     assert float(attack.median()) > 0.3

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import source
 from pipeline.config import method_config, methods
 from pipeline.models import TailConfig
 from pipeline.models import tail as tails
+from pipeline.source import contract as source
 from pipeline.source.contract import Batch, Schedule
 from pipeline.source.methods import erm, rise
 
@@ -389,7 +389,7 @@ def test_the_full_score_is_the_teacher_of_the_dropped_one() -> None:
     model, b = Fake(rise.Config()), batch()
     tail = {n: t.detach().requires_grad_() for n, t in source.with_boundaries(model, b).items()}
     z = model.trunk_features(b.frames, b.present)
-    full = tails.read(tail, z, b.present)
+    full = tails.forward(tail, z, b.present)
     _, kl = rise.complement_terms(tail, z, b.present, full, generator())
     assert float(kl.detach()) > 0
     assert torch.autograd.grad(kl, full.radius, allow_unused=True, retain_graph=True)[0] is None
@@ -403,7 +403,7 @@ def test_rise_scores_by_the_radius_alone(seed: int) -> None:
     turn = torch.linalg.qr(torch.randn(D, D, generator=generator(seed)))[0]
     turned = {**model.tail, "fuse.out": turn @ model.tail["fuse.out"]}
     with torch.no_grad():
-        before, after = (tails.read(t, b.frames, b.present) for t in (model.tail, turned))
+        before, after = (tails.forward(t, b.frames, b.present) for t in (model.tail, turned))
     assert torch.allclose(before.logit, after.logit, atol=1e-4)
     assert float((before.hidden - after.hidden).norm()) > 0.1 * float(before.hidden.norm())
 
@@ -419,8 +419,8 @@ def test_mmsd_alone_teaches_whose_modality_it_is() -> None:
         owner = mixture.owner
         m = torch.arange(3)
         z = model.trunk_features(b.frames, b.present).detach()
-        mixed = tails.read(model.tail, z[owner, m], mixture.present).intrinsic
-        own = tails.read(model.tail, z, b.present).intrinsic
+        mixed = tails.forward(model.tail, z[owner, m], mixture.present).intrinsic
+        own = tails.forward(model.tail, z, b.present).intrinsic
         cosine = torch.nn.functional.cosine_similarity(mixed[:, None], own[None], dim=-1)  # [B, B, M]
         return float((cosine.argmax(dim=1) == owner).float().mean())
 
@@ -442,7 +442,7 @@ def test_attacks_keep_their_radius() -> None:
         torch.stack(list(config.losses(model, batch(seed=i), generator(i)).values())).sum().backward()
         optimizer.step()
         config.after_step(model.extra)
-    radius = tails.read(model.tail, model.trunk_features(b.frames, b.present), b.present).radius[
+    radius = tails.forward(model.tail, model.trunk_features(b.frames, b.present), b.present).radius[
         :, tails.FUSED
     ]
     rho = float(model.extra["log_rho"][:, tails.FUSED].mean().exp().detach())

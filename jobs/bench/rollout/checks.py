@@ -71,7 +71,7 @@ class Checks:
     def ended(self, ledger: Ledger) -> None:
         """The ledger's own audit of the month."""
         self.daily(ledger)
-        self.found += [f"I4/I5: {line}" for line in ledger.misled()]
+        self.found += [f"I4/I5: {line}" for line in ledger.served_without_verdict()]
         self.found += [f"I6: {line}" for line in ledger.verify_served()]
 
     def _site(self, site: str, old: ServingRow | None, new: ServingRow, at: datetime) -> None:

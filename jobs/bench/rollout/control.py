@@ -16,7 +16,7 @@ from pipeline import rollout as machine
 from pipeline.control.health import returning
 from pipeline.control.rollout import load, save, step
 from pipeline.ledger import Ledger
-from pipeline.rollout import RETURNING, TERMINAL, Seen, SiteFacts, Status, WaveSeen
+from pipeline.rollout import RETURNING, TERMINAL, Observation, SiteFacts, Status, WaveObservation
 from pipeline.simulate import cloned_sites as crowd
 
 if TYPE_CHECKING:
@@ -87,13 +87,13 @@ def carry(ledger: Ledger, row: RolloutRow, at: datetime) -> tuple[RolloutRow, da
     return row, at
 
 
-def healthy(ledger: Ledger, rollout: str, r: Rollout) -> Seen:
+def healthy(ledger: Ledger, rollout: str, r: Rollout) -> Observation:
     """Who serves what, as the ledger has it; every site's report is that all is well."""
     if r.wave < 0:
-        return Seen()
+        return Observation()
     last = min(r.wave, len(r.plan.waves) - 1)
-    earlier = (WaveSeen(w.sites) for w in r.plan.waves[:last])
-    return Seen(waves=(*earlier, ledger.wave_seen(rollout, last, without=())))
+    earlier = (WaveObservation(w.sites) for w in r.plan.waves[:last])
+    return Observation(waves=(*earlier, ledger.wave_seen(rollout, last, without=())))
 
 
 def _ground(folder: Path, sites: int) -> tuple[Path, dict[str, Candidate]]:

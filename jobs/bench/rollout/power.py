@@ -24,12 +24,12 @@ from pipeline.rollout import (
     RETURNING,
     Candidate,
     Failing,
+    Observation,
     Pointer,
     Rollout,
-    Seen,
     SiteFacts,
     Status,
-    WaveSeen,
+    WaveObservation,
 )
 from pipeline.simulate import cloned_sites as crowd
 
@@ -203,7 +203,7 @@ class _Run:
         self.r: Rollout = started
         self.stopped: int | None = None
         self.held, self.freezes = False, 0
-        self._settle(Seen(), START)
+        self._settle(Observation(), START)
 
     def look(self, draws: _Draws, look: int) -> None:
         """Judge what was presented, unless it has ended or waits for a person."""
@@ -218,7 +218,7 @@ class _Run:
         if self.held or self.r.status in RETURNING:
             self.stopped = look * ATTACKS // LOOKS
 
-    def _seen(self, draws: _Draws, freeze: str) -> Seen:
+    def _seen(self, draws: _Draws, freeze: str) -> Observation:
         end = self._on.ends[self._promoted - 1]
         names, calls = (
             self._on.names[:end],
@@ -236,7 +236,7 @@ class _Run:
                 draws.refused[:end],
             ),
         )
-        return Seen(
+        return Observation(
             waves=self._waves(),
             freeze=freeze,
             breach=tuple(b.text for b in found.breach),
@@ -247,11 +247,11 @@ class _Run:
             },
         )
 
-    def _waves(self) -> tuple[WaveSeen, ...]:
+    def _waves(self) -> tuple[WaveObservation, ...]:
         out = [sum(w == i for w in self.r.failed.values()) for i in range(self._promoted)]
-        return tuple(WaveSeen(self._on.sizes[i] - n) for i, n in enumerate(out))
+        return tuple(WaveObservation(self._on.sizes[i] - n) for i, n in enumerate(out))
 
-    def _settle(self, seen: Seen, now: datetime) -> None:
+    def _settle(self, seen: Observation, now: datetime) -> None:
         """Do what it says until it says nothing new: sites obey at once."""
         while True:
             before = self.r
@@ -260,7 +260,7 @@ class _Run:
                 return
             for a in actions:
                 self._promoted = max(self._promoted, a.wave + 1) if a.kind == "promote" else self._promoted
-            seen = Seen(waves=self._waves(), freeze=seen.freeze)
+            seen = Observation(waves=self._waves(), freeze=seen.freeze)
             if self.r == before:
                 return
 

@@ -32,7 +32,7 @@ def simulate(folder: Path, *, sites: int, days: int, seed: int, advance: Callabl
         for tick in range((days + PATIENCE) * TICKS):
             if tick >= days * TICKS and not world.open():
                 break
-            world.tick(tick)
+            world.reconcile(tick)
             if tick % TICKS == TICKS - 1:
                 world.checks.daily(world.ledger)
                 advance(min(days, tick // TICKS + 1), days)

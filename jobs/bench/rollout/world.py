@@ -22,13 +22,13 @@ from pipeline.rollout import (
     TERMINAL,
     Failing,
     Freeze,
+    Observation,
     Pointer,
     Rollout,
     RolloutConfig,
-    Seen,
     SiteFacts,
     Status,
-    WaveSeen,
+    WaveObservation,
 )
 from pipeline.simulate import cloned_sites as crowd
 
@@ -114,7 +114,7 @@ class World:
         self.month.events["sites_moved"] = self.checks.moves
         return self.month
 
-    def tick(self, tick: int) -> None:
+    def reconcile(self, tick: int) -> None:
         """Four hours: reports arrive, people act, the driver looks."""
         at = START + tick * TICK
         last = tick >= self.month.days * TICKS
@@ -287,17 +287,17 @@ class World:
         except StaleGeneration:
             self.month.events["second_drivers_refused"] += 1
 
-    def _look(self, r: Rollout) -> Seen:
+    def _look(self, r: Rollout) -> Observation:
         """What ``pipeline.control.health.look`` sees, its presentations counted on the way instead of replayed from features."""
         rollout, ledger = self._row().id, self.ledger
         if r.status in RETURNING:
             return returning(ledger, rollout, r)
         if r.status not in FLYING | {Status.PAUSED} or r.wave < 0:
-            return Seen()
+            return Observation()
         last, out = min(r.wave, len(r.plan.waves) - 1), list(r.failed)
         silent = ledger.silent(rollout, upto=last, samples=r.plan.config.health_samples, without=out)
         failed = Counter(r.failed.values())
-        waves = [WaveSeen(sites=w.sites - failed[i]) for i, w in enumerate(r.plan.waves[:last])]
+        waves = [WaveObservation(sites=w.sites - failed[i]) for i, w in enumerate(r.plan.waves[:last])]
         waves.append(ledger.wave_seen(rollout, last, without=out))
         promoted = ledger.promoted(rollout, upto=last, names=self.way.labelled)
         standing = self.way.standing(promoted, self.serving)
@@ -305,9 +305,11 @@ class World:
         shown = Counter[int]()
         for site, n in zip(standing.sites, standing.attacks.tolist(), strict=True):
             shown[wave_of[site]] += n
-        return Seen(
+        return Observation(
             waves=tuple(
-                WaveSeen(w.sites, w.late, w.first_late, *silent.get(i, (0, "")), presentations=shown[i])
+                WaveObservation(
+                    w.sites, w.late, w.first_late, *silent.get(i, (0, "")), presentations=shown[i]
+                )
                 for i, w in enumerate(waves)
             ),
             unreturned=ledger.returnable(rollout, out) if out else 0,

@@ -50,7 +50,7 @@ class Config(Section):
         """The teacher under the movable names, the student beside it with its Adam moments, the counter of the coins."""
         student = {f"student.{k}": tail[k].clone() for k in LEARNED}
         return {
-            **{k: v.clone() for k, v in tails.movable(tail).items()},
+            **{k: v.clone() for k, v in tails.site_state(tail).items()},
             **student,
             **moments(student, tuple(student)),
             "step": torch.zeros((), dtype=torch.int64),
@@ -59,13 +59,13 @@ class Config(Section):
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
         """Score with the teacher, teach the student, move the teacher, restore some of the student."""
         batch = sane(batch)
-        served = tails.moved(tail, state)
+        served = tails.with_site_state(tail, state)
         score = tails.score(served, batch.z, batch.present)
         target = self._target(tail, served, score, batch)
 
         def loss(student: Params) -> Tensor:
             own = {k: student[f"student.{k}"] for k in LEARNED}
-            logit = tails.read({**served, **own}, batch.z, batch.present).logit[:, tails.FUSED]
+            logit = tails.forward({**served, **own}, batch.z, batch.present).logit[:, tails.FUSED]
             each = torch.nn.functional.softplus(logit) - target * logit
             return (each * batch.valid).sum() / batch.valid.sum().clamp(min=1)
 

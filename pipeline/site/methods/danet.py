@@ -25,7 +25,7 @@ from pipeline.types import Lesson, Outcome, Section
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.models.tail import Read
+    from pipeline.models.tail import TailOutput
     from pipeline.site.contract import Params, State
     from pipeline.types import Features
 
@@ -105,7 +105,7 @@ class Config(Section):
             raise ValueError(
                 "site.mode: 'da' needs a source model with stored source features; train it again or use tta"
             )
-        own = {k: v.clone() for k, v in tails.movable(tail).items()}
+        own = {k: v.clone() for k, v in tails.site_state(tail).items()}
         return {
             **own,
             **{f"good.{k}": own[k].clone() for k in LEARNED},
@@ -128,8 +128,8 @@ class Config(Section):
         """Score the batch, count its scores, follow the site's shift, and say what can be trusted."""
         batch = sane(batch)
         with torch.no_grad():
-            before = tails.read(tails.moved(tail, state), batch.z, batch.present)
-            source = tails.read(tail, batch.z, batch.present)
+            before = tails.forward(tails.with_site_state(tail, state), batch.z, batch.present)
+            source = tails.forward(tail, batch.z, batch.present)
         p = torch.sigmoid(before.logit)
         voted, disagreement = trust.vote(p, batch.present)
         state, teaches = self._within_cap(state, batch)
@@ -177,7 +177,13 @@ class Config(Section):
         return state, moved | (self.trigger < 0)
 
     def _reliable(
-        self, tail: Params, before: Read, source: Read, voted: Tensor, disagreement: Tensor, batch: Features
+        self,
+        tail: Params,
+        before: TailOutput,
+        source: TailOutput,
+        voted: Tensor,
+        disagreement: Tensor,
+        batch: Features,
     ) -> tuple[Tensor, Tensor]:
         """(label [B] 0/1, used [B] 0/1): class-wise confidence, agreement, and a stricter rule for bona fide."""
         p = torch.sigmoid(before.logit)
@@ -217,7 +223,7 @@ class Config(Section):
         used = lesson.used.any()
         grads = {k: omega * taught[k] + steady[k] for k in LEARNED}
         learned = adam(state, grads, lr=self.lr, clip=self.clip, when=used)
-        new = tails.score(tails.moved(tail, learned), state["reservoir.z"], present)
+        new = tails.score(tails.with_site_state(tail, learned), state["reservoir.z"], present)
         instability = 0.5 * _mean(_kl(old, new), held) + 0.5 * _mean(
             ((old >= 0.5) != (new >= 0.5)).float(), held
         )
@@ -231,7 +237,7 @@ class Config(Section):
         def loss(own: Params) -> Tensor:
             params = {**tail, **own, "pattern": state["pattern"]}
             return _cross_entropy(
-                tails.read(params, batch.z, batch.present).logit, lesson.label[:, None]
+                tails.forward(params, batch.z, batch.present).logit, lesson.label[:, None]
             ).sum()
 
         return torch.func.grad(loss)({k: state[k].expand(count, *state[k].shape) for k in LEARNED})
@@ -239,7 +245,7 @@ class Config(Section):
     def _steadiness(self, tail: Params, state: State, own: Params, held: Tensor) -> tuple[Tensor, Tensor]:
         """What holds the site near its source: KL on the reservoir and, in mode da, labelled features → loss [], scores [R]."""
         params, present = {**tail, **own}, state["reservoir.present"]
-        radius = tails.read(params, state["reservoir.z"], present).radius
+        radius = tails.forward(params, state["reservoir.z"], present).radius
         now, at_source = (
             torch.sigmoid(tails.logit({**params, "pattern": p}, radius, present)[:, tails.FUSED])
             for p in (state["pattern"], tail["pattern"])
@@ -254,7 +260,7 @@ class Config(Section):
         label = tail["replay.label"]
         source = {**params, "pattern": tail["pattern"]}
         each = _cross_entropy(
-            tails.read(source, tail["replay.z"], tail["replay.present"]).logit[:, tails.FUSED], label
+            tails.forward(source, tail["replay.z"], tail["replay.present"]).logit[:, tails.FUSED], label
         )
         return self.source * 0.5 * (_mean(each, label) + _mean(each, 1 - label))
 

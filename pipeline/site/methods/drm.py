@@ -44,7 +44,7 @@ class Config(Section):
                 "site.kind: 'drm' needs a source model with a boundary per domain; train it again"
             )
         return {
-            **{k: v.clone() for k, v in tails.movable(tail).items()},
+            **{k: v.clone() for k, v in tails.site_state(tail).items()},
             "entropy": torch.zeros_like(tail["reference.boundary"]),
             "seen": torch.zeros((), dtype=torch.int64),
         }
@@ -52,7 +52,7 @@ class Config(Section):
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
         """Score the batch, add its entropies to the running means, set the fused boundary to the weighted mean."""
         batch = sane(batch)
-        before = tails.read(tails.moved(tail, state), batch.z, batch.present)
+        before = tails.forward(tails.with_site_state(tail, state), batch.z, batch.present)
         each = _entropies(tail, before.radius[:, tails.FUSED], batch.present)
         mean, seen = state["entropy"], state["seen"]
         for i in range(batch.valid.shape[0]):

@@ -57,7 +57,7 @@ class Config(Section):
     def init(self, tail: Params) -> State:
         """Movable tensors, Adam moments, the source's Fisher diagonal and the mean prediction."""
         return {
-            **{k: v.clone() for k, v in tails.movable(tail).items()},
+            **{k: v.clone() for k, v in tails.site_state(tail).items()},
             **moments(tail, LEARNED),
             **{f"fisher.{k}": v for k, v in _fisher(tail).items()},
             "mean": torch.zeros(()),
@@ -69,7 +69,7 @@ class Config(Section):
         batch = sane(batch)
 
         def loss(learned: Params) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            score = tails.score({**tails.moved(tail, state), **learned}, batch.z, batch.present)
+            score = tails.score({**tails.with_site_state(tail, state), **learned}, batch.z, batch.present)
             h, used = entropy(score), self._selected(state, score.detach(), batch.valid)
             weight = torch.exp(self.margin * math.log(2) - h.detach()) * used
             apart = torch.stack(
@@ -106,7 +106,7 @@ def _fisher(tail: Params) -> Params:
         return {k: torch.zeros_like(v) for k, v in learned.items()}
 
     def loss(own: Params, z: Tensor, present: Tensor) -> Tensor:
-        logit = tails.read({**tail, **own}, z[None], present[None]).logit[0, tails.FUSED]
+        logit = tails.forward({**tail, **own}, z[None], present[None]).logit[0, tails.FUSED]
         return torch.nn.functional.softplus(-logit.abs())  # cross entropy with its own call
 
     gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))

@@ -22,12 +22,12 @@ class Config(Section):
 
     def init(self, tail: Params) -> State:
         """The movable tensors, which never move."""
-        return {k: v.clone() for k, v in tails.movable(tail).items()}
+        return {k: v.clone() for k, v in tails.site_state(tail).items()}
 
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
         """Score the batch."""
         batch = sane(batch)
-        score = tails.score(tails.moved(tail, state), batch.z, batch.present)
+        score = tails.score(tails.with_site_state(tail, state), batch.z, batch.present)
         zero = torch.zeros((), dtype=score.dtype)
         unused = torch.full_like(score, -1, dtype=torch.int8)
         return state, Outcome(

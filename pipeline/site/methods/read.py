@@ -45,14 +45,14 @@ class Config(Section):
 
     def init(self, tail: Params) -> State:
         """Movable tensors and Adam moments of the fusion."""
-        return {**{k: v.clone() for k, v in tails.movable(tail).items()}, **moments(tail, LEARNED)}
+        return {**{k: v.clone() for k, v in tails.site_state(tail).items()}, **moments(tail, LEARNED)}
 
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
         """Score the batch, then take one step on the robust loss of its valid rows."""
         batch = sane(batch)
 
         def loss(learned: Params) -> tuple[Tensor, Tensor]:
-            score = tails.score({**tails.moved(tail, state), **learned}, batch.z, batch.present)
+            score = tails.score({**tails.with_site_state(tail, state), **learned}, batch.z, batch.present)
             count = batch.valid.sum().clamp(min=1)
             robust = (_robust(torch.maximum(score, 1 - score), self.confidence) * batch.valid).sum() / count
             return robust - self.balance * entropy((score * batch.valid).sum() / count), score

@@ -51,7 +51,7 @@ class Config(Section):
     def init(self, tail: Params) -> State:
         """Movable tensors, the ring of logits under the source's boundary, the move of the boundary in logits."""
         return {
-            **{k: v.clone() for k, v in tails.movable(tail).items()},
+            **{k: v.clone() for k, v in tails.site_state(tail).items()},
             "ring": torch.zeros(self.window),
             "seen": torch.zeros((), dtype=torch.int64),
             "shift": torch.zeros(()),
@@ -60,8 +60,8 @@ class Config(Section):
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
         """Score the batch, keep its logits, move the boundary of every set of sensors by the same logits."""
         batch = sane(batch)
-        score = tails.score(tails.moved(tail, state), batch.z, batch.present)
-        logit = tails.read(tail, batch.z, batch.present).logit[
+        score = tails.score(tails.with_site_state(tail, state), batch.z, batch.present)
+        logit = tails.forward(tail, batch.z, batch.present).logit[
             :, tails.FUSED
         ]  # of the source: moves do not add up
         ring, seen = _keep(state, logit, batch.valid)

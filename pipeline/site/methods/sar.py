@@ -51,7 +51,7 @@ class Config(Section):
     def init(self, tail: Params) -> State:
         """Movable tensors, Adam moments and the running loss."""
         return {
-            **{k: v.clone() for k, v in tails.movable(tail).items()},
+            **{k: v.clone() for k, v in tails.site_state(tail).items()},
             **moments(tail, LEARNED),
             "loss": torch.zeros(()),
             "counted": torch.zeros((), dtype=torch.bool),
@@ -62,7 +62,7 @@ class Config(Section):
         batch = sane(batch)
 
         def reliable(learned: Params, rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            score = tails.score({**tails.moved(tail, state), **learned}, batch.z, batch.present)
+            score = tails.score({**tails.with_site_state(tail, state), **learned}, batch.z, batch.present)
             h = entropy(score)
             used = rows & (h.detach() < self.margin * math.log(2))
             return (h * used).sum() / used.sum().clamp(min=1), (score, used)

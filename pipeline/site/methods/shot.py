@@ -58,7 +58,7 @@ class Config(Section):
         """Movable tensors, Adam moments, the sums and weights of both centroids, the running mean prediction."""
         total, weight = _seed(tail, self.centroid)
         return {
-            **{k: v.clone() for k, v in tails.movable(tail).items()},
+            **{k: v.clone() for k, v in tails.site_state(tail).items()},
             **moments(tail, LEARNED),
             "centroid.sum": total,
             "centroid.weight": weight,
@@ -70,7 +70,7 @@ class Config(Section):
         """Score the batch, label it by the nearer centroid, one step, then move prior and centroids."""
         batch = sane(batch)
         some = batch.valid.any()
-        before = tails.read(tails.moved(tail, state), batch.z, batch.present)
+        before = tails.forward(tails.with_site_state(tail, state), batch.z, batch.present)
         score, direction = torch.sigmoid(before.logit[:, tails.FUSED]), _direction(before, self.centroid)
         label = _nearest(state, direction, score)
         mean = _mean(score, batch.valid)
@@ -79,9 +79,9 @@ class Config(Section):
         )  # nothing is learned yet: the source's first calls
 
         def loss(learned: Params) -> Tensor:
-            logit = tails.read({**tails.moved(tail, state), **learned}, batch.z, batch.present).logit[
-                :, tails.FUSED
-            ]
+            logit = tails.forward(
+                {**tails.with_site_state(tail, state), **learned}, batch.z, batch.present
+            ).logit[:, tails.FUSED]
             p = torch.sigmoid(logit)
             sharp = _mean(entropy(p), batch.valid)
             pseudo = _mean(torch.nn.functional.softplus(logit) - label * logit, batch.valid)
@@ -107,12 +107,12 @@ def _seed(tail: Params, of: str) -> tuple[Tensor, Tensor]:
     """(sum [2, D + 1], weight [2]) of attacks and bona fide among the source features; zero where there are none."""
     if "replay.z" not in tail:
         return torch.zeros(2, 1 + (len(tail["fuse.out"]) if of == "hidden" else 1)), torch.zeros(2)
-    direction = _direction(tails.read(tail, tail["replay.z"], tail["replay.present"]), of)
+    direction = _direction(tails.forward(tail, tail["replay.z"], tail["replay.present"]), of)
     member = torch.nn.functional.one_hot(tail["replay.label"].long(), 2).to(direction.dtype)
     return member.T @ direction, member.sum(dim=0)
 
 
-def _direction(read: tails.Read, of: str) -> Tensor:
+def _direction(read: tails.TailOutput, of: str) -> Tensor:
     """[B, D + 1] unit vectors, D = 1 of a radius; the appended one keeps the length in the direction (as in SHOT's code)."""
     x = read.hidden if of == "hidden" else read.radius[:, tails.FUSED :]
     return torch.nn.functional.normalize(torch.cat([x, torch.ones_like(x[:, :1])], dim=-1), dim=-1)

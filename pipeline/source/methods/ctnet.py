@@ -39,7 +39,7 @@ class Config(Schedule):
 
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         z = model.trunk_features(batch.frames, batch.present)
-        read = tails.read(model.tail, z, batch.present)
+        read = tails.forward(model.tail, z, batch.present)
         risk = head_risks(read.logit, batch, batch.present)
         consistent, inconsistent = transition_terms(read.intrinsic, batch, self.margin)
         return {
@@ -74,7 +74,7 @@ def transition_terms(intrinsic: Tensor, batch: Batch, margin: float) -> tuple[Te
 def from_rgb(tail: Params, z: Tensor, present: Tensor) -> Tensor:
     """Predict the other modalities that are there from RGB alone; 1 - cosine, the features themselves stay."""
     alone = present & (torch.arange(tails.MODALITIES, device=z.device) == RGB)
-    predicted = tails.complete(tail, tails.adapt(tail, z, alone), alone).complement
+    predicted = tails.complete(tail, tails.apply_adapter(tail, z, alone), alone).complement
     gap = 1 - torch.nn.functional.cosine_similarity(predicted, z.detach(), dim=-1)
     known = present & present[:, [RGB]] & ~alone
     return (torch.where(known, gap, 0.0).sum(dim=0) / known.sum(dim=0).clamp(min=1)).sum()

@@ -52,7 +52,7 @@ class Config(Schedule):
 
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         z = model.trunk_features(batch.frames, batch.present)
-        read = tails.read(with_boundaries(model, batch), z, batch.present)
+        read = tails.forward(with_boundaries(model, batch), z, batch.present)
         bound, weight = alignment(read.intrinsic, batch.present, self.temperature)
         each = logistic(read.logit, batch.label[:, None])
         each = torch.cat([weight * each[:, : tails.FUSED], each[:, tails.FUSED :]], dim=1)

@@ -31,7 +31,7 @@ class Config(Schedule):
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         z = model.trunk_features(batch.frames, batch.present)
         present = drop_modalities(batch.present, self.dropout, generator)
-        read = tails.read(model.tail, z, present)
+        read = tails.forward(model.tail, z, present)
         per_head = [
             class_balanced(read.logit[:, v], batch.label, seen)
             for v, seen in enumerate(heads_seen(present).unbind(dim=1))

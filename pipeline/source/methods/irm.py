@@ -34,7 +34,7 @@ class Config(Schedule):
 
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         z = model.trunk_features(batch.frames, batch.present)
-        logit = tails.read(model.tail, z, batch.present).logit
+        logit = tails.forward(model.tail, z, batch.present).logit
         risk = head_risks(logit, batch, batch.present)
         weight = self.penalty if batch.progress >= self.anneal else min(1.0, self.penalty)
         return {**self.risk_terms(risk), "irm": weight * irm_penalty(logit[:, tails.FUSED], batch)}

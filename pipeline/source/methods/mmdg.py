@@ -46,7 +46,7 @@ class Config(Schedule):
 
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         z = model.trunk_features(batch.frames, batch.present)
-        read = tails.read(model.tail, z, batch.present)
+        read = tails.forward(model.tail, z, batch.present)
         risk = head_risks(read.logit, batch, batch.present)
         group, prototypes = torch.where(batch.label == 1, 0, 1 + batch.domain), model.extra["prototype"]
         now = follow(prototypes, read.intrinsic, group, batch.present)
@@ -88,13 +88,13 @@ def alone_risks(tail: Params, z: Tensor, batch: Batch) -> Tensor:
     only = (
         torch.eye(tails.MODALITIES, dtype=torch.bool, device=z.device)[:, None] & batch.present
     )  # [M, B, M]
-    logit = tails.read(tail, z.repeat(tails.MODALITIES, 1, 1), only.flatten(0, 1)).logit[:, tails.FUSED]
+    logit = tails.forward(tail, z.repeat(tails.MODALITIES, 1, 1), only.flatten(0, 1)).logit[:, tails.FUSED]
     per_row = logistic(logit.unflatten(0, (tails.MODALITIES, -1)).T, batch.label[:, None])
     return over_domains(per_row, batch, batch.present)
 
 
 def certainty(
-    tail: Params, read: tails.Read, present: Tensor, rate: float, passes: int, generator: Generator
+    tail: Params, read: tails.TailOutput, present: Tensor, rate: float, passes: int, generator: Generator
 ) -> Tensor:
     """[M] U in 0..1: one minus twice the deviation of a modality head's P(bona fide) under dropout of its features."""
     with torch.no_grad():

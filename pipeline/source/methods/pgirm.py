@@ -43,7 +43,7 @@ class Config(Schedule):
 
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         z = model.trunk_features(batch.frames, batch.present)
-        read = tails.read(with_boundaries(model, batch), z, batch.present)
+        read = tails.forward(with_boundaries(model, batch), z, batch.present)
         risk = head_risks(read.logit, batch, batch.present)
         return {
             **self.risk_terms(risk),

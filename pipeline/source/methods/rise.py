@@ -64,7 +64,7 @@ class Config(Schedule):
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         tail = with_boundaries(model, batch)
         z = model.trunk_features(batch.frames, batch.present)
-        full = tails.read(tail, z, batch.present)
+        full = tails.forward(tail, z, batch.present)
         risk = head_risks(full.logit, batch, batch.present, self.margin)
         terms = self.risk_terms(risk)
         if self.compact:
@@ -125,12 +125,17 @@ def mix(batch: Batch, generator: Generator) -> Mixed:
 def mixed_read(tail: Params, z: Tensor, mixed: Mixed) -> tuple[Tensor, Tensor]:
     """(intrinsic, synergy) [B, M, D] of the mixed samples."""
     modality = torch.arange(tails.MODALITIES, device=z.device)
-    own = tails.adapt(tail, z[mixed.owner, modality], mixed.present)
+    own = tails.apply_adapter(tail, z[mixed.owner, modality], mixed.present)
     return tails.split(tail, tails.complete(tail, own, mixed.present).z)
 
 
 def synergy_terms(
-    intrinsic: Tensor, synergy: Tensor, full: tails.Read, present: Tensor, mixed: Mixed, temperature: float
+    intrinsic: Tensor,
+    synergy: Tensor,
+    full: tails.TailOutput,
+    present: Tensor,
+    mixed: Mixed,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """MMSD without a label: find each intrinsic feature's owner, keep intrinsic and synergy features uncorrelated."""
     own = [
@@ -169,7 +174,7 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def complement_terms(
-    tail: Params, z: Tensor, present: Tensor, full: tails.Read, generator: Generator
+    tail: Params, z: Tensor, present: Tensor, full: tails.TailOutput, generator: Generator
 ) -> tuple[Tensor, Tensor]:
     """Predict what is there from the others, and judge a sample with modalities taken away as if it were complete.
 
@@ -177,7 +182,7 @@ def complement_terms(
     """
     dropped = drop_modalities(present, 1.0, generator)
     fixed = {n: t.detach() if n in tails.BOUNDARY else t for n, t in tail.items()}
-    part = tails.read(fixed, z, dropped)
+    part = tails.forward(fixed, z, dropped)
     gap = 1 - torch.nn.functional.cosine_similarity(part.complement, z.detach(), dim=-1)  # [B, M]
     known = present & (
         dropped.sum(dim=1, keepdim=True) - dropped.long() > 0

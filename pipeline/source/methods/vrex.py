@@ -32,7 +32,7 @@ class Config(Schedule):
 
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         z = model.trunk_features(batch.frames, batch.present)
-        logit = tails.read(model.tail, z, batch.present).logit
+        logit = tails.forward(model.tail, z, batch.present).logit
         risk = head_risks(logit, batch, batch.present)
         per_domain = domain_risks(logit[:, tails.FUSED], batch, batch.present.any(dim=1))
         weight = self.penalty if batch.progress >= self.anneal else min(1.0, self.penalty)

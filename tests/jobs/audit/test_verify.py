@@ -34,7 +34,7 @@ def test_an_honest_record_holds(life: Life, capsys):
     code, found = audit(life, capsys, "verify")
     assert (code, found["findings"]) == (0, [])
     assert (found["rows"], found["head"]) == life.ledger.audit_head()
-    life.ledger.note("remark", {}, now=life.ledger.audit()[-1][1])
+    life.ledger.append_audit("remark", {}, now=life.ledger.audit()[-1][1])
     assert audit(life, capsys, "verify", "--head", found["head"])[0] == 0, "the chain has grown since"
 
 

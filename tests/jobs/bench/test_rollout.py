@@ -95,10 +95,10 @@ def test_who_dies_within_a_transaction_leaves_nothing_of_it(tmp_path):
     bench_rollout_fleet.found(tmp_path / "l.db", {"s0": {}}, T0).close()
     ledger = bench_rollout_fleet.Mortal.open(f"sqlite:///{tmp_path}/l.db")
     before, ledger.left = ledger.audit(), 1
-    ledger.note("one", {}, now=T0)
+    ledger.append_audit("one", {}, now=T0)
     with pytest.raises(bench_rollout_fleet.Crash):
-        ledger.note("two", {}, now=T0)
-    ledger.note("three", {}, now=T0)
+        ledger.append_audit("two", {}, now=T0)
+    ledger.append_audit("three", {}, now=T0)
     assert [kind for _, _, kind, _ in ledger.audit()[len(before) :]] == ["one", "three"]
     ledger.close()
 
