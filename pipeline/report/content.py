@@ -1,8 +1,9 @@
-"""What one cycle did to the fleet, as plain numbers; ``page.render`` turns a CycleReport into one HTML file.
+"""Records that the report pages show: the report of one cycle, and the parts that several pages or charts share.
 
-Rates and shares are in [0, 1]; NaN means not measured. Every string may be hostile: the page escapes all of them.
+Rates and shares are in [0, 1]; NaN means not measured. Every string may be hostile: the pages escape all of them.
 A reason starts with its cause, as in ``ceiling: APCER of replay without IR 9.1 % > 7 %``.
-``before`` is what the site served when the cycle began, ``after`` is the candidate, served only where ``promoted``.
+``before`` is the state that the site served when the cycle began, ``after`` is the candidate, which is served only where
+``promoted`` is true. This module imports no other file of ``pipeline/report``, so charts and pages may all import it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
 
 Status = Literal["ok", "held", "failed", "broken"]
 Outcome = Literal["pass", "fail", "hold"]
@@ -21,7 +25,7 @@ Outcome = Literal["pass", "fail", "hold"]
 
 @dataclass(frozen=True)
 class PadSummary:
-    """ISO/IEC 30107-3 numbers of one state on a site's sealed labels, at the deployed threshold."""
+    """Error rates of ISO/IEC 30107-3 of one site state on the site's sealed labels, at the deployed threshold."""
 
     hter: float
     max_apcer: float
@@ -33,7 +37,7 @@ class PadSummary:
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """Shares of all samples that were learned from with that label, and how many of those were right."""
+    """Share of all samples that the site learned from under each pseudo label, and the precision of these labels."""
 
     accepted_attack: float
     accepted_bona_fide: float
@@ -43,9 +47,10 @@ class PseudoLabels:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site in one cycle: ok adapted, held waits for evidence, failed was refused, broken gave nothing usable.
+    """One site in one cycle.
 
-    An ok site without a verdict (a control, or no shift to adapt to) was left unchanged.
+    Status: ok = adapted, held = waits for evidence, failed = the guards refused the candidate, broken = no usable sample.
+    An ok site without a verdict (a control, or a site without a shift to adapt to) was left unchanged.
     """
 
     site: str
@@ -55,7 +60,7 @@ class SiteReport:
     samples: int
     offset_from: int
     offset_to: int
-    captured: tuple[datetime, datetime] | None  # first and last capture
+    captured: tuple[datetime, datetime] | None  # time of the first and the last capture
     quarantined: int
     availability: np.ndarray  # [T, 3] share of captures with RGB, depth, IR per time bin
     before: PadSummary | None  # None without sealed labels
@@ -73,7 +78,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class DetCurve:
-    """Error rates over all thresholds, in threshold order; ``at`` = (apcer, bpcer) at the deployed threshold."""
+    """Error rates over all thresholds in ascending order; ``at`` is (APCER, BPCER) at the deployed threshold."""
 
     apcer: np.ndarray  # [N]
     bpcer: np.ndarray  # [N]
@@ -82,7 +87,7 @@ class DetCurve:
 
 @dataclass(frozen=True)
 class Det:
-    """Curves before and after, pooled over the sites with sealed labels and over species."""
+    """DET curves before and after, pooled over PAI species and over all sites with sealed labels."""
 
     before: DetCurve
     after: DetCurve
@@ -93,7 +98,7 @@ class Det:
 
 @dataclass(frozen=True)
 class QuarantineRow:
-    """``count`` rows of one segment that were put aside for one reason; ``row`` is the first, None = the segment."""
+    """``count`` rows of one segment that were quarantined for one reason; ``row`` is the first of them, None = the whole segment."""
 
     site: str
     segment: str
@@ -104,7 +109,7 @@ class QuarantineRow:
 
 @dataclass(frozen=True)
 class WaveReport:
-    """One wave: ``share`` of the fleet, of its ``sites`` so many promoted and failing."""
+    """One wave of a rollout: ``share`` of the fleet after it, and how many of its ``sites`` are promoted and failing."""
 
     index: int
     share: float
@@ -117,7 +122,7 @@ class WaveReport:
 
 @dataclass(frozen=True)
 class RolloutEvent:
-    """Something that happened to the rollout, and by whom."""
+    """One event of a rollout and the actor who caused it."""
 
     at: datetime
     actor: str
@@ -126,7 +131,7 @@ class RolloutEvent:
 
 @dataclass(frozen=True)
 class RolloutReport:
-    """The rollout that this cycle ticked."""
+    """The rollout that this cycle moved on."""
 
     state: str
     plan_hash: str
@@ -136,17 +141,17 @@ class RolloutReport:
 
 @dataclass(frozen=True)
 class FleetTotals:
-    """What the sites of this cycle do not tell by themselves."""
+    """Numbers of the whole fleet, with the sites that this cycle had nothing to do for."""
 
     registered: int  # sites in the ledger
-    idle: int  # of those, without new captures in this cycle
-    controls: int  # of those, kept on the source model for good
+    idle: int  # registered sites without new captures in this cycle
+    controls: int  # registered sites that stay on the source model for good
     stage_seconds: tuple[tuple[str, float], ...]  # ("ingest", 41.0), …
 
 
 @dataclass(frozen=True)
 class CycleReport:
-    """Everything that the page of one cycle shows."""
+    """All content of the page of one cycle."""
 
     cycle_id: str
     started: datetime
@@ -161,10 +166,70 @@ class CycleReport:
     ceiling: float | None  # hard limit on APCER per species, for the charts
     exit_code: int
     exit_summary: str
-    digests: tuple[tuple[str, str], ...]  # further provenance, as in ("anchor set", "sha256:…")
+    digests: tuple[tuple[str, str], ...]  # more provenance, as in ("anchor set", "sha256:…")
     sites: tuple[SiteReport, ...]
     det: Det | None
     quarantine: tuple[QuarantineRow, ...]
     rollout: RolloutReport | None
     totals: FleetTotals
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A deciding figure of a benchmark: ``holds`` says whether ``value`` reached ``target``; unit "%" prints a rate."""
+
+    name: str
+    value: float | None
+    unit: str
+    target: str
+    holds: bool | None
+    explanation: str
+
+
+@dataclass(frozen=True)
+class RadiusPanel:
+    """Radii of one domain's samples, and the angle of their directions in the plane of the first two components."""
+
+    domain: str  # a source domain's name, or "target"
+    bona_fide: np.ndarray  # [N] radius
+    attack: np.ndarray  # [M] radius
+    rho: float  # radius of the boundary
+    bona_fide_angle: np.ndarray  # [N] radians
+    attack_angle: np.ndarray  # [M] radians
+
+    @property
+    def outside(self) -> float:
+        """Share of bona fide samples outside the boundary."""
+        return _share(self.bona_fide > self.rho)
+
+    @property
+    def inside(self) -> float:
+        """Share of attacks inside the boundary."""
+        return _share(self.attack <= self.rho)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Error rates of one method in windows of a stream; NaN where a window lacks the class."""
+
+    position: Floats  # [T] samples, centre of the window
+    bpcer: Floats  # [T]
+    max_apcer: Floats  # [T]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One stream over its samples: events, spans, and the error rates of every method."""
+
+    stream: str
+    what: str
+    events: tuple[tuple[float, str], ...]  # (position, label)
+    spans: tuple[tuple[float, float, str], ...]  # (from, to, label)
+    lines: dict[str, Line]  # by method
+    boundary: tuple[Floats, Floats] | None  # (position, shift of danet's boundary in logits)
+
+
+def _share(hits: np.ndarray) -> float:
+    """Share of True in ``hits`` [N]; NaN if N = 0."""
+    return float(hits.mean()) if len(hits) else float("nan")

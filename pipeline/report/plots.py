@@ -16,8 +16,7 @@ from markupsafe import Markup
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipeline.report.content import DetCurve
-    from pipeline.report.source import RadiusPanel
+    from pipeline.report.content import DetCurve, RadiusPanel
 
 LONGEST = 1000  # characters of one untrusted string
 SPARK_BINS, LINE_BINS, DET_POINTS = 28, 120, 400

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.report.source import Figure
+    from pipeline.report.content import Figure, Timeline
     from pipeline.stats.intervals import Estimate
 
     Floats = NDArray[np.float64]
@@ -95,27 +95,6 @@ class StreamRow:
     samples: int
     oracle_eer: float
     cells: dict[str, StreamCell]  # by method
-
-
-@dataclass(frozen=True)
-class Line:
-    """Errors in windows of a stream; NaN where a window lacks the class."""
-
-    position: Floats  # [T] samples, centre of the window
-    bpcer: Floats  # [T]
-    max_apcer: Floats  # [T]
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """One stream over its samples."""
-
-    stream: str
-    what: str
-    events: tuple[tuple[float, str], ...]  # (position, label)
-    spans: tuple[tuple[float, float, str], ...]  # (from, to, label)
-    lines: dict[str, Line]  # by method
-    boundary: tuple[Floats, Floats] | None  # (position, how far danet moved the boundary in logits)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    from pipeline.report.content import DetCurve
+    from pipeline.report.content import DetCurve, Figure, RadiusPanel
     from pipeline.stats.intervals import Estimate, Paired
     from pipeline.stats.metrics import Rate
 
@@ -38,18 +38,6 @@ METHODS = {
     "ctnet": "transitions between modalities alike in bona fide, other in attacks, after CTNet",
     "rise": "spherical boundary, cues in the angle, synergy disentanglement: rebuilt from RiSe's abstract, not a reproduction",
 }
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure that decides: ``holds`` says whether ``value`` reached the ``target``; unit "%" prints a rate as such."""
-
-    name: str
-    value: float | None
-    unit: str
-    target: str
-    holds: bool | None
-    explanation: str
 
 
 @dataclass(frozen=True)
@@ -72,28 +60,6 @@ class MethodRow:
     def score_shift(self) -> float:
         """What the transfer of the threshold costs: honest HTER - oracle EER."""
         return self.hter[0] - self.oracle_eer
-
-
-@dataclass(frozen=True)
-class RadiusPanel:
-    """Radii of one domain's samples, and the angle of their directions in the plane of the first two components."""
-
-    domain: str  # a source domain's name, or "target"
-    bona_fide: np.ndarray  # [N] radius
-    attack: np.ndarray  # [M] radius
-    rho: float  # radius of the boundary
-    bona_fide_angle: np.ndarray  # [N] radians
-    attack_angle: np.ndarray  # [M] radians
-
-    @property
-    def outside(self) -> float:
-        """Share of bona fide samples outside the boundary."""
-        return plots.mean((self.bona_fide > self.rho).astype(float))
-
-    @property
-    def inside(self) -> float:
-        """Share of attacks inside the boundary."""
-        return plots.mean((self.attack <= self.rho).astype(float))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.report.site import Timeline
+    from pipeline.report.content import Timeline
     from pipeline.stats.intervals import Estimate
 
     Floats = NDArray[np.float64]

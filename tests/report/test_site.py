@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from pipeline.report import site, timelines
+from pipeline.report.content import Figure, Line, Timeline
 from pipeline.report.site import (
     GROUPS,
     LIMIT,
     SECTIONS,
     AblationCell,
     AdditionRow,
-    Line,
     MethodRow,
     MissingRow,
     OneClassRow,
@@ -25,11 +25,9 @@ from pipeline.report.site import (
     SiteBench,
     StreamCell,
     StreamRow,
-    Timeline,
     render,
     write,
 )
-from pipeline.report.source import Figure
 from pipeline.stats.intervals import Estimate
 from tests.report.test_source import HOSTILE, NAN, UNKNOWN, Page, head, section
 

@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 
 from pipeline.report import plots, source, timelines
-from pipeline.report.content import DetCurve
+from pipeline.report.content import DetCurve, Figure, RadiusPanel
 from pipeline.report.source import (
     SECTIONS,
     AblationCell,
-    Figure,
     MethodRow,
-    RadiusPanel,
     SourceBench,
     SpeedRow,
     UnseenRow,

@@ -11,6 +11,7 @@ from jobs.bench.site.figures import Found, Seen, burst, calls_of, frozen_beside,
 from jobs.terminal import percent, table
 from pipeline.control.deployment import now
 from pipeline.report import site as report
+from pipeline.report.content import Line, Timeline
 from pipeline.report.site import BASELINE, OURS
 from pipeline.simulate.scenarios import events
 from pipeline.site import online
@@ -128,19 +129,17 @@ def _rates(seen: list[Seen]) -> report.StreamCell:
     return report.StreamCell(of("hter"), of("bpcer"), of("max_apcer"), seen[0].course.online.worst_species)
 
 
-def _timeline(found: Found, name: str) -> report.Timeline:
+def _timeline(found: Found, name: str) -> Timeline:
     scenario, lines = found.scenario(name), {}
     for row in SHOWN_LINES:
         if name in found.runs["main"].get(row, {}):
             s = found.runs["main"][row][name][0]
-            lines[row] = report.Line(
-                *online.timeline(s.course.score, s.stream.label, s.stream.pai, s.threshold)
-            )
+            lines[row] = Line(*online.timeline(s.course.score, s.stream.label, s.stream.pai, s.threshold))
     marks, spans = events(scenario) if scenario else ((), ())
     shift = found.runs["main"][OURS][name][0].course.shift
     at = np.arange(len(shift), dtype=np.float64) * found.config.bank.batch
     boundary = (at, shift.astype(np.float64))
-    return report.Timeline(name, found.what(name), marks, spans, lines, boundary)
+    return Timeline(name, found.what(name), marks, spans, lines, boundary)
 
 
 def _one_class(found: Found, name: str) -> list[report.OneClassRow]:

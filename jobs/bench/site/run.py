@@ -28,8 +28,8 @@ from pipeline.data.corpus import read_manifest
 from pipeline.data.protocols import leave_one_domain_out
 from pipeline.models import checkpoint
 from pipeline.report import site as report
+from pipeline.report.content import Figure
 from pipeline.report.site import BASELINE, OURS
-from pipeline.report.source import Figure
 from pipeline.simulate import scenarios
 from pipeline.simulate.corpora import synth
 from pipeline.site import online

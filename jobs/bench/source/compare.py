@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.data.protocols import PATTERNS, instrument
-from pipeline.report.content import DetCurve
-from pipeline.report.source import AblationCell, MethodRow, RadiusPanel, UnseenRow
+from pipeline.report.content import DetCurve, RadiusPanel
+from pipeline.report.source import AblationCell, MethodRow, UnseenRow
 from pipeline.stats import metrics
 from pipeline.stats.intervals import Calls, Estimate, calls, mean_hter, paired_bootstrap
 

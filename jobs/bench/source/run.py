@@ -23,6 +23,7 @@ from pipeline.config import method_config, methods
 from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.data.protocols import leave_one_domain_out, limited_source
 from pipeline.report import source as report
+from pipeline.report.content import Figure
 from pipeline.report.source import BASELINE, OURS
 from pipeline.source import fit as fits
 from pipeline.source.contract import Schedule
@@ -106,7 +107,7 @@ def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int 
         data={d: read_manifest(path).digest[:12] for d, path in folders.items()},
     )
     out = config.folder("reports", "bench-source-quick.html" if quick else "bench-source.html")
-    rows = tuple(report.Figure(f.name, f.measured, "", f.target, f.holds, f.note) for f in decided)
+    rows = tuple(Figure(f.name, f.measured, "", f.target, f.holds, f.note) for f in decided)
     report.write(replace(made, figures=rows, context={k: str(v) for k, v in facts.items()}), out)
     return conclude(
         terminal, decided, {**facts, **numbers(made), "page": str(out)}, *shown(made), f"page: {out}"
