@@ -1,9 +1,10 @@
-"""Records that the report pages show: the report of one cycle, and the parts that several pages or charts share.
+"""Records that the pages show: the report of one cycle, and the records that several pages or charts share.
 
-Rates and shares are in [0, 1]; NaN means not measured. Every string may be hostile: the pages escape all of them.
-A reason starts with its cause, as in ``ceiling: APCER of replay without IR 9.1 % > 7 %``.
-``before`` is the state that the site served when the cycle began, ``after`` is the candidate, which is served only where
-``promoted`` is true. This module imports no other file of ``pipeline/report``, so charts and pages may all import it.
+Rates and shares are in [0, 1]; NaN means not measured. Every string may be hostile: the pages escape all of
+them. A reason starts with its cause, as in ``ceiling: APCER of replay without IR 9.1 % > 7 %``. ``before`` is
+the state that the site served when the cycle began, ``after`` is the candidate, which is served only where
+``promoted`` is true. This module imports no other file of ``pipeline/report``, so charts and pages may all
+import it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Outcome = Literal["pass", "fail", "hold"]
 
 @dataclass(frozen=True)
 class PadSummary:
-    """Error rates of ISO/IEC 30107-3 of one site state on the site's sealed labels, at the deployed threshold."""
+    """ISO/IEC 30107-3 error rates of one site state on sealed labels, at the deployed threshold."""
 
     hter: float
     max_apcer: float
@@ -37,7 +38,7 @@ class PadSummary:
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """Share of all samples that the site learned from under each pseudo label, and the precision of these labels."""
+    """Share of all samples that were learned from under each pseudo label, and the labels' precision."""
 
     accepted_attack: float
     accepted_bona_fide: float
@@ -49,8 +50,9 @@ class PseudoLabels:
 class SiteReport:
     """One site in one cycle.
 
-    Status: ok = adapted, held = waits for evidence, failed = the guards refused the candidate, broken = no usable sample.
-    An ok site without a verdict (a control, or a site without a shift to adapt to) was left unchanged.
+    Status: ok = adapted, held = waits for evidence, failed = the guards refused the candidate, broken = no
+    usable sample. An ok site without a verdict (a control, or a site without a shift to adapt to) was left
+    unchanged.
     """
 
     site: str
@@ -78,7 +80,7 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class DetCurve:
-    """Error rates over all thresholds in ascending order; ``at`` is (APCER, BPCER) at the deployed threshold."""
+    """Error rates over all thresholds, ascending; ``at`` is (APCER, BPCER) at the deployed one."""
 
     apcer: np.ndarray  # [N]
     bpcer: np.ndarray  # [N]
@@ -98,7 +100,7 @@ class Det:
 
 @dataclass(frozen=True)
 class QuarantineRow:
-    """``count`` rows of one segment that were quarantined for one reason; ``row`` is the first of them, None = the whole segment."""
+    """Rows of one segment that were quarantined for one reason; ``row`` is the first, None = the segment."""
 
     site: str
     segment: str
@@ -109,7 +111,7 @@ class QuarantineRow:
 
 @dataclass(frozen=True)
 class WaveReport:
-    """One wave of a rollout: ``share`` of the fleet after it, and how many of its ``sites`` are promoted and failing."""
+    """One wave of a rollout: its share of the fleet, and how many of its sites are promoted and failing."""
 
     index: int
     share: float
@@ -177,7 +179,10 @@ class CycleReport:
 
 @dataclass(frozen=True)
 class Figure:
-    """A deciding figure of a benchmark: ``holds`` says whether ``value`` reached ``target``; unit "%" prints a rate."""
+    """A figure that decides a benchmark: ``holds`` says whether ``value`` reached ``target``.
+
+    The unit "%" prints a rate in per cent.
+    """
 
     name: str
     value: float | None
@@ -189,7 +194,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class RadiusPanel:
-    """Radii of one domain's samples, and the angle of their directions in the plane of the first two components."""
+    """Radii of one domain's samples, and their angles in the plane of the first two components."""
 
     domain: str  # a source domain's name, or "target"
     bona_fide: np.ndarray  # [N] radius

@@ -1,4 +1,4 @@
-"""Render a CycleReport as one HTML file: no request leaves it, it works without JavaScript, and it prints."""
+"""Renders a CycleReport as one HTML file: it loads nothing, works without JavaScript, and prints."""
 
 from __future__ import annotations
 
@@ -26,14 +26,10 @@ if TYPE_CHECKING:
     from pipeline.report.content import CycleReport, PadSummary, SiteReport
 
 HARM = 0.01  # a promoted site whose HTER or max APCER rose by more than this was harmed
-OMEGA = 2.0  # the top of the loss weight
-DETAILS, ROWS, LISTED, SCROLLS = (
-    50,
-    2000,
-    200,
-    60,
-)  # sites with charts, table rows, listed reasons; rows before scrolling
-CAUSE = re.compile(r"([a-z][a-z -]{1,23}):")
+OMEGA = 2.0  # the largest loss weight
+DETAILS, ROWS = 50, 2000  # sites that have charts; sites that have a row in the table
+LISTED, SCROLLS = 200, 60  # entries of a list of reasons; rows above which a table scrolls
+CAUSE = re.compile(r"([a-z][a-z -]{1,23}):")  # how a reason starts
 METRICS = (("hter", "HTER"), ("max_apcer", "max APCER"), ("bpcer", "BPCER"))
 MODALITIES = {Modality.RGB: "RGB", Modality.DEPTH: "depth", Modality.IR: "IR"}
 TONES = {"pass": "good", "hold": "warn", "fail": "bad", "broken": "bad", "harmed": "bad"}
@@ -42,7 +38,7 @@ MARKS = {"pass": "✓", "hold": "Ⅱ", "fail": "✕", "broken": "⊘", "harmed":
 
 @dataclass(frozen=True)
 class Change:
-    """One metric of one site before and after; ``tone`` is good, bad or same, and lower is better for all of them."""
+    """One metric of one site before and after, lower is better; ``tone`` is good, bad, same or none."""
 
     name: str
     before: float
@@ -53,7 +49,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Row:
-    """One site as the page shows it."""
+    """One site as the page shows it; ``anchor`` is the id of its details on the page."""
 
     site: SiteReport
     anchor: str
@@ -63,9 +59,9 @@ class Row:
 
 
 def render(report: CycleReport) -> str:
-    """The whole page; sites come worst first, and what is left out for length is said on the page."""
+    """Returns the HTML of the page, the worst sites first; where a list is cut, the page says so."""
     rows = _rows(report)
-    measured = [r for r in rows if r.site.before and r.site.after]
+    labelled = [r for r in rows if r.site.before and r.site.after]
     return (
         environment()
         .get_template("cycle.html.j2")
@@ -75,8 +71,8 @@ def render(report: CycleReport) -> str:
             figures=_figures(report, rows),
             rows=rows[:ROWS],
             detailed=rows[:DETAILS],
-            bells=_bells(measured[:DETAILS], report.ceiling),
-            measured=len(measured),
+            bells=_bells(labelled[:DETAILS], report.ceiling),
+            measured=len(labelled),
             unserved=[r for r in rows if r.site.status != "ok" or r.harmed],
             causes=Counter(_cause(r.site) for r in rows if r.site.status != "ok").most_common(),
             quarantine=sorted(report.quarantine, key=lambda q: -q.count)[:LISTED],
@@ -90,23 +86,23 @@ def render(report: CycleReport) -> str:
 
 
 def write(report: CycleReport, path: Path) -> None:
-    """Render to ``path``."""
+    """Renders the page into the file ``path``."""
     publish(render(report), path)
 
 
 def publish(html: str, path: Path) -> None:
-    """Put ``html`` at ``path``; a reader sees the old page or the new one, never a part."""
+    """Replaces ``path`` by ``html`` in one step; a reader sees the old page or the new one, never a part."""
     write_atomic(path, html.encode())
 
 
 @lru_cache(maxsize=1)
 def environment() -> Environment:
-    """Templates of all pages: everything is escaped, and what cannot be seen is spelled out."""
+    """Returns the templates of all pages; they escape every string and spell out invisible characters."""
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_spoken,
+        finalize=_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -145,7 +141,7 @@ def _change(name: str, key: str, before: PadSummary | None, after: PadSummary | 
 
 
 def _answer(rows: Sequence[Row]) -> list[str]:
-    """The cycle in one sentence, by its parts."""
+    """Returns the parts of the sentence that sums up the cycle."""
     if not rows:
         return ["No site had anything to adapt in this cycle"]
     status = Counter(r.site.status for r in rows)
@@ -158,16 +154,17 @@ def _answer(rows: Sequence[Row]) -> list[str]:
         if status[state]:
             causes = Counter(_cause(r.site) for r in rows if r.site.status == state).most_common(2)
             parts.append(f"{status[state]:,} {state} ({', '.join(c for c, _ in causes)})")
-    served, known = sum(r.site.promoted for r in rows), _harm_known(rows)
-    if known:
-        gap = "" if known == served else f" of {known:,} measured"
+    promoted, measured = sum(r.site.promoted for r in rows), _measured(rows)
+    if measured:
+        gap = "" if measured == promoted else f" of {measured:,} measured"
         parts.append(f"{sum(r.harmed for r in rows):,}{gap} harmed")
-    elif served:
+    elif promoted:
         parts.append("harm unknown without sealed labels")
     return parts
 
 
-def _harm_known(rows: Sequence[Row]) -> int:
+def _measured(rows: Sequence[Row]) -> int:
+    """Returns how many promoted sites have sealed labels, so that harm would be seen."""
     return sum(r.site.promoted and any(np.isfinite(c.delta) for c in r.changes[:2]) for r in rows)
 
 
@@ -176,21 +173,23 @@ def _unchanged(site: SiteReport) -> bool:
 
 
 def _cause(site: SiteReport) -> str:
-    found = CAUSE.match(site.reasons[0]) if site.reasons else None
-    return found[1] if found else "other reason" if site.reasons else "no reason given"
+    if not site.reasons:
+        return "no reason given"
+    cause = CAUSE.match(site.reasons[0])
+    return cause[1] if cause else "other reason"
 
 
 def _figures(report: CycleReport, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Key figures as (name, value, remark)."""
+    """Returns the key figures as (name, value, remark)."""
     sites = [r.site for r in rows]
     pairs = [
         (s.before, s.after if s.promoted else s.before)
         for s in sites
         if s.before and (s.after or not s.promoted)
     ]
-    now = [(s.after if s.promoted else s.before, s.site) for s in sites]
-    worst, where = max(
-        ((n, at) for n, at in now if n and np.isfinite(n.max_apcer)),
+    served = [(s.after if s.promoted else s.before, s.site) for s in sites]
+    worst, worst_site = max(
+        ((pad, site) for pad, site in served if pad and np.isfinite(pad.max_apcer)),
         key=lambda x: x[0].max_apcer,
         default=(None, ""),
     )
@@ -198,36 +197,22 @@ def _figures(report: CycleReport, rows: Sequence[Row]) -> list[tuple[str, str, s
     waiting = sum(s.verdict == "pass" and not s.promoted for s in sites)
     seconds = (report.finished - report.started).total_seconds()
     adapted = sum(s.status == "ok" and not _unchanged(s) for s in sites)
-    known, harmed = _harm_known(rows), sum(r.harmed for r in rows)
+    measured, harmed = _measured(rows), sum(r.harmed for r in rows)
+    idle = f"{report.totals.idle:,} idle of {report.totals.registered:,} registered"
+    medians = " → ".join(map(plots.percent, hter)) or "–"
+    apcer = plots.percent(worst.max_apcer) if worst else "–"
+    apcer_of = f"{worst.worst_species} at {worst_site}" if worst else "no sealed labels"
+    captures, quarantined = sum(s.samples for s in sites), sum(s.quarantined for s in sites)
+    stages = " · ".join(f"{n} {_duration(s)}" for n, s in report.totals.stage_seconds)
     return [
-        (
-            "adapted",
-            f"{adapted:,} / {len(sites):,}",
-            f"{report.totals.idle:,} idle of {report.totals.registered:,} registered",
-        ),
+        ("adapted", f"{adapted:,} / {len(sites):,}", idle),
         ("promoted", f"{sum(s.promoted for s in sites):,}", f"{waiting:,} passed and wait for a wave"),
         ("not served", f"{sum(s.status != 'ok' for s in sites):,}", "held, failed or broken"),
-        ("harmed", f"{harmed:,}" if known else "–", f"of {known:,} promoted sites with sealed labels"),
-        (
-            "median HTER served",
-            " → ".join(map(plots.percent, hter)) or "–",
-            f"{len(pairs):,} sites with sealed labels",
-        ),
-        (
-            "worst APCER served",
-            plots.percent(worst.max_apcer) if worst else "–",
-            f"{worst.worst_species} at {where}" if worst else "no sealed labels",
-        ),
-        (
-            "captures",
-            f"{sum(s.samples for s in sites):,}",
-            f"{sum(s.quarantined for s in sites):,} quarantined",
-        ),
-        (
-            "duration",
-            _duration(seconds),
-            " · ".join(f"{n} {_duration(s)}" for n, s in report.totals.stage_seconds),
-        ),
+        ("harmed", f"{harmed:,}" if measured else "–", f"of {measured:,} promoted sites with sealed labels"),
+        ("median HTER served", medians, f"{len(pairs):,} sites with sealed labels"),
+        ("worst APCER served", apcer, apcer_of),
+        ("captures", f"{captures:,}", f"{quarantined:,} quarantined"),
+        ("duration", _duration(seconds), stages),
     ]
 
 
@@ -239,33 +224,23 @@ def _median(values: Sequence[float]) -> float:
 def _bells(
     rows: Sequence[Row], ceiling: float | None
 ) -> list[tuple[str, list[str], list[tuple[Row, Change, Markup]]]]:
-    """Per metric its name, the axis labels, and the before → after row of each site."""
+    """Returns per metric its name, the axis labels, and a before → after chart for each site."""
     panels = []
     for i, (_, name) in enumerate(METRICS[:2] if rows else ()):
         changes = [(r, r.changes[i]) for r in rows]
         limit = ceiling if name == "max APCER" else None
         top = min(1.0, plots.scale([v for _, c in changes for v in (c.before, c.after)], limit or 0.02))
-        bells = [
-            (
-                r,
-                c,
-                plots.dumbbell(
-                    c.before,
-                    c.after,
-                    name=f"{plots.clean(r.site.site)}, {name}",
-                    top=top,
-                    limit=limit,
-                    tone=c.tone,
-                ),
-            )
-            for r, c in changes
-        ]
+        bells: list[tuple[Row, Change, Markup]] = []
+        for r, c in changes:
+            label = f"{plots.clean(r.site.site)}, {name}"
+            bell = plots.dumbbell(c.before, c.after, name=label, top=top, limit=limit, tone=c.tone)
+            bells.append((r, c, bell))
         panels.append((name, [f"{100 * top * q / 4:g}%" for q in range(5)], bells))
     return panels
 
 
 def _by_reason(report: CycleReport) -> list[tuple[str, int, int]]:
-    """(reason, rows, sites) of everything quarantined, most rows first."""
+    """Returns (reason, rows, sites) of all that is quarantined, most rows first."""
     rows, sites = Counter(), {}
     for q in report.quarantine:
         rows[q.reason] += q.count
@@ -286,10 +261,10 @@ def _when(value: datetime | None) -> str:
     return f"{value.astimezone(UTC) if value.tzinfo else value:%Y-%m-%d %H:%M} UTC"
 
 
-def _spoken(value: object) -> object:
+def _visible(value: object) -> object:
     return plots.clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _digest(text: str) -> str:
-    """How a content security policy names an inline script."""
+    """Returns the name of an inline script in a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,7 +1,8 @@
-"""Charts as inline SVG that take their colours from the page, so one file serves light, dark and print.
+"""Draws charts as inline SVG; the page gives the colours, so one file serves light, dark and print.
 
-Shapes are stretched by the browser and all text beside them is HTML, so nothing shrinks on a phone; only the DET plot,
-which must stay square, scales as a whole. Every chart carries its content in words as its label.
+The browser stretches the shapes, and all text beside them is HTML, so no text shrinks on a phone. Only the
+DET plot, which must stay square, scales as a whole. Every chart states its content in words as its ARIA
+label.
 """
 
 from __future__ import annotations
@@ -30,41 +31,41 @@ _STRETCHED = Markup(
 
 
 def clean(text: str) -> str:
-    """``text`` with what cannot be seen (controls, direction marks, lone surrogates) spelled out, and bounded."""
+    """Returns ``text`` cut to LONGEST characters, with controls, direction marks and surrogates escaped."""
     if len(text) > LONGEST:
         text = f"{text[:LONGEST]} … ({len(text) - LONGEST} more characters)"
     return text if text.isprintable() else "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def number(value: float) -> str:
-    """Three digits, or a dash for what was not measured."""
+    """Formats ``value`` with three digits; a dash if it was not measured."""
     return f"{value:.3g}" if np.isfinite(value) else "–"
 
 
 def percent(value: float) -> str:
-    """A share in [0, 1] as a percentage, or a dash for what was not measured."""
+    """Formats a share in [0, 1] as a percentage; a dash if it was not measured."""
     return f"{100 * value:.1f}%" if np.isfinite(value) else "–"
 
 
 def mean(values: np.ndarray) -> float:
-    """Over the finite ``values``; NaN if there are none."""
+    """Returns the mean of the finite ``values``; NaN if there are none."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")
 
 
-def known(values: np.ndarray) -> bool:
-    """Whether there is anything to draw."""
+def measured(values: np.ndarray) -> bool:
+    """Returns True if at least one of ``values`` is finite, so that there is something to draw."""
     return bool(np.isfinite(values).any())
 
 
 def sparkline(values: np.ndarray, name: str, *, top: float) -> Markup:
-    """A word-sized line of ``values`` [T] on [0, top]."""
+    """Draws ``values`` [T] on [0, top] as a line of the size of a word."""
     binned = _bins(values, SPARK_BINS)
     return _STRETCHED.format("spark", f"{name} {_range(binned)}", _path(binned, top))
 
 
 def line(values: np.ndarray, name: str, *, top: float, peaks: bool = False) -> Markup:
-    """``values`` [T] over time on [0, top]; ``peaks`` keeps the largest of each bin instead of the mean."""
+    """Draws ``values`` [T] over time on [0, top]; a bin is its mean, or with ``peaks`` its largest value."""
     grid = Markup('<path class="grid" d="M0 0H100M0 50H100M0 100H100"/>')
     return _STRETCHED.format(
         "line",
@@ -74,7 +75,7 @@ def line(values: np.ndarray, name: str, *, top: float, peaks: bool = False) -> M
 
 
 def strip(share: np.ndarray, name: str) -> Markup:
-    """The share [T] of captures that had a modality, as filled height over time."""
+    """Draws the share [T] of captures with a modality as filled height over time."""
     binned = np.nan_to_num(_bins(share, LINE_BINS)).clip(0, 1)
     edges = np.linspace(0, 100, len(binned) + 1)
     steps = "".join(f"V{100 - 100 * v:.0f}H{x:.4g}" for v, x in zip(binned, edges[1:], strict=True))
@@ -83,7 +84,7 @@ def strip(share: np.ndarray, name: str) -> Markup:
 
 
 def dumbbell(before: float, after: float, *, name: str, top: float, limit: float | None, tone: str) -> Markup:
-    """One row of a before → after chart on [0, top]: hollow is before, filled is after."""
+    """Draws one row of a before → after chart on [0, top]: before is hollow, after is filled."""
     at = [
         f"{min(100.0, 100 * v / top):.2f}%" if np.isfinite(v) else None
         for v in (before, after, limit or np.nan)
@@ -108,7 +109,7 @@ def dumbbell(before: float, after: float, *, name: str, top: float, limit: float
 
 
 def whisker(value: float, low: float, high: float, oracle: float, *, name: str, top: float) -> Markup:
-    """One row on [0, top]: filled is the honest error with its interval, hollow what an oracle threshold would give."""
+    """Draws one row on [0, top]: the error and its interval, and hollow the error at an oracle threshold."""
     at = [f"{100 * min(v / top, 1):.2f}%" if np.isfinite(v) else None for v in (value, low, high, oracle)]
     marks = [
         Markup('<line class="grid" x1="{0}%" x2="{0}%" y1="0" y2="100%"/>').format(t)
@@ -122,17 +123,19 @@ def whisker(value: float, low: float, high: float, oracle: float, *, name: str, 
     for kind, x, radius in (("before", at[3], 4), ("after", at[0], 4.5)):
         if x:
             marks.append(Markup('<circle class="{}" cx="{}" cy="50%" r="{}"/>').format(kind, x, radius))
-    label = f"{name}: {percent(value)}, 95 % interval {percent(low)} to {percent(high)}, oracle EER {percent(oracle)}"
+    interval = f"95 % interval {percent(low)} to {percent(high)}"
+    label = f"{name}: {percent(value)}, {interval}, oracle EER {percent(oracle)}"
     return Markup('<svg class="bell" role="img" aria-label="{}">{}</svg>').format(
         label, Markup("").join(marks)
     )
 
 
 def det(before: DetCurve, after: DetCurve) -> Markup:
-    """Detection error trade-off before (dashed) and after (solid) on normal deviate axes, 0.1 % to 60 %."""
+    """Draws the DET curves before (dashed) and after (solid) on normal deviate axes, 0.1 % to 60 %."""
     inner = Markup("").join(_curve(c, kind) for c, kind in ((before, "before"), (after, "after")))
     label = "; ".join(
-        f"{kind}: at the deployed threshold {percent(c.at[0])} of attacks and {percent(c.at[1])} of bona fide are wrong"
+        f"{kind}: at the deployed threshold "
+        f"{percent(c.at[0])} of attacks and {percent(c.at[1])} of bona fide are wrong"
         for c, kind in ((before, "before"), (after, "after"))
         if c.at
     )
@@ -140,7 +143,11 @@ def det(before: DetCurve, after: DetCurve) -> Markup:
 
 
 def dets(curves: Sequence[tuple[str, DetCurve]], name: str, kinds: dict[str, str]) -> Markup:
-    """Several methods' trade-offs; ``kinds`` gives a method's look ("before", "after"), all others are thin and behind."""
+    """Draws several methods' DET curves.
+
+    ``kinds`` maps a method to its line style, "before" or "after"; the curves of all others are thin and
+    behind.
+    """
     front = [*kinds]
     order = sorted(curves, key=lambda c: front.index(c[0]) if c[0] in kinds else -1)
     inner = Markup("").join(
@@ -149,17 +156,17 @@ def dets(curves: Sequence[tuple[str, DetCurve]], name: str, kinds: dict[str, str
         )
         for m, c in order
     )
-    said = [f"{clean(m)} {percent(c.at[0])} and {percent(c.at[1])}" for m, c in curves if c.at]
-    wrong = "; ".join(said) or "not known"
+    errors = [f"{clean(m)} {percent(c.at[0])} and {percent(c.at[1])}" for m, c in curves if c.at]
+    wrong = "; ".join(errors) or "not known"
     return _axes(
         f"DET curves on {clean(name)}. Attacks and bona fide that are wrong at the threshold: {wrong}", inner
     )
 
 
 def sphere(panel: RadiusPanel, *, top: float) -> Markup:
-    """Radius from the centre over the angle, the boundary as circle; bona fide are dots and attacks crosses.
+    """Draws samples by radius and angle and the boundary as a circle; bona fide are dots, attacks crosses.
 
-    Samples beyond ``top`` sit on the rim.
+    Samples beyond ``top`` are drawn on the rim.
     """
     dots, crosses = (
         Markup("").join(Markup(mark).format(x, y) for x, y in _polar(radius, angle, top))
@@ -172,8 +179,8 @@ def sphere(panel: RadiusPanel, *, top: float) -> Markup:
     if np.isfinite(panel.rho):
         edge = Markup('<circle class="edge" r="{:.1f}"/>').format(100 * panel.rho / top)
     label = (
-        f"{clean(panel.domain)}: {percent(panel.outside)} of bona fide are outside the boundary {number(panel.rho)}, "
-        f"{percent(panel.inside)} of attacks inside"
+        f"{clean(panel.domain)}: {percent(panel.outside)} of bona fide are outside "
+        f"the boundary {number(panel.rho)}, {percent(panel.inside)} of attacks inside"
     )
     return Markup(
         '<svg class="sphere" role="img" aria-label="{}" viewBox="-106 -106 212 212">'
@@ -183,7 +190,7 @@ def sphere(panel: RadiusPanel, *, top: float) -> Markup:
 
 
 def radii(panel: RadiusPanel, *, top: float) -> Markup:
-    """Shares of samples by radius on [0, top], bona fide upwards and attacks downwards, with the boundary."""
+    """Draws a histogram of the radii on [0, top], bona fide upwards, attacks downwards, and the boundary."""
     bins = np.linspace(0, top, RADIUS_BINS + 1)
     shares: list[np.ndarray] = []
     for radius in (panel.bona_fide, panel.attack):
@@ -200,24 +207,25 @@ def radii(panel: RadiusPanel, *, top: float) -> Markup:
     edge = Markup("")
     if np.isfinite(panel.rho):
         edge = Markup('<path class="edge" d="M{:.2f} 0V100"/>').format(100 * panel.rho / top)
-    label = f"{clean(panel.domain)}: bona fide radius {_quartiles(panel.bona_fide)}; attack radius {_quartiles(panel.attack)}"
+    bona_fide, attack = _quartiles(panel.bona_fide), _quartiles(panel.attack)
+    label = f"{clean(panel.domain)}: bona fide radius {bona_fide}; attack radius {attack}"
     return _STRETCHED.format("radii", label, areas + Markup('<path class="grid" d="M0 50H100"/>') + edge)
 
 
 def bar(parts: Sequence[float], names: Sequence[str], *, top: float) -> Markup:
-    """``parts`` of a whole end to end on [0, top], in order, darkest first."""
-    known = np.nan_to_num(np.asarray(parts, dtype=float)).clip(0) * 100 / (top or 1.0)
-    start = np.concatenate([[0], np.cumsum(known)])
+    """Draws ``parts`` of a whole end to end on [0, top], in order, the darkest first."""
+    widths = np.nan_to_num(np.asarray(parts, dtype=float)).clip(0) * 100 / (top or 1.0)
+    start = np.concatenate([[0], np.cumsum(widths)])
     shapes = Markup("").join(
         Markup('<rect class="p{}" x="{:.2f}%" width="{:.2f}%" height="100%"/>').format(i, start[i], w)
-        for i, w in enumerate(known)
+        for i, w in enumerate(widths)
     )
     label = ", ".join(f"{n} {number(1000 * p)} ms" for n, p in zip(names, parts, strict=True))
     return Markup('<svg class="bar" role="img" aria-label="{}">{}</svg>').format(label, shapes)
 
 
 def scale(values: Sequence[float], floor: float) -> float:
-    """The top of an axis that holds all finite ``values``: a round number that quarters well, at least ``floor``."""
+    """Returns the top of an axis for the finite ``values``: a number with round quarters, >= ``floor``."""
     most = max([floor, *(v for v in values if np.isfinite(v))])
     rounds = (1.0, 1.2, 1.6, 2.0, 2.4, 3.2, 4.0, 6.0, 8.0, 10.0)
     power = 10.0 ** np.floor(np.log10(most))
@@ -225,6 +233,7 @@ def scale(values: Sequence[float], floor: float) -> float:
 
 
 def _bins(values: np.ndarray, n: int, *, peaks: bool = False) -> np.ndarray:
+    """Returns at most ``n`` bins of ``values``: each is the mean or, with ``peaks``, the largest value."""
     values = np.asarray(values, dtype=float).ravel()
     values = np.where(np.isfinite(values), values, np.nan)
     if len(values) <= n:
@@ -232,16 +241,14 @@ def _bins(values: np.ndarray, n: int, *, peaks: bool = False) -> np.ndarray:
     first = np.linspace(0, len(values), n + 1).astype(int)[:-1]
     if peaks:
         return np.fmax.reduceat(values, first)
-    known = np.isfinite(values)
-    total, count = (
-        np.add.reduceat(np.where(known, values, 0), first),
-        np.add.reduceat(known.astype(int), first),
-    )
+    finite = np.isfinite(values)
+    total = np.add.reduceat(np.where(finite, values, 0), first)
+    count = np.add.reduceat(finite.astype(int), first)
     return np.divide(total, count, out=np.full(n, np.nan), where=count > 0)
 
 
 def _path(values: np.ndarray, top: float) -> Markup:
-    """A line through the finite values; a gap where they are missing, a dot where a value stands alone."""
+    """Draws a line through the finite values, with a gap for missing ones and a dot for a single one."""
     d, pen_down = [], False
     x = np.linspace(0, 100, len(values)) if len(values) > 1 else np.full(len(values), 50.0)
     y = 100 - 100 * np.clip(values / top, 0, 1)
@@ -263,7 +270,7 @@ def _range(values: np.ndarray) -> str:
 
 
 def _deviate(rate: float) -> float:
-    """Position in [0, side] of an error rate on a normal deviate axis."""
+    """Returns the position in [0, DET_SIDE] of an error rate on a normal deviate axis."""
     low, high = (NormalDist().inv_cdf(t) for t in (DET_TICKS[0], DET_TICKS[-1]))
     return DET_SIDE * (NormalDist().inv_cdf(min(max(rate, 1e-5), 1 - 1e-5)) - low) / (high - low)
 
@@ -307,24 +314,24 @@ def _tick(rate: float) -> Markup:
 
 
 def _curve(curve: DetCurve, kind: str) -> Markup:
-    known = np.isfinite(curve.apcer) & np.isfinite(curve.bpcer)
-    apcer, bpcer = curve.apcer[known], curve.bpcer[known]
+    finite = np.isfinite(curve.apcer) & np.isfinite(curve.bpcer)
+    apcer, bpcer = curve.apcer[finite], curve.bpcer[finite]
     pick = np.unique(np.linspace(0, len(apcer) - 1, min(len(apcer), DET_POINTS)).astype(int))
     points = [
         f"{_deviate(a):.1f} {DET_SIDE - _deviate(b):.1f}"
         for a, b in zip(apcer[pick], bpcer[pick], strict=True)
     ]
-    out = Markup('<path class="{}" d="{}"/>').format(kind, "M" + "L".join(points) if points else "")
+    shapes = Markup('<path class="{}" d="{}"/>').format(kind, "M" + "L".join(points) if points else "")
     if curve.at and np.isfinite(curve.at).all():
         x, y = _deviate(curve.at[0]), DET_SIDE - _deviate(curve.at[1])
-        out += Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(kind, x, y)
-    return out
+        shapes += Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(kind, x, y)
+    return shapes
 
 
 def _polar(radius: np.ndarray, angle: np.ndarray, top: float) -> list[tuple[float, float]]:
-    """Points on a disc of radius 100, evenly thinned."""
-    known = np.flatnonzero(np.isfinite(radius) & np.isfinite(angle))
-    pick = known[np.linspace(0, len(known) - 1, min(len(known), POINTS)).astype(int)]
+    """Returns at most POINTS of the finite samples, evenly thinned, as points on a disc of radius 100."""
+    finite = np.flatnonzero(np.isfinite(radius) & np.isfinite(angle))
+    pick = finite[np.linspace(0, len(finite) - 1, min(len(finite), POINTS)).astype(int)]
     r = 100 * np.clip(radius[pick] / top, 0, 1)
     return list(zip((r * np.cos(angle[pick])).tolist(), (-r * np.sin(angle[pick])).tolist(), strict=True))
 
