@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline.site.online import HARM
 from pipeline.stats import metrics
+from pipeline.stats.metrics import HARM
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.report import plots
+from pipeline.stats.metrics import HARM
 from pipeline.storage import write_atomic
 from pipeline.types import Modality
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from pipeline.report.content import CycleReport, PadSummary, SiteReport
 
-HARM = 0.01  # a promoted site whose HTER or max APCER rose by more than this was harmed
 OMEGA = 2.0  # the largest loss weight
 DETAILS, ROWS = 50, 2000  # sites that have charts; sites that have a row in the table
 LISTED, SCROLLS = 200, 60  # entries of a list of reasons; rows above which a table scrolls

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from pipeline.report import plots, timelines
-from pipeline.report.page import HARM, environment, publish
+from pipeline.report.page import environment, publish
+from pipeline.stats.metrics import HARM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BONA_FIDE = 1
 OTHER = "other"
+HARM = 0.01  # a site is harmed where its HTER (or worst APCER) rises by more than this
 MIN_SPECIES = 30  # presentations below which a species' rate says little; such species are merged and named
 ABOVE = 1e-6  # a threshold this far above the top score rejects it in float32 too
 

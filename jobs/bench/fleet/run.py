@@ -15,9 +15,9 @@ from jobs.bench import speed
 from jobs.bench.figures import Figure, conclude, context
 from jobs.bench.fleet import ingest as bench_fleet_ingest
 from jobs.bench.fleet import runs
+from jobs.bench.source.fits import code_of
 from jobs.train import train
 from pipeline.cluster import connected
-from pipeline.cluster.bench import code_of
 from pipeline.control.deployment import now, open_ledger
 from pipeline.models import TailConfig, TinyConfig, checkpoint, tail, trunk
 from pipeline.simulate import cloned_sites as crowd

@@ -18,12 +18,12 @@ from pipeline.stats import intervals
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pipeline.cluster.prepare import Prepared, SourceJob
-    from pipeline.cluster.streams import MethodJob
+    from jobs.bench.site.courses import MethodJob
+    from jobs.bench.site.online import Course, Stream
+    from jobs.bench.site.streams import Prepared, SourceJob
     from pipeline.config import Config
     from pipeline.report.site import SiteBench
     from pipeline.simulate.scenarios import Scenario
-    from pipeline.site.online import Course, Stream
 
 FEW, CELLS = 0.05, 36  # share of poison up to which no harm is allowed; cells of the ablation
 FROZE = 50  # poisoned samples within which adaptation may stop itself instead

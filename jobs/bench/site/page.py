@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jobs.bench.site import online
 from jobs.bench.site.figures import Found, Seen, burst, calls_of, frozen_beside, mean, rises, worst
 from jobs.terminal import percent, table
 from pipeline.control.deployment import now
@@ -14,7 +15,6 @@ from pipeline.report import site as report
 from pipeline.report.content import Line, Timeline
 from pipeline.report.site import BASELINE, OURS
 from pipeline.simulate.scenarios import events
-from pipeline.site import online
 from pipeline.stats import intervals, metrics
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _method(found: Found, row: str) -> report.MethodRow:
         below_frozen=1 - hter.value / frozen,
         worst_site=site,
         worst_rise=most,
-        harmed=float(np.mean([v > online.HARM for v in known])) if known else math.nan,
+        harmed=float(np.mean([v > metrics.HARM for v in known])) if known else math.nan,
         bpcer=mean(runs, shifted, "bpcer"),
         max_apcer=mean(runs, shifted, "max_apcer"),
         precision_bona_fide=_share(right[1]),

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, cast
 import pipeline
 from jobs.bench import speed
 from jobs.bench.figures import conclude, context
+from jobs.bench.site import courses, online, streams
+from jobs.bench.site.courses import FILLS, MethodJob
 from jobs.bench.site.figures import Found, figures
 from jobs.bench.site.page import numbers, reported, shown
+from jobs.bench.site.streams import Given, SourceJob
 from jobs.bench.source.run import corpora_of
 from jobs.pretrain import pretrained
 from pipeline.cluster import connected
@@ -32,14 +35,11 @@ from pipeline.report.content import Figure
 from pipeline.report.site import BASELINE, OURS
 from pipeline.simulate import scenarios
 from pipeline.simulate.corpora import synth
-from pipeline.site import online
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from jobs.terminal import Terminal
-    from pipeline.cluster.prepare import Given, SourceJob
-    from pipeline.cluster.streams import MethodJob
     from pipeline.config import Config
     from pipeline.site.contract import SiteMethod
 
@@ -89,8 +89,6 @@ class Planned:
 
 def bench_site(config: Config, terminal: Terminal, *, quick: bool, seeds: int | None) -> int:
     """Fit sources, prepare streams, run methods, compare, write the page."""
-    from pipeline.cluster import prepare, streams
-
     started = time.monotonic()
     count = 1 if quick else seeds or config.bench.seeds
     folders = corpora_of(config, terminal)
@@ -102,10 +100,10 @@ def bench_site(config: Config, terminal: Terminal, *, quick: bool, seeds: int | 
     wanted = _sources(config, domains, seeds=count, quick=quick)
     with connected(config.cluster):
         with terminal.progress("bench site", "source models") as advance:
-            sources = streams.run_sources(wanted, given, on_progress=advance)
+            sources = courses.run_sources(wanted, given, on_progress=advance)
         planned = plan(config, wanted, quick=quick)
         with terminal.progress("bench site", "runs") as advance:
-            done = streams.run_methods([p.job for p in planned], given, sources, on_progress=advance)
+            done = courses.run_methods([p.job for p in planned], given, sources, on_progress=advance)
     for p in planned:
         if p.job not in done:
             terminal.say(f"{p.row} on {p.job.source.name}, seed {p.job.source.seed}: no result")
@@ -114,9 +112,9 @@ def bench_site(config: Config, terminal: Terminal, *, quick: bool, seeds: int | 
     found = Found(
         config=config,
         scenarios=given.scenarios,
-        prepared={job: prepare.read_prepared(s.streams) for job, s in sources.items()},
+        prepared={job: streams.read_prepared(s.streams) for job, s in sources.items()},
         courses={
-            (p.table, p.row, p.job): streams.read_courses(done[p.job]) for p in planned if p.job in done
+            (p.table, p.row, p.job): courses.read_courses(done[p.job]) for p in planned if p.job in done
         },
         costs=speed.adaptation(
             model, {p.row: _method(p.job) for p in planned if p.table == "main"}, batch=config.bank.batch
@@ -147,7 +145,6 @@ def bench_site(config: Config, terminal: Terminal, *, quick: bool, seeds: int | 
 
 def plan(config: Config, sources: Sequence[SourceJob], *, quick: bool) -> list[Planned]:
     """All runs, the comparison first; the parts of danet are told apart on the first seed."""
-    from pipeline.cluster.streams import FILLS, MethodJob
 
     def of(
         table: str, row: str, source: SourceJob, kind: str, settings: dict[str, object], **more: object
@@ -194,8 +191,6 @@ def plan(config: Config, sources: Sequence[SourceJob], *, quick: bool) -> list[P
 
 def _sources(config: Config, domains: Sequence[str], *, seeds: int, quick: bool) -> list[SourceJob]:
     """One source model on everything, and one without each domain, per seed."""
-    from pipeline.cluster.prepare import SourceJob
-
     steps = config.bench.quick_steps if quick else config.source.steps
     made: list[SourceJob] = []
     for seed in range(seeds):
@@ -219,8 +214,6 @@ def _method(job: MethodJob) -> SiteMethod:
 
 def _given(config: Config, terminal: Terminal, folders: dict[str, Path], *, quick: bool) -> Given:
     """Where the streams come from; the pool of the scenarios is rendered when it is not there."""
-    from pipeline.cluster.prepare import Given
-
     captures = config.bench.streams
     if captures and not Path(captures).is_dir():
         raise ValueError(

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, cast
 
 from jobs.bench import speed
 from jobs.bench.figures import conclude, context
+from jobs.bench.source import fits as fits_
 from jobs.bench.source.figures import figures, numbers, reported, shown
+from jobs.bench.source.fits import Job
 from jobs.import_corpus import import_into
 from jobs.pretrain import pretrained
 from pipeline.cluster import connected
@@ -32,7 +34,6 @@ from pipeline.source.holdout import degenerate, from_file
 if TYPE_CHECKING:
     from jobs.bench.source.compare import Runs
     from jobs.terminal import Terminal
-    from pipeline.cluster.bench import Job
     from pipeline.config import Config
     from pipeline.source.contract import SourceMethod
 
@@ -63,8 +64,6 @@ class Planned:
 
 def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int | None) -> int:
     """Fit, score, compare, write the page."""
-    from pipeline.cluster import bench
-
     started = time.monotonic()
     folders = corpora_of(config, terminal)
     count = 1 if quick else seeds or config.bench.seeds
@@ -75,7 +74,7 @@ def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int 
     planned = plan(config, domains, seeds=count, quick=quick)
     began = time.time()
     with connected(config.cluster), terminal.progress("bench source", "fits") as advance:
-        found = bench.run(
+        found = fits_.run(
             [p.job for p in planned],
             folders,
             place=config.folder("bench", "source"),
@@ -171,8 +170,6 @@ def _job(
     quick: bool,
 ) -> Job:
     """A method with the schedule of the configuration, and its other settings too if it is the configured one."""
-    from pipeline.cluster.bench import Job
-
     own = config.source.model_dump()
     shared = {k: v for k, v in own.items() if k in Schedule.model_fields} if kind != own["kind"] else own
     steps = config.bench.quick_steps if quick else config.source.steps

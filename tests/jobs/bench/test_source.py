@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from pipeline.cluster.bench import Job, run
+from jobs.bench.source.fits import Job, run
 from pipeline.config import load, method_config
 from pipeline.data.corpus import Row, write_corpus
 from pipeline.models import ModelConfig, TailConfig, TinyConfig

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 WINDOW = 100  # samples a point of a timeline looks at
 POINTS = 60  # of a timeline
-HARM = 0.01  # rise of HTER from which a site counts as harmed
 LONGER = 1.5  # times as long as the shortest of those it is stepped together with, at most
 SLOTS = 16  # streams stepped together
 
@@ -137,7 +136,7 @@ def recovery(
     threshold: float,
     change: int,
     *,
-    within: float = HARM,
+    within: float = metrics.HARM,
 ) -> float:
     """Samples after ``change`` until the error of the last WINDOW is back within ``within`` of what it was before.
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.bench.site import online
+from jobs.bench.site.online import Stream
 from pipeline.config import method_config
 from pipeline.models import TailConfig, tail
-from pipeline.site import online
-from pipeline.site.online import Stream
 from pipeline.types import Features
 
 F, B = 16, 8

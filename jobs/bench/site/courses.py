@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
-import ray
 import torch
-from ray.exceptions import RayError
 
-from pipeline.cluster.bench import CODE, code_of, store
-from pipeline.cluster.prepare import Given, SourceJob, prepare, read_prepared
+from jobs.bench.site import online
+from jobs.bench.site.online import Course, Rates
+from jobs.bench.site.streams import Given, SourceJob, prepare, read_prepared
+from jobs.bench.source.fits import CODE, code_of, store
+from pipeline.cluster.tasks import Failed, run_tasks
 from pipeline.cluster.train import started
 from pipeline.config import method_config
 from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.models import ModelConfig, checkpoint
-from pipeline.site import online
-from pipeline.site.online import Course, Rates
 from pipeline.source import fit as fits
 from pipeline.source.calibrate import calibrated
 from pipeline.source.holdout import read_stored
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from pipeline.site.contract import Params, SiteMethod
     from pipeline.source.contract import SourceMethod
 
-POLL = 0.5  # seconds between looks at what is done
 STREAMS = (
     "data/scenarios.py",
     "data/rig.py",
@@ -96,19 +94,18 @@ def run_sources(
     whole = [job for job in jobs if job.target is None]
     rival = {job: models[whole[(i + 1) % len(whole)]] for i, job in enumerate(whole)}
     fit = [(job, given, str(s.model)) for job, s in made.items() if not (s.model / "manifest.json").exists()]
-    failed = _all(_fit, fit, lambda done: on_progress(len(jobs) - len(fit) + done, 2 * len(jobs)))
+    whole_way = 2 * len(jobs)
+    ended = run_tasks(_fit, fit, on_progress=lambda done: on_progress(len(jobs) - len(fit) + done, whole_way))
+    _raise_first(ended)
     left = [
         (job, given, str(s.model), str(rival.get(job, s.model)), str(s.streams))
         for job, s in made.items()
         if not s.streams.exists()
     ]
-    failed += (
-        []
-        if failed
-        else _all(prepare, left, lambda done: on_progress(2 * len(jobs) - len(left) + done, 2 * len(jobs)))
+    ended = run_tasks(
+        prepare, left, on_progress=lambda done: on_progress(whole_way - len(left) + done, whole_way)
     )
-    if failed:
-        raise ValueError(f"bench site: a source model or its streams: {failed[0]}")
+    _raise_first(ended)
     on_progress(2 * len(jobs), 2 * len(jobs))
     return made
 
@@ -127,7 +124,7 @@ def run_methods(
     }
     missing = [job for job in dict.fromkeys(jobs) if not paths[job].exists()]
     calls = [(job, given, *map(str, sources[job.source]), str(paths[job])) for job in missing]
-    _all(_adapt, calls, lambda done: on_progress(len(jobs) - len(missing) + done, len(jobs)))
+    run_tasks(_adapt, calls, on_progress=lambda done: on_progress(len(jobs) - len(missing) + done, len(jobs)))
     return {job: path for job, path in paths.items() if path.exists()}
 
 
@@ -167,22 +164,10 @@ def filled(tail: Params, fill: str, z: torch.Tensor, present: torch.Tensor, labe
     return {**made, "pattern": torch.zeros_like(made["pattern"])} if fill == "zero-fill" else made
 
 
-def _all(
-    task: Callable[..., None], calls: Sequence[tuple[object, ...]], on_progress: Callable[[int], None]
-) -> list[str]:
-    """Run ``task`` for all ``calls`` → the last line of each that failed."""
-    remote = ray.remote(num_cpus=1, max_retries=2)(task)
-    waiting = [remote.remote(*call) for call in calls]
-    total, failed = len(waiting), list[str]()
-    while waiting:
-        done, waiting = ray.wait(waiting, timeout=POLL)
-        for ref in done:
-            try:
-                ray.get(ref)
-            except RayError as e:
-                failed.append(str(e).strip().splitlines()[-1])
-        on_progress(total - len(waiting))
-    return failed
+def _raise_first(ended: Sequence[Failed | None]) -> None:
+    for result in ended:
+        if isinstance(result, Failed):
+            raise ValueError(f"bench site: a source model or its streams: {result.why}")
 
 
 def _fit(job: SourceJob, given: Given, path: str) -> None:

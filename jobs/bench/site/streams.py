@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import torch
 
-from pipeline.cluster.bench import store
+from jobs.bench.site.online import Stream
+from jobs.bench.source.fits import store
 from pipeline.config import method_config
 from pipeline.data import DataConfig
 from pipeline.data.captures import check_segment, list_segments, read_labels
@@ -25,7 +26,6 @@ from pipeline.models import tail as tails
 from pipeline.models.trunk import features as features_of
 from pipeline.simulate.scenarios import POISON, Drawn, Scenario, at_a_door, draw
 from pipeline.site import bank
-from pipeline.site.online import Stream
 from pipeline.source.calibrate import validation
 from pipeline.source.holdout import read_stored
 from pipeline.storage import write_atomic

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import ray
 import torch
-from ray.exceptions import RayError
 
 import pipeline
+from pipeline.cluster.tasks import Failed, run_tasks
 from pipeline.cluster.train import started
 from pipeline.config import method_config
 from pipeline.data.corpus import read_corpus, read_manifest
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from pipeline.source.sampler import Draw
 
 KEPT_BYTES = 2**30  # of drawn samples in a task
-POLL = 1.0  # seconds between looks at what is done
 CODE = (
     "holdout.py",
     "fit.py",
@@ -81,21 +79,17 @@ def run(
                 k: v for k, v in json.loads(job.source).items() if k in ("batch", "seed", "steps", "augment")
             }
             groups[(job.sources, json.dumps(drawn_alike))].append(job)
-    task = ray.remote(num_cpus=1, max_retries=2)(_group)
     folders = {domain: str(path.resolve()) for domain, path in corpora.items()}
-    parts = _shared_out(groups, workers)
-    owned = {task.remote([(job, str(paths[job])) for job in part], folders): part for part in parts}
-    waiting = list(owned)
+    parts, stored = _shared_out(groups, workers), set(paths.values())
+    calls = [([(job, str(paths[job])) for job in part], folders) for part in parts]
+    ended = run_tasks(
+        _group, calls, on_progress=lambda _: on_progress(sum(p.exists() for p in stored), len(stored))
+    )
     failed: dict[Job, str] = {}
-    while waiting:
-        done, waiting = ray.wait(waiting, timeout=POLL)
-        for ref in done:
-            try:
-                failed |= cast("dict[Job, str]", ray.get(ref))
-            except RayError as e:  # a worker was lost three times, or broke: only its own fits are
-                why = str(e).strip().splitlines()[-1]
-                failed |= {job: why for job in owned[ref] if not paths[job].exists()}
-        on_progress(sum(p.exists() for p in set(paths.values())), len(set(paths.values())))
+    for part, errors in zip(parts, ended, strict=True):
+        if isinstance(errors, Failed):  # a worker was lost three times, or broke: only its own fits are
+            errors = {job: errors.why for job in part if not paths[job].exists()}
+        failed |= errors
     return {job: failed.get(job, path) for job, path in paths.items()}
 
 
