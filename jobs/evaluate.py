@@ -11,7 +11,7 @@ import torch
 
 from jobs.terminal import Exit, percent, table
 from pipeline.control.deployment import check_size, open_ledger, source_model
-from pipeline.control.scoring import scored
+from pipeline.control.scoring import join_labels
 from pipeline.data.corpus import read_corpus
 from pipeline.data.features import mask_to_bool
 from pipeline.models import checkpoint
@@ -85,7 +85,7 @@ def _streams(config: Config, terminal: Terminal, ledger: Ledger, source: SourceR
         judged = ledger.verdicts(site=row.site)
         made = ledger.states([v.state for v in judged])
         mine = [v for v in judged if v.state and made[v.state].source_version == source.version]
-        joined = scored(config, source, mine)
+        joined = join_labels(config, source, mine)
         if joined is None or (before := joined.pad("before", threshold)) is None:
             rows.append([row.site, *["-"] * 8])
             continue

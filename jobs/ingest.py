@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jobs.terminal import Exit, table
 from pipeline.cluster import connected, repair
 from pipeline.cluster import ingest as cluster_ingest
-from pipeline.control.deployment import featured_by, lease, now, open_ledger, source_model
+from pipeline.control.deployment import ingest_sources, lease, now, open_ledger, source_model
 from pipeline.ledger import CycleBusy, StaleGeneration
 from pipeline.storage import StoreUnavailable
 
@@ -115,7 +115,7 @@ def _step(
     most: int | None = None,
     without: Collection[str] = (),
 ) -> tuple[dict[str, object], Ingested]:
-    sources = featured_by(config, ledger)
+    sources = ingest_sources(config, ledger)
     found = _find(config, ledger, most=most, without=without)
     if not found.sites:
         raise ValueError(

@@ -14,7 +14,7 @@ from jobs.site.show import serving_name
 from jobs.terminal import Exit
 from pipeline.config import parse
 from pipeline.control.deployment import open_ledger
-from pipeline.control.scoring import Scored, scored
+from pipeline.control.scoring import ScoredStream, join_labels
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment
 from pipeline.data.features import mask_to_bool
@@ -132,9 +132,9 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
     )
 
 
-def _joined(config: Config, source: SourceRow, verdict: VerdictRow) -> Scored | None:
+def _joined(config: Config, source: SourceRow, verdict: VerdictRow) -> ScoredStream | None:
     try:
-        return scored(config, source, [verdict])
+        return join_labels(config, source, [verdict])
     except (BadBlob, BadSegment):  # the page of an old cycle outlives its features
         return None
 
@@ -142,7 +142,7 @@ def _joined(config: Config, source: SourceRow, verdict: VerdictRow) -> Scored | 
 def _site(
     row: SiteRow,
     v: VerdictRow | None,
-    joined: Scored | None,
+    joined: ScoredStream | None,
     threshold: float,
     refused: int,
     wave: int | None,
@@ -186,7 +186,7 @@ def _reasons(v: VerdictRow) -> tuple[str, ...]:
     return tuple(dict.fromkeys([first, *every] if first else every))
 
 
-def _span(joined: Scored | None) -> tuple[datetime, datetime] | None:
+def _span(joined: ScoredStream | None) -> tuple[datetime, datetime] | None:
     if joined is None:
         return None
     ends = (joined.captured_at.min(), joined.captured_at.max())
@@ -196,7 +196,7 @@ def _span(joined: Scored | None) -> tuple[datetime, datetime] | None:
     return first, last
 
 
-def _availability(joined: Scored | None) -> np.ndarray:
+def _availability(joined: ScoredStream | None) -> np.ndarray:
     """[T, 3] share of captures with each modality in equal bins of time."""
     if joined is None:
         return np.zeros((0, 3))
@@ -211,14 +211,14 @@ def _availability(joined: Scored | None) -> np.ndarray:
         return sums / counts[:, None]
 
 
-def _pad(joined: Scored | None, which: str, threshold: float) -> PadSummary | None:
+def _pad(joined: ScoredStream | None, which: str, threshold: float) -> PadSummary | None:
     pad = joined.pad(which, threshold) if joined else None
     if pad is None:
         return None
     return PadSummary(pad.hter, pad.max_apcer, pad.worst_species, pad.bpcer, pad.n_attack, pad.n_bona_fide)
 
 
-def _pseudo(joined: Scored | None) -> PseudoLabels | None:
+def _pseudo(joined: ScoredStream | None) -> PseudoLabels | None:
     if joined is None or not (joined.pseudo_label >= 0).any():
         return None
     used, truth = joined.pseudo_label, joined.label
@@ -233,7 +233,7 @@ def _thin(values: np.ndarray) -> np.ndarray:
     return values[np.linspace(0, len(values) - 1, min(len(values), STEPS)).astype(int)]
 
 
-def _det(joined: list[Scored], threshold: float) -> Det | None:
+def _det(joined: list[ScoredStream], threshold: float) -> Det | None:
     labelled = [
         (j.label[j.label >= 0], j.before[j.label >= 0], j.after[j.label >= 0])
         for j in joined
@@ -292,7 +292,9 @@ def _rollout(ledger: Ledger, r: Rollout | None) -> RolloutReport | None:
         )
         failing = sum(wave == i for wave in r.failed.values())
         waves.append(
-            WaveReport(i + 1, w.share, seen.sites, seen.sites - sum(seen.late.values()), failing, state, None)
+            WaveReport(
+                i + 1, w.share, seen.sites, seen.sites - sum(seen.not_serving.values()), failing, state, None
+            )
         )
     events = [
         RolloutEvent(at, "palisade", f"{payload.get('event', kind)}")

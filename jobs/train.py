@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jobs.terminal import Exit, percent, table
 from pipeline.cluster import connected
-from pipeline.control.anchor import seal_built
+from pipeline.control.anchor import build_and_seal
 from pipeline.control.deployment import corpora, now, open_ledger
 from pipeline.data.corpus import read_manifest
 from pipeline.lineage import Lineage, flat
@@ -69,7 +69,7 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
             lineage=run.id,
             now=now(),
         )
-        seal_built(config, ledger, model, terminal)
+        build_and_seal(config, ledger, model, terminal)
         with checkpoint.folder(path) as local:
             registered = lineage.register_source(
                 run,

@@ -14,7 +14,7 @@ from jobs.terminal import Exit, percent, table
 from pipeline.cluster import connected
 from pipeline.config import method_config
 from pipeline.control.deployment import corpora, now, open_ledger, source_model
-from pipeline.control.scoring import labels_of
+from pipeline.control.scoring import site_labels
 from pipeline.data.corpus import read_manifest
 from pipeline.data.features import read_features
 from pipeline.lineage import Lineage, flat
@@ -88,7 +88,7 @@ def _site_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[
             end=row.ingested,
             features=config.model.trunk.features,
         )
-        labels = labels_of(config.data.sealed, site)
+        labels = site_labels(config.data.sealed, site)
         if not labels or not len(block):
             raise ValueError(
                 f"search.sites: {site} has {len(block)} ingested samples and {len(labels)} sealed labels; both are needed"

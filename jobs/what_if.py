@@ -18,8 +18,8 @@ import torch
 from jobs.terminal import Exit, percent, table
 from pipeline.control import whatif
 from pipeline.control.deployment import open_ledger, source_model
-from pipeline.control.judge import Window, features_of, judge, rescored, slot_of
-from pipeline.control.scoring import labels_of
+from pipeline.control.judge import Window, features_of, judge, slot_of, stream_scores
+from pipeline.control.scoring import site_labels
 from pipeline.data.anchor import open_sealed
 from pipeline.data.blobs import BadBlob
 from pipeline.data.features import read_features
@@ -110,12 +110,12 @@ def replay(
     source = source_model(ledger)
     differences, failed = _compared(config, what_if, ledger, source, rows, terminal)
     told = {
-        "changed": whatif.changed(
+        "changed": whatif.changed_settings(
             *(c.model_dump(mode="json", include=set(SECTIONS)) for c in (config, what_if))
         ),
         "source_version": source.version,
         "sites": [d.row() for d in differences],
-        "fleet": whatif.fleet(differences),
+        "fleet": whatif.fleet_summary(differences),
         "failed": failed,
     }
     if out:
@@ -163,7 +163,7 @@ def _compared(
             now = _replayed(config, model, anchor, part, slots=len(rows), on_samples=count)
             then = _replayed(what_if, model, anchor, part, slots=len(rows), on_samples=count)
             found += [
-                whatif.difference(r.row.site, a, b, r.truth, model.manifest.threshold)
+                whatif.compare_site(r.row.site, a, b, r.truth, model.manifest.threshold)
                 for r, a, b in zip(part, now, then, strict=True)
             ]
     for site, reason in failed.items():
@@ -197,7 +197,7 @@ def _recording(config: Config, ledger: Ledger, model: SourceModel, row: SiteRow)
     want = sum(s.good for s, _ in ledger.segments(row.site) if s.base_offset + s.rows > first)
     if len(block) != want:
         raise BadBlob(f"{len(block)} of the {want} samples since offset {first} have features; ingest again")
-    known = labels_of(config.data.sealed, row.site)
+    known = site_labels(config.data.sealed, row.site)
     found = [known.get(str(s), (-1, "unknown")) for s in block.sample_id]
     truth = whatif.Truth(np.array([k[0] for k in found]), np.array([k[1] for k in found], np.str_))
     return Recording(row, block, truth)
@@ -211,11 +211,11 @@ def _replayed(
     *,
     slots: int,
     on_samples: Callable[[int], None],
-) -> list[whatif.Replayed]:
+) -> list[whatif.ReplayedSite]:
     """Every recording from the source model's own state, ``bank.sites`` at a time; at most ``slots`` are needed."""
     method = cast("SiteMethod", config.site)
     fresh = method.init(model.tail)
-    found: list[whatif.Replayed] = []
+    found: list[whatif.ReplayedSite] = []
     for start in range(0, len(recordings), config.bank.sites):
         part = recordings[start : start + config.bank.sites]
         states, traces = _run(config, model, fresh, part, min(config.bank.sites, slots), on_samples)
@@ -223,7 +223,7 @@ def _replayed(
         judged = _judged(config, model, anchor, windows, states, traces) if anchor else []
         verdicts = [verdict for _, verdict in judged] or [None] * len(part)
         found += [
-            whatif.Replayed(trace, bank.distance(model.tail, states, k), verdict)
+            whatif.ReplayedSite(trace, bank.distance(model.tail, states, k), verdict)
             for k, (trace, verdict) in enumerate(zip(traces, verdicts, strict=True))
         ]
     return found
@@ -237,7 +237,9 @@ def _judged(
     states: State,
     traces: Sequence[bank.Trace],
 ) -> list[tuple[Evidence, Verdict]]:
-    scored = [rescored(model, w, slot_of(states, k), features_of(w.block)) for k, w in enumerate(windows)]
+    scored = [
+        stream_scores(model, w, slot_of(states, k), features_of(w.block)) for k, w in enumerate(windows)
+    ]
     return judge(config, model, anchor, windows, states, traces, scored=scored)
 
 

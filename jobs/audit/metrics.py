@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from jobs.terminal import Exit
 from pipeline.control.deployment import open_ledger
-from pipeline.rollout import TERMINAL, Rollout, Status, approved, needed
+from pipeline.rollout import TERMINAL, Rollout, Status, approvals_needed, approvers
 from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -101,11 +101,11 @@ def _rollout(registry: CollectorRegistry, ledger: Ledger, release: str, r: Rollo
     gauge("waves", "Waves of its plan.", len(r.plan.waves))
     gauge("wave", "Last wave that was started, from 1; 0: none.", min(r.wave + 1, len(r.plan.waves)))
     ahead = r.plan.waves and r.status not in TERMINAL
-    want = max((needed(r.plan, i) for i in range(len(r.plan.waves))), default=0) if ahead else 0
+    want = max((approvals_needed(r.plan, i) for i in range(len(r.plan.waves))), default=0) if ahead else 0
     gauge(
         "approvals_missing",
         "People who still have to approve before its last wave.",
-        max(0, want - len(approved(r))),
+        max(0, want - len(approvers(r))),
     )
     sites = Gauge(
         "palisade_rollout_wave_sites",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jobs.terminal import Exit, table
-from pipeline.control.anchor import built, summary
+from pipeline.control.anchor import anchor_summary, build_anchor
 from pipeline.control.deployment import corpora, now, open_ledger, source_model
 from pipeline.data.anchor import AnchorSet, flaws, frame_keys, open_sealed, seal
 from pipeline.data.blobs import BadBlob
@@ -29,7 +29,7 @@ def build(config: Config, terminal: Terminal, *, version: int | None) -> int:
     """Make the features of the labelled corpus and store them without pinning their digest."""
     ledger = open_ledger(config)
     source = source_model(ledger, version)
-    anchor = built(config, checkpoint.load(source.path), terminal)
+    anchor = build_anchor(config, checkpoint.load(source.path), terminal)
     digest = seal(config.place("anchors"), anchor)
     found = flaws(anchor, _trained(config))
     title = f"draft {digest[:12]} for source v{source.version}: {len(anchor.label)} samples of {', '.join(anchor.corpora)}"
@@ -51,7 +51,7 @@ def seal_set(config: Config, terminal: Terminal, *, digest: str | None, version:
     ledger = open_ledger(config)
     if digest is None:
         source = source_model(ledger, version)
-        anchor = built(config, checkpoint.load(source.path), terminal)
+        anchor = build_anchor(config, checkpoint.load(source.path), terminal)
         whole = seal(config.place("anchors"), anchor)
     else:
         whole = _found(config, digest)
@@ -68,7 +68,7 @@ def seal_set(config: Config, terminal: Terminal, *, digest: str | None, version:
             "not sealed; change data.anchor and build again",
         )
         return Exit.GUARD_FAILED
-    ledger.pin_anchor(whole, trunk=source.trunk, summary=summary(anchor), now=now())
+    ledger.pin_anchor(whole, trunk=source.trunk, summary=anchor_summary(anchor), now=now())
     title = (
         f"anchor set {whole[:12]} sealed for source v{source.version}: {len(anchor.label)} labelled samples"
     )

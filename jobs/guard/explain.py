@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from jobs.terminal import Exit, table
 from pipeline.config import PLACES, RESULT_SECTIONS
 from pipeline.control.deployment import open_ledger
-from pipeline.control.recount import basis
+from pipeline.control.recount import verdict_basis
 from pipeline.guards import ATTACKS, REAL, GuardsConfig, paired_upper95
 from pipeline.ledger import LedgerError, UnknownSite
 from pipeline.stats.metrics import clopper_pearson
@@ -158,7 +158,7 @@ def _said(verdict: Verdict) -> str:
 
 
 def _rests_on(ledger: Ledger, row: VerdictRow, evidence: Evidence, limits: Limits) -> list[tuple[str, str]]:
-    found, c = basis(ledger, row), row.counters
+    found, c = verdict_basis(ledger, row), row.counters
     by_time = "" if found.recorded else " (by time)"
     age = "unknown" if evidence.age_seconds is None else f"{evidence.age_seconds:.0f} s"
     window = f"offsets {row.offset_from}–{row.offset_to}, {c['samples']} samples of {c.get('sessions', '?')} sessions"
@@ -174,7 +174,11 @@ def _rests_on(ledger: Ledger, row: VerdictRow, evidence: Evidence, limits: Limit
         ("candidate", f"state {row.state}" if row.state else "none: the window was empty"),
         (
             "champion",
-            (f"state {found.stable}" if found.stable else f"source v{found.source.version} as it is")
+            (
+                f"state {found.champion_state}"
+                if found.champion_state
+                else f"source v{found.source.version} as it is"
+            )
             + by_time,
         ),
         ("window", f"{window}, {age} old"),

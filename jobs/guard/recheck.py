@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jobs.guard.explain import find, limits_of
 from jobs.terminal import Exit, table
 from pipeline.control.deployment import open_ledger
-from pipeline.control.recount import basis
+from pipeline.control.recount import verdict_basis
 from pipeline.data.blobs import BadBlob, MissingBlob
 from pipeline.guards import assess
 from pipeline.ledger import LedgerError
@@ -112,10 +112,10 @@ def again(config: Config, ledger: Ledger, row: VerdictRow, *, recount: bool) -> 
         differs.append(f"the configuration of {row.cycle} is not the one that it began with")
     if not recount:
         return Replayed(tuple(differs), older, recounted=False, left_out="")
-    from pipeline.control.recount import count_differences, recounted
+    from pipeline.control.recount import count_differences, recount_evidence
 
     try:
-        counted = recounted(config, ledger, row, evidence)
+        counted = recount_evidence(config, ledger, row, evidence)
     except MissingBlob as e:
         return Replayed(tuple(differs), older, recounted=False, left_out=str(e))
     except BadBlob as e:
@@ -126,7 +126,7 @@ def again(config: Config, ledger: Ledger, row: VerdictRow, *, recount: bool) -> 
 
 
 def _one(config: Config, ledger: Ledger, terminal: Terminal, row: VerdictRow, *, recount: bool) -> int:
-    found, rests = again(config, ledger, row, recount=recount), basis(ledger, row)
+    found, rests = again(config, ledger, row, recount=recount), verdict_basis(ledger, row)
     state = ledger.state(row.state)
     made = assess(_limits(ledger, row.cycle).guards, row.evidence).model_dump_json()
     digests = [
@@ -137,7 +137,7 @@ def _one(config: Config, ledger: Ledger, terminal: Terminal, row: VerdictRow, *,
         ("anchor set", rests.anchor),
         ("source model", rests.source.digest),
         ("candidate", f"{state.blob} slot {state.slot}" if state else "none"),
-        ("champion", rests.stable or f"source v{rests.source.version}"),
+        ("champion", rests.champion_state or f"source v{rests.source.version}"),
     ]
     said = "the same, byte for byte" if not found.differs else "DIFFERENT"
     said += (

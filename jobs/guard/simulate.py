@@ -20,7 +20,7 @@ from jobs.guard.recheck import pages
 from jobs.guard.simulate_table import show
 from jobs.terminal import Exit
 from pipeline.control.deployment import open_ledger
-from pipeline.control.scoring import labels_of, scored
+from pipeline.control.scoring import join_labels, site_labels
 from pipeline.data.blobs import BadBlob
 from pipeline.guards import assess
 from pipeline.ledger import LedgerError
@@ -252,12 +252,12 @@ def _rows(ledger: Ledger, cycles: Sequence[str], sites: Sequence[str]) -> Iterat
 
 def _with_truth(config: Config, ledger: Ledger, row: VerdictRow, made: Decision) -> Decision:
     """``made`` with what sealed labels say, where they and the window are still there."""
-    if row.state is None or not labels_of(config.data.sealed, row.site):
+    if row.state is None or not site_labels(config.data.sealed, row.site):
         return made
     state = ledger.state(row.state)
     source = ledger.source(state.source_version if state else None)
     try:
-        window = scored(config, source, [row])
+        window = join_labels(config, source, [row])
     except (BadBlob, OSError, KeyError):  # its outcomes or features are older than what gc keeps
         return made
     if window is None:

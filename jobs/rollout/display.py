@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jobs.terminal import Exit, table
-from pipeline.rollout import TERMINAL, Draft, Pointer, Rollout, Status, approved, needed
+from pipeline.rollout import TERMINAL, Draft, Pointer, Rollout, Status, approvals_needed, approvers
 
 if TYPE_CHECKING:
     from jobs.terminal import Terminal
@@ -25,7 +25,7 @@ def show_plan(terminal: Terminal, r: Rollout, draft: Draft, *, stored: bool) -> 
             f"{w.share:.0%}",
             w.sites,
             w.abort_at,
-            needed(p, i),
+            approvals_needed(p, i),
             "nothing" if w.detects_days is None else f"{w.detects_days:.1f} days",
             ", ".join(sites[i][:3]) + (" …" if w.sites > 3 else ""),
         ]
@@ -76,9 +76,16 @@ def show_status(terminal: Terminal, ledger: Ledger, release: str, r: Rollout) ->
         seen = ledger.wave_seen(release, i, without=())
         failed = sum(wave == i for wave in r.failed.values())
         rows.append(
-            [i + 1, f"{w.share:.0%}", seen.sites, seen.sites - sum(seen.late.values()), failed, w.abort_at]
+            [
+                i + 1,
+                f"{w.share:.0%}",
+                seen.sites,
+                seen.sites - sum(seen.not_serving.values()),
+                failed,
+                w.abort_at,
+            ]
         )
-    who = ", ".join(sorted(approved(r))) or "nobody"
+    who = ", ".join(sorted(approvers(r))) or "nobody"
     said = f"{release} is {r.status}{f': {r.reason}' if r.reason else ''}"
     terminal.result(
         {
@@ -87,7 +94,7 @@ def show_status(terminal: Terminal, ledger: Ledger, release: str, r: Rollout) ->
             "reason": r.reason,
             "plan_hash": r.plan_hash,
             "joined": r.joined,
-            "approvals": sorted(approved(r)),
+            "approvals": sorted(approvers(r)),
             "failed": sorted(r.failed),
             "waves": [
                 dict(zip(("wave", "share", "sites", "promoted", "failed", "aborts_at"), x, strict=True))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jobs.rollout.display import name_of, show_plan, show_status
 from jobs.terminal import Exit, table
 from pipeline import rollout as machine
-from pipeline.control.candidates import candidates, joiners, of_new_source, pointer
+from pipeline.control.candidates import candidates, candidates_of_source, joiners, pointer
 from pipeline.control.deployment import now, open_ledger
 from pipeline.control.rollout import RUNNING, change, load, newest, reconcile, record, roll_back_now, save
 from pipeline.rollout import Status
@@ -48,7 +48,7 @@ def plan(
         made = machine.plan(release, facts, before, config.rollout, shadow=config.guards.shadow)
     else:
         rebase = partial(_rebase, config, ledger, terminal, source) if states == "rebase" else None
-        facts = of_new_source(config, ledger, terminal, version=source, rebase=rebase, dry_run=dry_run)
+        facts = candidates_of_source(config, ledger, terminal, version=source, rebase=rebase, dry_run=dry_run)
         made = machine.plan(
             release, facts, source, config.rollout, source_before=before, shadow=config.guards.shadow
         )
@@ -158,7 +158,7 @@ def override(config: Config, terminal: Terminal, *, reason: str, who: str | None
     row, person = newest(ledger)[0], who or getpass.getuser()
     said = f"override by {person}: {reason}"
     row = change(ledger, row, lambda r: machine.override(r, who=person, reason=reason, now=now()), said)
-    if machine.overridden(load(row), now()):
+    if machine.override_active(load(row), now()):
         row = reconcile(config, ledger, row, terminal)
     return show_status(terminal, ledger, row.id, load(row))
 

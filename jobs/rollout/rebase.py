@@ -12,7 +12,7 @@ from jobs.adapt import SHOWN, exit_code, record, show
 from jobs.ingest import captured, stretch
 from pipeline.cluster import connected, repair
 from pipeline.control.deployment import check_size, lease, now, open_ledger, source_model
-from pipeline.control.rebase import Rebased, retained, unbroken
+from pipeline.control.rebase import Rebased, retained_segments, unbroken_suffix
 
 if TYPE_CHECKING:
     from jobs.terminal import Terminal
@@ -82,7 +82,7 @@ def _rebase(config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal, so
     reset: dict[str, str] = {}
     left: dict[str, int] = {}
     for site, row in rows.items():
-        whole = unbroken(kept[site], lambda s, lost=made[site].lost: s.name not in lost)
+        whole = unbroken_suffix(kept[site], lambda s, lost=made[site].lost: s.name not in lost)
         samples = sum(s.good for s in whole)
         if site in failed or (site in before and _stands(before[site], row, made[site])):
             continue
@@ -106,7 +106,7 @@ def _featured(
     needed: list[repair.Stretch] = []
     for row in rows:
         told = [s for s, _ in ledger.segments(row.site) if s.rows]
-        kept[row.site] = retained(told, learned=row.learned, samples=config.rollout.rebase_samples)
+        kept[row.site] = retained_segments(told, learned=row.learned, samples=config.rollout.rebase_samples)
         ahead = (s for s in told if row.learned <= s.base_offset < row.ingested)
         needed.append(stretch(ledger, row.site, (*kept[row.site], *ahead), found))
     with terminal.progress("features", "sites") as advance:

@@ -19,7 +19,15 @@ from jobs.terminal import Exit
 from pipeline.control.deployment import now, open_ledger, source_model
 from pipeline.data import blobs
 from pipeline.models import checkpoint, tail
-from pipeline.rollout.manifest import Accepted, ManifestError, ReleaseManifest, accepted, opened, sign, verify
+from pipeline.rollout.manifest import (
+    Accepted,
+    ManifestError,
+    ReleaseManifest,
+    acceptance_of,
+    open_envelope,
+    sign,
+    verify,
+)
 from pipeline.rollout.manifest import private_key as parse_private
 from pipeline.rollout.manifest import public_key as parse_public
 from pipeline.storage import place, write_atomic
@@ -87,7 +95,7 @@ def verify_folder(terminal: Terminal, folder: Path, *, public_key: Path, site: s
             raise ManifestError(
                 f"{folder / name}: missing or not what was signed; run `palisade site pull {site}` again"
             )
-    write_atomic(folder.resolve() / ACCEPTED, accepted(m).model_dump_json().encode())
+    write_atomic(folder.resolve() / ACCEPTED, acceptance_of(m).model_dump_json().encode())
     terminal.result(
         {"site": site, "counter": m.counter, "expires_at": m.expires_at, **m.model_dump(mode="json")},
         f"{site}: release {m.counter} accepted, {len(m.files)} files verified, good until {m.expires_at:%Y-%m-%d %H:%M} UTC",
@@ -186,7 +194,7 @@ def _newest(folder: Path, public: Ed25519PublicKey) -> Accepted | None:
     """The highest release that the folder has or has had; a manifest there that was not signed by the deployment is none."""
     last = _accepted(folder)
     try:
-        here = accepted(opened((folder / RELEASE).read_bytes(), public))
+        here = acceptance_of(open_envelope((folder / RELEASE).read_bytes(), public))
     except (FileNotFoundError, ManifestError):
         return last
     return here if last is None or here.counter > last.counter else last

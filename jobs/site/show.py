@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jobs.terminal import Exit, table
 from pipeline.control.deployment import now, open_ledger
 from pipeline.models.checkpoint import Manifest
-from pipeline.rollout.calendar import known_zone
+from pipeline.rollout.calendar import is_time_zone
 from pipeline.types import Modality
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def _tags(pairs: Sequence[tuple[str, str, str]], where: str) -> dict[str, str]:
             )
         if len(value) > 100 or not value.isprintable():
             raise ValueError(f"{where}: {key}: a value has at most 100 characters, all printable")
-        if key == "tz" and value and not known_zone(value):
+        if key == "tz" and value and not is_time_zone(value):
             raise ValueError(f"{where}: tz={value}: not an IANA time zone, e.g. Europe/Berlin")
         if (
             key == "rig"

@@ -15,7 +15,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from pipeline.cluster import ClusterError
 from pipeline.cluster.shard import remote_shard
-from pipeline.control.assign import calls, homes
+from pipeline.control.assign import group_calls, home_shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -116,9 +116,9 @@ def run_fleet(
 def _planned(pending: Mapping[str, int], placement: Placement) -> _Work:
     sites = sorted(pending)
     count = max(1, min(placement.shards, -(-len(sites) // placement.slots)))
-    home = homes(sites, count)
+    home = home_shards(sites, count)
     own = [{s: pending[s] for s, k in zip(sites, home, strict=True) if k == shard} for shard in range(count)]
-    return _Work({k: deque(calls(part, slots=placement.slots)) for k, part in enumerate(own)})
+    return _Work({k: deque(group_calls(part, slots=placement.slots)) for k, part in enumerate(own)})
 
 
 def _next(

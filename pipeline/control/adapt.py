@@ -19,11 +19,11 @@ from cachetools import LRUCache
 
 from pipeline.config import Config, parse
 from pipeline.control import rebase
-from pipeline.control.judge import Window, features_of, judge, rescored, slot_of, steps_of
+from pipeline.control.judge import Window, features_of, judge, slot_of, steps_of, stream_scores
 from pipeline.data import blobs
 from pipeline.data.anchor import AnchorSet, open_sealed
 from pipeline.data.features import FeatureBlock, read_features
-from pipeline.guards import Earlier, added
+from pipeline.guards import SiteHistory, add_hours
 from pipeline.ledger import Cycle, Ledger, ShardRow, StateRow
 from pipeline.models import checkpoint, tail
 from pipeline.site import bank
@@ -69,7 +69,7 @@ def adapt_sites(job: ShardJob, sites: Sequence[str]) -> dict[str, str]:
     config, model = _config(job.config), _model(job.checkpoint)
     ledger = _ledger(config.ledger.url)
     if job.retained:
-        windows, failed = rebase.windows(config, model, ledger, sites, samples=job.retained)
+        windows, failed = rebase.rebase_windows(config, model, ledger, sites, samples=job.retained)
     else:
         windows, failed = _windows(config, model, job, ledger, sites)
     rows: list[ShardRow] = []
@@ -137,7 +137,7 @@ def _recalled(ledger: Ledger, windows: Sequence[Window], now: datetime) -> list[
         before = last.evidence.stream if last else None
         baseline = before.baseline if before else ()
         if last and before and last.outcome != "fail":
-            baseline = added(baseline, before.hours)
+            baseline = add_hours(baseline, before.hours)
         if w.parent and last:
             made = (
                 (last, before)
@@ -151,16 +151,18 @@ def _recalled(ledger: Ledger, windows: Sequence[Window], now: datetime) -> list[
                 made[1].sessions_before + (made[1].sessions or 0),
             )
         age = (now - datetime.fromisoformat(born)).total_seconds() / 86_400
-        found.append(replace(w, earlier=Earlier(baseline, born, age, sessions)))
+        found.append(replace(w, history=SiteHistory(baseline, born, age, sessions)))
     return found
 
 
 def _renewed(config: Config, w: Window, fresh: State) -> Window:
     """A site whose state has come to its age (guard ``expiry``) begins again from the source model."""
-    rule, age, steps = config.guards.expiry, w.earlier.age_days or 0.0, steps_of(w.learner) or 0
+    rule, age, steps = config.guards.expiry, w.history.age_days or 0.0, steps_of(w.learner) or 0
     if rule.advisory or w.parent is None or (age <= rule.state_days and steps <= rule.state_steps):
         return w
-    return replace(w, learner=fresh, parent=None, earlier=Earlier(baseline=w.earlier.baseline, age_days=0.0))
+    return replace(
+        w, learner=fresh, parent=None, history=SiteHistory(baseline=w.history.baseline, age_days=0.0)
+    )
 
 
 def _learner(config: Config, model: SourceModel, row: StateRow | None, fresh: State) -> State | None:
@@ -181,9 +183,9 @@ def _learn_and_judge(
         method, model.tail, start, streams, batch=config.bank.batch, slots=config.bank.sites
     )
     blob = blobs.put(config.place("states"), states)
-    anchor, known = _anchor(config.place("anchors"), job.anchor), _known(job.anchor, job.checkpoint)
-    scored = [rescored(model, w, slot_of(states, k), streams[k]) for k, w in enumerate(windows)]
-    judged = judge(config, model, anchor, windows, states, traces, scored=scored, known=known)
+    anchor, cache = _anchor(config.place("anchors"), job.anchor), _known(job.anchor, job.checkpoint)
+    scored = [stream_scores(model, w, slot_of(states, k), streams[k]) for k, w in enumerate(windows)]
+    judged = judge(config, model, anchor, windows, states, traces, scored=scored, cache=cache)
     outcomes = blobs.put(config.place("outcomes"), _outcomes(windows, traces, scored))
     ends = np.cumsum([len(w.block) for w in windows]).tolist()
     return [
@@ -200,9 +202,9 @@ def _learn_and_judge(
                 "samples": len(w.block),
                 "outcomes": outcomes,
                 "rows": [ends[k] - len(w.block), ends[k]],
-                "lost": w.lost,
+                "lost": w.corrupt_parent,
                 "anchor": job.anchor,
-                "stable": w.served,
+                "stable": w.champion_state,
                 **_counters(w.block, traces[k]),
             },
             verdict=verdict,

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from pipeline.models.checkpoint import SourceModel
 
 
-def seal_built(config: Config, ledger: Ledger, model: SourceModel, reporter: Reporter | None = None) -> str:
+def build_and_seal(
+    config: Config, ledger: Ledger, model: SourceModel, reporter: Reporter | None = None
+) -> str:
     """Build, store and pin the anchor set of ``model`` → its digest; what `train` and a release of a new source do."""
-    anchor = built(config, model, reporter)
+    anchor = build_anchor(config, model, reporter)
     digest = seal(config.place("anchors"), anchor)
-    ledger.pin_anchor(digest, trunk=model.manifest.trunk_digest, summary=summary(anchor), now=now())
+    ledger.pin_anchor(digest, trunk=model.manifest.trunk_digest, summary=anchor_summary(anchor), now=now())
     if reporter:
         species = len({s for s, y in zip(anchor.species, anchor.label.tolist(), strict=True) if not y})
         reporter.say(
@@ -39,7 +41,7 @@ def seal_built(config: Config, ledger: Ledger, model: SourceModel, reporter: Rep
     return digest
 
 
-def built(config: Config, model: SourceModel, reporter: Reporter | None = None) -> AnchorSet:
+def build_anchor(config: Config, model: SourceModel, reporter: Reporter | None = None) -> AnchorSet:
     """The samples of data.anchor, or of the test splits of data.domains, as ``model`` sees them. Nothing is stored."""
     folders = [Path(config.data.anchor)] if config.data.anchor else corpora(config)
     size = model.manifest.size
@@ -63,7 +65,7 @@ def built(config: Config, model: SourceModel, reporter: Reporter | None = None) 
     return AnchorSet(z, present, label, species, key, model.manifest.trunk_digest, origin)
 
 
-def summary(anchor: AnchorSet) -> dict[str, object]:
+def anchor_summary(anchor: AnchorSet) -> dict[str, object]:
     """What the ledger keeps of a sealed set."""
     names, counts = np.unique(anchor.species, return_counts=True)
     return {
@@ -88,18 +90,18 @@ def compare_sources(config: Config, ledger: Ledger, old: SourceRow, new: SourceR
             f"with `palisade anchor seal --version {old.version}` and `--version {new.version}`"
         )
     rows = [[place[key] for key in shared] for place in places]
-    stable, candidate = (
+    champion, candidate = (
         anchor_scores(model, s, model.tail, {})[:, r] for model, s, r in zip(models, sets, rows, strict=True)
     )
     patterns, present = sets[1].replayed()
     return evidence_of(
         candidate,
-        stable,
+        champion,
         sets[1].label.numpy()[rows[1]],
         [sets[1].species[i] for i in rows[1]],
         patterns,
         models[1].manifest.threshold,
-        stable_threshold=models[0].manifest.threshold,
+        champion_threshold=models[0].manifest.threshold,
         trust_ratio=0.0,
         stream_n=0,
         age_seconds=0.0,
@@ -111,5 +113,5 @@ def _sealed_or_built(config: Config, ledger: Ledger, model: SourceModel) -> Anch
     try:
         digest = ledger.anchor(model.manifest.trunk_digest)
     except LedgerError:
-        digest = seal_built(config, ledger, model)
+        digest = build_and_seal(config, ledger, model)
     return open_sealed(config.place("anchors"), digest)

@@ -23,14 +23,14 @@ SAMPLES, SITES = (
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def homes(sites: Sequence[str], shards: int) -> NDArray[np.int64]:
+def home_shards(sites: Sequence[str], shards: int) -> NDArray[np.int64]:
     """[N] the shard of each site."""
     own = np.array([_hash(s) for s in sites], np.uint64)
     shard = _mixed(np.arange(1, shards + 1, dtype=np.uint64) * GOLDEN)
     return np.stack([_mixed(own ^ k) for k in shard]).argmax(axis=0)
 
 
-def calls(pending: Mapping[str, int], *, slots: int) -> list[list[str]]:
+def group_calls(pending: Mapping[str, int], *, slots: int) -> list[list[str]]:
     """Sites with so many samples each → calls of about SAMPLES in banks of ``slots``, the longest streams together.
 
     A bank takes as many steps as its longest stream has batches, so streams of a length waste the fewest slots.

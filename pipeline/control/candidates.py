@@ -29,7 +29,7 @@ def candidates(
     """
     latest = ledger.latest_verdicts()
     states, champion = ledger.states([v.state for v in latest.values()]), ledger.source().version
-    rows = _living(ledger) if of is None else of
+    rows = _active_sites(ledger) if of is None else of
     found: dict[str, Candidate | None] = {}
     with reporter.progress("judge again", "sites") as advance:
         for i, row in enumerate(rows):
@@ -40,7 +40,7 @@ def candidates(
     return _facts(config, ledger, rows, found)
 
 
-def of_new_source(
+def candidates_of_source(
     config: Config,
     ledger: Ledger,
     reporter: Reporter,
@@ -70,7 +70,7 @@ def of_new_source(
         )
     judged = ledger.judge_source(version, verdict, evidence, now=now(), limits=limits.model_dump(mode="json"))
     bare = Candidate(Pointer(None, version), judged, "pass")
-    rows = _living(ledger)
+    rows = _active_sites(ledger)
     found: dict[str, Candidate | None] = dict.fromkeys([r.site for r in rows], bare)
     if not dry_run:
         ledger.set_challenger(version, now=now())
@@ -91,7 +91,7 @@ def joiners(
     if r.plan.kind != "candidates" or not machine.open_to_joiners(r):
         return {}
     planned = ledger.rollout_sites(release)
-    new = [s for s in _living(ledger) if s.site not in planned]
+    new = [s for s in _active_sites(ledger) if s.site not in planned]
     if not new:
         return {}
     facts = candidates(config, ledger, reporter, of=new)
@@ -113,7 +113,7 @@ def pointer(ledger: Ledger, served: ServingRow | None) -> Pointer:
     return Pointer(served.state, served.source_version)
 
 
-def _living(ledger: Ledger) -> list[SiteRow]:
+def _active_sites(ledger: Ledger) -> list[SiteRow]:
     return [row for row in ledger.sites() if row.status != RETIRED]
 
 
@@ -141,12 +141,12 @@ def _facts(
 ) -> dict[str, SiteFacts]:
     serving = ledger.serving()
     good = ledger.served_by([r.id for r in ledger.rollouts() if r.status == Status.COMPLETED])
-    controls = set(machine.choose_controls({r.site: r.tags for r in _living(ledger)}, config.rollout))
+    controls = set(machine.choose_controls({r.site: r.tags for r in _active_sites(ledger)}, config.rollout))
     source = Pointer(None, ledger.source().version)
     return {
         row.site: SiteFacts(
-            serving=_of(serving.get(row.site)) or source,
-            last_good=_of(good.get(row.site)),
+            serving=_pointer_of(serving.get(row.site)) or source,
+            last_good=_pointer_of(good.get(row.site)),
             candidate=found[row.site],
             control=row.site in controls,
             tags=row.tags,
@@ -155,5 +155,5 @@ def _facts(
     }
 
 
-def _of(served: ServingRow | None) -> Pointer | None:
+def _pointer_of(served: ServingRow | None) -> Pointer | None:
     return Pointer(served.state, served.source_version) if served else None

@@ -85,7 +85,7 @@ def source_model(ledger: Ledger, version: int | None = None) -> SourceRow:
     return row
 
 
-def featured_by(config: Config, ledger: Ledger) -> list[SourceRow]:
+def ingest_sources(config: Config, ledger: Ledger) -> list[SourceRow]:
     """The source models whose trunks every new sample goes through: the champion, then the challenger while there is one."""
     rows, challenger = [source_model(ledger)], ledger.challenger()
     if challenger is not None:

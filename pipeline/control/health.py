@@ -15,13 +15,21 @@ from pipeline.control.adapt import load_state
 from pipeline.control.candidates import pointer
 from pipeline.control.deployment import now, source_model
 from pipeline.control.judge import features_of
-from pipeline.control.scoring import labels_of
+from pipeline.control.scoring import site_labels
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment
 from pipeline.data.features import read_features
-from pipeline.guards import Standing, budget, compare, watch
+from pipeline.guards import LabelledCounts, compare_with_controls, error_budget, judge_promoted
 from pipeline.models import checkpoint, tail
-from pipeline.rollout import CONTROL, FLYING, RETURNING, Failing, Observation, Status, WaveObservation
+from pipeline.rollout import (
+    CONTROL,
+    IN_PROGRESS,
+    IN_ROLLBACK,
+    FailingSite,
+    Observation,
+    Status,
+    WaveObservation,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,9 +45,9 @@ HOURS = 6  # that the error budget looks back
 
 def observe(config: Config, ledger: Ledger, rollout: str, r: Rollout) -> Observation:
     """What the state machine needs to know now; on the way back only who still has to go."""
-    if r.status in RETURNING:
-        return returning(ledger, rollout, r)
-    if r.status not in FLYING | {Status.PAUSED} or r.wave < 0:
+    if r.status in IN_ROLLBACK:
+        return observe_rollback(ledger, rollout, r)
+    if r.status not in IN_PROGRESS | {Status.PAUSED} or r.wave < 0:
         return Observation()
     last = min(r.wave, len(r.plan.waves) - 1)
     silent = ledger.silent(rollout, upto=last, samples=r.plan.config.health_samples, without=list(r.failed))
@@ -53,7 +61,7 @@ def observe(config: Config, ledger: Ledger, rollout: str, r: Rollout) -> Observa
     )  # what they did counts against the release
     promoted |= {s: (t.wave, t.to, t.back) for s, t in failed.items()}
     treated = _standing(config, ledger, [(s, to, back) for s, (_, to, back) in promoted.items()])
-    found = watch(config.guards, treated.counts)
+    found = judge_promoted(config.guards, treated.counts)
     wave_of = {s: wave for s, (wave, _, _) in promoted.items()}
     presented = Counter[int]()
     for site, n in zip(treated.counts.sites, treated.counts.attacks.tolist(), strict=True):
@@ -61,13 +69,17 @@ def observe(config: Config, ledger: Ledger, rollout: str, r: Rollout) -> Observa
     return Observation(
         waves=tuple(
             WaveObservation(
-                w.sites, w.late, w.first_late, *silent.get(i, (0, "")), presentations=presented[i]
+                w.sites,
+                w.not_serving,
+                w.first_not_serving,
+                *silent.get(i, (0, "")),
+                attack_presentations=presented[i],
             )
             for i, w in enumerate(waves)
         ),
-        unreturned=ledger.returnable(rollout, list(r.failed)) if r.failed else 0,
+        failed_returnable=ledger.returnable(rollout, list(r.failed)) if r.failed else 0,
         failing={
-            s: Failing(wave_of[s], _told(reasons[0]))
+            s: FailingSite(wave_of[s], _told(reasons[0]))
             for s, reasons in found.failing.items()
             if s not in r.failed
         },
@@ -89,15 +101,15 @@ def _freeze(config: Config, ledger: Ledger, rollout: str, treated: Treated, labe
     controls = _standing(config, ledger, list(at.values()))
     stratum = {s: "/".join(t.get(tag, "") for tag in strata) or "fleet" for s, t in tags.items()}
     reasons = [
-        *budget(config.guards, *_hourly(treated)),
-        *compare(config.guards, treated.counts, controls.counts, strata=stratum),
+        *error_budget(config.guards, *_hourly(treated)),
+        *compare_with_controls(config.guards, treated.counts, controls.counts, strata=stratum),
     ]
     return next((f"promotions freeze: {_told(x)}" for x in reasons if not x.advisory), "")
 
 
-def returning(ledger: Ledger, rollout: str, r: Rollout) -> Observation:
+def observe_rollback(ledger: Ledger, rollout: str, r: Rollout) -> Observation:
     """What a rollback needs to know: how many sites still have to go."""
-    return Observation(on=ledger.returnable(rollout) if r.status == Status.ROLLING_BACK else None)
+    return Observation(returnable=ledger.returnable(rollout) if r.status == Status.ROLLING_BACK else None)
 
 
 def _told(reason: Reason) -> str:
@@ -128,7 +140,7 @@ class Calls:
 class Treated:
     """Sites with what they were presented and how often they erred, in all and one by one."""
 
-    counts: Standing
+    counts: LabelledCounts
     wrong: np.ndarray  # [N] bool, all presentations of all sites
     captured_at: np.ndarray  # [N] datetime64[us]
 
@@ -161,7 +173,7 @@ def _standing(config: Config, ledger: Ledger, sites: Sequence[tuple[str, Pointer
         wrongs.append(let_in == attack)
         times.append(served.captured_at)
     counts = np.array(list(rows.values()), np.int64).reshape(-1, 7).T
-    return Treated(Standing(list(rows), *counts), np.concatenate(wrongs), np.concatenate(times))
+    return Treated(LabelledCounts(list(rows), *counts), np.concatenate(wrongs), np.concatenate(times))
 
 
 def _hourly(treated: Treated) -> tuple[np.ndarray, np.ndarray]:
@@ -186,7 +198,7 @@ def _calls(config: Config, ledger: Ledger, site: str, end: int, pointer: Pointer
         end=end,
         features=model.manifest.config.trunk.features,
     )
-    labels = labels_of(config.data.redteam, site)
+    labels = site_labels(config.data.redteam, site)
     block = block.rows(np.array([s in labels for s in block.sample_id], bool))
     truth = np.array([labels[s][0] for s in block.sample_id], np.int64)
     state = load_state(config, model, ledger.state(pointer.state_id))

@@ -11,7 +11,17 @@ import torch
 
 from pipeline.data.features import mask_to_bool
 from pipeline.data.protocols import PATTERNS
-from pipeline.guards import Earlier, Evidence, Seen, Stream, Verdict, assess, evidence_of, stream_of, usual
+from pipeline.guards import (
+    Evidence,
+    SiteHistory,
+    Stream,
+    Verdict,
+    WindowScores,
+    assess,
+    evidence_of,
+    measure_stream,
+    usual_modalities,
+)
 from pipeline.models import tail
 from pipeline.site import bank
 from pipeline.types import Features, Modality
@@ -28,24 +38,24 @@ if TYPE_CHECKING:
     from pipeline.models.checkpoint import SourceModel
     from pipeline.site.contract import State
 
-    Known = MutableMapping[bytes, np.ndarray]  # anchor scores of a state, by the digest of what it moved
+    ScoreCache = MutableMapping[bytes, np.ndarray]  # anchor scores of a state, by the digest of what it moved
 
-NOTHING = Earlier()
+NO_HISTORY = SiteHistory()
 
 
 @dataclass(frozen=True)
 class Window:
-    """One site with what it has not learned from yet."""
+    """Holds one site with the samples that it has not learned from yet."""
 
     row: SiteRow
     block: FeatureBlock
-    learner: State  # what learning goes on from
-    stable: State  # what the site serves
-    parent: str | None  # state that the learner is
-    lost: str | None  # state that it should have been, whose blob is damaged
+    learner: State  # state that learning continues from
+    champion: State  # state that the site serves
+    parent: str | None  # id of the learner; None: the source model's own state
+    corrupt_parent: str | None  # id of the intended parent state if its blob is corrupt, else None
     age_seconds: float
-    served: str | None = None  # state that ``stable`` is; None = the source model as it is
-    earlier: Earlier = NOTHING
+    champion_state: str | None = None  # id of ``champion``; None: the source model as it is
+    history: SiteHistory = NO_HISTORY
 
 
 def features_of(block: FeatureBlock) -> Features:
@@ -64,16 +74,16 @@ def judge(
     traces: Sequence[bank.Trace],
     *,
     scored: Sequence[tuple[Tensor, Tensor]],
-    known: Known | None = None,
+    cache: ScoreCache | None = None,
 ) -> list[tuple[Evidence, Verdict]]:
     """Replay the anchor set against every candidate and champion under every missing-modality pattern, then assess.
 
     Where a site's rig is known a pattern leaves what the rig has of it, and one that leaves nothing is passed over.
-    ``scored`` is what ``rescored`` gives for each window. Each state is scored by itself, and once: sites that have
-    not moved share what ``known`` has of the source model.
+    ``scored`` is what ``stream_scores`` gives for each window. Each state is scored by itself, and once: sites that have
+    not moved share what ``cache`` has of the source model.
     """
     patterns, _ = anchor.replayed()
-    known = {} if known is None else known
+    cache = {} if cache is None else cache
     sound = torch.stack(
         [torch.isfinite(t).reshape(len(t), -1).all(1) for t in states.values() if t.is_floating_point()]
     ).all(0)
@@ -83,12 +93,12 @@ def judge(
     for k, (w, rig) in enumerate(zip(windows, rigs, strict=True)):
         own, valid = slot_of(states, k), shown[rig]
         finite = bool(sound[k] & torch.isfinite(traces[k].score).all())
-        stream = Stream(baseline=w.earlier.baseline, born=w.earlier.born, sessions_before=w.earlier.sessions)
+        stream = Stream(baseline=w.history.baseline, born=w.history.born, sessions_before=w.history.sessions)
         if finite:
-            stream = _measured(config, model, anchor, w, own, traces[k], scored[k], known)
+            stream = _measured(config, model, anchor, w, own, traces[k], scored[k], cache)
         evidence = evidence_of(
-            anchor_scores(model, anchor, own, known, rig=rig),
-            anchor_scores(model, anchor, w.stable, known, rig=rig),
+            anchor_scores(model, anchor, own, cache, rig=rig),
+            anchor_scores(model, anchor, w.champion, cache, rig=rig),
             anchor.label.numpy(),
             anchor.species,
             patterns,
@@ -115,22 +125,24 @@ def rig_of(tags: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def anchor_scores(
-    model: SourceModel, anchor: AnchorSet, state: State, known: Known, *, rig: Sequence[str] = ()
+    model: SourceModel, anchor: AnchorSet, state: State, cache: ScoreCache, *, rig: Sequence[str] = ()
 ) -> np.ndarray:
-    """Scores [P, N] of one state under every pattern, as ``rig`` shows it; looked up in and added to ``known``."""
-    key = _moved(state) + "+".join(rig).encode()
-    if key not in known:
+    """Scores [P, N] of one state under every pattern, as ``rig`` shows it; looked up in and added to ``cache``."""
+    key = state_digest(state) + "+".join(rig).encode()
+    if key not in cache:
         params = tail.with_site_state(model.tail, state)
         with torch.no_grad():
-            known[key] = torch.stack([tail.score(params, anchor.z, p) for p in _shown(anchor, rig)]).numpy()
-    return known[key]
+            cache[key] = torch.stack([tail.score(params, anchor.z, p) for p in _shown(anchor, rig)]).numpy()
+    return cache[key]
 
 
-def rescored(model: SourceModel, window: Window, candidate: State, stream: Features) -> tuple[Tensor, Tensor]:
+def stream_scores(
+    model: SourceModel, window: Window, candidate: State, stream: Features
+) -> tuple[Tensor, Tensor]:
     """The stream's scores [N] by what the site serves and by the candidate."""
     with torch.no_grad():
-        before = tail.score(tail.with_site_state(model.tail, window.stable), stream.z, stream.present)
-        if _moved(candidate) == _moved(window.stable):
+        before = tail.score(tail.with_site_state(model.tail, window.champion), stream.z, stream.present)
+        if state_digest(candidate) == state_digest(window.champion):
             return before, before
         return before, tail.score(tail.with_site_state(model.tail, candidate), stream.z, stream.present)
 
@@ -164,7 +176,7 @@ def _measured(
     own: State,
     trace: bank.Trace,
     scored: tuple[Tensor, Tensor],
-    known: Known,
+    cache: ScoreCache,
 ) -> Stream:
     """What the window shows without labels, against the anchor set as its usual modalities show it to the source model.
 
@@ -175,7 +187,7 @@ def _measured(
     present = w.block.present[sane]
     hour = w.block.captured_at.astype("datetime64[h]").astype(np.int64) % 24
     online, champion, candidate = (x[sane] for x in scores)
-    seen = Seen(
+    seen = WindowScores(
         online,
         champion,
         candidate,
@@ -185,28 +197,28 @@ def _measured(
         present,
         hour[sane],
     )
-    source = _source_scores(model, anchor, usual(present), known)
-    return stream_of(
-        config.guards, seen, source, model.manifest.threshold, earlier=w.earlier, steps=steps_of(own)
+    source = _source_scores(model, anchor, usual_modalities(present), cache)
+    return measure_stream(
+        config.guards, seen, source, model.manifest.threshold, history=w.history, steps=steps_of(own)
     )
 
 
-def _source_scores(model: SourceModel, anchor: AnchorSet, mask: int, known: Known) -> np.ndarray:
+def _source_scores(model: SourceModel, anchor: AnchorSet, mask: int, cache: ScoreCache) -> np.ndarray:
     """The source model's scores of the anchor items that a pattern shows with just the modalities of ``mask``."""
     key = b"source" + bytes([mask])
-    if key not in known:
-        scores = anchor_scores(model, anchor, tail.site_state(model.tail), known)
+    if key not in cache:
+        scores = anchor_scores(model, anchor, tail.site_state(model.tail), cache)
         alike = (
             (anchor.replayed()[1] == torch.from_numpy(mask_to_bool(np.array([mask], np.uint8))))
             .all(-1)
             .numpy()
         )
         found = np.flatnonzero(alike.any(0))  # several patterns may leave the same of a sample
-        known[key] = scores[alike.argmax(0)[found], found].astype(np.float64)
-    return known[key]
+        cache[key] = scores[alike.argmax(0)[found], found].astype(np.float64)
+    return cache[key]
 
 
-def _moved(state: State) -> bytes:
+def state_digest(state: State) -> bytes:
     """Digest of what decides a state's scores."""
     digest = hashlib.blake2b(digest_size=16)
     for name in tail.MOVABLE:

@@ -35,7 +35,9 @@ class Rebased:
     failed: Mapping[str, str]  # sites that a repeated call tries again, with the reason
 
 
-def retained(segments: Sequence[SegmentRow], *, learned: int, samples: int) -> tuple[SegmentRow, ...]:
+def retained_segments(
+    segments: Sequence[SegmentRow], *, learned: int, samples: int
+) -> tuple[SegmentRow, ...]:
     """The newest whole segments before offset ``learned`` that hold ``samples`` good samples, or all where there are fewer.
 
     ``segments`` are those of one site, in stream order.
@@ -51,12 +53,14 @@ def retained(segments: Sequence[SegmentRow], *, learned: int, samples: int) -> t
     return tuple(reversed(taken))
 
 
-def unbroken(segments: Sequence[SegmentRow], whole: Callable[[SegmentRow], bool]) -> tuple[SegmentRow, ...]:
+def unbroken_suffix(
+    segments: Sequence[SegmentRow], whole: Callable[[SegmentRow], bool]
+) -> tuple[SegmentRow, ...]:
     """The newest of ``segments`` before which none is missing: a stream with a hole is not learned across it."""
     return tuple(reversed(list(takewhile(whole, reversed(segments)))))
 
 
-def windows(
+def rebase_windows(
     config: Config, model: SourceModel, ledger: Ledger, sites: Sequence[str], *, samples: int
 ) -> tuple[list[Window], dict[str, str]]:
     """What is retained of each site under the trunk of ``model``, to be learned from the model's own state →
@@ -68,13 +72,13 @@ def windows(
     for row in ledger.sites_named(sites):
         told = ledger.segments(row.site)
         at = {s.name: ingested_at for s, ingested_at in told}
-        kept = retained([s for s, _ in told], learned=row.learned, samples=samples)
+        kept = retained_segments([s for s, _ in told], learned=row.learned, samples=samples)
         try:
             block = _block(config, model, row, kept)
         except (BadBlob, OSError) as e:
             failed[row.site] = str(e)
             continue
-        kept = unbroken(kept, lambda s, block=block: _held(block, s) == s.good)
+        kept = unbroken_suffix(kept, lambda s, block=block: _held(block, s) == s.good)
         if not sum(s.good for s in kept):
             failed[row.site] = "nothing that it learned from has features of this source model"
             continue

@@ -35,37 +35,39 @@ KNOWN = 256  # states whose anchor scores are kept
 ROUNDING = 1e-4  # relative; of what float32 sums in another order may differ by
 
 
-class Basis(NamedTuple):
+class VerdictBasis(NamedTuple):
     """What a verdict was counted on."""
 
     source: SourceRow
     anchor: str  # digest
-    stable: str | None  # state that the site served; None = the source model as it is
+    champion_state: str | None  # state that the site served; None = the source model as it is
     recorded: bool  # kept with the verdict; else found by time, as an earlier version kept neither
 
 
-def basis(ledger: Ledger, row: VerdictRow) -> Basis:
+def verdict_basis(ledger: Ledger, row: VerdictRow) -> VerdictBasis:
     """What ``row`` was counted on: as kept with it, else by what was sealed and served at its time."""
     state = ledger.state(row.state)
     source = ledger.source(state.source_version if state else None)
     if "anchor" in row.counters:
         stable = row.counters["stable"]
-        return Basis(source, str(row.counters["anchor"]), str(stable) if stable else None, recorded=True)
+        return VerdictBasis(
+            source, str(row.counters["anchor"]), str(stable) if stable else None, recorded=True
+        )
     served = [s for s in ledger.served(row.site) if s.since <= row.at]
     own = served[-1].state if served and served[-1].source_version == source.version else None
-    return Basis(source, ledger.anchor(source.trunk, at=row.at), own, recorded=False)
+    return VerdictBasis(source, ledger.anchor(source.trunk, at=row.at), own, recorded=False)
 
 
-def recounted(config: Config, ledger: Ledger, row: VerdictRow, evidence: Evidence) -> Evidence:
+def recount_evidence(config: Config, ledger: Ledger, row: VerdictRow, evidence: Evidence) -> Evidence:
     """``evidence`` with what the anchor set says of the stored states again. Raises BadBlob, or ValueError where nothing was
     stored.
     """
     state = ledger.state(row.state)
     if state is None:
         raise ValueError("no candidate was made of an empty window")
-    found = basis(ledger, row)
+    found = verdict_basis(ledger, row)
     model, anchor = _model(found.source.path), _anchor(config.place("anchors"), found.anchor)
-    stable = ledger.state(found.stable)
+    stable = ledger.state(found.champion_state)
     own, served = (load_state(config, model, s, fresh=site_state(model.tail)) for s in (state, stable))
     known = _known(found.source.path, found.anchor)
     patterns, present = anchor.replayed()

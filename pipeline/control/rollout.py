@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from pipeline import rollout as machine
 from pipeline.control.deployment import now
-from pipeline.control.health import observe, returning
+from pipeline.control.health import observe, observe_rollback
 from pipeline.control.notify import notify
 from pipeline.ledger import Memory, StaleGeneration
-from pipeline.rollout import RETURNING, TERMINAL, Rollout, Status
+from pipeline.rollout import IN_ROLLBACK, TERMINAL, Rollout, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.rollout import Observation, Target
     from pipeline.sections import Severity
 
-RUNNING = machine.FLYING | {Status.APPROVED, *RETURNING}
+RUNNING = machine.IN_PROGRESS | {Status.APPROVED, *IN_ROLLBACK}
 OVERTAKEN = 5  # times that a person's step tries again after a tick that was faster
 SEVERITY: dict[Status, Severity] = {
     Status.HOLD: "warning",
@@ -104,7 +104,7 @@ def step(ledger: Ledger, row: RolloutRow, observation: Observation, at: datetime
             else 0
         )
         return row, moved
-    memory = Memory(new.status, new.model_dump_json(), said(current, new), _roles(new))
+    memory = Memory(new.status, new.model_dump_json(), describe_transition(current, new), _roles(new))
     moved = ledger.carry_out(
         row.id,
         actions,
@@ -123,7 +123,7 @@ def reconcile(config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporte
         before = load(row)
         row, moved = step(ledger, row, observe(config, ledger, row.id, before), now())
         after = load(row)
-        _tell(config, ledger, row.id, before, after, reporter)
+        _notify_transition(config, ledger, row.id, before, after, reporter)
         if not moved and (after.status, after.wave) == (before.status, before.wave):
             return row
 
@@ -140,9 +140,9 @@ def roll_back_now(
                 lambda r: machine.abort(r, reason=f"{who}: {reason}", now=now()),
                 f"aborted by {who}",
             )
-            while (before := load(row)).status in RETURNING:
-                row, _ = step(ledger, row, returning(ledger, row.id, before), now())
-                _tell(config, ledger, row.id, before, load(row), reporter)
+            while (before := load(row)).status in IN_ROLLBACK:
+                row, _ = step(ledger, row, observe_rollback(ledger, row.id, before), now())
+                _notify_transition(config, ledger, row.id, before, load(row), reporter)
             return row
         except StaleGeneration:
             row = ledger.rollout(row.id)
@@ -172,7 +172,7 @@ def record(config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporter) 
         reporter.say(f"warning: {e}")
 
 
-def said(before: Rollout, after: Rollout) -> str:
+def describe_transition(before: Rollout, after: Rollout) -> str:
     """What changed, in a line."""
     where = (
         f" wave {after.wave + 1} of {len(after.plan.waves)}"
@@ -194,12 +194,12 @@ def _roles(r: Rollout) -> dict[str, int | None]:
     )
 
 
-def _tell(
+def _notify_transition(
     config: Config, ledger: Ledger, rollout: str, before: Rollout, after: Rollout, reporter: Reporter
 ) -> None:
     if after == before:
         return
-    text = f"{rollout}: {said(before, after)}"
+    text = f"{rollout}: {describe_transition(before, after)}"
     reporter.say(text)
     if after.status != before.status and (after.status in SEVERITY or after.status in TERMINAL):
         context = {"rollout": rollout, "status": after.status, "wave": after.wave + 1, "reason": after.reason}

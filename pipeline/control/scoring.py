@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredStream:
     """A site's judged samples in stream order, N rows; label -1 where no sealed label is known."""
 
     offset: np.ndarray  # [N]
@@ -49,13 +49,13 @@ class Scored:
             return None
 
 
-def labels_of(folder: str | None, site: str) -> dict[str, tuple[int, str]]:
+def site_labels(folder: str | None, site: str) -> dict[str, tuple[int, str]]:
     """Labels of a site in ``data.sealed`` or ``data.redteam``; empty where there are none."""
     path = Path(folder) / f"{site}-labels.parquet" if folder else None
     return read_labels(path) if path and path.exists() else {}
 
 
-def scored(config: Config, source: SourceRow, verdicts: Sequence[VerdictRow]) -> Scored | None:
+def join_labels(config: Config, source: SourceRow, verdicts: Sequence[VerdictRow]) -> ScoredStream | None:
     """Join the outcomes of one site's ``verdicts`` with the feature store and the sealed labels; None if nothing is left of what
     it saw.
     """
@@ -79,9 +79,9 @@ def scored(config: Config, source: SourceRow, verdicts: Sequence[VerdictRow]) ->
     if not np.isin(o["offset"], block.offset).all():
         raise blobs.BadBlob(f"{site}: features of a judged window are gone or belong to another source model")
     rows = np.searchsorted(block.offset, o["offset"])
-    labels = labels_of(config.data.sealed, site)
+    labels = site_labels(config.data.sealed, site)
     known = [labels.get(s, (-1, "unknown")) for s in block.sample_id[rows]]
-    return Scored(
+    return ScoredStream(
         o["offset"],
         block.captured_at[rows],
         o["present"],

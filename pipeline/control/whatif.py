@@ -33,7 +33,7 @@ class Truth(NamedTuple):
     pai: NDArray[np.str_]  # [N]
 
 
-class Replayed(NamedTuple):
+class ReplayedSite(NamedTuple):
     """One site under one configuration."""
 
     trace: Trace
@@ -96,7 +96,9 @@ class Difference:
         return {**found, **pairs, "worse_verdict": self.worse_verdict}
 
 
-def difference(site: str, now: Replayed, what_if: Replayed, truth: Truth, threshold: float) -> Difference:
+def compare_site(
+    site: str, now: ReplayedSite, what_if: ReplayedSite, truth: Truth, threshold: float
+) -> Difference:
     """Compare two replays of one stream of N > 0 samples; calls are made at ``threshold``."""
     before, after = (np.asarray(r.trace.score.numpy(), np.float64) >= threshold for r in (now, what_if))
     return Difference(
@@ -119,7 +121,7 @@ def worst_first(differences: Sequence[Difference]) -> list[Difference]:
     return sorted(differences, key=harm)
 
 
-def fleet(differences: Sequence[Difference]) -> dict[str, object]:
+def fleet_summary(differences: Sequence[Difference]) -> dict[str, object]:
     """Means over the sites that have the number, and how many are harmed or improved by more than HARM of HTER."""
     rise = np.array([d.hter_rise for d in differences if not math.isnan(d.hter_rise)])
     flips = {n: _mean([getattr(d, n) for d in differences]) for n in ("newly_accepted", "newly_refused")}
@@ -137,7 +139,7 @@ def fleet(differences: Sequence[Difference]) -> dict[str, object]:
     }
 
 
-def changed(
+def changed_settings(
     now: Mapping[str, Mapping[str, object]], what_if: Mapping[str, Mapping[str, object]]
 ) -> dict[str, object]:
     """section.key → [now, what-if] of the settings that differ; None where a side's method has no such key."""
@@ -150,7 +152,7 @@ def changed(
     return found
 
 
-def _side(r: Replayed, truth: Truth, threshold: float) -> Side:
+def _side(r: ReplayedSite, truth: Truth, threshold: float) -> Side:
     score, used = np.asarray(r.trace.score.numpy(), np.float64), r.trace.pseudo_label.numpy()
     known = truth.label >= 0
     s, y = score[known], truth.label[known]

@@ -7,10 +7,23 @@ that a guard applies to. ``assess`` on stored evidence gives the stored verdict 
 from __future__ import annotations
 
 from pipeline.guards.evidence import REAL, Cell, Evidence, evidence_of
-from pipeline.guards.fleet import Standing, Watch, budget, compare, watch
+from pipeline.guards.fleet import (
+    LabelledCounts,
+    PromotedFindings,
+    compare_with_controls,
+    error_budget,
+    judge_promoted,
+)
 from pipeline.guards.limits import Ceiling, GuardsConfig, NoData, NonInferiority, PatternLimit, TrustRegion
 from pipeline.guards.reason import Call, Measured, Reason
-from pipeline.guards.stream import Earlier, Seen, Stream, added, stream_of, usual
+from pipeline.guards.stream import (
+    SiteHistory,
+    Stream,
+    WindowScores,
+    add_hours,
+    measure_stream,
+    usual_modalities,
+)
 from pipeline.guards.unlabelled import expired
 from pipeline.guards.verdict import ATTACKS, Verdict, assess, paired_upper95
 
@@ -20,28 +33,28 @@ __all__ = [
     "Call",
     "Ceiling",
     "Cell",
-    "Earlier",
     "Evidence",
     "GuardsConfig",
+    "LabelledCounts",
     "Measured",
     "NoData",
     "NonInferiority",
     "PatternLimit",
+    "PromotedFindings",
     "Reason",
-    "Seen",
-    "Standing",
+    "SiteHistory",
     "Stream",
     "TrustRegion",
     "Verdict",
-    "Watch",
-    "added",
+    "WindowScores",
+    "add_hours",
     "assess",
-    "budget",
-    "compare",
+    "compare_with_controls",
+    "error_budget",
     "evidence_of",
     "expired",
+    "judge_promoted",
+    "measure_stream",
     "paired_upper95",
-    "stream_of",
-    "usual",
-    "watch",
+    "usual_modalities",
 ]

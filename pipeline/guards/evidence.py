@@ -55,7 +55,7 @@ class Evidence(Section):
 
 def evidence_of(
     candidate: ArrayLike,
-    stable: ArrayLike,
+    champion: ArrayLike,
     label: ArrayLike,
     species: Sequence[str],
     patterns: Sequence[str],
@@ -64,7 +64,7 @@ def evidence_of(
     trust_ratio: float,
     stream_n: int,
     age_seconds: float,
-    stable_threshold: float | None = None,
+    champion_threshold: float | None = None,
     stream_finite: bool = True,
     valid: ArrayLike | None = None,
     holds_before: int = 0,
@@ -77,7 +77,7 @@ def evidence_of(
 
     ``valid`` [P, N] leaves out items that a pattern cannot show. A score that is not finite clears ``finite``.
     """
-    c, s = np.asarray(candidate, np.float64), np.asarray(stable, np.float64)
+    c, s = np.asarray(candidate, np.float64), np.asarray(champion, np.float64)
     y = np.ascontiguousarray(label, np.int8)
     if not c.shape == s.shape == (len(patterns), len(y)) or len(species) != len(y):
         want = f"[{len(patterns)} patterns, {len(y)} items] and one species per item"
@@ -87,7 +87,7 @@ def evidence_of(
     good_c, good_s = np.isfinite(c), np.isfinite(s)
     wrong_c = ((c >= threshold) != (y == BONA_FIDE)) | ~good_c
     wrong_s = (
-        (s >= (threshold if stable_threshold is None else stable_threshold)) != (y == BONA_FIDE)
+        (s >= (threshold if champion_threshold is None else champion_threshold)) != (y == BONA_FIDE)
     ) | ~good_s
     flags = np.stack([ok, wrong_c & ok, wrong_c & ~wrong_s & ok, wrong_s & ~wrong_c & ok])
     n, errors, worse, better = (

@@ -34,7 +34,7 @@ LARGEST = 690.0  # nats: e-values above are shown as this
 
 
 @dataclass(frozen=True)
-class Standing:
+class LabelledCounts:
     """Counts [S] of promoted sites, also of those that were taken back one by one, of presentations whose label is known."""
 
     sites: Sequence[str]
@@ -48,14 +48,14 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Watch:
+class PromotedFindings:
     """What must be taken back: single sites, or with any ``breach`` the whole release."""
 
     failing: dict[str, tuple[Reason, ...]]
     breach: tuple[Reason, ...]  # where: the site, or "wave"
 
 
-def watch(limits: GuardsConfig, standing: Standing) -> Watch:
+def judge_promoted(limits: GuardsConfig, standing: LabelledCounts) -> PromotedFindings:
     """Judge the promoted sites. What going back would not mend (worse <= better, as many refused) counts against no site.
 
     Breach: the lower confidence-sequence bound of a site's APCER over the hard ceiling, at shadow.alpha over all sites
@@ -66,7 +66,7 @@ def watch(limits: GuardsConfig, standing: Standing) -> Watch:
     s, rule = standing, limits.shadow
     count = len(s.sites)
     if not count or rule.advisory:  # the ceiling is judged here whether or not it decides on candidates
-        return Watch({}, ())
+        return PromotedFindings({}, ())
     harmed = np.flatnonzero(s.worse > s.better)
     failing: dict[str, list[Reason]] = {}
     breach: list[Reason] = []
@@ -93,11 +93,11 @@ def watch(limits: GuardsConfig, standing: Standing) -> Watch:
             worst = int(harmed[np.argmax(log_e)])
             text = f"{count} sites, most of it from {s.sites[worst]} ({_counts(name, s, worst, rule.apcer)}): their"
             breach.append(_finding("wave", merged, rule.alpha * share, text))
-    return Watch({site: tuple(found) for site, found in failing.items()}, tuple(breach))
+    return PromotedFindings({site: tuple(found) for site, found in failing.items()}, tuple(breach))
 
 
-def compare(
-    limits: GuardsConfig, treated: Standing, controls: Standing, *, strata: Mapping[str, str]
+def compare_with_controls(
+    limits: GuardsConfig, treated: LabelledCounts, controls: LabelledCounts, *, strata: Mapping[str, str]
 ) -> tuple[Reason, ...]:
     """Strata in which promoted sites err more than the control sites of the same stratum, APCER and BPCER apart.
 
@@ -137,7 +137,7 @@ def compare(
     return tuple(found)
 
 
-def budget(limits: GuardsConfig, errors: ArrayLike, total: ArrayLike) -> tuple[Reason, ...]:
+def error_budget(limits: GuardsConfig, errors: ArrayLike, total: ArrayLike) -> tuple[Reason, ...]:
     """Why promotions must freeze, if they must: ``errors`` of ``total`` presentations of the fleet per hour [H], newest last.
 
     A month's budget is ``allowed`` of its presentations; burning ``hour`` of it within 1 h or ``six_hours`` within 6 h is a
@@ -173,7 +173,7 @@ def budget(limits: GuardsConfig, errors: ArrayLike, total: ArrayLike) -> tuple[R
     return tuple(found)
 
 
-def _over_ceiling(limits: GuardsConfig, s: Standing, harmed: NDArray[np.intp]) -> list[Reason]:
+def _over_ceiling(limits: GuardsConfig, s: LabelledCounts, harmed: NDArray[np.intp]) -> list[Reason]:
     alpha, limit = limits.shadow.alpha / len(s.sites), limits.ceiling.apcer
     over = [int(harmed[k]) for k in _beyond(s.accepted[harmed], s.attacks[harmed], limit, alpha)]
     found = [_rate("APCER", s.sites[i], int(s.accepted[i]), int(s.attacks[i]), limit, alpha) for i in over]
@@ -198,7 +198,7 @@ def _rate(what: str, site: str, errors: int, n: int, limit: float, alpha: float)
     return Reason(guard="ceiling", call="fail", where=site, number=lower, limit=limit, text=text)
 
 
-def _counts(name: str, s: Standing, i: int, null: float) -> str:
+def _counts(name: str, s: LabelledCounts, i: int, null: float) -> str:
     if name == "rate":
         return f"{s.accepted[i]} of {s.attacks[i]} attacks accepted against {null:.1%}"
     return f"{s.worse[i]} attacks worse and {s.better[i]} better than the way back"
@@ -214,7 +214,7 @@ def _e(log_e: float) -> float:
     return float(np.exp(min(log_e, LARGEST)))
 
 
-def _sum(g: Standing, values: Counts, strata: Mapping[str, str], names: Sequence[str]) -> Floats:
+def _sum(g: LabelledCounts, values: Counts, strata: Mapping[str, str], names: Sequence[str]) -> Floats:
     place = {name: k for k, name in enumerate(names)}
     at = np.array([place.get(strata[s], len(names)) for s in g.sites], np.intp)
     return np.bincount(at, weights=values, minlength=len(names) + 1)[: len(names)].astype(np.float64)

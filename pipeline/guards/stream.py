@@ -59,7 +59,7 @@ class Stream(Section):
     steps: int | None = None
 
 
-class Earlier(NamedTuple):
+class SiteHistory(NamedTuple):
     """What is known of a site before its window."""
 
     baseline: Hours = ()
@@ -68,7 +68,7 @@ class Earlier(NamedTuple):
     sessions: int = 0
 
 
-class Seen(NamedTuple):
+class WindowScores(NamedTuple):
     """A window of N samples and what was made of them."""
 
     score: Floats  # [N] online, before learning
@@ -81,10 +81,16 @@ class Seen(NamedTuple):
     hour: Ints  # [N] of the day
 
 
-def stream_of(
-    limits: GuardsConfig, seen: Seen, source: Floats, threshold: float, *, earlier: Earlier, steps: int | None
+def measure_stream(
+    limits: GuardsConfig,
+    seen: WindowScores,
+    source: Floats,
+    threshold: float,
+    *,
+    history: SiteHistory,
+    steps: int | None,
 ) -> Stream:
-    """Measure a window; ``source`` holds the source model's scores of the anchor set as the stream is ``usual``-ly seen.
+    """Measure a window; ``source`` holds the source model's scores of the anchor set under the usual modalities of the stream.
 
     kappa, the alpha of ``risk`` and the calls of ``collapse`` shape what is measured, so they stay as they were.
     """
@@ -95,10 +101,10 @@ def stream_of(
     calls, before = seen.candidate >= threshold, seen.champion >= threshold
     newest = slice(-limits.collapse.calls, None)
     online = seen.score >= threshold
-    ratchet = _ratchet(limits, online[first], seen.hour[first], earlier.baseline)
+    ratchet = _ratchet(limits, online[first], seen.hour[first], history.baseline)
     return Stream(
         sessions=len(first),
-        sessions_before=earlier.sessions,
+        sessions_before=history.sessions,
         taught_bona_fide=int((seen.pseudo_label == 1).sum()),
         taught_attack=int((seen.pseudo_label == 0).sum()),
         taught_session=int(np.bincount(place[taught], minlength=1).max()),
@@ -110,23 +116,26 @@ def stream_of(
         last_bona_fide=int(calls[newest].sum()),
         last_champion=int(before[newest].sum()),
         **_against_source(
-            limits, seen.score[first[seen.present[first] == usual(seen.present)]], source, threshold
+            limits,
+            seen.score[first[seen.present[first] == usual_modalities(seen.present)]],
+            source,
+            threshold,
         ),
         ratchet=ratchet,
-        baseline=earlier.baseline,
+        baseline=history.baseline,
         hours=_hours(online[first], seen.hour[first]),
-        born=earlier.born,
-        age_days=earlier.age_days,
+        born=history.born,
+        age_days=history.age_days,
         steps=steps,
     )
 
 
-def usual(present: Ints) -> int:
+def usual_modalities(present: Ints) -> int:
     """The set of modalities that most samples [N] show, as a bit mask; 0 without samples."""
     return int(np.argmax(np.bincount(present, minlength=1)))
 
 
-def added(baseline: Hours, hours: Hours) -> Hours:
+def add_hours(baseline: Hours, hours: Hours) -> Hours:
     """Both together, hour by hour."""
     if not baseline or not hours:
         return baseline or hours

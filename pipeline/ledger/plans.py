@@ -188,8 +188,8 @@ class Plans(Store):
         names = sorted(r.first for r in rows if r.first is not None)
         return WaveObservation(
             sites=sum(r.n for r in rows),
-            late={r.zone: int(r.late) for r in rows if r.late},
-            first_late=names[0] if names else "",
+            not_serving={r.zone: int(r.late) for r in rows if r.late},
+            first_not_serving=names[0] if names else "",
         )
 
     def returnable(self, rollout: str, only: Collection[str] | None = None) -> int:

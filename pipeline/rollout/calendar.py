@@ -40,12 +40,12 @@ def check_night(night: str | None) -> str | None:
     return night
 
 
-def known_zone(name: str) -> bool:
+def is_time_zone(name: str) -> bool:
     """Whether ``name`` is an IANA time zone."""
     return _zone(name) is not None
 
 
-def awake(night: str | None, zones: Iterable[str], now: datetime) -> tuple[str, ...] | None:
+def zones_at_night(night: str | None, zones: Iterable[str], now: datetime) -> tuple[str, ...] | None:
     """Of ``zones`` those in which it is night; None = everywhere, where ``night`` is None."""
     if night is None:
         return None
@@ -53,12 +53,12 @@ def awake(night: str | None, zones: Iterable[str], now: datetime) -> tuple[str, 
     return tuple(z for z in sorted(set(zones)) if _within(now.astimezone(_zone(z)).time(), begin, end))
 
 
-def frozen(windows: Sequence[Freeze], now: datetime) -> Freeze | None:
+def active_freeze(windows: Sequence[Freeze], now: datetime) -> Freeze | None:
     """The window that ``now`` is in; of several the one that ends last."""
     return max((f for f in windows if f.start <= now < f.end), key=lambda f: f.end, default=None)
 
 
-def thawed(windows: Sequence[Freeze], since: datetime, now: datetime) -> datetime:
+def waiting_since(windows: Sequence[Freeze], since: datetime, now: datetime) -> datetime:
     """When waiting that began at ``since`` counts from: the end of the last freeze that has passed meanwhile."""
     return max([since, *(f.end for f in windows if since < f.end <= now)])
 

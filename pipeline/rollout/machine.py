@@ -17,12 +17,12 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from pipeline.rollout.calendar import DAY, awake, frozen, thawed
-from pipeline.rollout.operators import approved, needed, overridden
+from pipeline.rollout.calendar import DAY, active_freeze, waiting_since, zones_at_night
+from pipeline.rollout.operators import approvals_needed, approvers, override_active
 from pipeline.rollout.state import (
-    FLYING,
+    IN_PROGRESS,
+    NOT_STARTED,
     TERMINAL,
-    WAITING,
     Action,
     Notify,
     Observation,
@@ -48,13 +48,13 @@ def advance(r: Rollout, observation: Observation, now: datetime) -> Step:
         r, stopped = _turned_back(r, now)
         if stopped:
             return r, stopped
-    if r.status in WAITING:
+    if r.status in NOT_STARTED:
         if _over(r.since, now, r.plan.config.expire_seconds):
             return _end(r, Status.EXPIRED, now, "not started in time; plan again")
         if r.status == Status.PLANNED:
             return r, ()
         r = enter(r, Status.STAGING, now, wave=0)
-    if r.status in FLYING or r.status == Status.PAUSED:
+    if r.status in IN_PROGRESS or r.status == Status.PAUSED:
         r = _latch(r, observation)
         why = _abort_reason(r, observation)
         if not why:
@@ -67,7 +67,7 @@ def _turned_back(r: Rollout, now: datetime) -> Step:
     """The clock went back: waiting starts anew, as of now; a wave under way holds for this once and says so."""
     gap = (r.since - now).total_seconds()
     r = r.model_copy(update={"since": now, "baked_from": r.baked_from and now})
-    if r.status not in FLYING:
+    if r.status not in IN_PROGRESS:
         return r, ()
     reason = f"the clock went back by {gap:.0f} s: wave {r.wave + 1} bakes anew"
     return enter(r, Status.HOLD, now, reason=reason), (Notify(status=Status.HOLD, reason=reason),)
@@ -84,7 +84,7 @@ def _fly(r: Rollout, observation: Observation, now: datetime) -> Step:
     if r.status == Status.PAUSED:
         return r, back
     wave = observation.waves[r.wave] if r.wave < len(observation.waves) else None
-    if wave is None or wave.late:
+    if wave is None or wave.not_serving:
         return _stage(r, observation, wave, now, back)
     if r.baked_from is None:
         r = enter(r, Status.BAKING, now, baked_from=now, reason="")
@@ -92,9 +92,9 @@ def _fly(r: Rollout, observation: Observation, now: datetime) -> Step:
     if now - r.baked_from < timedelta(seconds=c.bake_seconds):
         return (r if r.status == Status.BAKING else enter(r, Status.BAKING, now)), back
     blocked = _blocked(r, observation) or (
-        f"{observation.unreturned} failed sites are not rolled back yet" if back else ""
+        f"{observation.failed_returnable} failed sites are not rolled back yet" if back else ""
     )
-    if blocked and not (overridden(r, now) and not back):
+    if blocked and not (override_active(r, now) and not back):
         return _hold(r, now, blocked, back)
     return _fly(enter(r, Status.STAGING, now, wave=r.wave + 1, baked_from=None, reason=""), observation, now)
 
@@ -111,35 +111,35 @@ def _stage(
     gate = _gate(r, observation, now)
     if gate:
         return _hold(r, now, gate, back)
-    if r.status == Status.HOLD and (wave is None or sum(wave.late.values()) == wave.sites):
+    if r.status == Status.HOLD and (wave is None or sum(wave.not_serving.values()) == wave.sites):
         r = enter(r, Status.STAGING, now, reason="")  # it was the gate that held it
-    zones = awake(c.night, r.plan.zones, now)
+    zones = zones_at_night(c.night, r.plan.zones, now)
     promote = (Promote(wave=r.wave, zones=zones),) if zones is None or zones else ()
     allowed = c.stage_seconds + (DAY.total_seconds() if c.night else 0)
     if wave is None or (r.status == Status.STAGING and not _over(r.since, now, allowed)):
         return r, back + promote
-    late = sum(wave.late.values())
+    late = sum(wave.not_serving.values())
     return _hold(
         r,
         now,
-        f"{late} sites of wave {r.wave + 1} do not serve their candidate, first {wave.first_late}",
+        f"{late} sites of wave {r.wave + 1} do not serve their candidate, first {wave.first_not_serving}",
         back + promote,
     )
 
 
 def _gate(r: Rollout, observation: Observation, now: datetime) -> str:
     """Why nothing may be promoted now."""
-    share, have = r.plan.waves[r.wave].share, len(approved(r))
-    if have < (want := needed(r.plan, r.wave)):
+    share, have = r.plan.waves[r.wave].share, len(approvers(r))
+    if have < (want := approvals_needed(r.plan, r.wave)):
         return (
             f"wave {r.wave + 1} reaches {share:.0%} of the fleet: {have} of {want} people approved; somebody else has to "
             f"say `palisade rollout approve {r.plan_hash[:8]}`"
         )
-    if overridden(r, now):
+    if override_active(r, now):
         return ""
     if observation.freeze:
         return observation.freeze
-    window = frozen(r.plan.config.freeze, now)
+    window = active_freeze(r.plan.config.freeze, now)
     return f"no promotions until {window.end:%Y-%m-%d %H:%M} UTC: {window.reason}" if window else ""
 
 
@@ -147,15 +147,15 @@ def _hold(r: Rollout, now: datetime, why: str, actions: tuple[Action, ...]) -> S
     c = r.plan.config
     if r.status != Status.HOLD:
         return enter(r, Status.HOLD, now, reason=why), (*actions, Notify(status=Status.HOLD, reason=why))
-    waited_from = thawed(c.freeze, r.since, now)
-    if frozen(c.freeze, now) is None and _over(waited_from, now, c.hold_seconds):
+    waited_from = waiting_since(c.freeze, r.since, now)
+    if active_freeze(c.freeze, now) is None and _over(waited_from, now, c.hold_seconds):
         r, notes = _end(r, Status.PAUSED, now, f"held too long: {why}")
         return r, tuple(a for a in actions if not isinstance(a, Promote)) + notes
     return r.model_copy(update={"reason": why}), actions
 
 
 def _roll_back(r: Rollout, observation: Observation, now: datetime) -> Step:
-    if observation.on == 0:
+    if observation.returnable == 0:
         return _end(r, Status.ROLLED_BACK, now, r.reason)
     return (r if r.status == Status.ROLLING_BACK else enter(r, Status.ROLLING_BACK, now)), (
         Rollback(sites=None),
@@ -163,7 +163,7 @@ def _roll_back(r: Rollout, observation: Observation, now: datetime) -> Step:
 
 
 def _unreturned(r: Rollout, observation: Observation) -> bool:
-    return observation.unreturned > 0 or any(site in r.failed for site in observation.failing)
+    return observation.failed_returnable > 0 or any(site in r.failed for site in observation.failing)
 
 
 def _latch(r: Rollout, observation: Observation) -> Rollout:
@@ -190,12 +190,12 @@ def _blocked(r: Rollout, observation: Observation) -> str:
         if count > c.abort_share * r.plan.waves[i].sites:
             return f"{count} of {r.plan.waves[i].sites} sites of wave {i + 1} fail"
     for i, w in enumerate(observation.waves[: r.wave + 1]):
-        if w.silent > c.missing_share * w.sites:
-            return f"no data from {w.silent} of {w.sites} sites of wave {i + 1}, first {w.first_silent}"
+        if w.without_data > c.missing_share * w.sites:
+            return f"no data from {w.without_data} of {w.sites} sites of wave {i + 1}, first {w.first_without_data}"
     w = observation.waves[r.wave]
-    if w.presentations is not None and w.presentations < c.health_presentations:
+    if w.attack_presentations is not None and w.attack_presentations < c.health_presentations:
         return (
-            f"wave {r.wave + 1} saw {w.presentations} labelled attack presentations, rollout.health_presentations wants "
+            f"wave {r.wave + 1} saw {w.attack_presentations} labelled attack presentations, rollout.health_presentations wants "
             f"{c.health_presentations}; record what the red team presents in data.redteam"
         )
     return ""

@@ -126,7 +126,7 @@ def sign(manifest: ReleaseManifest, key: Ed25519PrivateKey) -> bytes:
     return _canonical({"manifest": content, "signature": signature, "key": fingerprint(key.public_key())})
 
 
-def opened(signed: bytes, key: Ed25519PublicKey) -> ReleaseManifest:
+def open_envelope(signed: bytes, key: Ed25519PublicKey) -> ReleaseManifest:
     """The manifest in an envelope that ``key`` signed, of whatever site and age. Raises ManifestError."""
     try:
         envelope = cast("object", json.loads(signed)) if len(signed) <= LARGEST else None
@@ -157,7 +157,7 @@ def verify(
     signed: bytes, key: Ed25519PublicKey, *, site: str, last: Accepted | None, now: datetime
 ) -> ReleaseManifest:
     """The manifest in ``signed``, if ``site`` may accept it now after it accepted ``last``. Raises ManifestError."""
-    m = opened(signed, key)
+    m = open_envelope(signed, key)
     if m.site != site or (last and last.site != site):
         raise ManifestError(f"the manifest is for site {m.site}, this is {site}; pull {site}'s own")
     latest = max(m.issued_at, last.issued_at) if last else m.issued_at
@@ -175,7 +175,7 @@ def verify(
     return m
 
 
-def accepted(manifest: ReleaseManifest) -> Accepted:
+def acceptance_of(manifest: ReleaseManifest) -> Accepted:
     """What to keep of a manifest that was accepted."""
     content = hashlib.sha256(_canonical(manifest.model_dump(mode="json", exclude=TIMES))).hexdigest()
     return Accepted(
@@ -188,7 +188,7 @@ def _not_before(m: ReleaseManifest, last: Accepted) -> None:
         raise ManifestError(
             f"the manifest is replayed: release {m.counter}, but {last.counter} was accepted before; pull again"
         )
-    if m.counter > last.counter or accepted(m).content == last.content:
+    if m.counter > last.counter or acceptance_of(m).content == last.content:
         return
     if m.counter > 0:
         raise ManifestError(

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from pipeline.rollout.plan import Plan, plan_hash
 from pipeline.rollout.state import (
-    FLYING,
-    RETURNING,
+    IN_PROGRESS,
+    IN_ROLLBACK,
+    NOT_STARTED,
     TERMINAL,
-    WAITING,
     Approval,
     Override,
     Rollout,
@@ -34,19 +34,19 @@ def approve(r: Rollout, *, hash: str, who: str, now: datetime) -> Rollout:
         raise RolloutError(
             f"plan hash {hash[:12]}: the stored plan is {r.plan_hash[:12]}; plan again and look at it"
         )
-    if r.status in TERMINAL | RETURNING:
+    if r.status in TERMINAL | IN_ROLLBACK:
         return _refuse(r, "approved")
-    if who not in approved(r):
+    if who not in approvers(r):
         r = r.model_copy(update={"approvals": (*r.approvals, Approval(who=who, at=now))})
     return enter(r, Status.APPROVED, now) if r.status == Status.PLANNED else r
 
 
-def approved(r: Rollout) -> frozenset[str]:
+def approvers(r: Rollout) -> frozenset[str]:
     """Who approved."""
     return frozenset(a.who for a in r.approvals)
 
 
-def needed(plan: Plan, wave: int) -> int:
+def approvals_needed(plan: Plan, wave: int) -> int:
     """People who must have approved before ``wave`` begins."""
     from_share, sites = plan.config.two_people_from, [w.sites for w in plan.waves]
     reached = max(plan.waves[wave].share, sum(sites[: wave + 1]) / max(sum(sites), 1))  # few sites round up
@@ -57,13 +57,13 @@ def override(r: Rollout, *, who: str, reason: str, now: datetime) -> Rollout:
     """One person's wish to go on in spite of a hold. Approvals, breaches and failed sites cannot be overridden."""
     if not reason.strip():
         raise RolloutError("an override needs a reason; say why with --reason")
-    if r.status not in FLYING | {Status.PAUSED}:
+    if r.status not in IN_PROGRESS | {Status.PAUSED}:
         return _refuse(r, "overridden")
     kept = tuple(o for o in r.overrides if o.who != who and _lasts(r, o, now))
     return r.model_copy(update={"overrides": (*kept, Override(who=who, reason=reason, at=now))})
 
 
-def overridden(r: Rollout, now: datetime) -> bool:
+def override_active(r: Rollout, now: datetime) -> bool:
     """Whether two people's overrides last."""
     return len({o.who for o in r.overrides if _lasts(r, o, now)}) >= 2
 
@@ -72,7 +72,7 @@ def pause(r: Rollout, *, reason: str, now: datetime) -> Rollout:
     """Stop promoting; what was promoted stays."""
     if r.status == Status.PAUSED:
         return r
-    return enter(r, Status.PAUSED, now, reason=reason) if r.status in FLYING else _refuse(r, "paused")
+    return enter(r, Status.PAUSED, now, reason=reason) if r.status in IN_PROGRESS else _refuse(r, "paused")
 
 
 def resume(r: Rollout, *, now: datetime) -> Rollout:
@@ -87,7 +87,7 @@ def retry(r: Rollout, *, now: datetime) -> Rollout:
 
     Those of earlier waves stay out: their wave is over, and the next release plans them again.
     """
-    if r.status not in FLYING | {Status.PAUSED}:
+    if r.status not in IN_PROGRESS | {Status.PAUSED}:
         return _refuse(r, "retried")
     kept = {site: wave for site, wave in r.failed.items() if wave != r.wave}
     if len(kept) == len(r.failed):
@@ -99,7 +99,7 @@ def retry(r: Rollout, *, now: datetime) -> Rollout:
 
 def abort(r: Rollout, *, reason: str, now: datetime) -> Rollout:
     """End it and go back. Also takes back a completed rollout; during a rollback it changes nothing."""
-    if r.status in RETURNING:
+    if r.status in IN_ROLLBACK:
         return r
     if r.status in {Status.SUPERSEDED, Status.EXPIRED}:
         return _refuse(r, "rolled back")
@@ -108,14 +108,14 @@ def abort(r: Rollout, *, reason: str, now: datetime) -> Rollout:
 
 def supersede(r: Rollout, *, by: str, now: datetime) -> Rollout:
     """A newer release takes over; promoted sites stay where they are until that one moves them."""
-    if r.status in TERMINAL | RETURNING:
+    if r.status in TERMINAL | IN_ROLLBACK:
         return _refuse(r, "superseded")
     return enter(r, Status.SUPERSEDED, now, reason=f"superseded by {by}")
 
 
 def open_to_joiners(r: Rollout) -> bool:
     """Whether sites may still be added: to the last wave, as long as it has not begun."""
-    return (r.status in WAITING | FLYING | {Status.PAUSED}) and r.wave < len(r.plan.waves) - 1
+    return (r.status in NOT_STARTED | IN_PROGRESS | {Status.PAUSED}) and r.wave < len(r.plan.waves) - 1
 
 
 def join(r: Rollout, *, count: int) -> Rollout:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pipeline.guards.limits import Shadow
-from pipeline.rollout.calendar import known_zone
+from pipeline.rollout.calendar import is_time_zone
 from pipeline.rollout.power import days_to_detect
 from pipeline.rollout.settings import RolloutConfig
 from pipeline.types import Section
@@ -230,7 +230,7 @@ def _why_not(facts: SiteFacts) -> str:
         return "no candidate"
     if c.outcome != "pass" or c.verdict_id is None:
         return f"verdict {c.outcome}: {c.reason}" if c.verdict_id is not None else "no stored verdict"
-    if not known_zone(_zone(facts)):
+    if not is_time_zone(_zone(facts)):
         return f"time zone {_zone(facts)!r} is not known; mend it with `palisade site tag`"
     return "already serves it" if facts.serving == c.to else ""
 

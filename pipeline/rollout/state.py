@@ -17,25 +17,27 @@ if TYPE_CHECKING:
 
 
 class Status(StrEnum):
-    """Where a rollout is."""
+    """Names the state of a rollout; README.md of this folder draws the transitions."""
 
-    PLANNED = "planned"
-    APPROVED = "approved"
-    STAGING = "staging"
-    BAKING = "baking"
-    HOLD = "hold"
-    PAUSED = "paused"
-    ABORTING = "aborting"
-    ROLLING_BACK = "rolling_back"
-    COMPLETED = "completed"
-    ROLLED_BACK = "rolled_back"
-    SUPERSEDED = "superseded"
-    EXPIRED = "expired"
+    PLANNED = "planned"  # stored; nothing moves until one person approves it, or it expires
+    APPROVED = "approved"  # approved once; the next reconcile starts wave 1
+    STAGING = "staging"  # the sites of a wave are being pointed at their targets
+    BAKING = "baking"  # the whole wave serves its targets; it must stay healthy for ``bake_seconds``
+    HOLD = (
+        "hold"  # something is missing (data, approvals, a freeze to end); goes on by itself once it is there
+    )
+    PAUSED = "paused"  # stopped by a person or by a hold that lasted too long; only a person resumes it
+    ABORTING = "aborting"  # a guard or a person ended it; the rollback starts with the next step
+    ROLLING_BACK = "rolling_back"  # promoted sites are being pointed back at what they served before
+    COMPLETED = "completed"  # every wave has baked
+    ROLLED_BACK = "rolled_back"  # no site serves its target any more, but for those that others moved since
+    SUPERSEDED = "superseded"  # a newer release took over; promoted sites stay until that one moves them
+    EXPIRED = "expired"  # it was not started in time; nothing was promoted
 
 
-WAITING = frozenset({Status.PLANNED, Status.APPROVED})
-FLYING = frozenset({Status.STAGING, Status.BAKING, Status.HOLD})
-RETURNING = frozenset({Status.ABORTING, Status.ROLLING_BACK})
+NOT_STARTED = frozenset({Status.PLANNED, Status.APPROVED})
+IN_PROGRESS = frozenset({Status.STAGING, Status.BAKING, Status.HOLD})
+IN_ROLLBACK = frozenset({Status.ABORTING, Status.ROLLING_BACK})
 TERMINAL = frozenset({Status.COMPLETED, Status.ROLLED_BACK, Status.SUPERSEDED, Status.EXPIRED})
 
 
@@ -74,39 +76,39 @@ class Rollout(Section):
     reason: str = ""
 
 
-class Failing(NamedTuple):
-    """A promoted site that does harm."""
+class FailingSite(NamedTuple):
+    """A promoted site that a guard wants rolled back."""
 
-    wave: int
+    wave: int  # index
     reason: str  # guard, number and limit
 
 
 @dataclass(frozen=True)
 class WaveObservation:
-    """A started wave now, without its failed and its retired sites."""
+    """Counts the sites of a started wave, without those that failed and those that were retired."""
 
     sites: int
-    late: Mapping[str, int] = field(
+    not_serving: Mapping[str, int] = field(
         default_factory=dict[str, int]
-    )  # by time zone: sites that do not serve their target
-    first_late: str = ""
-    silent: int = 0  # promoted sites without enough data since
-    first_silent: str = ""
-    presentations: int | None = (
-        None  # labelled attack presentations since the promotion; None: nobody counts them
+    )  # time zone → sites without their target
+    first_not_serving: str = ""  # one of these sites, for messages
+    without_data: int = 0  # promoted sites with fewer than ``health_samples`` captures since
+    first_without_data: str = ""  # one of these sites, for messages
+    attack_presentations: int | None = (
+        None  # labelled, since the promotion; None: not counted, so not required
     )
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What is known now, of the waves that were started."""
+    """Holds everything that the state machine decides on: the started waves and the findings of the guards."""
 
     waves: tuple[WaveObservation, ...] = ()
-    on: int | None = None  # sites that serve their target and could go back; None: not looked at
-    unreturned: int = 0  # of those the failed ones
-    failing: Mapping[str, Failing] = field(default_factory=dict[str, Failing])
-    breach: tuple[str, ...] = ()  # a guard that stops the release: site or wave, guard, number, limit
-    freeze: str = ""  # why nothing is promoted at present, e.g. the fleet's error budget
+    returnable: int | None = None  # sites that a rollback still has to move; None: not counted, so not zero
+    failed_returnable: int = 0  # failed sites that still serve their target
+    failing: Mapping[str, FailingSite] = field(default_factory=dict[str, FailingSite])
+    breach: tuple[str, ...] = ()  # findings that abort the release: site or "wave", guard, number, limit
+    freeze: str = ""  # why nothing may be promoted now, e.g. the error budget; empty: it may
 
 
 class Promote(Section):

@@ -16,7 +16,7 @@ from pipeline.cluster import ingest
 from pipeline.cluster.ingest import Backlog, SegmentResult, collect, find
 from pipeline.cluster.repair import Repaired, repair_site
 from pipeline.config import Config, load
-from pipeline.control.deployment import featured_by, now
+from pipeline.control.deployment import ingest_sources, now
 from pipeline.data.captures import SCHEMA, read_segment, write_segment
 from pipeline.data.features import read_features, write_features
 from pipeline.data.featurise import CHUNK, decoded, store_segment, through_trunk
@@ -462,11 +462,11 @@ def test_who_featurises_is_the_champion_and_the_challenger(fleet: Fleet) -> None
     named = {}
     for challenger in (None, 1, 2, 3):
         ledger.set_challenger(challenger, now=now())
-        named[challenger] = [s.version for s in featured_by(config, ledger)]
+        named[challenger] = [s.version for s in ingest_sources(config, ledger)]
     assert named == {None: [1], 1: [1], 2: [1, 2], 3: [1]}, "a trunk that they share is asked once"
     ledger.set_challenger(4, now=now())
     with pytest.raises(ValueError, match=f"^data.size: {SIZE}, but source v4 was trained at {2 * SIZE}$"):
-        featured_by(config, ledger)
+        ingest_sources(config, ledger)
 
 
 def test_a_task_asks_for_its_share_of_a_gpu() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.control import adapt as shard
 from pipeline.control.deployment import now
-from pipeline.control.rebase import retained, unbroken
+from pipeline.control.rebase import retained_segments, unbroken_suffix
 from pipeline.data.anchor import open_sealed, seal
 from pipeline.data.features import forget_range, read_features, write_features
 from pipeline.ledger import Cycle, SegmentRow
@@ -50,7 +50,7 @@ def test_the_newest_whole_segments_are_retained_that_hold_so_many_samples(counts
     rows = stream(counts)
     behind = rows[: max(0, len(rows) - ahead)]
     learned = sum(r.rows for r in behind)
-    kept = retained(rows, learned=learned, samples=samples)
+    kept = retained_segments(rows, learned=learned, samples=samples)
     assert list(kept) == [r for r in behind if r.rows][len([r for r in behind if r.rows]) - len(kept) :]
     good = sum(r.good for r in kept)
     assert good >= samples or len(kept) == len([r for r in behind if r.rows])
@@ -61,7 +61,7 @@ def test_the_newest_whole_segments_are_retained_that_hold_so_many_samples(counts
 def test_what_lies_before_a_hole_is_not_retained(counts):
     rows = stream([c for c, _ in counts])
     whole = {r.name for r, (_, there) in zip(rows, counts, strict=True) if there}
-    kept = unbroken(rows, lambda r: r.name in whole)
+    kept = unbroken_suffix(rows, lambda r: r.name in whole)
     assert list(kept) == rows[len(rows) - len(kept) :]
     assert {r.name for r in kept} <= whole
     assert len(kept) == len(rows) or rows[-len(kept) - 1].name not in whole

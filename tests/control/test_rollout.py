@@ -31,9 +31,9 @@ from hypothesis.stateful import (
 from pipeline import rollout as ro
 from pipeline.config import load
 from pipeline.control import rollout as drive
-from pipeline.control.health import observe, returning
+from pipeline.control.health import observe, observe_rollback
 from pipeline.ledger import Ledger, StaleGeneration
-from pipeline.rollout import Candidate, Failing, Freeze, Pointer, RolloutConfig, SiteFacts, Status
+from pipeline.rollout import Candidate, FailingSite, Freeze, Pointer, RolloutConfig, SiteFacts, Status
 from tests.support.ledgers import BAD, GOOD, T0, begin, segment, shard
 
 CONFIG = load(None, [])
@@ -233,14 +233,17 @@ class World:
 
     def look(self):
         row, r = self.row, self.r
-        if r.status in ro.RETURNING:
-            return returning(self.ledger, row.id, r)
+        if r.status in ro.IN_ROLLBACK:
+            return observe_rollback(self.ledger, row.id, r)
         seen = observe(CONFIG, self.ledger, row.id, r)
         on = self.ledger.promoted(row.id, upto=r.wave, names=sorted(self.bad)) if seen.waves else []
-        waves = tuple(replace(w, presentations=None) for w in seen.waves)
+        waves = tuple(replace(w, attack_presentations=None) for w in seen.waves)
         breach = (self.breach,) if self.breach and seen.waves else ()
         return replace(
-            seen, waves=waves, failing={p.site: Failing(p.wave, "shadow 9 of 9") for p in on}, breach=breach
+            seen,
+            waves=waves,
+            failing={p.site: FailingSite(p.wave, "shadow 9 of 9") for p in on},
+            breach=breach,
         )
 
     def step(self):
@@ -291,7 +294,7 @@ class World:
             if self.r.status in ro.TERMINAL:
                 return self.r.status
             for who in ("ann", "bob"):
-                if self.r.status not in ro.RETURNING:
+                if self.r.status not in ro.IN_ROLLBACK:
                     self.approve(who)
             if self.r.status == Status.PAUSED:
                 asked += 1
@@ -371,7 +374,7 @@ class Events(RuleBasedStateMachine):
         assert after_it.wave >= before.wave
         if before.status in ro.TERMINAL:
             assert (after_it, self.w.row.revision) == (before, revision)
-        if self.w.mortal.left < 0 and after_it.status in ro.FLYING and not self.ahead:
+        if self.w.mortal.left < 0 and after_it.status in ro.IN_PROGRESS and not self.ahead:
             assert self.top() <= after_it.wave
 
     @rule(again=st.integers(1, 3))
@@ -478,7 +481,7 @@ class Events(RuleBasedStateMachine):
             return
         self.new_rows_are_allowed()
         r, on, row = self.r, self.w.on(), self.w.row
-        if r.status in ro.FLYING or r.status in ro.WAITING | {Status.PAUSED}:  # I3
+        if r.status in ro.IN_PROGRESS or r.status in ro.NOT_STARTED | {Status.PAUSED}:  # I3
             reached = min(r.wave + self.ahead, len(r.plan.waves) - 1)
             assert max((wave for wave, _ in on.values()), default=-1) <= reached
             assert len(on) <= sum(w.sites for w in r.plan.waves[: reached + 1]) + r.joined
@@ -613,14 +616,14 @@ def drives(me, path, barrier):
             if me == 2 and r.wave == 1:
                 drive.change(ledger, row, lambda r: ro.abort(r, reason="incident", now=T0), "aborted")
             seen = (
-                returning(ledger, row.id, r)
-                if r.status in ro.RETURNING
+                observe_rollback(ledger, row.id, r)
+                if r.status in ro.IN_ROLLBACK
                 else observe(CONFIG, ledger, row.id, r)
             )
             drive.step(
                 ledger,
                 row,
-                replace(seen, waves=tuple(replace(w, presentations=None) for w in seen.waves)),
+                replace(seen, waves=tuple(replace(w, attack_presentations=None) for w in seen.waves)),
                 T0,
             )
         except StaleGeneration:

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 from pipeline.guards import (
     Cell,
-    Earlier,
     Evidence,
     GuardsConfig,
-    Seen,
+    SiteHistory,
     Stream,
     Verdict,
-    added,
+    WindowScores,
+    add_hours,
     assess,
     expired,
-    stream_of,
-    usual,
+    measure_stream,
+    usual_modalities,
 )
 
 LIMITS = GuardsConfig()
@@ -222,7 +222,7 @@ def window(rng, n=200, *, shift=0.0, **changes):
         1 / (1 + np.exp(-(np.where(real, 3.0, -3.0) + rng.normal(size=n // 2).repeat(2) + shift))), 0, 1
     )
     label = np.where(np.arange(n) % 2, -1, real.astype(int))
-    seen = Seen(
+    seen = WindowScores(
         score, score, score, label, np.full(n, 0.01), np.arange(n) // 2, np.full(n, 7), np.arange(n) % 24
     )
     return seen._replace(**changes)
@@ -232,8 +232,8 @@ def source(rng, n=1200):
     return 1 / (1 + np.exp(-(np.where(np.arange(n) < n // 2, 3.0, -3.0) + rng.normal(size=n))))
 
 
-def measured(seen, rng, **earlier):
-    return stream_of(LIMITS, seen, source(rng), 0.5, earlier=Earlier(**earlier), steps=7)
+def measured(seen, rng, **history):
+    return measure_stream(LIMITS, seen, source(rng), 0.5, history=SiteHistory(**history), steps=7)
 
 
 def test_a_window_is_counted():
@@ -285,22 +285,22 @@ def test_a_site_that_accepts_more_than_its_hours_did_is_frozen():
 
 def test_an_empty_window_and_a_missing_source_are_not_measured():
     rng = np.random.default_rng(5)
-    none = Seen(
+    none = WindowScores(
         *(
             np.zeros(0, int) if n in ("pseudo_label", "session", "present", "hour") else np.zeros(0)
-            for n in Seen._fields
+            for n in WindowScores._fields
         )
     )
     got = measured(none, rng)
     assert (got.sessions, got.drift_entropy, got.risk_lower) == (0, None, None)
-    few_known = stream_of(LIMITS, window(rng), np.zeros(10), 0.5, earlier=Earlier(), steps=None)
+    few_known = measure_stream(LIMITS, window(rng), np.zeros(10), 0.5, history=SiteHistory(), steps=None)
     assert (few_known.drift_attack, few_known.risk_source) == (None, None)
     assert assess(LIMITS, evidence(got)).outcome == "pass"
 
 
 def test_hours_add_up():
     a, b = ((1, 0),) * 24, ((2, 2),) * 24
-    assert added(a, b) == ((3, 2),) * 24
-    assert added((), b) == b == added(b, ())
-    assert usual(np.array([7, 3, 3])) == 3
-    assert usual(np.zeros(0, np.int64)) == 0
+    assert add_hours(a, b) == ((3, 2),) * 24
+    assert add_hours((), b) == b == add_hours(b, ())
+    assert usual_modalities(np.array([7, 3, 3])) == 3
+    assert usual_modalities(np.zeros(0, np.int64)) == 0

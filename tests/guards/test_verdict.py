@@ -15,14 +15,14 @@ from pipeline.guards import (
     Cell,
     Evidence,
     GuardsConfig,
-    Standing,
+    LabelledCounts,
+    PromotedFindings,
     Verdict,
-    Watch,
     assess,
-    budget,
-    compare,
+    compare_with_controls,
+    error_budget,
     evidence_of,
-    watch,
+    judge_promoted,
 )
 
 LIMITS = GuardsConfig()
@@ -328,16 +328,16 @@ def standing(attacks, accepted, *, worse=None, better=None, bona_fide=0, refused
         np.broadcast_to(v, a.shape)
         for v in (x if worse is None else worse, 0 if better is None else better, refused, bona_fide)
     )
-    return Standing(names or [f"s{i:05d}" for i in range(len(a))], a, x, w, b, n, r)
+    return LabelledCounts(names or [f"s{i:05d}" for i in range(len(a))], a, x, w, b, n, r)
 
 
 def test_no_sites_and_no_presentations_are_no_finding():
-    assert watch(LIMITS, standing(0, [])) == Watch({}, ())
-    assert watch(LIMITS, standing(0, [0, 0])) == Watch({}, ())
+    assert judge_promoted(LIMITS, standing(0, [])) == PromotedFindings({}, ())
+    assert judge_promoted(LIMITS, standing(0, [0, 0])) == PromotedFindings({}, ())
 
 
 def test_a_site_over_the_hard_ceiling_is_a_breach_that_names_it():
-    got = watch(LIMITS, standing(60, [0, 0, 24, 0], better=1))
+    got = judge_promoted(LIMITS, standing(60, [0, 0, 24, 0], better=1))
     (reason,) = [r for r in got.breach if r.guard == "ceiling"]
     assert reason.where == "s00002"
     assert "APCER of s00002 24 of 60" in reason.text
@@ -346,28 +346,30 @@ def test_a_site_over_the_hard_ceiling_is_a_breach_that_names_it():
 
 
 def test_what_going_back_would_not_mend_is_no_reason_to_go_back():
-    assert watch(LIMITS, standing(60, [24, 24], worse=2, better=2)) == Watch({}, ())
-    assert watch(LIMITS, standing(60, [24, 24], worse=24, better=0)).breach
+    assert judge_promoted(LIMITS, standing(60, [24, 24], worse=2, better=2)) == PromotedFindings({}, ())
+    assert judge_promoted(LIMITS, standing(60, [24, 24], worse=24, better=0)).breach
 
 
 def test_a_site_that_refuses_its_people_is_taken_back_alone():
-    got = watch(LIMITS, standing(50, [1, 0], bona_fide=100, refused=[10, 45]))
+    got = judge_promoted(LIMITS, standing(50, [1, 0], bona_fide=100, refused=[10, 45]))
     assert got.breach == ()
     assert set(got.failing) == {"s00001"}
     assert "BPCER of s00001 45 of 100" in got.failing["s00001"][0].text
 
 
 def test_many_small_rises_stop_the_wave_before_any_site_stops():
-    got = watch(LIMITS, standing(100, [10] * 100))
+    got = judge_promoted(LIMITS, standing(100, [10] * 100))
     (reason,) = [r for r in got.breach if "attacks accepted" in r.text]
     assert reason.where == "wave"
     assert reason.number > reason.limit == pytest.approx(1 / 0.0018)
-    assert not watch(LIMITS, standing(100, [2] * 100)).breach
+    assert not judge_promoted(LIMITS, standing(100, [2] * 100)).breach
 
 
 def test_advisory_guards_of_the_fleet_decide_nothing():
     quiet = limits(shadow={"advisory": True}, ceiling={"advisory": True})
-    assert watch(quiet, standing(100, [60] * 10, bona_fide=100, refused=90)) == Watch({}, ())
+    assert judge_promoted(quiet, standing(100, [60] * 10, bona_fide=100, refused=90)) == PromotedFindings(
+        {}, ()
+    )
 
 
 def test_ten_thousand_sites_are_watched_in_milliseconds():
@@ -383,7 +385,7 @@ def test_ten_thousand_sites_are_watched_in_milliseconds():
     took = []
     for _ in range(5):
         start = time.perf_counter()
-        assert watch(LIMITS, s).breach == ()
+        assert judge_promoted(LIMITS, s).breach == ()
         took.append(time.perf_counter() - start)
     assert min(took) < 0.1  # 0.01 s on a free core
 
@@ -403,7 +405,7 @@ def stops(rng, runs, looks, rates, step):
     for r in range(runs):
         lost = set()
         for t in range(looks):
-            got = watch(
+            got = judge_promoted(
                 LIMITS, standing((t + 1) * step, accepted[t, r], worse=worse[t, r], better=better[t, r])
             )
             lost |= set(got.failing)
@@ -441,10 +443,10 @@ def test_control_sites_show_a_stratum_that_errs_more():
     }
     treated = standing(200, [20] * 5 + [4] * 5, bona_fide=500, refused=10, names=[f"t{i}" for i in range(10)])
     controls = standing(1000, [20, 20, 900], bona_fide=2000, refused=40, names=["c0", "c1", "c2"])
-    (reason,) = compare(LIMITS, treated, controls, strata=strata)
+    (reason,) = compare_with_controls(LIMITS, treated, controls, strata=strata)
     assert (reason.guard, reason.where) == ("controls", "north")
     assert "100 of 1000 at promoted sites, 20 of 1000 at control sites" in reason.text
-    assert compare(LIMITS, controls, treated, strata=strata) == ()
+    assert compare_with_controls(LIMITS, controls, treated, strata=strata) == ()
 
 
 def test_control_sites_keep_their_false_findings_under_peeking():
@@ -455,7 +457,7 @@ def test_control_sites_keep_their_false_findings_under_peeking():
         names = [f"x{i}" for i in range(10)]
         strata = {n: n for n in names}
         found += any(
-            compare(
+            compare_with_controls(
                 LIMITS, standing(t, a[t - 1], names=names), standing(t, b[t - 1], names=names), strata=strata
             )
             for t in (20, 60, 150, 300, 600)
@@ -465,13 +467,13 @@ def test_control_sites_keep_their_false_findings_under_peeking():
 
 def test_the_error_budget_freezes_when_it_burns_too_fast():
     quiet = np.full(24, 5.0), np.full(24, 1000.0)
-    assert budget(LIMITS, *quiet) == ()
+    assert error_budget(LIMITS, *quiet) == ()
     burning = quiet[0].copy()
     burning[-1] = 220  # 22 % in an hour: 3.06 % of the month's 1 %
-    (reason,) = budget(LIMITS, burning, quiet[1])
+    (reason,) = error_budget(LIMITS, burning, quiet[1])
     assert (reason.guard, reason.call, reason.where) == ("budget", "hold", "fleet")
     assert reason.number == pytest.approx(0.22 / 7.2)
     burning[-6:] = 142  # 14.2 % for six hours
-    assert [r.limit for r in budget(LIMITS, burning, quiet[1])] == [0.10]
-    assert budget(LIMITS, [1], [2]) == (), "one error of two proves nothing"
-    assert budget(LIMITS, [], []) == ()
+    assert [r.limit for r in error_budget(LIMITS, burning, quiet[1])] == [0.10]
+    assert error_budget(LIMITS, [1], [2]) == (), "one error of two proves nothing"
+    assert error_budget(LIMITS, [], []) == ()

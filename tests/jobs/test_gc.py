@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jobs import gc
 from jobs.__main__ import main
 from pipeline.config import Config, load
-from pipeline.control.scoring import scored
+from pipeline.control.scoring import join_labels
 from pipeline.data import blobs
 from pipeline.data.features import FeatureBlock, read_features, write_features
 from pipeline.guards import Cell, Evidence, GuardsConfig, assess
@@ -254,7 +254,7 @@ def test_scoring_goes_without_what_was_collected(fleet):
     fleet.day += 10
     fleet.collect(keep=5)
     (row,) = fleet.ledger.sources()
-    assert scored(fleet.config, row, fleet.ledger.verdicts(site="east")) is None
+    assert join_labels(fleet.config, row, fleet.ledger.verdicts(site="east")) is None
 
 
 @pytest.mark.parametrize(

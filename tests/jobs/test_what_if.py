@@ -24,7 +24,7 @@ from pipeline.cluster import ingest
 from pipeline.config import Config, ConfigError, altered, load
 from pipeline.control import whatif
 from pipeline.control.adapt import ShardJob, adapt_sites
-from pipeline.control.scoring import scored
+from pipeline.control.scoring import join_labels
 from pipeline.data import featurise
 from pipeline.data.anchor import AnchorSet, seal
 from pipeline.data.captures import check_segment
@@ -188,8 +188,8 @@ def verdict(outcome: str) -> Verdict:
     return Verdict(outcome=outcome, reasons=(reason,))  # pyright: ignore
 
 
-def side(score, *, pseudo=None, ratio=0.0, outcome=None) -> whatif.Replayed:
-    return whatif.Replayed(trace(score, pseudo), ratio, verdict(outcome) if outcome else None)
+def side(score, *, pseudo=None, ratio=0.0, outcome=None) -> whatif.ReplayedSite:
+    return whatif.ReplayedSite(trace(score, pseudo), ratio, verdict(outcome) if outcome else None)
 
 
 def truth(label, pai=None) -> whatif.Truth:
@@ -202,7 +202,7 @@ SCORES = arrays(np.float32, st.integers(1, 40), elements=st.floats(0, 1, width=3
 @given(score=SCORES, seed=st.integers(0, 2**16), threshold=st.floats(0, 1))
 def test_a_stream_beside_itself_has_no_difference(score, seed, threshold):
     label = np.random.default_rng(seed).integers(-1, 2, len(score))
-    d = whatif.difference(
+    d = whatif.compare_site(
         "s", side(score, outcome="hold"), side(score, outcome="hold"), truth(label), threshold
     )
     assert (d.newly_accepted, d.newly_refused, d.worse_verdict) == (0.0, 0.0, False)
@@ -215,13 +215,13 @@ def test_a_stream_beside_itself_has_no_difference(score, seed, threshold):
 def test_flips_have_a_direction_and_explain_what_is_accepted(a, seed):
     random = np.random.default_rng(seed)
     b, label = random.random(len(a), np.float32), random.integers(-1, 2, len(a))
-    d, back = (whatif.difference("s", side(x), side(y), truth(label), 0.5) for x, y in ((a, b), (b, a)))
+    d, back = (whatif.compare_site("s", side(x), side(y), truth(label), 0.5) for x, y in ((a, b), (b, a)))
     assert d.what_if.accepted - d.now.accepted == pytest.approx(d.newly_accepted - d.newly_refused)
     assert (d.newly_accepted, d.newly_refused) == (back.newly_refused, back.newly_accepted)
 
 
 def test_one_sample_each_way():
-    d = whatif.difference(
+    d = whatif.compare_site(
         "s",
         side([0.1, 0.9, 0.9, 0.2], pseudo=[0, 1, -1, -1]),
         side([0.7, 0.1, 0.8, float("nan")], pseudo=[1, 1, 1, -1]),
@@ -237,7 +237,7 @@ def test_one_sample_each_way():
 
 def test_a_threshold_is_compared_in_double_precision():
     """0.1 rounded to float32 lies above 0.1: it is accepted, as it is everywhere else."""
-    d = whatif.difference(
+    d = whatif.compare_site(
         "s", side([0.1]), side([np.nextafter(np.float32(0.1), np.float32(0))]), truth([-1]), 0.1
     )
     assert (d.now.accepted, d.what_if.accepted, d.newly_refused) == (1.0, 0.0, 1.0)
@@ -246,12 +246,12 @@ def test_a_threshold_is_compared_in_double_precision():
 @pytest.mark.parametrize("now", ["pass", "hold", "fail", None])
 @pytest.mark.parametrize("then", ["pass", "hold", "fail", None])
 def test_a_worse_verdict(now, then):
-    d = whatif.difference("s", side([0.5], outcome=now), side([0.5], outcome=then), truth([1]), 0.5)
+    d = whatif.compare_site("s", side([0.5], outcome=now), side([0.5], outcome=then), truth([1]), 0.5)
     assert d.worse_verdict == ((now, then) in {("pass", "hold"), ("pass", "fail"), ("hold", "fail")})
 
 
 def labelled(site: str, now, then) -> whatif.Difference:
-    return whatif.difference(site, side(now), side(then), truth([0, 1]), 0.5)
+    return whatif.compare_site(site, side(now), side(then), truth([0, 1]), 0.5)
 
 
 def test_the_worst_site_comes_first_and_the_fleet_is_counted():
@@ -260,14 +260,14 @@ def test_the_worst_site_comes_first_and_the_fleet_is_counted():
         labelled("c", [1, 1], [0, 1]),
         labelled("a", [0, 1], [0, 1]),
     )
-    unknown = whatif.difference("d", side([0] * 10), side([1] * 2 + [0] * 8), truth([-1] * 10), 0.5)
+    unknown = whatif.compare_site("d", side([0] * 10), side([1] * 2 + [0] * 8), truth([-1] * 10), 0.5)
     assert [d.site for d in whatif.worst_first([better, same, unknown, worse])] == ["b", "d", "a", "c"]
-    found = whatif.fleet([worse, better, same, unknown])
+    found = whatif.fleet_summary([worse, better, same, unknown])
     assert (found["sites"], found["labelled_sites"], found["samples"]) == (4, 3, 16)
     assert (found["harmed"], found["improved"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
     assert found["mean"]["hter"] == [pytest.approx(1 / 6), pytest.approx(1 / 6)]  # pyright: ignore
-    assert whatif.fleet([unknown])["harmed"] is None
-    json.dumps([whatif.fleet([]), unknown.row()], allow_nan=False)
+    assert whatif.fleet_summary([unknown])["harmed"] is None
+    json.dumps([whatif.fleet_summary([]), unknown.row()], allow_nan=False)
 
 
 def test_the_distance_is_relative_to_the_source():
@@ -281,8 +281,8 @@ def test_the_distance_is_relative_to_the_source():
 def test_what_changed_is_named_key_by_key():
     now = {"site": {"kind": "danet", "lr": 1, "clip": 2}, "bank": {"sites": 2}}
     then = {"site": {"kind": "tent", "lr": 1, "margin": 3}, "bank": {"sites": 4}}
-    assert whatif.changed(now, now) == {}
-    assert whatif.changed(now, then) == {
+    assert whatif.changed_settings(now, now) == {}
+    assert whatif.changed_settings(now, then) == {
         "site.kind": ["danet", "tent"],
         "site.clip": [2, None],
         "site.margin": [None, 3],
@@ -355,7 +355,7 @@ def test_now_is_what_the_first_cycle_recorded(recorded, capsys):
     assert {r["site"] for r in found["sites"]} == set(SITES)
     for row in found["sites"]:
         judged = d.ledger.verdicts(site=row["site"])
-        joined = scored(d.config, source, judged)
+        joined = join_labels(d.config, source, judged)
         assert joined is not None
         known, counted = joined.pad("online", float(str(source.manifest["threshold"]))), judged[0].counters
         assert known is not None

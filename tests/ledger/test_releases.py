@@ -98,14 +98,14 @@ def test_a_wave_moves_zone_by_zone(planned):
     done = sum(promote(planned, w, zones=("Asia/Tokyo",)) for w in (0, 1))
     assert (done, set(planned.serving())) == (2, in_tokyo)
     assert promote(planned, 0, zones=()) == 0
-    late = {z: n for w in (0, 1) for z, n in planned.wave_seen("r1", w, without=()).late.items()}
+    late = {z: n for w in (0, 1) for z, n in planned.wave_seen("r1", w, without=()).not_serving.items()}
     assert set(late) == {"UTC"}
 
 
 def test_a_wave_is_seen_without_failed_and_retired_sites(planned):
     last = wave_of(planned, 1)
     seen = planned.wave_seen("r1", 1, without=())
-    assert (seen.sites, sum(seen.late.values()), seen.first_late) == (3, 3, last[0])
+    assert (seen.sites, sum(seen.not_serving.values()), seen.first_not_serving) == (3, 3, last[0])
     planned.set_retired(last[0], retired=True, reason="sold", now=T0)
     assert planned.wave_seen("r1", 1, without=[last[1]]).sites == 1
     assert promote(planned, 1) == 2

@@ -18,7 +18,7 @@ from pipeline.rollout import (
     Target,
     WaveObservation,
     advance,
-    approved,
+    approvers,
 )
 from tests.support.ledgers import T0, begin, execute, segment, shard
 
@@ -140,7 +140,7 @@ def test_a_rollout_of_an_older_version_goes_on(old):
     ledger = Ledger.open(old)
     row = ledger.rollout("release-00002")
     r = Rollout.model_validate_json(row.body)
-    assert (r.status, r.wave, r.failed, approved(r), r.plan_hash) == (
+    assert (r.status, r.wave, r.failed, approvers(r), r.plan_hash) == (
         "baking",
         0,
         {"b": 0},

@@ -14,7 +14,7 @@ from pipeline import rollout as ro
 from pipeline.rollout import (
     Candidate,
     Excluded,
-    Failing,
+    FailingSite,
     Freeze,
     Observation,
     Pointer,
@@ -24,7 +24,7 @@ from pipeline.rollout import (
     Target,
     WaveObservation,
 )
-from pipeline.rollout.calendar import awake
+from pipeline.rollout.calendar import zones_at_night
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 SOURCE = Pointer(None, 1)
@@ -58,8 +58,8 @@ class Fleet:
         self.targets = self.draft.targets
         self.r = ro.start(self.draft.plan, T0)
         self.serving = {s: f.serving for s, f in self.facts.items() if f.serving}
-        self.silent, self.failing, self.breach, self.freeze = set(), {}, (), ""
-        self.presentations, self.now, self.actions = None, T0, ()
+        self.without_data, self.failing, self.breach, self.freeze = set(), {}, (), ""
+        self.attack_presentations, self.now, self.actions = None, T0, ()
 
     def promoted(self, wave=None):
         return {s for s, t in self.targets.items() if self.serving[s] == t.to and wave in (None, t.wave)}
@@ -70,21 +70,23 @@ class Fleet:
     def _wave_seen(self, i):
         sites = [s for s in self.wave(i) if s in self.targets and s not in self.r.failed]
         late = [s for s in sites if s not in self.promoted()]
-        quiet = [s for s in sites if s in self.silent and s not in late]
+        quiet = [s for s in sites if s in self.without_data and s not in late]
         return WaveObservation(
             len(sites),
             Counter(self.targets[s].zone for s in late),
             min(late, default=""),
             len(quiet),
             min(quiet, default=""),
-            self.presentations,
+            self.attack_presentations,
         )
 
     def seen(self):
         on = {s for s in self.promoted() if self.targets[s].to != self.targets[s].back}
         started = min(self.r.wave, len(self.draft.plan.waves) - 1) + 1
         failing = {
-            s: Failing(self.targets[s].wave, why) for s, why in self.failing.items() if s in self.promoted()
+            s: FailingSite(self.targets[s].wave, why)
+            for s, why in self.failing.items()
+            if s in self.promoted()
         }
         return Observation(
             tuple(self._wave_seen(i) for i in range(started)),
@@ -358,12 +360,12 @@ def test_advance_is_idempotent():
 
 def test_silence_holds_and_then_waits_for_a_person():
     f = Fleet(100).to_wave(1)
-    f.silent = set(f.wave(0))
+    f.without_data = set(f.wave(0))
     assert f.tick(3601) == Status.HOLD
     assert "no data from 1 of 1" in f.r.reason
     assert f.tick(86_401) == Status.PAUSED
     assert isinstance(f.actions[-1], ro.Notify)
-    f.silent = set()
+    f.without_data = set()
     assert f.tick(10**6) == Status.PAUSED
     f.r = ro.resume(f.r, now=f.now)
     assert f.tick() == Status.BAKING
@@ -372,28 +374,28 @@ def test_silence_holds_and_then_waits_for_a_person():
 
 def test_a_hold_ends_when_the_data_comes():
     f = Fleet(100).to_wave(1)
-    f.silent = set(f.wave(1))
+    f.without_data = set(f.wave(1))
     f.tick(3601)
-    f.silent = set()
+    f.without_data = set()
     assert (f.tick(1), f.r.wave) == (Status.STAGING, 2)
 
 
 def test_too_few_labelled_presentations_hold_and_say_so():
     f = Fleet(100).to_wave(1)
-    f.presentations = 99
+    f.attack_presentations = 99
     assert f.tick(3601) == Status.HOLD
     assert f.r.reason == (
         "wave 2 saw 99 labelled attack presentations, rollout.health_presentations wants 100; "
         "record what the red team presents in data.redteam"
     )
-    f.presentations = 100
+    f.attack_presentations = 100
     assert f.tick(1) == Status.STAGING
 
 
 @pytest.mark.parametrize("count, status", [(4, Status.HOLD), (3, Status.STAGING)])
 def test_some_silent_sites_may_be_allowed(count, status):
     f = Fleet(100, RolloutConfig(missing_share=0.1, two_people_from=None)).to_wave(3)
-    f.silent = set(f.wave(3)[:count])
+    f.without_data = set(f.wave(3)[:count])
     assert f.tick(3601) == status
 
 
@@ -467,7 +469,7 @@ def test_rollback_waits_for_no_data_is_repeatable_and_respects_later_moves():
     f = Fleet(100).to_wave(3)
     moved = f.wave(0)[0]
     f.serving[moved] = pointer(777)  # a person moved it by hand
-    f.silent = set(f.targets)
+    f.without_data = set(f.targets)
     f.r = ro.abort(f.r, reason="incident", now=f.now)
     assert f.tick(obey=False) == Status.ROLLING_BACK
     f.r = ro.abort(f.r, reason="again", now=f.now)
@@ -510,7 +512,7 @@ def test_a_large_wave_waits_for_a_second_person():
 
 def test_an_override_takes_two_people_and_expires():
     f = Fleet(100).to_wave(1)
-    f.silent = set(f.targets)
+    f.without_data = set(f.targets)
     assert f.tick(3601) == Status.HOLD
     with pytest.raises(ro.RolloutError, match="needs a reason"):
         ro.override(f.r, who="ann", reason=" ", now=f.now)
@@ -519,7 +521,7 @@ def test_an_override_takes_two_people_and_expires():
         assert f.tick(1) == status
     f.tick()
     assert f.tick(3601) == Status.HOLD, "an hour later it is over"
-    assert not ro.overridden(f.r, f.now)
+    assert not ro.override_active(f.r, f.now)
 
 
 def test_a_freeze_holds_without_pausing_and_then_goes_on():
@@ -571,9 +573,9 @@ def test_sites_are_promoted_in_their_own_night():
 )
 def test_a_night_is_the_sites_own_also_when_its_clock_is_changed(at, zone, night):
     now = datetime.fromisoformat(at).replace(tzinfo=UTC)
-    assert awake("22:00-03:00", [zone, zone], now) == ((zone,) if night else ())
-    assert awake("00:00-23:59", [zone], now) == (zone,)
-    assert awake(None, [zone], now) is None
+    assert zones_at_night("22:00-03:00", [zone, zone], now) == ((zone,) if night else ())
+    assert zones_at_night("00:00-23:59", [zone], now) == (zone,)
+    assert zones_at_night(None, [zone], now) is None
 
 
 def test_sites_join_the_last_wave_until_it_begins():
@@ -629,4 +631,4 @@ def test_a_retry_is_for_the_wave_that_flies():
 def test_two_people_look_at_a_wave_that_covers_a_small_fleet():
     plan = Fleet(2, RolloutConfig()).r.plan
     assert plan.waves[0].share < 0.5
-    assert ro.needed(plan, 0) == 2
+    assert ro.approvals_needed(plan, 0) == 2

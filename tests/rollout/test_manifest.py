@@ -15,9 +15,9 @@ from pipeline.rollout.manifest import (
     BadKey,
     ManifestError,
     ReleaseManifest,
-    accepted,
+    acceptance_of,
     new_key,
-    opened,
+    open_envelope,
     private_key,
     public_key,
     sign,
@@ -58,8 +58,8 @@ def check(signed=SIGNED, *, key=OPEN, site="gate-a", last: Accepted | None = Non
 
 def test_what_was_signed_is_what_is_read():
     assert check() == release()
-    assert check(last=accepted(release())) == release(), "the same one may be verified again"
-    assert check(sign(release(8), KEY), last=accepted(release())).counter == 8
+    assert check(last=acceptance_of(release())) == release(), "the same one may be verified again"
+    assert check(sign(release(8), KEY), last=acceptance_of(release())).counter == 8
 
 
 @given(st.integers(0, len(SIGNED) - 1), st.integers(1, 255))
@@ -67,7 +67,7 @@ def test_any_changed_byte_is_refused(at, flip):
     changed = bytearray(SIGNED)
     changed[at] ^= flip
     with pytest.raises(ManifestError):
-        opened(bytes(changed), OPEN)
+        open_envelope(bytes(changed), OPEN)
 
 
 def test_every_byte_is_covered():
@@ -76,20 +76,20 @@ def test_every_byte_is_covered():
             changed = bytearray(SIGNED)
             changed[at] ^= flip
             with pytest.raises(ManifestError):
-                opened(bytes(changed), OPEN)
+                open_envelope(bytes(changed), OPEN)
 
 
 @given(st.integers(0, len(SIGNED)), st.binary(min_size=1, max_size=4))
 def test_no_byte_is_added_or_cut(at, more):
     for changed in (SIGNED[:at] + more + SIGNED[at:], SIGNED[:at] if at < len(SIGNED) else b""):
         with pytest.raises(ManifestError):
-            opened(changed, OPEN)
+            open_envelope(changed, OPEN)
 
 
 @given(st.binary(max_size=200) | st.text(max_size=50).map(str.encode) | st.just(b"[" * 100_000))
 def test_garbage_is_refused_in_one_line(junk):
     with pytest.raises(ManifestError) as e:
-        opened(junk, OPEN)
+        open_envelope(junk, OPEN)
     assert "\n" not in str(e.value)
 
 
@@ -100,7 +100,7 @@ def test_bits_that_base64_does_not_use_are_covered():
     other = text[:-3] + letters[letters.index(text[-3]) ^ 1] + "=="
     assert base64.b64decode(other) == base64.b64decode(text)
     with pytest.raises(ManifestError, match="signature"):
-        opened(SIGNED.replace(text.encode(), other.encode()), OPEN)
+        open_envelope(SIGNED.replace(text.encode(), other.encode()), OPEN)
 
 
 @pytest.mark.parametrize(
@@ -108,12 +108,12 @@ def test_bits_that_base64_does_not_use_are_covered():
     [
         ({"key": public_key(new_key()[1], "")}, "was signed with key .*, not with"),
         ({"site": "gate-b"}, "for site gate-a, this is gate-b"),
-        ({"last": accepted(release(1, site="gate-b"))}, "for site gate-a"),
+        ({"last": acceptance_of(release(1, site="gate-b"))}, "for site gate-a"),
         ({"now": T0 + 168 * HOUR}, "expired at 2026-03-08 00:00 UTC"),
         ({"now": T0 - HOUR}, "issued at 2026-03-01 00:00 UTC, but this clock says 2026-02-28 23:00"),
-        ({"last": accepted(release(7, issued_at=T0 + 2 * HOUR))}, "but this clock says"),
-        ({"last": accepted(release(8))}, "replayed: release 7, but 8 was accepted before"),
-        ({"last": accepted(release(7, state="other"))}, "two different releases have the counter 7"),
+        ({"last": acceptance_of(release(7, issued_at=T0 + 2 * HOUR))}, "but this clock says"),
+        ({"last": acceptance_of(release(8))}, "replayed: release 7, but 8 was accepted before"),
+        ({"last": acceptance_of(release(7, state="other"))}, "two different releases have the counter 7"),
     ],
 )
 def test_what_is_refused_says_why(changes, said):
@@ -127,27 +127,27 @@ def test_a_forger_cannot_pass_off_another_key_as_the_deployments():
     forged = json.loads(sign(release(99), other))
     forged["key"] = json.loads(SIGNED)["key"]
     with pytest.raises(ManifestError, match="signature does not hold"):
-        opened(json.dumps(forged, sort_keys=True, separators=(",", ":")).encode(), OPEN)
+        open_envelope(json.dumps(forged, sort_keys=True, separators=(",", ":")).encode(), OPEN)
 
 
 def test_the_same_release_may_be_issued_anew():
     later = release(issued_at=T0 + HOUR, expires_at=T0 + 500 * HOUR)
-    assert check(sign(later, KEY), last=accepted(release())) == later
-    assert check(last=accepted(release())) == release()
+    assert check(sign(later, KEY), last=acceptance_of(release())) == later
+    assert check(last=acceptance_of(release())) == release()
 
 
 def test_what_was_never_released_to_follows_the_champion_but_not_back():
     first, second = release(0), release(0, source_version=2, issued_at=T0 + HOUR)
-    assert check(sign(second, KEY), last=accepted(first)) == second
+    assert check(sign(second, KEY), last=acceptance_of(first)) == second
     with pytest.raises(ManifestError, match="replayed: issued at"):
-        check(sign(first, KEY), last=accepted(second))
+        check(sign(first, KEY), last=acceptance_of(second))
 
 
 @given(st.integers(0, 20), st.integers(0, 20), st.integers(-400, 400), st.integers(-400, 400))
 def test_it_is_accepted_exactly_when_newer_or_the_same_in_time(old, new, issued, now):
-    last = accepted(release(old))
+    last = acceptance_of(release(old))
     m = release(new, state=f"s{new}", issued_at=T0 + issued * HOUR, expires_at=T0 + (issued + 168) * HOUR)
-    last = last.model_copy(update={"content": accepted(release(old, state=f"s{old}")).content})
+    last = last.model_copy(update={"content": acceptance_of(release(old, state=f"s{old}")).content})
     fresh = max(issued, 0) <= now < issued + 168
     newer = new >= old
     try:

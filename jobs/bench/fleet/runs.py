@@ -147,7 +147,7 @@ def plain(config: Config) -> Timed:
         ledger.commit_ingest(held, taken.segments, taken.quarantined, now=now())
         ingested = time.perf_counter()
         pending = {r.site: r.ingested - r.learned for r in ledger.sites()}
-        for call in assign.calls(pending, slots=config.bank.sites):
+        for call in assign.group_calls(pending, slots=config.bank.sites):
             adapt_sites(shard_job(config, ledger, held), call)
         ledger.finish_cycle(held, summary={}, now=now())
         adapted = time.perf_counter()
@@ -233,8 +233,8 @@ def resident(url: str) -> float:
     pending = {r.site: r.ingested - r.learned for r in ledger.sites()}
     ledger.outcomes()
     ledger.serving()
-    assign.homes(list(pending), 28)
-    assign.calls(pending, slots=256)
+    assign.home_shards(list(pending), 28)
+    assign.group_calls(pending, slots=256)
     return psutil.Process().memory_info().rss / 2**30
 
 

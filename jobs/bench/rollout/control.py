@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from jobs.bench.rollout import fleet
 from pipeline import rollout as machine
-from pipeline.control.health import returning
+from pipeline.control.health import observe_rollback
 from pipeline.control.rollout import load, save, step
 from pipeline.ledger import Ledger
-from pipeline.rollout import RETURNING, TERMINAL, Observation, SiteFacts, Status, WaveObservation
+from pipeline.rollout import IN_ROLLBACK, TERMINAL, Observation, SiteFacts, Status, WaveObservation
 from pipeline.simulate import cloned_sites as crowd
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ def _run(config: RolloutConfig, ledger: Ledger, candidates: dict[str, Candidate]
     _check(ledger, row, Status.COMPLETED, len(candidates))
     clock = Clock()
     row = save(ledger, row, machine.abort(load(row), reason="bench", now=at), "aborted", at=at)
-    while load(row).status in RETURNING:
-        row, _ = step(ledger, row, returning(ledger, row.id, load(row)), at)
+    while load(row).status in IN_ROLLBACK:
+        row, _ = step(ledger, row, observe_rollback(ledger, row.id, load(row)), at)
     back = clock.read()
     _check(ledger, row, Status.ROLLED_BACK, 0)
     return plan, waves, back

@@ -1,6 +1,6 @@
 """What the guards of a rollout stop, over many seeds, beside two usual canaries on the same draws.
 
-A release goes over the fleet, decided by the state machine on what ``watch`` and ``budget`` find. Every promoted site
+A release goes over the fleet, decided by the state machine on what ``judge_promoted`` and ``error_budget`` find. Every promoted site
 shows ATTACKS labelled attacks a day, and is looked at LOOKS times a day; what serves and what it would go back to err
 independently. In a clean fleet every APCER is ``shadow.apcer``, the highest rate that is no reason to stop: no clean
 fleet is stopped more often. Harm: HARMED of the sites of wave 1 go to WORSE.
@@ -18,12 +18,12 @@ from scipy import stats
 
 from jobs.bench.rollout import fleet
 from pipeline import rollout as machine
-from pipeline.guards import Standing, budget, watch
+from pipeline.guards import LabelledCounts, error_budget, judge_promoted
 from pipeline.rollout import (
-    FLYING,
-    RETURNING,
+    IN_PROGRESS,
+    IN_ROLLBACK,
     Candidate,
-    Failing,
+    FailingSite,
     Observation,
     Pointer,
     Rollout,
@@ -208,14 +208,14 @@ class _Run:
     def look(self, draws: _Draws, look: int) -> None:
         """Judge what was presented, unless it has ended or waits for a person."""
         now = START + timedelta(hours=look * HOURS)
-        if self.r.status not in FLYING or self.held:
+        if self.r.status not in IN_PROGRESS or self.held:
             return
         errors, total = zip(*draws.hours[-6:], strict=True)
-        freeze = budget(self._on.limits, errors, total)
+        freeze = error_budget(self._on.limits, errors, total)
         self.freezes += bool(freeze)
         self._settle(self._seen(draws, freeze[0].text if freeze else ""), now)
         self.held = self.r.status in {Status.HOLD, Status.PAUSED}
-        if self.held or self.r.status in RETURNING:
+        if self.held or self.r.status in IN_ROLLBACK:
             self.stopped = look * ATTACKS // LOOKS
 
     def _seen(self, draws: _Draws, freeze: str) -> Observation:
@@ -224,9 +224,9 @@ class _Run:
             self._on.names[:end],
             draws.calls[:end],
         )  # a site that went back goes on to count, by replay
-        found = watch(
+        found = judge_promoted(
             self._on.limits,
-            Standing(
+            LabelledCounts(
                 names,
                 draws.attacks[:end],
                 draws.accepted[:end],
@@ -241,7 +241,7 @@ class _Run:
             freeze=freeze,
             breach=tuple(b.text for b in found.breach),
             failing={
-                s: Failing(self._on.draft.targets[s].wave, why[0].text)
+                s: FailingSite(self._on.draft.targets[s].wave, why[0].text)
                 for s, why in found.failing.items()
                 if s not in self.r.failed
             },
@@ -256,7 +256,7 @@ class _Run:
         while True:
             before = self.r
             self.r, actions = machine.advance(self.r, seen, now)
-            if self.r.status not in FLYING:
+            if self.r.status not in IN_PROGRESS:
                 return
             for a in actions:
                 self._promoted = max(self._promoted, a.wave + 1) if a.kind == "promote" else self._promoted

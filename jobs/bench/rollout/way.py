@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jobs.bench.rollout import fleet
-from pipeline.guards import Standing
+from pipeline.guards import LabelledCounts
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -88,7 +88,7 @@ class Way:
         wrong = known[0] + len(again) - known[1]
         return [f"I1: {wrong} reports were not counted once"] if wrong else []
 
-    def standing(self, promoted: Sequence[Promoted], serving: Mapping[str, ServingRow]) -> Standing:
+    def standing(self, promoted: Sequence[Promoted], serving: Mapping[str, ServingRow]) -> LabelledCounts:
         """Counts of the promoted sites since their promotion, as far as they have arrived."""
         none = np.zeros(4, np.int64)
         counts = [self._counts.get(p.site, (-1, none)) for p in promoted]
@@ -98,7 +98,7 @@ class Way:
         ]
         attacks, worse, better, both = np.array(rows, np.int64).reshape(-1, 4).T
         zero = np.zeros_like(attacks)
-        return Standing([p.site for p in promoted], attacks, worse + both, worse, better, zero, zero)
+        return LabelledCounts([p.site for p in promoted], attacks, worse + both, worse, better, zero, zero)
 
     def _calls(self, bad: bool) -> tuple[int, int, int]:
         rate = WORSE if bad else NULL

@@ -12,15 +12,15 @@ from jobs.bench.rollout import fleet
 from jobs.bench.rollout.checks import Checks, Month
 from jobs.bench.rollout.way import Way
 from pipeline import rollout as machine
-from pipeline.control.health import returning
+from pipeline.control.health import observe_rollback
 from pipeline.control.rollout import load, save, step
-from pipeline.guards import GuardsConfig, watch
+from pipeline.guards import GuardsConfig, judge_promoted
 from pipeline.ledger import StaleGeneration
 from pipeline.rollout import (
-    FLYING,
-    RETURNING,
+    IN_PROGRESS,
+    IN_ROLLBACK,
     TERMINAL,
-    Failing,
+    FailingSite,
     Freeze,
     Observation,
     Pointer,
@@ -225,9 +225,9 @@ class World:
         elif r.status == Status.PAUSED and roll < 0.5:
             new = machine.resume(r, now=at)
             new = machine.retry(new, now=at) if roll < 0.25 and new.wave in new.failed.values() else new
-        elif r.status in FLYING and roll < 0.01:
+        elif r.status in IN_PROGRESS and roll < 0.01:
             new = machine.pause(r, reason="lunch", now=at)
-        elif r.status in FLYING and roll < 0.02:
+        elif r.status in IN_PROGRESS and roll < 0.02:
             new = machine.abort(r, reason="second thoughts", now=at)
         if new != r:
             self.month.events["people"] += 1
@@ -290,9 +290,9 @@ class World:
     def _look(self, r: Rollout) -> Observation:
         """What ``pipeline.control.health.look`` sees, its presentations counted on the way instead of replayed from features."""
         rollout, ledger = self._row().id, self.ledger
-        if r.status in RETURNING:
-            return returning(ledger, rollout, r)
-        if r.status not in FLYING | {Status.PAUSED} or r.wave < 0:
+        if r.status in IN_ROLLBACK:
+            return observe_rollback(ledger, rollout, r)
+        if r.status not in IN_PROGRESS | {Status.PAUSED} or r.wave < 0:
             return Observation()
         last, out = min(r.wave, len(r.plan.waves) - 1), list(r.failed)
         silent = ledger.silent(rollout, upto=last, samples=r.plan.config.health_samples, without=out)
@@ -301,19 +301,23 @@ class World:
         waves.append(ledger.wave_seen(rollout, last, without=out))
         promoted = ledger.promoted(rollout, upto=last, names=self.way.labelled)
         standing = self.way.standing(promoted, self.serving)
-        found, wave_of = watch(LIMITS, standing), {p.site: p.wave for p in promoted}
+        found, wave_of = judge_promoted(LIMITS, standing), {p.site: p.wave for p in promoted}
         shown = Counter[int]()
         for site, n in zip(standing.sites, standing.attacks.tolist(), strict=True):
             shown[wave_of[site]] += n
         return Observation(
             waves=tuple(
                 WaveObservation(
-                    w.sites, w.late, w.first_late, *silent.get(i, (0, "")), presentations=shown[i]
+                    w.sites,
+                    w.not_serving,
+                    w.first_not_serving,
+                    *silent.get(i, (0, "")),
+                    attack_presentations=shown[i],
                 )
                 for i, w in enumerate(waves)
             ),
-            unreturned=ledger.returnable(rollout, out) if out else 0,
-            failing={s: Failing(wave_of[s], why[0].text) for s, why in found.failing.items()},
+            failed_returnable=ledger.returnable(rollout, out) if out else 0,
+            failing={s: FailingSite(wave_of[s], why[0].text) for s, why in found.failing.items()},
             breach=tuple(b.text for b in found.breach),
         )
 

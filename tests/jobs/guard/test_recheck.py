@@ -27,7 +27,7 @@ from jobs.guard.simulate import (
 from pipeline.config import load
 from pipeline.control.adapt import adapt_sites, shard_job
 from pipeline.control.deployment import lease, now
-from pipeline.control.recount import basis, count_differences, recounted
+from pipeline.control.recount import count_differences, recount_evidence, verdict_basis
 from pipeline.guards import Cell, Evidence, GuardsConfig, assess
 from tests.support.crowds import SITES, YAML, Life, ground, reborn
 from tests.support.deployments import fresh
@@ -103,11 +103,11 @@ def test_what_a_verdict_was_counted_on_is_kept_with_it_and_else_found_by_time(li
     served = {s: r.state for s, r in ledger.serving().items()}
     assert served
     for v in ledger.verdicts():
-        kept = basis(ledger, v)
+        kept = verdict_basis(ledger, v)
         second = v.offset_from > 0
-        assert kept.recorded and kept.stable == (served.get(v.site) if second else None)
+        assert kept.recorded and kept.champion_state == (served.get(v.site) if second else None)
         old = {k: x for k, x in v.counters.items() if k not in ("anchor", "stable")}
-        by_time = basis(ledger, v.__class__(**{**vars(v), "counters": old}))
+        by_time = verdict_basis(ledger, v.__class__(**{**vars(v), "counters": old}))
         assert by_time[:3] == kept[:3] and not by_time.recorded
 
 
@@ -297,7 +297,7 @@ def test_limits_are_those_of_the_cycle_and_their_fingerprint_is_checked(lived):
 
 def test_recount_names_every_cell_that_differs(lived):
     v = find(lived.ledger, SITES[0])
-    counted = recounted(lived.d.config, lived.ledger, v, v.evidence)
+    counted = recount_evidence(lived.d.config, lived.ledger, v, v.evidence)
     assert count_differences(v.evidence, counted) == []
     cells = tuple(c.model_copy(update={"worse": c.worse + 1}) for c in counted.cells)
     other = counted.model_copy(update={"cells": cells, "trust_ratio": counted.trust_ratio + 0.01})
