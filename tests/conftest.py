@@ -36,6 +36,7 @@ import pytest
 import torch
 
 from tests.support.deployments import SITES, Deployment, copy, fresh
+from tests.support.object_stores import served
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PALISADE_SHARED", REPO.parent / "shared"))
@@ -106,6 +107,13 @@ def postgres() -> Iterator[str]:
     server.psql("alter system set fsync = off; select pg_reload_conf();")
     yield server.get_uri(driver="psycopg")
     server.cleanup()
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """Host and port of an S3 store; its credentials stand in the environment while a module uses it."""
+    with served() as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The repository's own rules: the README's tree is the tree, files are short, nothing unpickles, config stays light."""
+"""The repository's own rules: files are short, no test imports another, nothing unpickles, config stays light."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ SOURCES = ("pipeline", "jobs", "conf", "infra")
 LINES = 400
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-ENTRY = re.compile(
-    r"^(?P<indent>(?:[│ ] {3}|[ ]{2})*)(?:[├└]── )?(?P<names>[\w.\-/*]+(?:[ ,]+[\w.\-/]+)*?)(?: {2,}.*)?$"
-)
 
 
 def tracked() -> list[Path]:
@@ -40,64 +37,6 @@ def tracked() -> list[Path]:
 
 def python_sources() -> list[Path]:
     return [p for p in tracked() if p.suffix == ".py" and p.parts[0] in ("pipeline", "jobs")]
-
-
-def tree_block(text: str) -> str:
-    """The fenced block of the README that starts with a folder of ours."""
-    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        if re.search(r"^(?:[├└]── )?pipeline/", block, re.MULTILINE):
-            return block
-    raise AssertionError("README.md: no fenced block with a line 'pipeline/'")
-
-
-def tree_paths(block: str) -> set[str]:
-    """Paths of an annotated tree: one name a line, indented by 2 or 4 or drawn with ├──, a comment after two blanks.
-
-    A folder ends in a slash. A file may stand without its .py.
-    """
-    found: set[str] = set()
-    folders: list[tuple[int, str]] = []
-    for line in block.splitlines():
-        bare = re.sub(r"[│├└─]", " ", line)
-        if not bare.strip():
-            continue
-        depth = len(bare) - len(bare.lstrip())
-        name = re.split(r"\s{2,}", bare.strip())[0]
-        folders = [f for f in folders if f[0] < depth]
-        path = "".join(f[1] for f in folders) + name
-        found.add(path)
-        if name.endswith("/"):
-            folders.append((depth, name))
-    return found
-
-
-def test_tree_reader() -> None:
-    drawn = "pipeline/        the code\n├── types.py     nouns\n└── data/\n    └── decode.py  bytes\nconf/\n"
-    plain = "pipeline/   the code\n  types.py    nouns\n  data/\n    decode.py    bytes\nconf/\n"
-    assert tree_paths(drawn) == tree_paths(plain)
-    assert tree_paths(plain) == {
-        "pipeline/",
-        "pipeline/types.py",
-        "pipeline/data/",
-        "pipeline/data/decode.py",
-        "conf/",
-    }
-
-
-def test_readme_tree_is_the_tree() -> None:
-    shown = tree_paths(tree_block((REPO / "README.md").read_text()))
-    files = {p.as_posix() for p in tracked() if p.parts[0] in SOURCES and p.name != "__init__.py"}
-    folders = {f"{parent.as_posix()}/" for f in files for parent in Path(f).parents if parent.name}
-    within = {s for s in shown if s.split("/")[0] in SOURCES and not s.endswith("/__init__.py")}
-    # a folder that the tree names without anything in it stands for its content
-    whole = {s for s in within if s.endswith("/") and not any(o != s and o.startswith(s) for o in within)}
-    hidden = {x for x in files | folders if any(x != w and x.startswith(w) for w in whole)}
-    missing = sorted((files | folders) - within - hidden)
-    stale = sorted(within - files - folders)
-    assert not missing, f"README.md: the tree does not show {', '.join(missing)}"
-    assert not stale, f"README.md: the tree shows what is not there: {', '.join(stale)}"
-    elsewhere = [s for s in shown - within if s.split("/")[0] not in SOURCES and not (REPO / s).exists()]
-    assert not elsewhere, f"README.md: the tree shows what is not there: {', '.join(elsewhere)}"
 
 
 @pytest.mark.parametrize("path", python_sources(), ids=str)
@@ -148,6 +87,29 @@ def unsafe(tree: ast.AST) -> list[str]:
 )
 def test_unpickling_is_seen(code: str) -> None:
     assert unsafe(ast.parse(code))
+
+
+def foreign(tree: ast.AST) -> list[str]:
+    """Modules of tests/ outside support/ that are imported, also within code that a test hands to a process."""
+    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    found = re.findall(r"\b(?:from|import) (tests\.[\w.]+)", "\n".join([ast.unparse(tree), *texts]))
+    return sorted({name for name in found if not name.startswith("tests.support.")})
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in tracked() if p.parts[0] == "tests" and p.suffix == ".py"], ids=str
+)
+def test_no_test_imports_another(path: Path) -> None:
+    assert foreign(ast.parse((REPO / path).read_text())) == [], (
+        "what two tests share belongs into tests/support/"
+    )
+
+
+@pytest.mark.parametrize(
+    "code", ["from {}.a.test_b import c", "import {}.conftest", "run('from {}.x import y')"]
+)
+def test_an_import_of_a_test_is_seen(code: str) -> None:
+    assert foreign(ast.parse(code.format("tests")))
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "conf").glob("*.yaml")), ids=lambda p: p.name)

@@ -26,61 +26,17 @@ from pipeline.data.features import forget_range, read_features, write_features
 from pipeline.ledger import Ledger
 from pipeline.models import checkpoint
 from pipeline.storage import Remote, StoreUnavailable, files, place, write_atomic
-from tests.cluster.test_ingest import SIZE, Fleet, model, segment  # noqa: F401  # a fixture
-from tests.test_storage import TENSORS, TRUNK, F, anchor, block, source
+from tests.support.artifacts import TENSORS, TRUNK, F, anchor, block, source
+from tests.support.captures import SIZE, Fleet, made, segment
+from tests.support.object_stores import url
 
 REPO = Path(__file__).resolve().parents[1]
-moto = pytest.importorskip("moto.server", reason="pip install 'moto[s3,server]'")
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    """A server that asks for credentials, with one user who has them in the environment."""
-    import boto3
-    import requests
-
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    _auth(f"{host}:{port}", "inf")  # of a server that another module had in this process
-    requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10)
-    given = {"endpoint_url": f"http://{host}:{port}", "region_name": "us-east-1"}
-    boto3.client("s3", **given, aws_access_key_id="x", aws_secret_access_key="x").create_bucket(
-        Bucket="artifacts"
-    )
-    iam = boto3.client("iam", **given, aws_access_key_id="x", aws_secret_access_key="x")
-    iam.create_user(UserName="palisade")
-    allowed = (
-        '{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}'
-    )
-    iam.put_user_policy(UserName="palisade", PolicyName="all", PolicyDocument=allowed)
-    key = iam.create_access_key(UserName="palisade")["AccessKey"]
-    _auth(f"{host}:{port}", "0")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
-        patch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
-        storage._connected.cache_clear()
-        yield f"{host}:{port}"
-    storage._connected.cache_clear()
-    server.stop()
-
-
-def _auth(endpoint: str, unasked: str) -> None:
-    """How many requests the server answers before it asks for credentials."""
-    import requests
-
-    requests.post(f"http://{endpoint}/moto-api/reset-auth", data=unasked, timeout=10)
 
 
 @pytest.fixture
 def root(endpoint, request):
     """An empty prefix for each test."""
     return place(url(endpoint, f"artifacts/{request.node.name.replace('[', '-').strip(']')}"))
-
-
-def url(endpoint: str, key: str) -> str:
-    return f"s3://{key}?endpoint_override={endpoint}&scheme=http&region=us-east-1"
 
 
 def names(root) -> list[str]:
@@ -300,8 +256,8 @@ def config(root, tmp_path) -> Config:
 
 
 @pytest.fixture
-def fleet(config, model) -> Fleet:  # noqa: F811
-    return Fleet(config, model)
+def fleet(config) -> Fleet:
+    return Fleet(config, made(config, "m"))
 
 
 def sent(fleet: Fleet, folder: Path, name: str, *ids: str) -> Remote:

@@ -7,50 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data import blobs
-from pipeline.data.anchor import AnchorSet, open_sealed, seal
-from pipeline.data.features import FeatureBlock, read_features, write_features
-from pipeline.models import ModelConfig, TinyConfig, checkpoint, tail
-from pipeline.models.trunk import build_trunk, fold
+from pipeline.data.anchor import open_sealed, seal
+from pipeline.data.features import read_features, write_features
+from pipeline.models import checkpoint
 from pipeline.storage import TEMPORARY, Remote, StoreUnavailable, files, hidden, place, write_atomic
+from tests.support.artifacts import TENSORS, TRUNK, F, anchor, block, source
 
 REPO = Path(__file__).resolve().parents[1]
-TRUNK, F = "t" * 64, 8
-TENSORS = {"a": torch.arange(400.0), "n": torch.tensor(4)}
-
-
-def block(n: int = 6, *, features: int = F) -> FeatureBlock:
-    return FeatureBlock(
-        offset=np.arange(n),
-        sample_id=np.array([f"s{i}" for i in range(n)], dtype=object),
-        captured_at=np.datetime64("2026-01-01T00:00:00", "us") + np.arange(n),
-        session=np.arange(n),
-        present=np.full(n, 5, np.uint8),
-        z=np.arange(n * 3 * features).reshape(n, 3, features).astype(np.float16),
-    )
-
-
-def anchor() -> AnchorSet:
-    return AnchorSet(
-        torch.zeros(4, 3, F),
-        torch.ones(4, 3, dtype=torch.bool),
-        torch.tensor([0, 0, 1, 1]),
-        ("a", "a", "b", "c"),
-    )
-
-
-def source() -> checkpoint.SourceModel:
-    torch.manual_seed(0)
-    config = ModelConfig(trunk=TinyConfig(width=4, features=F))
-    made = tail.init_tail(config.tail, F, generator=torch.Generator().manual_seed(0))
-    manifest = checkpoint.Manifest(config=config, size=16, threshold=0.4, method="erm")
-    return checkpoint.seal(fold(build_trunk(config.trunk, 16)), made, manifest)
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +149,11 @@ def test_features_written_again_are_mended(tmp_path):
 WRITERS = {
     "blob": "from pipeline.data import blobs; import torch; blobs.put(ROOT, {'a': torch.zeros(50_000)})",
     "features": (
-        "from tests.test_storage import block; from pipeline.data.features import write_features;"
+        "from tests.support.artifacts import block; from pipeline.data.features import write_features;"
         "write_features(ROOT, 't' * 64, 'gate', block(4000, features=64))"
     ),
     "checkpoint": (
-        "from tests.test_storage import source; from pipeline.models import checkpoint;"
+        "from tests.support.artifacts import source; from pipeline.models import checkpoint;"
         "checkpoint.save(ROOT / 'm', source())"
     ),
     "bytes": "write_atomic(ROOT / 'x', b'new' * 100_000)",
@@ -253,7 +222,8 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, kind):
 
 
 COMMIT = """
-from tests.jobs.test_gc import GOOD, SITES, begun, verify
+from tests.support.garbage import SITES, begun, verify
+from tests.support.ledgers import GOOD
 from pipeline.ledger import LedgerUnavailable
 f = begun(ROOT)
 f.window(SITES, GOOD)

@@ -231,7 +231,7 @@ def det_curve(score: ArrayLike, label: ArrayLike) -> Det:
 def eer_threshold(score: ArrayLike, label: ArrayLike) -> float:
     """argmin |FAR - FRR|, the smaller error sum at a tie.
 
-    Lies half way to the next lower score, so that rounding changes no call.
+    Lies half way to the next lower score, so that rounding changes no call; where all scores are equal, on them.
     """
     curve = det_curve(score, label)
     i, t = _eer_index(curve), curve.threshold

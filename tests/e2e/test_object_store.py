@@ -17,14 +17,14 @@ from pipeline.data.anchor import open_sealed
 from pipeline.models import checkpoint
 from pipeline.storage import files, place, write_atomic
 from tests.support.deployments import SITES, Deployment
-from tests.test_object_store import endpoint, url  # noqa: F401  # a fixture
+from tests.support.object_stores import url
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def remote(deployment, endpoint) -> Deployment:  # noqa: F811
+def remote(deployment, endpoint) -> Deployment:
     """The trained deployment with its two folders moved into the bucket."""
     root, yaml = deployment.root, Path(deployment.yaml)
     for name in ("captures", "artifacts"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -12,6 +13,7 @@ from pipeline.ledger import Ledger
 from tests.support.ledgers import T0, execute
 
 DATABASES = count()
+VERSION_1 = (Path(__file__).parent / "version-1.sql").read_text()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -33,3 +35,12 @@ def ledger(url) -> Iterator[Ledger]:
     made.register_sites({f"s{i}": {"rig": "a"} for i in range(5)}, now=T0)
     yield made
     made.close()
+
+
+@pytest.fixture
+def old(url, tmp_path) -> str:
+    """URL of a ledger of version 1."""
+    serial = "INTEGER NOT NULL" if url.startswith("sqlite") else "SERIAL NOT NULL"
+    (tmp_path / "deep").mkdir(exist_ok=True)
+    execute(url, *(s for s in VERSION_1.replace("{serial}", serial).split(";\n") if s.strip()))
+    return url

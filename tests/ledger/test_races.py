@@ -11,7 +11,6 @@ from datetime import timedelta
 import pytest
 
 from pipeline.ledger import SCHEMA, Cycle, CycleBusy, Ledger, StaleGeneration
-from tests.ledger.test_schema import old as old
 from tests.support.ledgers import T0, begin, execute, shard
 
 WRITERS = 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -23,16 +22,6 @@ from pipeline.rollout import (
 from tests.support.ledgers import T0, begin, execute, segment, shard
 
 LEARNED = "2547247271efa6de"  # Zeta's state
-VERSION_1 = (Path(__file__).parent / "version-1.sql").read_text()
-
-
-@pytest.fixture
-def old(url, tmp_path) -> str:
-    """URL of a ledger of version 1."""
-    serial = "INTEGER NOT NULL" if url.startswith("sqlite") else "SERIAL NOT NULL"
-    (tmp_path / "deep").mkdir(exist_ok=True)
-    execute(url, *(s for s in VERSION_1.replace("{serial}", serial).split(";\n") if s.strip()))
-    return url
 
 
 def shape(url):

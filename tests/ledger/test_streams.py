@@ -30,7 +30,7 @@ def test_every_write_with_a_cycle_is_fenced(ledger):
     assert takers == {
         "commit_shard",
         "commit_ingest",
-        "lose",
+        "quarantine_lost",
         "renew",
         "finish_cycle",
     }  # what ``writes`` lists

@@ -29,7 +29,7 @@ from pipeline.report.site import (
     write,
 )
 from pipeline.stats.intervals import Estimate
-from tests.report.test_source import HOSTILE, NAN, UNKNOWN, Page, head, section
+from tests.support.pages import HOSTILE, NAN, UNKNOWN, Page, head, section
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,11 +10,9 @@ import stat
 import pytest
 
 from jobs.__main__ import main
-from tests.jobs.site.test_pull import OTHER, SITE, life, released, serve
 from tests.support.crowds import SITES, Life
 from tests.support.ledgers import execute
-
-__all__ = ["life", "released"]  # fixtures
+from tests.support.releases import OTHER, SITE, serve
 
 
 def audit(life, capsys, *words):

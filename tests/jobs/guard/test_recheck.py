@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import pyarrow.parquet as pq
 import pytest
@@ -31,16 +31,15 @@ from pipeline.control.recount import count_differences, recount_evidence, verdic
 from pipeline.guards import Cell, Evidence, GuardsConfig, assess
 from tests.support.crowds import SITES, YAML, Life, ground, reborn
 from tests.support.deployments import fresh
+from tests.support.ledgers import GOOD, T0
 
-T0 = datetime(2026, 1, 1, tzinfo=UTC)
 LOOSE = YAML.replace("guards:\n", "guards:\n  ratchet: {{advisory: true}}\n").replace(
     "n_min: 4", "n_min: 10"
 )  # some sites send 9 a day
 STRICT = LOOSE.replace("margin: 50.0", "margin: 0.0001").replace("n_min: 10", "n_min: 4")
-CELLS = tuple(
+CELLS = tuple(  # with these counts one guard alone decides
     Cell(pattern="full", species=s, n=300, errors=0, worse=0, better=0) for s in ("print", "bona_fide")
 )
-GOOD = Evidence(cells=CELLS, trust_ratio=0.01, margin_drop=0.0, stream_n=500, age_seconds=1.0, finite=True)
 
 
 @pytest.fixture(scope="module")

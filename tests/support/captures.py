@@ -1,0 +1,110 @@
+"""Segments of captures, and a captures folder with the ledger that ingest fills from it, without Ray."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline.cluster import ingest
+from pipeline.cluster.ingest import SegmentResult, collect, find
+from pipeline.config import Config
+from pipeline.control.deployment import now
+from pipeline.data.captures import SCHEMA, write_segment
+from pipeline.data.features import read_features
+from pipeline.ledger import Cycle, Ledger
+from pipeline.models import ModelConfig, TinyConfig, checkpoint
+from pipeline.models import tail as tails
+from pipeline.models.trunk import build_trunk, fold
+from pipeline.storage import place
+
+NOON = datetime(2026, 5, 4, 12, tzinfo=UTC)
+
+SIZE = 16
+
+
+def image(seed: int) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 256, (20, 20, 3)).astype(np.uint8)
+    return cv2.imencode(".png", noise)[1].tobytes()
+
+
+def segment(path: Path, *ids: str, **change: object) -> Path:
+    """Samples whose pixels depend on their id."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "sample_id": i,
+            "site_id": path.parent.name,
+            "captured_at": NOON + timedelta(seconds=k),
+            "session_id": "v",
+            "rgb": image(hash_of(i)),
+            "depth": None,
+            "ir": None,
+            **change,
+        }
+        for k, i in enumerate(ids)
+    ]
+    write_segment(path, pa.Table.from_pylist(rows, schema=SCHEMA))
+    return path
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(text.encode(), "big") % 2**32
+
+
+def made(config: Config, name: str) -> checkpoint.SourceModel:
+    """Another trunk with every call."""
+    architecture = ModelConfig(trunk=TinyConfig(width=4, features=8))
+    tail = tails.init_tail(architecture.tail, 8, generator=torch.Generator().manual_seed(0))
+    manifest = checkpoint.Manifest(config=architecture, size=SIZE, threshold=0.5, method="erm")
+    made = checkpoint.seal(fold(build_trunk(architecture.trunk, SIZE)), tail, manifest)
+    checkpoint.save(config.place("models", name), made)
+    return made
+
+
+class Fleet:
+    """A captures folder with a ledger and what ingest does to them, without Ray."""
+
+    def __init__(self, config: Config, model: checkpoint.SourceModel) -> None:
+        self.config, self.model, self.models = config, model, {"m": model}
+        self.ledger = Ledger.open(config.ledger.url)
+        self.captures = place(config.data.captures)
+
+    def find(self, **bounds: object) -> ingest.IngestListing:
+        offsets = {row.site: row.ingested for row in self.ledger.sites()}
+        return find(self.config.data, self.ledger.known_segments(), lambda s: offsets.get(s, 0), **bounds)  # pyright: ignore
+
+    def round(self, **bounds: object) -> ingest.Ingested:
+        found = self.find(**bounds)
+        self.ledger.register_sites({s: {} for s in found.sites}, now=now())
+        done: list[SegmentResult] = []
+        for b in found.new:
+            done += ingest.ingest_site(
+                b,
+                self.config.data,
+                [str(self.config.place("models", m)) for m in self.models],
+                self.config.place("features"),
+            )
+        history = {
+            b.site: {s.sha256: s.name for s, _ in self.ledger.segments(b.site) if s.rows} for b in found.new
+        }
+        result = collect(found.new, done, history)
+        ingest.forget_orphans(self.config, [m.manifest.trunk_digest for m in self.models.values()], result)
+        self.ledger.commit_ingest(self.begin(), result.segments, result.quarantined, now=now())
+        return result
+
+    def begin(self) -> Cycle:
+        return self.ledger.begin_cycle("ingest", "f", "{}", holder="t", dead=lambda _: True, now=now())
+
+    def stored(self, site: str, model: str = "m") -> dict[str, int]:
+        """Offset by sample id of the features that can be read."""
+        end, trunk = self.ledger.site(site).ingested, self.models[model].manifest.trunk_digest
+        block = read_features(self.config.place("features"), trunk, site, start=0, end=end, features=8)
+        return dict(zip(block.sample_id.tolist(), block.offset.tolist()))
+
+    def refused(self, site: str) -> list[tuple[str, int, str]]:
+        return [(q.segment, q.row, q.reason) for q in self.ledger.quarantined(site)]
