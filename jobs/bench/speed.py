@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pipeline.data.corpus import Corpus
     from pipeline.models.checkpoint import SourceModel
     from pipeline.site.contract import SiteMethod
-    from pipeline.source.fit import Task, threads
+    from pipeline.source.fit import Task
 
 WARM, BLOCK, BLOCKS = 5, 10, 4  # steps before the clock starts; steps in a row; blocks of each loop, in turns
 
@@ -216,7 +216,7 @@ def _mixed(model: SourceModel, sites: int, batch: int) -> tuple[Tensor, Features
 def _in_turns(runs: Mapping[str, Callable[[], None]]) -> dict[str, float]:
     """Seconds of each, the median of BLOCK rounds after WARM; one thread."""
     spent: dict[str, list[float]] = {name: [] for name in runs}
-    with threads(1):
+    with fits.threads(1):
         for at in range(WARM + BLOCK):
             for name, run in runs.items():
                 began = time.perf_counter()

@@ -15,7 +15,7 @@ from jobs.bench import speed
 from jobs.bench.figures import Figure, conclude, context
 from jobs.bench.fleet import ingest as bench_fleet_ingest
 from jobs.bench.fleet import runs
-from jobs.bench.source.fits import code_of
+from jobs.bench.parts import code_of
 from jobs.train import train
 from pipeline.cluster import connected
 from pipeline.control.deployment import now, open_ledger
@@ -118,7 +118,7 @@ def _once(
 ) -> dict[str, float | None]:
     """A part's figures as they were stored by this very code, else measured now: an interrupted benchmark goes on."""
     told = json.dumps([asdict(size), ground.config.model_dump(mode="json")], sort_keys=True)
-    key = hashlib.sha256((code_of(["**/*.py"]) + told).encode()).hexdigest()[:12]
+    key = hashlib.sha256((code_of("pipeline/**/*.py", "jobs/**/*.py") + told).encode()).hexdigest()[:12]
     path = ground.root / f"{name}-{key}.json"
     if path.exists():
         return json.loads(path.read_text())

@@ -5,7 +5,6 @@ Everything is stored as soon as it is done and named by all that it depends on: 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import torch
 
+from jobs.bench.parts import code_of, digest, store
 from jobs.bench.site import online
 from jobs.bench.site.online import Course, Rates
 from jobs.bench.site.streams import Given, SourceJob, prepare, read_prepared
-from jobs.bench.source.fits import CODE, code_of, store
+from jobs.bench.source.fits import CODE
 from pipeline.cluster.tasks import Failed, run_tasks
 from pipeline.cluster.train import started
 from pipeline.config import method_config
@@ -35,31 +35,19 @@ if TYPE_CHECKING:
     from pipeline.source.contract import SourceMethod
 
 STREAMS = (
-    "data/scenarios.py",
-    "data/rig.py",
-    "data/render.py",
-    "data/heads.py",
-    "data/decode.py",
-    "data/captures.py",
-    "data/rows.py",
-    "cluster/prepare.py",
-    "cluster/ingest.py",
-    "cluster/featurise.py",
-    "site/*.py",
-    "shift.py",
-    "reservoir.py",
-    "trust.py",
-    "bank.py",
+    "pipeline/simulate/*.py",
+    "pipeline/data/decode.py",
+    "pipeline/data/captures.py",
+    "pipeline/data/featurise.py",
+    "pipeline/site/*.py",
+    "pipeline/site/methods/*.py",
+    "jobs/bench/site/streams.py",
 )
 METHODS = (
-    "online.py",
-    "metrics.py",
-    "bank.py",
-    "shift.py",
-    "reservoir.py",
-    "trust.py",
-    "site/__init__.py",
-    "cluster/streams.py",
+    "pipeline/site/*.py",
+    "pipeline/stats/metrics.py",
+    "jobs/bench/site/online.py",
+    "jobs/bench/site/courses.py",
 )
 FILLS = ("zero-fill", "zero-fill, own thresholds", "mean-fill", "substitute", "substitute + enhance")
 SHUT = -30.0  # of a gate through which nothing comes
@@ -210,7 +198,14 @@ def _source_key(job: SourceJob, given: Given) -> str:
     source = json.loads(job.source)
     source["start"] = next(iter(started(source["start"])), None)
     digests = [read_manifest(Path(given.corpora[d])).digest for d in job.domains]
-    return _digest([source, json.loads(job.model), digests, code_of((*CODE, f"source/{source['kind']}.py"))])
+    return digest(
+        [
+            source,
+            json.loads(job.model),
+            digests,
+            code_of(*CODE, f"pipeline/source/methods/{source['kind']}.py"),
+        ]
+    )
 
 
 def _streams_key(job: SourceJob, given: Given) -> str:
@@ -227,19 +222,15 @@ def _streams_key(job: SourceJob, given: Given) -> str:
             given.batch,
             job.seed,
         ]
-    return _digest([drawn, code_of(STREAMS)])
+    return digest([drawn, code_of(*STREAMS)])
 
 
 def _method_key(job: MethodJob, source: Source) -> str:
     kind = json.loads(job.site)["kind"]
     stated = [job.site, job.fill, job.only, source.model.name, source.streams.name]
-    return _digest([stated, code_of((*METHODS, f"site/{kind}.py"))])
+    return digest([stated, code_of(*METHODS, f"pipeline/site/methods/{kind}.py")])
 
 
 def _name(name: str, key: str) -> str:
     kept = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
     return f"{kept}-{key}"
-
-
-def _digest(given: object) -> str:
-    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:20]

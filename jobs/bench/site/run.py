@@ -6,7 +6,6 @@ them. Thresholds come from source validation. Every fit and every run is stored 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import time
@@ -14,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import pipeline
 from jobs.bench import speed
 from jobs.bench.figures import conclude, context
+from jobs.bench.parts import code_of
 from jobs.bench.site import courses, online, streams
 from jobs.bench.site.courses import FILLS, MethodJob
 from jobs.bench.site.figures import Found, figures
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
 QUICK = (BASELINE, "recalibrate", "tent", OURS)
 QUICK_SCALE = 0.3  # of a scenario's length
-RENDERED = ("data/scenarios.py", "data/render.py", "data/heads.py", "data/rig.py", "data/decode.py")
+RENDERED = ("pipeline/simulate/*.py", "pipeline/data/decode.py")
 TOLD = ("shifted", "clean", "one-class", "poisoning")  # groups on which our additions are told apart
 ASIDE = ("door-0.9", "door-0.5", "drip-1", "kiosk-drip")  # of them
 LABELS, WEIGHTS = ("all", "confidence", "vote"), ("one", "omega", "restore")
@@ -233,9 +232,7 @@ def _given(config: Config, terminal: Terminal, folders: dict[str, Path], *, quic
 
 def _pool(config: Config, terminal: Terminal) -> Path:
     """Folder of the rendered captures that scenarios draw from, named by what they follow from."""
-    root = Path(pipeline.__file__).parent
-    code = hashlib.sha256(b"".join((root / name).read_bytes() for name in RENDERED)).hexdigest()[:16]
-    folder = config.folder("bench", "site", f"pool-{config.data.size}-{code}")
+    folder = config.folder("bench", "site", f"pool-{config.data.size}-{code_of(*RENDERED)[:16]}")
     if not (folder / "manifest.json").exists():
         plan_ = scenarios.clips()
         with terminal.progress("render scenarios", "captures") as advance:

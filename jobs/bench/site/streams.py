@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import torch
 
+from jobs.bench.parts import store
 from jobs.bench.site.online import Stream
-from jobs.bench.source.fits import store
 from pipeline.config import method_config
 from pipeline.data import DataConfig
 from pipeline.data.captures import check_segment, list_segments, read_labels

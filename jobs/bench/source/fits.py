@@ -5,17 +5,15 @@ Fits on the same domains with the same seed share a task, so that what they see 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import torch
 
-import pipeline
+from jobs.bench.parts import code_of, digest, store
 from pipeline.cluster.tasks import Failed, run_tasks
 from pipeline.cluster.train import started
 from pipeline.config import method_config
@@ -34,14 +32,11 @@ if TYPE_CHECKING:
 
 KEPT_BYTES = 2**30  # of drawn samples in a task
 CODE = (
-    "holdout.py",
-    "fit.py",
-    "sampler.py",
-    "calibrate.py",
-    "data/augment.py",
-    "data/protocols.py",
-    "models/*.py",
-    "source/__init__.py",
+    "pipeline/source/*.py",
+    "pipeline/data/augment.py",
+    "pipeline/data/protocols.py",
+    "pipeline/models/*.py",
+    "jobs/bench/source/fits.py",
 )  # what a stored result depends on, besides the method's own file
 
 
@@ -98,15 +93,13 @@ def key(job: Job, digests: Mapping[str, str]) -> str:
     source = json.loads(job.source)
     source["start"] = next(iter(started(source["start"])), None)
     data = [[digests[d] for d in job.sources], [digests[d] for d in job.targets]]
-    given = [source, json.loads(job.model), data, code_of((*CODE, f"source/{source['kind']}.py"))]
-    return f"{source['kind']}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:20]}"
-
-
-def code_of(patterns: Sequence[str]) -> str:
-    """sha256 over the files of this package that ``patterns`` name: a stored result is one of this code."""
-    root = Path(pipeline.__file__).parent
-    files = sorted({p for pattern in patterns for p in root.glob(pattern)})
-    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
+    given = [
+        source,
+        json.loads(job.model),
+        data,
+        code_of(*CODE, f"pipeline/source/methods/{source['kind']}.py"),
+    ]
+    return f"{source['kind']}-{digest(*given)}"
 
 
 def _shared_out(groups: Mapping[tuple[object, ...], list[Job]], workers: int) -> list[list[Job]]:
@@ -151,9 +144,3 @@ def _group(jobs: Sequence[tuple[Job, str]], folders: Mapping[str, str]) -> dict[
         arrays = to_arrays(result)
         write_atomic(Path(path), lambda tmp, arrays=arrays: store(tmp, arrays))
     return failed
-
-
-def store(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Plain arrays as one .npz file without pickle."""
-    with path.open("wb") as f:
-        np.savez_compressed(f, allow_pickle=False, **arrays)
