@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, TypedDict
 import cv2
 import torch
 
+from pipeline.control.loaders import load_model
 from pipeline.data import DataConfig
 from pipeline.data.captures import BadRow, BadSegment, list_segments, read_segment
 from pipeline.data.features import forget_range
 from pipeline.data.featurise import NewSegment, earlier_ids, store_segment
 from pipeline.ledger import QuarantineRow, SegmentRow
-from pipeline.models import checkpoint as checkpoint_io
 from pipeline.storage import place, version
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def ingest_site(
         )
         done.append(result)
         try:
-            models = [load_model(c) for c in checkpoints]
+            models = [task_model(c) for c in checkpoints]
             if earlier is None:
                 earlier = earlier_ids(features, models[0], site, end=base) if base else {}
             read = read_segment(path, site=site, limits=limits)
@@ -261,14 +261,13 @@ def digest(path: Place, limit: int) -> str:
         return ""
 
 
-@lru_cache(maxsize=2)
-def load_model(path: str) -> SourceModel:
-    """The source model of this process's tasks, where their share of a GPU is."""
+def task_model(path: str) -> SourceModel:
+    """Returns the source model of this process's tasks, with its trunk on the GPU that Ray gave the task, if any."""
     import ray
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)  # tasks fill the cores; threads of their own make decoding 1.6 times as slow
-    model = checkpoint_io.load(path)
+    model = load_model(path)
     if ray.is_initialized() and ray.get_gpu_ids():
         model.trunk.to("cuda")
     return model

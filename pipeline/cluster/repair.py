@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.cluster.ingest import load_model, resources
+from pipeline.cluster.ingest import resources, task_model
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment, read_segment
 from pipeline.data.features import forget_range, read_features
@@ -80,7 +80,7 @@ def repair_site(stretch: Stretch, limits: DataConfig, checkpoint: str, features:
     """Make again the features of those segments that do not verify; what breaks is reported, never raised."""
     restored, lost = list[str](), list[str]()
     try:
-        model = load_model(checkpoint)
+        model = task_model(checkpoint)
         for row, refused, path in zip(stretch.segments, stretch.refused, stretch.captures, strict=True):
             if _whole(row, model, features):
                 continue

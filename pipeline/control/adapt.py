@@ -10,22 +10,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from cachetools import LRUCache
 
-from pipeline.config import Config, parse
 from pipeline.control import rebase
 from pipeline.control.judge import Window, features_of, judge, slot_of, steps_of, stream_scores
+from pipeline.control.loaders import (
+    anchor_score_cache,
+    load_anchor,
+    load_config,
+    load_model,
+    load_state,
+    open_ledger_at,
+)
 from pipeline.data import blobs
-from pipeline.data.anchor import AnchorSet, open_sealed
+from pipeline.data.anchor import open_sealed
 from pipeline.data.features import FeatureBlock, read_features
 from pipeline.guards import SiteHistory, add_hours
 from pipeline.ledger import Cycle, Ledger, ShardRow, StateRow
-from pipeline.models import checkpoint, tail
 from pipeline.site import bank
 
 if TYPE_CHECKING:
@@ -33,11 +37,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from pipeline.config import Config
     from pipeline.models.checkpoint import SourceModel
     from pipeline.site.contract import SiteMethod, State
-    from pipeline.storage import Place
-
-JUDGED = 1024  # states whose anchor scores are kept
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ def shard_job(
 
 def adapt_sites(job: ShardJob, sites: Sequence[str]) -> dict[str, str]:
     """Adapt and judge ``sites``, ``bank.sites`` at a time, and commit them together → {site: reason} of those that failed."""
-    config, model = _config(job.config), _model(job.checkpoint)
-    ledger = _ledger(config.ledger.url)
+    torch.set_num_threads(1)  # a node holds one shard per core
+    config, model = load_config(job.config), load_model(job.checkpoint)
+    ledger = open_ledger_at(config.ledger.url)
     if job.retained:
         windows, failed = rebase.rebase_windows(config, model, ledger, sites, samples=job.retained)
     else:
@@ -183,7 +186,8 @@ def _learn_and_judge(
         method, model.tail, start, streams, batch=config.bank.batch, slots=config.bank.sites
     )
     blob = blobs.put(config.place("states"), states)
-    anchor, cache = _anchor(config.place("anchors"), job.anchor), _known(job.anchor, job.checkpoint)
+    anchor = load_anchor(config.place("anchors"), job.anchor)
+    cache = anchor_score_cache(job.anchor, job.checkpoint)
     scored = [stream_scores(model, w, slot_of(states, k), streams[k]) for k, w in enumerate(windows)]
     judged = judge(config, model, anchor, windows, states, traces, scored=scored, cache=cache)
     outcomes = blobs.put(config.place("outcomes"), _outcomes(windows, traces, scored))
@@ -214,27 +218,6 @@ def _learn_and_judge(
     ]
 
 
-def load_state(
-    config: Config, model: SourceModel, row: StateRow | None, *, fresh: State | None = None
-) -> State:
-    """The state a ledger row points to; the source model's own, ``fresh``, where there is none or it is of another method."""
-    method = cast("SiteMethod", config.site)
-    fresh = fresh or method.init(model.tail)
-    if row is None:
-        return fresh
-    hot = _hot(config.bank.hot_mb)
-    key = row.blob, row.slot
-    if key not in hot:
-        hot[key] = {name: t[row.slot].clone() for name, t in _blob(config.place("states"), row.blob).items()}
-    state = hot[key]
-    if row.method != method.kind or {n: t.shape for n, t in state.items()} != {
-        n: t.shape for n, t in fresh.items()
-    }:
-        moved = {name: state[name] for name in tail.MOVABLE if name in state}  # an earlier version had fewer
-        return {**fresh, **moved}  # another method: what it learned, not how
-    return state
-
-
 def _outcomes(
     windows: Sequence[Window], traces: Sequence[bank.Trace], scored: Sequence[tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
@@ -263,39 +246,3 @@ def _counters(block: FeatureBlock, trace: bank.Trace) -> dict[str, object]:
         "omega": float(trace.omega[-1]) if len(block) else None,
         "sessions": len(np.unique(block.session)),
     }
-
-
-@lru_cache(maxsize=2)
-def _config(text: str) -> Config:
-    return parse(text, "shard job")
-
-
-@lru_cache(maxsize=2)
-def _model(path: str) -> SourceModel:
-    torch.set_num_threads(1)
-    return checkpoint.load(path)
-
-
-@lru_cache(maxsize=2)
-def _ledger(url: str) -> Ledger:
-    return Ledger.open(url)
-
-
-@lru_cache(maxsize=2)
-def _anchor(root: Place, digest: str) -> AnchorSet:
-    return open_sealed(root, digest)
-
-
-@lru_cache(maxsize=4)  # what its sites need goes to the hot states
-def _blob(root: Place, digest: str) -> State:
-    return blobs.get(root, digest)
-
-
-@lru_cache(maxsize=2)
-def _hot(megabytes: int) -> LRUCache[tuple[str, int], State]:
-    return LRUCache(megabytes * 2**20, getsizeof=lambda state: sum(t.nbytes for t in state.values()))
-
-
-@lru_cache(maxsize=2)
-def _known(anchor: str, model: str) -> LRUCache[bytes, np.ndarray]:
-    return LRUCache(JUDGED)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from pipeline.control.adapt import load_state
 from pipeline.control.candidates import pointer
 from pipeline.control.deployment import now, source_model
 from pipeline.control.judge import features_of
+from pipeline.control.loaders import load_model, load_state
 from pipeline.control.scoring import site_labels
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment
 from pipeline.data.features import read_features
 from pipeline.guards import LabelledCounts, compare_with_controls, error_budget, judge_promoted
-from pipeline.models import checkpoint, tail
+from pipeline.models import tail
 from pipeline.rollout import (
     CONTROL,
     IN_PROGRESS,
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.guards import Reason
     from pipeline.ledger import Ledger
-    from pipeline.models.checkpoint import SourceModel
     from pipeline.rollout import Pointer, Rollout
 
 HOURS = 6  # that the error budget looks back
@@ -189,7 +187,7 @@ def _hourly(treated: Treated) -> tuple[np.ndarray, np.ndarray]:
 
 def _calls(config: Config, ledger: Ledger, site: str, end: int, pointer: Pointer) -> Calls:
     """The site's labelled presentations under the trunk of ``pointer``, and what it calls them."""
-    model = _model(source_model(ledger, pointer.source_version).path)
+    model = load_model(source_model(ledger, pointer.source_version).path)
     block = read_features(
         config.place("features"),
         model.manifest.trunk_digest,
@@ -206,8 +204,3 @@ def _calls(config: Config, ledger: Ledger, site: str, end: int, pointer: Pointer
     with torch.no_grad():
         score = tail.score(tail.with_site_state(model.tail, state), stream.z, stream.present)
     return Calls(truth, (score >= model.manifest.threshold).numpy(), block.captured_at)
-
-
-@lru_cache(maxsize=2)
-def _model(path: str) -> SourceModel:
-    return checkpoint.load(path)

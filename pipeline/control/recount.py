@@ -6,32 +6,22 @@ Counts must be equal; the two measured numbers may differ by another machine's r
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from cachetools import LRUCache
 
-from pipeline.control.adapt import load_state
 from pipeline.control.judge import anchor_scores
-from pipeline.data.anchor import open_sealed
+from pipeline.control.loaders import anchor_score_cache, load_anchor, load_model, load_state
 from pipeline.guards import evidence_of
-from pipeline.models import checkpoint
 from pipeline.models.tail import site_state
 from pipeline.site import bank
 from pipeline.types import Modality
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from pipeline.config import Config
-    from pipeline.data.anchor import AnchorSet
     from pipeline.guards import Evidence
     from pipeline.ledger import Ledger, SourceRow, VerdictRow
-    from pipeline.models.checkpoint import SourceModel
-    from pipeline.storage import Place
 
-KNOWN = 256  # states whose anchor scores are kept
 ROUNDING = 1e-4  # relative; of what float32 sums in another order may differ by
 
 
@@ -66,14 +56,14 @@ def recount_evidence(config: Config, ledger: Ledger, row: VerdictRow, evidence: 
     if state is None:
         raise ValueError("no candidate was made of an empty window")
     found = verdict_basis(ledger, row)
-    model, anchor = _model(found.source.path), _anchor(config.place("anchors"), found.anchor)
+    model, anchor = load_model(found.source.path), load_anchor(config.place("anchors"), found.anchor)
     stable = ledger.state(found.champion_state)
     own, served = (load_state(config, model, s, fresh=site_state(model.tail)) for s in (state, stable))
-    known = _known(found.source.path, found.anchor)
+    cache = anchor_score_cache(found.anchor, found.source.path)
     patterns, present = anchor.replayed()
     if evidence.rig:
         present = present & torch.tensor([m.name.lower() in evidence.rig for m in Modality])
-    candidate, champion = (anchor_scores(model, anchor, s, known, rig=evidence.rig) for s in (own, served))
+    candidate, champion = (anchor_scores(model, anchor, s, cache, rig=evidence.rig) for s in (own, served))
     return evidence_of(
         candidate,
         champion,
@@ -111,18 +101,3 @@ def count_differences(stored: Evidence, counted: Evidence) -> list[str]:
         ):
             said.append(f"{name}: {a} on record, {b} counted")
     return said
-
-
-@lru_cache(maxsize=2)
-def _model(path: str) -> SourceModel:
-    return checkpoint.load(path)
-
-
-@lru_cache(maxsize=2)
-def _anchor(root: Place, digest: str) -> AnchorSet:
-    return open_sealed(root, digest)
-
-
-@lru_cache(maxsize=2)
-def _known(model: str, anchor: str) -> LRUCache[bytes, np.ndarray]:
-    return LRUCache(KNOWN)

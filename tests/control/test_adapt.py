@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.control import adapt as shard
-from pipeline.control import judge
+from pipeline.control import judge, loaders
 from pipeline.control.deployment import now
 from pipeline.data import blobs
 from pipeline.models import tail
@@ -41,14 +41,13 @@ def adapted(life: Life) -> None:
 
 
 def forget() -> None:
-    """What a fresh process remembers."""
-    for kept in (shard._hot, shard._known, shard._blob):
-        kept.cache_clear()
+    """Leaves the caches as a fresh process has them."""
+    loaders.clear()
 
 
 def test_a_hot_state_is_the_one_in_the_blob(life):
     adapted(life)  # the first day's states were never read: this process made them
-    hot = shard._hot(life.d.config.bank.hot_mb)
+    hot = loaders.state_cache(life.d.config.bank.hot_mb)
     rows = life.ledger.states(
         [v.parent for v in life.ledger.states([s.learner for s in life.ledger.sites()]).values()]
     )
@@ -78,8 +77,8 @@ def test_a_site_whose_own_state_is_damaged_goes_on_from_what_it_serves(life):
 
 
 def test_states_that_move_alike_share_their_anchor_scores(life):
-    config, model = life.d.config, shard._model(life.ledger.source().path)
-    anchor = shard._anchor(config.place("anchors"), life.ledger.anchor(life.ledger.source().trunk))
+    config, model = life.d.config, loaders.load_model(life.ledger.source().path)
+    anchor = loaders.load_anchor(config.place("anchors"), life.ledger.anchor(life.ledger.source().trunk))
     fresh = config.site.init(model.tail)
     other = {**fresh, "log_rho": fresh["log_rho"] + 0.1}
     later = {**fresh, "seen": fresh["seen"] + 5}  # moves nothing that scores
@@ -146,8 +145,8 @@ def test_a_failed_window_is_no_baseline_and_its_state_not_gone_on_from(tmp_path)
 
 
 def test_the_anchor_set_is_shown_as_the_rig_sees_it(life):
-    config, model = life.d.config, shard._model(life.ledger.source().path)
-    anchor = shard._anchor(config.place("anchors"), life.ledger.anchor(life.ledger.source().trunk))
+    config, model = life.d.config, loaders.load_model(life.ledger.source().path)
+    anchor = loaders.load_anchor(config.place("anchors"), life.ledger.anchor(life.ledger.source().trunk))
     known: dict = {}
     fresh = config.site.init(model.tail)
     whole, rig = (judge.anchor_scores(model, anchor, fresh, known, rig=r) for r in ((), ("rgb", "ir")))

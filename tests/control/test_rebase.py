@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.control import adapt as shard
+from pipeline.control import loaders
 from pipeline.control.deployment import now
 from pipeline.control.rebase import retained_segments, unbroken_suffix
 from pipeline.data.anchor import open_sealed, seal
@@ -132,7 +133,9 @@ def rebased(life: Life, cycle: Cycle, samples: int = 1000) -> dict[str, str]:
 
 
 def state(life: Life, of: str) -> dict[str, torch.Tensor]:
-    return shard.load_state(life.d.config, shard._model(life.ledger.source(2).path), life.ledger.state(of))
+    return loaders.load_state(
+        life.d.config, loaders.load_model(life.ledger.source(2).path), life.ledger.state(of)
+    )
 
 
 def test_a_rebase_makes_candidates_and_moves_nothing(life):

@@ -25,6 +25,7 @@ from jobs.guard.simulate import (
     true_rates,
 )
 from pipeline.config import load
+from pipeline.control import loaders
 from pipeline.control.adapt import adapt_sites, shard_job
 from pipeline.control.deployment import lease, now
 from pipeline.control.recount import count_differences, recount_evidence, verdict_basis
@@ -185,10 +186,7 @@ def test_a_damaged_state_differs_and_a_deleted_one_is_left_out(life, capsys):
     path = life.d.config.place("states") / blobs[own.state][:2] / f"{blobs[own.state]}.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    from pipeline.control import adapt as shard
-
-    shard._hot.cache_clear()
-    shard._blob.cache_clear()
+    loaders.clear()
     assert life.d.run("guard", "replay", own.id, "--recount") == 4
     assert "changed or torn" in capsys.readouterr().out
     path.unlink()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from jobs.__main__ import main
 from jobs.site import pull as job
-from pipeline.control import adapt as shard
+from pipeline.control import loaders
 from pipeline.control.deployment import now
 from pipeline.data import blobs
 from pipeline.models import checkpoint, tail
@@ -56,7 +56,7 @@ def test_a_box_gets_what_its_site_serves(life, box):
     assert set(moved) == set(tail.MOVABLE), "what only learning needs stays"
     stored = blobs.get(life.d.config.place("states"), state.blob)
     assert all(torch.equal(t, stored[n][state.slot]) for n, t in moved.items())
-    expected = tail.with_site_state(model.tail, shard.load_state(life.d.config, model, state))
+    expected = tail.with_site_state(model.tail, loaders.load_state(life.d.config, model, state))
     assert all(torch.equal(t, expected[n]) for n, t in {**model.tail, **moved}.items())
     m = json.loads((box / "release.json").read_bytes())["manifest"]
     assert (m["site"], m["counter"], m["state"], m["verdict"]) == (SITE, 1, state.id, state.id)
