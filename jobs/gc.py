@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from jobs.terminal import Exit, table
 from pipeline.control.deployment import lease, now, open_ledger
-from pipeline.data.features import offsets
+from pipeline.data.features import offset_range
 from pipeline.ledger import CycleBusy
 from pipeline.storage import TEMPORARY, files
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from jobs.terminal import Terminal
     from pipeline.config import Config
     from pipeline.ledger import Ledger, Pointed
-    from pipeline.storage import Stored
+    from pipeline.storage import StoredFile
 
-    Garbage = dict[str, list[Stored]]
+    Garbage = dict[str, list[StoredFile]]
 
 KINDS = ("states", "outcomes", "features", "temporary")
 AT_ONCE = 16  # a store answers a deletion in tens of milliseconds
@@ -69,7 +69,7 @@ def garbage(config: Config, ledger: Ledger, *, at: datetime, keep: timedelta, gr
 
 
 def condemned(
-    listed: Iterable[Stored], pointed: Pointed, trunks: Collection[str], *, before: datetime
+    listed: Iterable[StoredFile], pointed: Pointed, trunks: Collection[str], *, before: datetime
 ) -> Garbage:
     """Those of ``listed`` that were written earlier than ``before`` and that nothing needs; a name that is not ours stays."""
     found: Garbage = {kind: [] for kind in KINDS}
@@ -88,10 +88,10 @@ def condemned(
     return found
 
 
-def _needed(file: Stored, pointed: Pointed, trunks: Collection[str]) -> bool:
+def _needed(file: StoredFile, pointed: Pointed, trunks: Collection[str]) -> bool:
     """A feature file is needed from its site's first needed offset on, under every trunk that a version has."""
     _, trunk, folder, *_ = (*file.inside, "", "")
-    span, site = offsets(file.place), folder.removeprefix("site=")
+    span, site = offset_range(file.place), folder.removeprefix("site=")
     if span is None or not folder.startswith("site="):
         return True
     return trunk in trunks and site in pointed.features and span[1] > pointed.features[site]

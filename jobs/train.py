@@ -58,7 +58,7 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
             run.history({f"loss.{term}": curve for term, curve in result.history.items()})
         model = checkpoint.load(path)
         run.metrics(model.manifest.metrics)
-        with checkpoint.folder(path) as local:
+        with checkpoint.local_folder(path) as local:
             run.artifact(local, folder="model")
         facts = model.manifest.model_dump(mode="json")
         version = ledger.add_source(
@@ -70,7 +70,7 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
             now=now(),
         )
         build_and_seal(config, ledger, model, terminal)
-        with checkpoint.folder(path) as local:
+        with checkpoint.local_folder(path) as local:
             registered = lineage.register_source(
                 run,
                 local,

@@ -29,7 +29,7 @@ from pipeline.sections import (
 )
 from pipeline.site.bank import BankConfig
 from pipeline.source.contract import Schedule
-from pipeline.storage import Place, hidden, place
+from pipeline.storage import Place, place, without_secrets
 from pipeline.types import Section
 
 if TYPE_CHECKING:
@@ -222,7 +222,9 @@ def _line(
     if error["type"] == "extra_forbidden":
         allowed = _fields(cls, loc[:-1])
         return f"{where}: {dotted}: no such key{_hint(loc[-1], allowed)}"
-    return hidden(f"{where}: {dotted}: {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}")
+    return without_secrets(
+        f"{where}: {dotted}: {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    )
 
 
 def _fields(cls: type[Section], path: Sequence[str]) -> list[str]:

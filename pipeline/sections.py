@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from pipeline.storage import named
+from pipeline.storage import check_place
 from pipeline.types import Section
 
 WEBHOOK = r"^(https?://\S+|\$[A-Z_][A-Z0-9_]*)$"
@@ -42,7 +42,7 @@ class LedgerConfig(Section):
     """Section ``ledger``: the durable record and the blobs it points to."""
 
     url: str = Field(default="sqlite:///run/ledger.db", description="SQLAlchemy URL")
-    artifacts: Annotated[str, AfterValidator(named)] = Field(
+    artifacts: Annotated[str, AfterValidator(check_place)] = Field(
         "run/artifacts", description="folder or s3://bucket/x"
     )
     signing_key: str | None = Field(

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 SCHEMES = ("s3", "gs", "abfs", "abfss")
 TEMPORARY = ".tmp-"  # how the name of a file begins that is not whole yet
-SECRET = re.compile(r"//[^/@\s]*@|[?&]\w*(?:secret|token|password|key)\w*=[^&\s'\"]*", re.IGNORECASE)
-REFUSED = (
+SECRET_IN_URL = re.compile(r"//[^/@\s]*@|[?&]\w*(?:secret|token|password|key)\w*=[^&\s'\"]*", re.IGNORECASE)
+CREDENTIAL_ERRORS = (
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY_ID",
     "SIGNATURE_DOES_NOT_MATCH",
@@ -75,7 +75,7 @@ class Remote:
         """Whether this is an object, or the prefix of one."""
         from pyarrow.fs import FileType
 
-        with _named(self):
+        with _store_errors(self):
             return self._store().get_file_info(self.key).type != FileType.NotFound
 
     def size(self) -> int:
@@ -84,7 +84,7 @@ class Remote:
 
     def version(self) -> tuple[int, int]:
         """See ``version``."""
-        with _named(self):
+        with _store_errors(self):
             found = self._store().get_file_info(self.key)
             if not found.is_file:
                 raise FileNotFoundError
@@ -92,13 +92,13 @@ class Remote:
 
     def read_bytes(self) -> bytes:
         """The whole object; raises FileNotFoundError."""
-        with _named(self), self._store().open_input_stream(self.key) as stream:
+        with _store_errors(self), self._store().open_input_stream(self.key) as stream:
             return stream.read()
 
     @contextmanager
     def open(self, _mode: Literal["rb"], /) -> Iterator[NativeFile]:
         """The object, to be read in parts; raises FileNotFoundError."""
-        with _named(self), self._store().open_input_file(self.key) as file:
+        with _store_errors(self), self._store().open_input_file(self.key) as file:
             yield file
 
     def glob(self, pattern: str) -> Iterator[Remote]:
@@ -109,21 +109,21 @@ class Remote:
     def unlink(self, *, missing_ok: bool = False) -> None:
         """Delete the object."""
         try:
-            with _named(self):
+            with _store_errors(self):
                 self._store().delete_file(self.key)
         except FileNotFoundError:
             if not missing_ok:
                 raise
 
-    def files(self) -> Iterator[Stored]:
+    def files(self) -> Iterator[StoredFile]:
         """Every object below this prefix."""
         for info in self._listed(recursive=True):
             inside = tuple(info.path.removeprefix(f"{self.key}/").split("/"))
-            yield Stored(replace(self, key=info.path), inside, int(info.size), info.mtime)
+            yield StoredFile(replace(self, key=info.path), inside, int(info.size), info.mtime)
 
     def put(self, data: bytes) -> None:
         """Upload; nobody sees a part of it. What the store then holds must have the size that was sent."""
-        with _named(self):
+        with _store_errors(self):
             stream = self._store().open_output_stream(self.key)
             stream.write(data)  # one write and no `with`: closing makes visible what was sent until then
             stream.close()
@@ -136,20 +136,20 @@ class Remote:
     def _listed(self, *, recursive: bool) -> list[FileInfo]:
         from pyarrow.fs import FileSelector, FileType
 
-        with _named(self):
+        with _store_errors(self):
             found = self._store().get_file_info(
                 FileSelector(self.key, allow_not_found=True, recursive=recursive)
             )
         return [info for info in found if info.type == FileType.File]
 
     def _store(self) -> FileSystem:
-        return _connected(self.scheme, self.key.partition("/")[0], self.query)
+        return _connection(self.scheme, self.key.partition("/")[0], self.query)
 
 
 Place = Path | Remote
 
 
-class Stored(NamedTuple):
+class StoredFile(NamedTuple):
     """A file as a listing shows it."""
 
     place: Place
@@ -166,7 +166,7 @@ def place(text: str) -> Place:
     url = urlsplit(text)
     if scheme == "file":
         return Path(url.path).resolve()
-    if SECRET.search(text):
+    if SECRET_IN_URL.search(text):
         raise ValueError(
             "a URL that holds credentials; put them into the environment, e.g. AWS_ACCESS_KEY_ID, or use a role"
         )
@@ -177,15 +177,17 @@ def place(text: str) -> Place:
     return Remote(scheme, rest.partition("?")[0].rstrip("/"), url.query)
 
 
-def named(text: str) -> str:
+def check_place(text: str) -> str:
     """``text`` if it names a place, for validation; raises ValueError."""
     place(text)
     return text
 
 
-def hidden(text: str) -> str:
+def without_secrets(text: str) -> str:
     """``text`` without what may be a secret in a URL."""
-    return SECRET.sub(lambda m: "//***@" if m[0].startswith("//") else m[0].partition("=")[0] + "=***", text)
+    return SECRET_IN_URL.sub(
+        lambda m: "//***@" if m[0].startswith("//") else m[0].partition("=")[0] + "=***", text
+    )
 
 
 def size(path: Place) -> int:
@@ -201,7 +203,7 @@ def version(path: Place) -> tuple[int, int]:
     return info.st_size, info.st_mtime_ns
 
 
-def files(root: Place) -> Iterator[Stored]:
+def files(root: Place) -> Iterator[StoredFile]:
     """Every file below ``root``, in no order; nothing where there is no such place."""
     if isinstance(root, Remote):
         yield from root.files()
@@ -214,7 +216,7 @@ def files(root: Place) -> Iterator[Stored]:
             except FileNotFoundError:  # written or renamed meanwhile
                 continue
             inside = path.relative_to(root).parts
-            yield Stored(path, inside, info.st_size, datetime.fromtimestamp(info.st_mtime, UTC))
+            yield StoredFile(path, inside, info.st_size, datetime.fromtimestamp(info.st_mtime, UTC))
 
 
 def write_atomic(path: Place, content: bytes | Callable[[Path], object]) -> None:
@@ -223,7 +225,7 @@ def write_atomic(path: Place, content: bytes | Callable[[Path], object]) -> None
     A writer that is killed leaves at most a file whose name begins with TEMPORARY; ``palisade gc`` removes those.
     """
     if isinstance(path, Remote):
-        path.put(content if isinstance(content, bytes) else _filled(content))
+        path.put(content if isinstance(content, bytes) else _bytes_filled_by(content))
         return
     tmp = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
@@ -247,7 +249,7 @@ def write_atomic(path: Place, content: bytes | Callable[[Path], object]) -> None
             tmp.unlink(missing_ok=True)
 
 
-def _filled(write: Callable[[Path], object]) -> bytes:
+def _bytes_filled_by(write: Callable[[Path], object]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "content")
         return (Path(folder) / "content").read_bytes()
@@ -270,7 +272,7 @@ def _fsync(path: Path) -> None:
 
 
 @lru_cache(maxsize=8)
-def _connected(scheme: str, bucket: str, query: str) -> FileSystem:
+def _connection(scheme: str, bucket: str, query: str) -> FileSystem:
     """The store's connection of this process. A bucket that is not there would else look like an empty one."""
     import pyarrow as pa
     from pyarrow.fs import FileSystem, FileType
@@ -292,7 +294,7 @@ def _connected(scheme: str, bucket: str, query: str) -> FileSystem:
 
 
 @contextmanager
-def _named(remote: Remote) -> Iterator[None]:
+def _store_errors(remote: Remote) -> Iterator[None]:
     """Turn what a store answers into one line; FileNotFoundError stays what it is."""
     try:
         yield
@@ -307,12 +309,12 @@ def _named(remote: Remote) -> Iterator[None]:
             raise StoreUnavailable(
                 f"{place}: there is no such bucket; create it, or correct ledger.artifacts"
             ) from None
-        if any(word in said for word in REFUSED):
+        if any(word in said for word in CREDENTIAL_ERRORS):
             raise StoreUnavailable(
                 f"{place}: the store refuses these credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
                 "(or the role) of somebody who may list, read, write and delete there"
             ) from None
         cause = said.partition("AWS Error ")[2] or said
         raise StoreUnavailable(
-            f"{place}: the store does not answer ({hidden(cause)[:120]}); check endpoint and network, then run again"
+            f"{place}: the store does not answer ({without_secrets(cause)[:120]}); check endpoint and network, then run again"
         ) from None

@@ -22,7 +22,7 @@ from pipeline.config import Config, load
 from pipeline.data import blobs
 from pipeline.data.anchor import open_sealed, seal
 from pipeline.data.captures import BadSegment, check_segment, list_segments, read_segment
-from pipeline.data.features import forget_range, read_features, write_features
+from pipeline.data.features import delete_range, read_features, write_features
 from pipeline.ledger import Ledger
 from pipeline.models import checkpoint
 from pipeline.storage import Remote, StoreUnavailable, files, place, write_atomic
@@ -67,7 +67,7 @@ def test_features(root):
     path.put(path.read_bytes()[:-9])
     with pytest.raises(blobs.BadBlob, match="ingest"):
         read_features(root, TRUNK, "gate", start=0, end=9, features=F)
-    forget_range(root, TRUNK, "gate", start=0, end=6)
+    delete_range(root, TRUNK, "gate", start=0, end=6)
     assert names(root) == []
 
 
@@ -82,7 +82,7 @@ def test_anchor_and_checkpoint(root):
     assert all(torch.equal(t, after.tail[n]) for n, t in before.tail.items())
     with pytest.raises(checkpoint.BadCheckpoint, match="exists already"):
         checkpoint.save(root / "m", before)
-    with checkpoint.folder(root / "m") as folder:
+    with checkpoint.local_folder(root / "m") as folder:
         assert checkpoint.load(folder).manifest == before.manifest
     (root / "m" / checkpoint.MANIFEST).unlink()
     with pytest.raises(checkpoint.BadCheckpoint, match=r"manifest\.json.*cannot be read"):
@@ -191,14 +191,14 @@ def test_a_missing_bucket_is_one_line_and_never_an_empty_store(endpoint):
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
 def test_wrong_credentials_are_one_line(endpoint, root, monkeypatch, name):
     monkeypatch.setenv(name, "AKIAWRONGWRONGWRONG0")
-    storage._connected.cache_clear()
+    storage._connection.cache_clear()
     for act in (
         lambda: blobs.put(root, TENSORS),
         lambda: blobs.get(root, "0" * 64),
         lambda: list(files(root)),
     ):
         one_line(act, "refuses these credentials; set AWS_ACCESS_KEY_ID")
-    storage._connected.cache_clear()
+    storage._connection.cache_clear()
 
 
 @pytest.mark.slow  # the client tries again for seconds

@@ -16,7 +16,7 @@ from pipeline.data import blobs
 from pipeline.data.anchor import open_sealed, seal
 from pipeline.data.features import read_features, write_features
 from pipeline.models import checkpoint
-from pipeline.storage import TEMPORARY, Remote, StoreUnavailable, files, hidden, place, write_atomic
+from pipeline.storage import TEMPORARY, Remote, StoreUnavailable, files, place, without_secrets, write_atomic
 from tests.support.artifacts import TENSORS, TRUNK, F, anchor, block, source
 
 REPO = Path(__file__).resolve().parents[1]
@@ -338,4 +338,4 @@ def test_a_url_with_credentials_or_of_no_store_is_refused_without_showing_them(u
     assert "ledger.artifacts" in str(e.value)
     assert "hush" not in str(e.value)
     assert "allowed: s3://…" in str(e.value) or "environment" in str(e.value)
-    assert "hush" not in hidden(url)
+    assert "hush" not in without_secrets(url)

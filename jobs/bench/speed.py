@@ -18,7 +18,7 @@ from pipeline.site import bank
 from pipeline.site.trust import entropy
 from pipeline.source import fit as fits
 from pipeline.source.contract import Batch
-from pipeline.source.sampler import ahead, batch, draw, stratify
+from pipeline.source.sampler import draw, make_batch, prefetch, stratify
 from pipeline.types import Features
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _split(task: Task, corpora: Sequence[Corpus]) -> dict[str, float]:
         if at == WARM:
             spent = dict.fromkeys(spent, 0.0)
         last = time.perf_counter()
-        drawn = batch(method, draw(method, corpora, cells, step=at, rank=0, world=1), step=at, rank=0)
+        drawn = make_batch(method, draw(method, corpora, cells, step=at, rank=0, world=1), step=at, rank=0)
         lap("load")
         fits.step(state, *drawn, lap=lap)
         lap("optimizer")
@@ -89,8 +89,8 @@ def _split(task: Task, corpora: Sequence[Corpus]) -> dict[str, float]:
 def _fitted(task: Task, corpora: Sequence[Corpus]) -> Iterator[None]:
     state, cells, method = fits.begin(task, domains=len(corpora)), stratify(corpora), task.method
     steps = range(WARM + BLOCKS * BLOCK)
-    for at, drawn in ahead(lambda at: draw(method, corpora, cells, step=at, rank=0, world=1), steps):
-        fits.step(state, *batch(method, drawn, step=at, rank=0))
+    for at, drawn in prefetch(lambda at: draw(method, corpora, cells, step=at, rank=0, world=1), steps):
+        fits.step(state, *make_batch(method, drawn, step=at, rank=0))
         yield
 
 

@@ -26,8 +26,8 @@ import torch
 from pipeline.control.loaders import load_model
 from pipeline.data import DataConfig
 from pipeline.data.captures import BadRow, BadSegment, list_segments, read_segment
-from pipeline.data.features import forget_range
-from pipeline.data.featurise import NewSegment, earlier_ids, store_segment
+from pipeline.data.features import delete_range
+from pipeline.data.featurise import NewSegment, recent_offsets, store_segment
 from pipeline.ledger import QuarantineRow, SegmentRow
 from pipeline.storage import place, version
 
@@ -177,7 +177,7 @@ def forget_orphans(config: Config, trunks: Sequence[str], done: Ingested) -> Non
     """Remove the features of segments that do not count, before a commit can make later ones count."""
     for site, start, end in done.orphans:
         for trunk in trunks:
-            forget_range(config.place("features"), trunk, site, start=start, end=end)
+            delete_range(config.place("features"), trunk, site, start=start, end=end)
 
 
 def collect(
@@ -228,7 +228,7 @@ def ingest_site(
         try:
             models = [task_model(c) for c in checkpoints]
             if earlier is None:
-                earlier = earlier_ids(features, models[0], site, end=base) if base else {}
+                earlier = recent_offsets(features, models[0], site, end=base) if base else {}
             read = read_segment(path, site=site, limits=limits)
             segment = NewSegment(site, path.name, str(path), len(read.good) + len(read.bad), base)
             bad = store_segment(segment, read, earlier, limits.size, models, features)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.cluster.ingest import resources, task_model
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment, read_segment
-from pipeline.data.features import forget_range, read_features
+from pipeline.data.features import delete_range, read_features
 from pipeline.data.featurise import NewSegment, restore_segment
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def repair_site(stretch: Stretch, limits: DataConfig, checkpoint: str, features:
             read = _same(row, path, limits)
             if read is None:
                 end = row.base_offset + row.rows
-                forget_range(features, model.manifest.trunk_digest, row.site, start=row.base_offset, end=end)
+                delete_range(features, model.manifest.trunk_digest, row.site, start=row.base_offset, end=end)
                 lost += [row.name] if row.good else []
                 continue
             segment = NewSegment(row.site, row.name, str(path), row.rows, row.base_offset)

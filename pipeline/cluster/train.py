@@ -23,8 +23,7 @@ import torch
 
 from pipeline.config import parse
 from pipeline.data.corpus import read_corpus, read_manifest
-from pipeline.models import checkpoint
-from pipeline.models import fit_state as unfinished
+from pipeline.models import checkpoint, fit_state
 from pipeline.revision import code_revision
 from pipeline.source import fit as fits
 from pipeline.source.sampler import FitError, check_validation
@@ -124,10 +123,10 @@ def started(start: str | None) -> tuple[str, ...]:
     if start is None:
         return ()
     try:
-        return (hashlib.sha256((Path(start) / unfinished.TENSORS).read_bytes()).hexdigest(),)
+        return (hashlib.sha256((Path(start) / fit_state.TENSORS).read_bytes()).hexdigest(),)
     except OSError:
         raise FitError(
-            f"source.start: {start} holds no {unfinished.TENSORS}; run `palisade pretrain`"
+            f"source.start: {start} holds no {fit_state.TENSORS}; run `palisade pretrain`"
         ) from None
 
 

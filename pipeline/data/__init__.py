@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from pipeline.storage import named
+from pipeline.storage import check_place
 from pipeline.types import Section
 
 
@@ -22,7 +22,7 @@ class DataConfig(Section):
     anchor: str | None = Field(
         default=None, description="corpus sealed as anchor set; null = test splits of the domains"
     )
-    captures: Annotated[str, AfterValidator(named)] = Field(
+    captures: Annotated[str, AfterValidator(check_place)] = Field(
         "run/captures",
         description="site captures: <site>/segment-*.parquet in a folder or below s3://bucket/x",
     )

@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
     from pipeline.storage import Place
 
-NEEDED = {"attacks": 150, "species": 4, "bona_fide": 500}  # attacks per species; see guards.md, section 1
-TENSORS = {"z", "present", "label", "species", "names"}
-LATER = {"key", "about"}  # sets that earlier versions sealed have neither
+MIN_SAMPLES = {
+    "attacks": 150,
+    "species": 4,
+    "bona_fide": 500,
+}  # attacks per species; see guards.md, section 1
+REQUIRED_TENSORS = {"z", "present", "label", "species", "names"}
+OPTIONAL_TENSORS = {"key", "about"}  # sets that earlier versions sealed have neither
 
 
 @dataclass(frozen=True)
@@ -92,10 +96,10 @@ def flaws(anchor: AnchorSet, trained: Collection[bytes] | None) -> Flaws:
     counts = anchor.counts()
     real = {s for s, y in zip(anchor.species, label.tolist(), strict=True) if y == Label.BONA_FIDE}
     attacks = {s: c for s, c in counts.items() if s not in real}
-    if len(attacks) < NEEDED["species"]:
-        warnings.append(f"{len(attacks)} PAI species, at least {NEEDED['species']} are needed")
+    if len(attacks) < MIN_SAMPLES["species"]:
+        warnings.append(f"{len(attacks)} PAI species, at least {MIN_SAMPLES['species']} are needed")
     for species, seen in counts.items():
-        need = NEEDED["bona_fide" if species in real else "attacks"]
+        need = MIN_SAMPLES["bona_fide" if species in real else "attacks"]
         pattern = min(seen, key=lambda p: seen[p])
         if seen[pattern] < need:
             warnings.append(f"{species}: {seen[pattern]} samples under {pattern}, at least {need} are needed")
@@ -117,8 +121,8 @@ def seal(root: Place, anchor: AnchorSet) -> str:
     }
     if anchor.key is not None:
         about = json.dumps({"trunk": anchor.trunk, "corpora": anchor.corpora}, sort_keys=True)
-        tensors |= {"key": anchor.key, "about": _text(about)}
-    return put(root, {**tensors, "names": _text(json.dumps(names))})
+        tensors |= {"key": anchor.key, "about": _encode_text(about)}
+    return put(root, {**tensors, "names": _encode_text(json.dumps(names))})
 
 
 def open_sealed(root: Place, digest: str) -> AnchorSet:
@@ -127,21 +131,21 @@ def open_sealed(root: Place, digest: str) -> AnchorSet:
         t = get(root, digest)
     except BadBlob as e:
         raise type(e)(f"anchor set {e}, or make it anew with `palisade anchor seal`") from None
-    if not TENSORS <= set(t) <= TENSORS | LATER:
+    if not REQUIRED_TENSORS <= set(t) <= REQUIRED_TENSORS | OPTIONAL_TENSORS:
         raise BadBlob(
             f"anchor set {digest[:12]}: holds {sorted(t)}, not an anchor set; run `palisade anchor seal`"
         )
-    names = json.loads(_read(t["names"]))
-    about = json.loads(_read(t["about"])) if "about" in t else {"trunk": "", "corpora": {}}
+    names = json.loads(_decode_text(t["names"]))
+    about = json.loads(_decode_text(t["about"])) if "about" in t else {"trunk": "", "corpora": {}}
     species = tuple(names[i] for i in t["species"].tolist())
     return AnchorSet(
         t["z"].float(), t["present"], t["label"], species, t.get("key"), about["trunk"], about["corpora"]
     )
 
 
-def _text(text: str) -> Tensor:
+def _encode_text(text: str) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
-def _read(text: Tensor) -> str:
+def _decode_text(text: Tensor) -> str:
     return bytes(text.tolist()).decode()

@@ -23,21 +23,21 @@ FLIP_SHARE = 0.5
 SHIFT = 1 / 16  # of the side
 SCALE = 0.22  # factor in e^±: sets and sites crop faces differently
 ASPECT = 0.12  # factor in e^± on the width, and its inverse on the height
-TURN = 0.15  # radians
+ROTATION = 0.15  # radians
 DEPTH = 3
 CHANNEL_MODALITY = (0, 0, 0, 1, 2)
 
 
 def augment(frames: Tensor, generator: Generator) -> Tensor:
     """One draw of everything for every sample; the input is left as it is."""
-    moved = move(frames, generator)
+    moved = change_geometry(frames, generator)
     no_return = moved[:, DEPTH : DEPTH + 1] == 0
-    seen = sense(invert_depth(moved, generator), generator)
+    seen = change_sensor(invert_depth(moved, generator), generator)
     seen[:, DEPTH : DEPTH + 1].masked_fill_(no_return, 0.0)
     return seen
 
 
-def move(frames: Tensor, generator: Generator) -> Tensor:
+def change_geometry(frames: Tensor, generator: Generator) -> Tensor:
     """Flip, scale, stretch, turn and shift: another crop, the same for all modalities, as they look at one face.
 
     Borders repeat. Depth is averaged over its returns alone, so that an edge does not become a surface half way.
@@ -47,7 +47,7 @@ def move(frames: Tensor, generator: Generator) -> Tensor:
     def draw(spread: float) -> Tensor:
         return spread * (2 * torch.rand(count, generator=generator) - 1)
 
-    scale, aspect, angle = torch.exp(draw(SCALE)), torch.exp(draw(ASPECT)), draw(TURN)
+    scale, aspect, angle = torch.exp(draw(SCALE)), torch.exp(draw(ASPECT)), draw(ROTATION)
     across, down = draw(2 * SHIFT), draw(2 * SHIFT)
     mirrored = torch.where(torch.rand(count, generator=generator) < FLIP_SHARE, -1.0, 1.0)
     cosine, sine = scale * torch.cos(angle), scale * torch.sin(angle)
@@ -71,7 +71,7 @@ def invert_depth(frames: Tensor, generator: Generator) -> Tensor:
     )
 
 
-def sense(frames: Tensor, generator: Generator) -> Tensor:
+def change_sensor(frames: Tensor, generator: Generator) -> Tensor:
     """Gamma, gain, offset, blur and noise of another sensor."""
     count, channels, side = frames.shape[0], frames.shape[1], frames.shape[-1]
     modality = torch.tensor(CHANNEL_MODALITY)

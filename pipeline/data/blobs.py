@@ -32,7 +32,7 @@ def put(root: Place, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, st
     data = save({k: t.contiguous() for k, t in tensors.items()}, dict(metadata or {}))
     digest = hashlib.sha256(data).hexdigest()
     path = _path(root, digest)
-    if not _whole(path, digest):
+    if not _is_intact(path, digest):
         write_atomic(path, data)
     return digest
 
@@ -60,7 +60,7 @@ def verified(path: Place, digest: str) -> bytes:
     return data
 
 
-def _whole(path: Place, digest: str) -> bool:
+def _is_intact(path: Place, digest: str) -> bool:
     try:
         return bool(verified(path, digest))
     except BadBlob:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.parquet.rows import BadRow, Capture, judged, shown, text, values
+from pipeline.data.parquet.rows import BadRow, Capture, judge_rows, printable, printable_text, python_values
 from pipeline.data.parquet.untrusted import BadParquet, Limits, check_footer, read_table
 from pipeline.storage import Remote, write_atomic
 from pipeline.types import Label, check_site_id
@@ -48,7 +48,7 @@ COLUMNS = {
 LABEL_COLUMNS = {"sample_id": TEXT, "label": TEXT, "pai": TEXT}
 LABELS = {"bona_fide": Label.BONA_FIDE, "attack": Label.ATTACK}
 MAX_LABELS, MAX_LABEL_BYTES = 5_000_000, 512 * 2**20
-OBJECT = re.compile(
+OBJECT_NAME = re.compile(
     r"segment-[A-Za-z0-9._=-]{1,200}\.parquet"
 )  # names go into logs and URLs, and a key may hold anything
 
@@ -76,7 +76,9 @@ class Segment(NamedTuple):
 def write_segment(path: Path, table: pa.Table) -> None:
     """Write ``table`` (SCHEMA) to ``path`` so that a reader sees all of it or nothing; refuses to replace a segment."""
     if not table.schema.equals(SCHEMA):
-        raise BadSegment(f"{path}: table has schema {_flat(table.schema)}, allowed {_flat(SCHEMA)}")
+        raise BadSegment(
+            f"{path}: table has schema {_schema_text(table.schema)}, allowed {_schema_text(SCHEMA)}"
+        )
     if path.exists():
         raise BadSegment(f"{path}: exists; segments are never changed, choose the next number")
     write_atomic(
@@ -116,7 +118,7 @@ def check_segment(path: Place, *, site: str, limits: DataConfig) -> int:
     try:
         return check_footer(path, Limits(COLUMNS, limits.max_rows, limits.max_bytes))
     except BadParquet as e:
-        raise BadSegment(f"{site}/{_name(path)}: {e}") from None
+        raise BadSegment(f"{site}/{_printable_name(path)}: {e}") from None
 
 
 def read_segment(path: Place, *, site: str, limits: DataConfig) -> Segment:
@@ -127,11 +129,11 @@ def read_segment(path: Place, *, site: str, limits: DataConfig) -> Segment:
     _check_link(path, site)
     try:
         table, sha256 = read_table(path, Limits(COLUMNS, limits.max_rows, limits.max_bytes))
-        columns = [values(table.column(name)) for name in COLUMNS]
+        columns = [python_values(table.column(name)) for name in COLUMNS]
     except BadParquet as e:
-        raise BadSegment(f"{site}/{_name(path)}: {e}") from None
+        raise BadSegment(f"{site}/{_printable_name(path)}: {e}") from None
     segment = Segment([], [], sha256)
-    for row in judged(columns, site):
+    for row in judge_rows(columns, site):
         if isinstance(row, BadRow):
             segment.bad.append(row)
         else:
@@ -143,18 +145,18 @@ def read_labels(path: Path) -> dict[str, tuple[int, str]]:
     """Labels by sample id: (1 bona fide / 0 attack, PAI species). For scoring only."""
     try:
         table, _ = read_table(path, Limits(LABEL_COLUMNS, MAX_LABELS, MAX_LABEL_BYTES))
-        columns = [values(table.column(name)) for name in LABEL_COLUMNS]
+        columns = [python_values(table.column(name)) for name in LABEL_COLUMNS]
     except FileNotFoundError:
         raise BadSegment(f"{path}: cannot be read: no such file") from None
     except BadParquet as e:
         raise BadSegment(f"{path}: {e}") from None
     labels: dict[str, tuple[int, str]] = {}
     for row, cells in enumerate(zip(*columns)):
-        sample, label, pai = (text(c) for c in cells)
+        sample, label, pai = (printable_text(c) for c in cells)
         if not sample or sample in labels:
             raise BadSegment(f"{path}: row {row}: sample_id {'repeated' if sample else 'missing'}")
         if label not in LABELS:
-            raise BadSegment(f"{path}: row {row}: label {shown(label)}, allowed bona_fide or attack")
+            raise BadSegment(f"{path}: row {row}: label {printable(label)}, allowed bona_fide or attack")
         labels[sample] = int(LABELS[label]), pai or ("bona_fide" if label == "bona_fide" else "unknown")
     return labels
 
@@ -169,7 +171,7 @@ def _add_objects(listing: Listing, root: Remote) -> None:
             continue
         name = found.place.name
         if not below:
-            rejected[f"{_name(found.place)[:200]}: is no folder of a site"] = None
+            rejected[f"{_printable_name(found.place)[:200]}: is no folder of a site"] = None
             continue
         try:
             site = check_site_id(folder.removeprefix("site="))
@@ -182,13 +184,13 @@ def _add_objects(listing: Listing, root: Remote) -> None:
             )
         elif not (name.startswith("segment-") and name.endswith(".parquet")):
             continue
-        elif not OBJECT.fullmatch(name):
-            odd = f"{folder}/{_name(found.place)[:200]}"
+        elif not OBJECT_NAME.fullmatch(name):
+            odd = f"{folder}/{_printable_name(found.place)[:200]}"
             rejected[f"{odd}: a segment's name has letters, digits and . _ = - only"] = None
         elif (site, name) in taken:
-            rejected[f"{folder}/{_name(found.place)}: {site} has two segments of this name, one counts"] = (
-                None
-            )
+            rejected[
+                f"{folder}/{_printable_name(found.place)}: {site} has two segments of this name, one counts"
+            ] = None
         else:
             taken.add((site, name))
             listing.segments.setdefault(site, []).append(found.place)
@@ -223,10 +225,12 @@ def _add_segments(listing: Listing, site: str, folder: os.DirEntry[str], root: P
             continue
         path = Path(entry)
         if entry.is_symlink() and not _inside(path, root):
-            listing.rejected.append(f"{folder.name}/{_name(path)}: is a link out of the captures folder")
+            listing.rejected.append(
+                f"{folder.name}/{_printable_name(path)}: is a link out of the captures folder"
+            )
         elif entry.name in names:
             listing.rejected.append(
-                f"{folder.name}/{_name(path)}: {site} has two segments of this name, one counts"
+                f"{folder.name}/{_printable_name(path)}: {site} has two segments of this name, one counts"
             )
         else:
             kept.append(path)
@@ -238,7 +242,7 @@ def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
         return sorted(found, key=lambda entry: entry.name)
 
 
-def _name(path: Place) -> str:
+def _printable_name(path: Place) -> str:
     return ascii(path.name)[1:-1]
 
 
@@ -248,7 +252,7 @@ def _inside(path: Path, root: Path) -> bool:
 
 def _check_link(path: Place, site: str) -> None:
     if isinstance(path, Path) and not _inside(path, path.parent.parent):
-        raise BadSegment(f"{site}/{_name(path)}: is a link out of the captures folder")
+        raise BadSegment(f"{site}/{_printable_name(path)}: is a link out of the captures folder")
 
 
 def _stream_order(path: Place) -> tuple[list[tuple[int, str]], str]:
@@ -256,5 +260,5 @@ def _stream_order(path: Place) -> tuple[list[tuple[int, str]], str]:
     return [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"([0-9]+)", path.name)], str(path)
 
 
-def _flat(schema: pa.Schema) -> str:
+def _schema_text(schema: pa.Schema) -> str:
     return ", ".join(f"{f.name} {f.type}" for f in schema)

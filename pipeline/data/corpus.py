@@ -115,7 +115,7 @@ def write_corpus(
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        manifest = _fill(work, rows, domain=domain, kind=kind, size=size, progress=progress)
+        manifest = _write_rows(work, rows, domain=domain, kind=kind, size=size, progress=progress)
         work.chmod(0o755)
         work.rename(out)
     finally:
@@ -160,7 +160,7 @@ def read_corpus(path: Path, splits: Sequence[str] = SPLITS) -> Corpus:
 
 
 @dataclass
-class _Open:
+class _SplitWriter:
     """A split while it is written; frames leave memory in batches."""
 
     file: pq.ParquetWriter
@@ -170,7 +170,7 @@ class _Open:
     species: Counter[str]
 
 
-def _fill(
+def _write_rows(
     work: Path,
     rows: Iterable[Row | Rejected],
     *,
@@ -181,15 +181,16 @@ def _fill(
 ) -> CorpusManifest:
     schema = _schema(size)
     batch = max(1, BATCH_BYTES // (CHANNELS * size * size))
-    splits: dict[str, _Open] = {
-        s: _Open(_writer(work / f"{s}.parquet", schema), hashlib.sha256(), [], 0, Counter()) for s in SPLITS
+    splits: dict[str, _SplitWriter] = {
+        s: _SplitWriter(_writer(work / f"{s}.parquet", schema), hashlib.sha256(), [], 0, Counter())
+        for s in SPLITS
     }
     rejected: list[Rejected] = []
     seen: dict[str, str] = {}
     sources: dict[str, str] = {}
     for done, row in enumerate(rows, 1):
         if isinstance(row, Row):
-            row = _judged(row, size, seen, sources)
+            row = _check_row(row, size, seen, sources)
         if isinstance(row, Rejected):
             rejected.append(row)
         else:
@@ -212,7 +213,7 @@ def _fill(
     return manifest
 
 
-def _judged(row: Row, size: int, seen: dict[str, str], sources: dict[str, str]) -> Row | Rejected:
+def _check_row(row: Row, size: int, seen: dict[str, str], sources: dict[str, str]) -> Row | Rejected:
     assert row.frame.shape == (CHANNELS, size, size), row.sample_id
     assert row.frame.dtype == np.uint8, row.sample_id
     assert row.split in SPLITS, row.sample_id
@@ -242,7 +243,7 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     )
 
 
-def _add(split: _Open, row: Row, schema: pa.Schema, batch: int) -> None:
+def _add(split: _SplitWriter, row: Row, schema: pa.Schema, batch: int) -> None:
     split.rows.append(row)
     split.bona_fide += row.label
     if not row.label:
@@ -251,7 +252,7 @@ def _add(split: _Open, row: Row, schema: pa.Schema, batch: int) -> None:
         _flush(split, schema)
 
 
-def _flush(split: _Open, schema: pa.Schema) -> None:
+def _flush(split: _SplitWriter, schema: pa.Schema) -> None:
     columns = [[getattr(r, name) for r in split.rows] for name in schema.names[:-1]]
     columns.append([r.frame.tobytes() for r in split.rows])
     table = pa.table([pa.array(c, f.type) for c, f in zip(columns, schema)], schema=schema)
@@ -269,7 +270,7 @@ def _update(digest: hashlib._Hash, table: pa.Table) -> None:
 
 
 def _manifest(
-    splits: dict[str, _Open], *, domain: str, kind: str, size: int, rejected: int
+    splits: dict[str, _SplitWriter], *, domain: str, kind: str, size: int, rejected: int
 ) -> CorpusManifest:
     digests: dict[str, str] = {s: o.digest.hexdigest() for s, o in splits.items()}
     return CorpusManifest(

@@ -26,13 +26,13 @@ MAX_SIDE = 4096
 MAX_PIXELS = 16_800_000
 MAX_BYTES = 8 * 2**20
 MAX_EXPANSION = 200
-FREE_BYTES = (
+HARMLESS_BYTES = (
     4 * 2**20
 )  # decoded size below which expansion is harmless: a covered 720p sensor packs 1000 times
 MAX_SCANS = 64  # cameras write about 10; each scan of a progressive JPEG costs a pass over all pixels
 NO_RETURN_8BIT = 8  # 8-bit depth is mostly JPEG, whose ringing puts 1..8 around pixels without a return
-ROBUST = (0.02, 0.98)  # share of returns below and above which depth is clipped
-SPREAD = 4.0  # median absolute deviations from the median at which it is clipped: a far wall must not flatten the face
+CLIP_QUANTILES = (0.02, 0.98)  # share of returns below and above which depth is clipped
+CLIP_DEVIATIONS = 4.0  # median absolute deviations from the median at which it is clipped: a far wall must not flatten the face
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_ANIMATION = frozenset((b"acTL", b"fcTL", b"fdAT"))
@@ -45,7 +45,7 @@ SOF_ALL = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 AS_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 AS_GREY = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 
-Name = Literal["rgb", "depth", "ir"]
+ModalityName = Literal["rgb", "depth", "ir"]
 
 
 class BadImage(ValueError):
@@ -70,9 +70,9 @@ def decode(
     )
 
 
-def read_pixels(data: bytes, name: Name) -> np.ndarray:
+def read_pixels(data: bytes, name: ModalityName) -> np.ndarray:
     """Pixels of one JPEG, PNG or PGM: uint8 [H, W, 3] RGB, or uint8 / uint16 [H, W] of depth and IR."""
-    header = _checked_header(data, name)
+    header = _check_header(data, name)
     if data.startswith(b"P5"):
         kind = np.uint8 if header.bytes_per_pixel == 1 else np.dtype(">u2")
         plane = np.frombuffer(
@@ -101,7 +101,7 @@ def frame_from_arrays(
         present |= 1
     if depth is not None:
         _check_plane(depth, "depth")
-        frame[3] = _stretched(depth, size)
+        frame[3] = _stretch_depth(depth, size)
         present |= 2
     if ir is not None:
         _check_plane(ir, "ir")
@@ -112,7 +112,7 @@ def frame_from_arrays(
     return frame, present
 
 
-def _checked_header(data: bytes, name: Name) -> _Header:
+def _check_header(data: bytes, name: ModalityName) -> _Header:
     if not data:
         raise BadImage(f"{name}: no bytes")
     if len(data) > MAX_BYTES:
@@ -141,7 +141,7 @@ def _check_size(header: _Header, packed: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadImage(f"header claims {width * height} pixels, allowed {MAX_PIXELS}")
     unpacked = width * height * bytes_per_pixel
-    if unpacked > FREE_BYTES and unpacked > MAX_EXPANSION * packed:
+    if unpacked > HARMLESS_BYTES and unpacked > MAX_EXPANSION * packed:
         raise BadImage(f"expands {unpacked // packed}x, allowed {MAX_EXPANSION}x")
 
 
@@ -232,7 +232,7 @@ def _pgm(data: bytes) -> _Header:
     return header
 
 
-def _check_plane(plane: np.ndarray, name: Name) -> None:
+def _check_plane(plane: np.ndarray, name: ModalityName) -> None:
     if (
         plane.ndim != 2
         or not plane.size
@@ -261,7 +261,7 @@ def _ir8(ir: np.ndarray) -> NDArray[np.uint8]:
     return np.ceil(255 * ir.clip(0, 1).astype(np.float32)).astype(np.uint8)
 
 
-def _stretched(depth: np.ndarray, size: int) -> NDArray[np.uint8]:
+def _stretch_depth(depth: np.ndarray, size: int) -> NDArray[np.uint8]:
     """uint8 [size, size]: the robust range of the returns on 1..255, 0 = no return; neither bleeds into the other."""
     values = depth.astype(np.float32)
     floor = NO_RETURN_8BIT if depth.dtype == np.uint8 else 0
@@ -285,8 +285,10 @@ def _stretched(depth: np.ndarray, size: int) -> NDArray[np.uint8]:
 def _range(values: np.ndarray) -> tuple[float, float]:
     n = len(values) - 1
     middle, ranked = n // 2, np.sort(values)  # sorts 6 times as fast as np.partition finds three ranks
-    low, median, high = (float(ranked[k]) for k in (round(ROBUST[0] * n), middle, round(ROBUST[1] * n)))
-    spread = SPREAD * float(np.sort(np.abs(values - median))[middle])
+    low, median, high = (
+        float(ranked[k]) for k in (round(CLIP_QUANTILES[0] * n), middle, round(CLIP_QUANTILES[1] * n))
+    )
+    spread = CLIP_DEVIATIONS * float(np.sort(np.abs(values - median))[middle])
     if spread > 0:  # more than half of a quantised plane may be one value
         low, high = max(low, median - spread), min(high, median + spread)
     return low, high

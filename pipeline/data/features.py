@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 M = len(Modality)
 DIGEST = 32  # bytes of a sha256
-NAME = re.compile(r"([0-9]+)-([0-9]+)\.parquet")
+FILE_NAME = re.compile(r"([0-9]+)-([0-9]+)\.parquet")
 COLUMNS: dict[str, pa.DataType | None] = {
     "offset": pa.int64(),
     "sample_id": pa.string(),
@@ -86,13 +86,13 @@ def write_features(root: Place, trunk: str, site: str, block: FeatureBlock) -> P
     path = _folder(root, trunk, site) / f"{first:012d}-{end:012d}.parquet"
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", compression_level=1)
-    write_atomic(path, _sealed(sink.getvalue().to_pybytes()))
+    write_atomic(path, _with_digest(sink.getvalue().to_pybytes()))
     return path
 
 
-def forget_range(root: Place, trunk: str, site: str, *, start: int, end: int) -> None:
+def delete_range(root: Place, trunk: str, site: str, *, start: int, end: int) -> None:
     """Remove what an ingest that never counted left in a range of offsets that is being assigned again."""
-    for path, (first, last) in _ranges(_folder(root, trunk, site)):
+    for path, (first, last) in _files_with_ranges(_folder(root, trunk, site)):
         if last > start and first < end:
             path.unlink(missing_ok=True)
 
@@ -100,9 +100,9 @@ def forget_range(root: Place, trunk: str, site: str, *, start: int, end: int) ->
 def read_features(root: Place, trunk: str, site: str, *, start: int, end: int, features: int) -> FeatureBlock:
     """Every stored sample of ``site`` with ``start <= offset < end``, ascending; F = ``features``. Raises BadBlob."""
     blocks = [_empty(features)]
-    for path, (first, last) in sorted(_ranges(_folder(root, trunk, site))):
+    for path, (first, last) in sorted(_files_with_ranges(_folder(root, trunk, site))):
         if last > start and first < end:
-            blocks.append(_read(path, features))
+            blocks.append(_read_block(path, features))
     block = FeatureBlock(
         *(np.concatenate([getattr(b, n) for b in blocks]) for n in FeatureBlock.__dataclass_fields__)
     )
@@ -110,39 +110,39 @@ def read_features(root: Place, trunk: str, site: str, *, start: int, end: int, f
     return block.rows(order[(block.offset[order] >= start) & (block.offset[order] < end)])
 
 
-def offsets(path: Place) -> tuple[int, int] | None:
+def offset_range(path: Place) -> tuple[int, int] | None:
     """(first, end) of the offsets in a feature file, by its name; None for another file."""
-    found = NAME.fullmatch(path.name)
+    found = FILE_NAME.fullmatch(path.name)
     return (int(found[1]), int(found[2])) if found else None
 
 
-def _ranges(folder: Place) -> list[tuple[Place, tuple[int, int]]]:
-    return [(path, found) for path in folder.glob("[0-9]*-*.parquet") if (found := offsets(path))]
+def _files_with_ranges(folder: Place) -> list[tuple[Place, tuple[int, int]]]:
+    return [(path, found) for path in folder.glob("[0-9]*-*.parquet") if (found := offset_range(path))]
 
 
-def _sealed(parquet: bytes) -> bytes:
-    at = _footer(parquet)
+def _with_digest(parquet: bytes) -> bytes:
+    at = _footer_start(parquet)
     return parquet[:at] + hashlib.sha256(parquet).digest() + parquet[at:]
 
 
-def _opened(data: bytes) -> bytes:
+def _without_digest(data: bytes) -> bytes:
     """The Parquet file without its digest; raises ValueError unless every byte is as it was written."""
-    at = _footer(data)
+    at = _footer_start(data)
     parquet = data[: at - DIGEST] + data[at:]
     if at < DIGEST or hashlib.sha256(parquet).digest() != data[at - DIGEST : at]:
         raise ValueError("its digest does not match: changed, torn, or of a version that wrote none")
     return parquet
 
 
-def _footer(parquet: bytes) -> int:
+def _footer_start(parquet: bytes) -> int:
     """Where the footer begins: before its own length and the magic at the end."""
     return max(len(parquet) - 8 - int.from_bytes(parquet[-8:-4], "little"), 0)
 
 
-def _read(path: Place, features: int) -> FeatureBlock:
+def _read_block(path: Place, features: int) -> FeatureBlock:
     width = M * features * 2
     try:
-        table = pq.ParquetFile(pa.BufferReader(_opened(path.read_bytes()))).read()
+        table = pq.ParquetFile(pa.BufferReader(_without_digest(path.read_bytes()))).read()
         columns = {name: table[name].combine_chunks() for name in COLUMNS}
     except StoreUnavailable:
         raise

@@ -1,6 +1,6 @@
 """One segment of captures → features: validate, decode, trunk, store. What ingest tasks run; nothing here knows Ray.
 
-``read_segment`` and ``decoded`` are the data plane, ``through_trunk`` the models' share: while a release of another source
+``read_segment`` and ``decode_chunks`` are the data plane, ``compute_features`` the models' share: while a release of another source
 model goes on, every sample is decoded once and goes through both trunks.
 """
 
@@ -18,7 +18,7 @@ from pipeline.data.captures import BadRow, Capture, Segment, read_segment
 from pipeline.data.decode import CHANNELS, BadImage, decode
 from pipeline.data.features import (
     FeatureBlock,
-    forget_range,
+    delete_range,
     mask_to_bool,
     pseudonym,
     read_features,
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from pipeline.storage import Place
 
 CHUNK = 256  # captures decoded and featurised together, which bounds a task's memory
-SLICE = 64  # of them in the trunk at once: its activations then stay in a core's cache, 1.3 times as fast
-REPEATED = "sample_id: already at offset"  # how the reason of such a row begins
-REMEMBERED = (
+TRUNK_SLICE = (
+    64  # of them in the trunk at once: its activations then stay in a core's cache, 1.3 times as fast
+)
+REPEAT_REASON = "sample_id: already at offset"  # how the reason of such a row begins
+REPEAT_WINDOW = (
     1000  # offsets before a segment among which its sample ids are looked for: what an uploader sends again
 )
 
@@ -52,7 +54,7 @@ class NewSegment:
     base_offset: int
 
 
-class Frames(NamedTuple):
+class DecodedChunk(NamedTuple):
     """Captures that could be decoded, N of them, and those that could not."""
 
     captures: list[Capture]
@@ -82,12 +84,12 @@ def store_segment(
     ``earlier``: offsets by sample id of the site's samples before it; those of this segment come to it.
     """
     bad = list(read.bad)
-    oldest = segment.base_offset - REMEMBERED
+    oldest = segment.base_offset - REPEAT_WINDOW
     fresh: list[Capture] = []
     for c in read.good:
         known = earlier.get(c["sample_id"], -1)
         if known >= max(0, oldest):
-            bad.append(BadRow(c["row"], c["sample_id"], f"{REPEATED} {known} of the site"))
+            bad.append(BadRow(c["row"], c["sample_id"], f"{REPEAT_REASON} {known} of the site"))
         else:
             fresh.append(c)
     worse, stored = _store(segment, fresh, size, models, features)
@@ -107,29 +109,31 @@ def restore_segment(
     _store(segment, [c for c in read.good if c["row"] not in refused], size, [model], features)
 
 
-def earlier_ids(features: Place, model: SourceModel, site: str, *, end: int) -> dict[str, int]:
+def recent_offsets(features: Place, model: SourceModel, site: str, *, end: int) -> dict[str, int]:
     """Offset by sample id of the site's stored samples in the REMEMBERED offsets before ``end``."""
     trunk, width = model.manifest.trunk_digest, model.manifest.config.trunk.features
     try:
-        block = read_features(features, trunk, site, start=max(0, end - REMEMBERED), end=end, features=width)
+        block = read_features(
+            features, trunk, site, start=max(0, end - REPEAT_WINDOW), end=end, features=width
+        )
     except BadBlob:
         return {}  # adaptation names the file; what is new need not wait for its repair
     return dict(zip(block.sample_id.tolist(), block.offset.tolist()))
 
 
-def decoded(captures: Sequence[Capture], size: int) -> Iterator[Frames]:
+def decode_chunks(captures: Sequence[Capture], size: int) -> Iterator[DecodedChunk]:
     """Frames of side ``size`` in chunks of at most CHUNK; a capture that cannot be decoded comes back with its reason."""
     for start in range(0, len(captures), CHUNK):
         part = captures[start : start + CHUNK]
         pixels = np.empty((len(part), CHANNELS, size, size), np.uint8)
-        found = Frames([], pixels, np.zeros(len(part), np.uint8), [])
+        found = DecodedChunk([], pixels, np.zeros(len(part), np.uint8), [])
         for c in part:
             try:
                 frame, present = decode(c["rgb"], c["depth"], c["ir"], size=size)
             except BadImage as e:
                 found.bad.append(BadRow(c["row"], c["sample_id"], str(e)))
                 continue
-            present &= _informative(frame)
+            present &= _informative_modalities(frame)
             if not present:
                 reason = "every modality is one constant value: covered or broken camera"
                 found.bad.append(BadRow(c["row"], c["sample_id"], reason))
@@ -141,13 +145,13 @@ def decoded(captures: Sequence[Capture], size: int) -> Iterator[Frames]:
         yield found._replace(pixels=pixels[:n], present=found.present[:n])
 
 
-def through_trunk(model: SourceModel, frames: Frames) -> np.ndarray:
+def compute_features(model: SourceModel, frames: DecodedChunk) -> np.ndarray:
     """z float16 [N, M, F]."""
     there = torch.from_numpy(mask_to_bool(frames.present))
     if not len(there):
         return np.zeros((0, there.shape[1], model.manifest.config.trunk.features), np.float16)
     return (
-        features_of(model.trunk, torch.from_numpy(frames.pixels), there, batch=SLICE)
+        features_of(model.trunk, torch.from_numpy(frames.pixels), there, batch=TRUNK_SLICE)
         .numpy()
         .astype(np.float16)
     )
@@ -162,15 +166,15 @@ def _store(
 ) -> tuple[list[BadRow], dict[str, int]]:
     """Decode once, featurise and store under every trunk → the bad rows and the offsets of the others by sample id."""
     bad, blocks = list[BadRow](), list[list[FeatureBlock]]()
-    for frames in decoded(captures, size):
-        own, worse = _blocks(frames, segment, [through_trunk(model, frames) for model in models])
+    for frames in decode_chunks(captures, size):
+        own, worse = _blocks(frames, segment, [compute_features(model, frames) for model in models])
         blocks.append(own)
         bad += [*frames.bad, *worse]
     end = segment.base_offset + segment.rows
     ids: dict[str, int] = {}
     for k, model in enumerate(models):
         trunk, parts = model.manifest.trunk_digest, [own[k] for own in blocks]
-        forget_range(features, trunk, segment.site, start=segment.base_offset, end=end)
+        delete_range(features, trunk, segment.site, start=segment.base_offset, end=end)
         if sum(map(len, parts)):
             names = FeatureBlock.__dataclass_fields__
             whole = FeatureBlock(*(np.concatenate([getattr(b, n) for b in parts]) for n in names))
@@ -180,7 +184,7 @@ def _store(
 
 
 def _blocks(
-    frames: Frames, segment: NewSegment, zs: Sequence[np.ndarray]
+    frames: DecodedChunk, segment: NewSegment, zs: Sequence[np.ndarray]
 ) -> tuple[list[FeatureBlock], list[BadRow]]:
     """One block for each of ``zs``, of the same samples: those that every trunk gives finite features."""
     fine = np.logical_and.reduce([np.isfinite(z).all(axis=(1, 2)) for z in zs])
@@ -199,7 +203,7 @@ def _blocks(
     return [replace(whole, z=z).rows(fine) for z in zs], bad
 
 
-def _informative(frame: np.ndarray) -> int:
+def _informative_modalities(frame: np.ndarray) -> int:
     """Bit mask of the modalities that are more than one constant value; a constant one is as good as absent."""
     planes = (frame[:3], frame[3], frame[4])
     return sum(1 << m for m, plane in enumerate(planes) if plane.min() != plane.max())

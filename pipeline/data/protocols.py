@@ -100,12 +100,12 @@ def pattern(name: str) -> int:
     return PATTERNS[name]
 
 
-def drop(present: NDArray[np.uint8], mask: int) -> NDArray[np.uint8]:
+def keep_only(present: NDArray[np.uint8], mask: int) -> NDArray[np.uint8]:
     """``present`` [N] with only the modalities of ``mask`` left."""
     return present & np.uint8(mask)
 
 
-def usable(present: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def any_present(present: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """[N] whether any modality is left."""
     return (present & np.uint8(FULL)) != 0
 
@@ -120,7 +120,7 @@ def as_bits(present: NDArray[np.bool_]) -> NDArray[np.uint8]:
     return (present << np.arange(len(Modality), dtype=np.uint8)).sum(axis=1).astype(np.uint8)
 
 
-def blanked(frame: NDArray[np.uint8], present: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def zero_absent(frame: NDArray[np.uint8], present: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A copy of ``frame`` [N, 5, S, S] that is zero wherever a modality is absent."""
     out = frame.copy()
     for modality, channels in CHANNELS.items():

@@ -158,7 +158,7 @@ def read_manifest(path: Place) -> Manifest:
 
 
 @contextmanager
-def folder(path: Place) -> Iterator[Path]:
+def local_folder(path: Place) -> Iterator[Path]:
     """The checkpoint as a folder of this machine, for what reads nothing else; a copy where ``path`` is in a store."""
     if isinstance(path, Path):
         yield path

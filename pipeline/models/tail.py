@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Params = dict[str, Tensor]
 
 KAPPA = 5.0  # steepness of the radial boundary
-SMALLEST = 1e-3  # radius: its logarithm is stored
+MIN_RADIUS = 1e-3  # radius: its logarithm is stored
 MODALITIES = 3
 HEADS = MODALITIES + 1
 FUSED = MODALITIES
@@ -163,15 +163,15 @@ def complete(params: Params, z: Tensor, present: Tensor) -> Completed:
 
     With nothing present the complement is zero and finite; such samples are quarantined before they get here.
     """
-    keys = each(z, params["complement.key"])
+    keys = per_modality(z, params["complement.key"])
     affinity = (keys @ params["complement.query"].mT).mT / math.sqrt(keys.shape[-1])
     other = ~torch.eye(MODALITIES, dtype=torch.bool, device=z.device)
     weight = masked_softmax(affinity, present[..., None, :] & other)  # [B, M, K]
-    low = torch.relu(each(z, params["complement.in"].flatten(1, 2))).unflatten(
+    low = torch.relu(per_modality(z, params["complement.in"].flatten(1, 2))).unflatten(
         -1, (MODALITIES, -1)
     )  # [B, K, M, Q]
     mixed = (weight.mT[..., None] * low).transpose(-3, -2).flatten(-2)  # [B, M, K * Q]
-    complement = each(mixed, params["complement.out"].permute(1, 2, 0, 3).flatten(2))
+    complement = per_modality(mixed, params["complement.out"].permute(1, 2, 0, 3).flatten(2))
     gate = torch.sigmoid(params["gate"])[..., None]
     absent = params.get("fill", complement)  # [M, F] a constant in its place, for comparisons
     return Completed(torch.where(present[..., None], z + gate * complement, absent), complement)
@@ -180,42 +180,46 @@ def complete(params: Params, z: Tensor, present: Tensor) -> Completed:
 def split(params: Params, z: Tensor) -> tuple[Tensor, Tensor]:
     """Completed features [B, M, F] → intrinsic and synergy parts, each [B, M, D]."""
     own = torch.cat([params[n] for n in ("intrinsic", "attend.query", "attend.key")], dim=1)
-    intrinsic, query, keys = each(z, own).chunk(3, dim=-1)
+    intrinsic, query, keys = per_modality(z, own).chunk(3, dim=-1)
     affinity = (query @ keys.mT) / math.sqrt(keys.shape[-1])
     other = ~torch.eye(MODALITIES, dtype=torch.bool, device=z.device)
     context = masked_softmax(affinity, other) @ z
-    return intrinsic, each(torch.cat([z, context], dim=-1), params["synergy"])
+    return intrinsic, per_modality(torch.cat([z, context], dim=-1), params["synergy"])
 
 
 def radii(params: Params, intrinsic: Tensor, synergy: Tensor) -> tuple[Tensor, Tensor]:
     """Fused feature [B, D] and the radius of every head [B, V]; nothing is normalised, or there would be one radius."""
     joint = torch.cat([intrinsic, params["synergy_gain"] * synergy], dim=-1).flatten(-2)
     hidden = torch.relu(joint @ params["fuse.in"].T + params["fuse.bias"]) @ params["fuse.out"].T
-    single = each(torch.relu(each(intrinsic, params["head.in"]) + params["head.bias"]), params["head.out"])
+    single = per_modality(
+        torch.relu(per_modality(intrinsic, params["head.in"]) + params["head.bias"]), params["head.out"]
+    )
     every = torch.cat([single, hidden[..., None, :]], dim=-2)
     return hidden, -(every * params["linear"]).sum(dim=-1) if "linear" in params else norm(every)
 
 
 def logit(params: Params, radius: Tensor, present: Tensor) -> Tensor:
     """kappa (rho - r) per head: inside the sphere is bona fide. The fused head has a radius per set of modalities."""
-    rho = params["log_rho"] + torch.nn.functional.pad(params["pattern"][bits(present)][..., None], (FUSED, 0))
+    rho = params["log_rho"] + torch.nn.functional.pad(
+        params["pattern"][pattern_index(present)][..., None], (FUSED, 0)
+    )
     return KAPPA * ((rho if "linear" in params else torch.exp(rho)) - radius)
 
 
-def shifted(params: Params, logit: Tensor) -> Tensor:
+def shifted_pattern(params: Params, logit: Tensor) -> Tensor:
     """The ``pattern`` [2^M] with which the fused logit under every set of modalities is lower by ``logit`` [2^M]."""
     rho = params["log_rho"][FUSED] + params["pattern"]
     if "linear" in params:
         return params["pattern"] - logit / KAPPA
-    return torch.log((torch.exp(rho) - logit / KAPPA).clamp(min=SMALLEST)) - params["log_rho"][FUSED]
+    return torch.log((torch.exp(rho) - logit / KAPPA).clamp(min=MIN_RADIUS)) - params["log_rho"][FUSED]
 
 
-def bits(present: Tensor) -> Tensor:
+def pattern_index(present: Tensor) -> Tensor:
     """[B] which modalities are there, as a number: bit m = modality m."""
     return (present.long() << torch.arange(MODALITIES, device=present.device)).sum(dim=-1)
 
 
-def each(x: Tensor, weight: Tensor) -> Tensor:
+def per_modality(x: Tensor, weight: Tensor) -> Tensor:
     """[B, M, F] times a matrix for each modality [M, D, F] → [B, M, D].
 
     One product a modality: under ``vmap`` they fold K into the rows, where one batched product would copy the weights K times.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 REPLAY = 64  # labelled source features that travel with the model
 
 
-def calibrated(
+def equal_error_boundaries(
     tail: Params, z: Tensor, present: Tensor, label: np.ndarray, *, substitute: bool = True
 ) -> Params:
     """log_rho [V] and pattern [2^M] at which validation errors are equal: 0.5 then means the same for every head,
@@ -39,7 +39,7 @@ def calibrated(
             return None
         r = tails.forward(tail, z[seen], there[seen], substitute=substitute).radius[:, head].double().numpy()
         at = -metrics.eer_threshold(-r, label[rows])
-        return at if "linear" in tail else math.log(max(at, tails.SMALLEST))
+        return at if "linear" in tail else math.log(max(at, tails.MIN_RADIUS))
 
     for v in range(tails.HEADS):
         seen = torch.ones(len(label), dtype=torch.bool) if v == tails.FUSED else present[:, v]
@@ -52,7 +52,9 @@ def calibrated(
     return {"log_rho": log_rho, "pattern": pattern}
 
 
-def reference(tail: Params, z: Tensor, present: Tensor, label: np.ndarray, domain: np.ndarray) -> Params:
+def validation_reference(
+    tail: Params, z: Tensor, present: Tensor, label: np.ndarray, domain: np.ndarray
+) -> Params:
     """What label-free methods hold a site's scores against, from the pooled validation.
 
     reference.logit [2^M, 2, QUANTILES]: quantiles of the fused logit of attacks (0) and bona fide (1) for every set of
@@ -78,11 +80,11 @@ def reference(tail: Params, z: Tensor, present: Tensor, label: np.ndarray, domai
                 here = domain[seen] == e
                 if len(set(label[seen][here].tolist())) == 2:
                     at = -metrics.eer_threshold(-radius[here], label[seen][here])
-                    own.append(at if "linear" in tail else math.log(max(at, tails.SMALLEST)))
+                    own.append(at if "linear" in tail else math.log(max(at, tails.MIN_RADIUS)))
     return {"reference.logit": logit, "reference.boundary": torch.tensor(own)}
 
 
-def replay(trunk: nn.Module, corpora: Sequence[Corpus]) -> Params:
+def replay_samples(trunk: nn.Module, corpora: Sequence[Corpus]) -> Params:
     """A few labelled training features, equal per domain x class, for site methods that keep the source in their loss."""
     cells = stratify(corpora)
     each = max(REPLAY // len(cells), 1)
@@ -96,7 +98,9 @@ def replay(trunk: nn.Module, corpora: Sequence[Corpus]) -> Params:
     return {"replay.z": z, "replay.present": present, "replay.label": label}
 
 
-def validation(trunk: nn.Module, corpora: Sequence[Corpus]) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
+def validation_features(
+    trunk: nn.Module, corpora: Sequence[Corpus]
+) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
     """(domain, label, z, present) of the pooled val split."""
     parts = []
     for e, corpus in enumerate(corpora):

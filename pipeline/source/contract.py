@@ -108,12 +108,12 @@ def domain_boundaries(domains: int, tail: Params) -> Params:
     return {n: tail[n].detach().expand(domains, *tail[n].shape).clone() for n in tails.BOUNDARY if n in tail}
 
 
-def with_boundaries(model: Model, batch: Batch) -> Params:
+def with_domain_boundaries(model: Model, batch: Batch) -> Params:
     """The tail in which every sample meets the boundary of its own domain."""
     return {**model.tail, **{n: t[batch.domain] for n, t in model.extra.items() if n in tails.BOUNDARY}}
 
 
-def pull_together(extra: Params, alpha: float) -> None:
+def pg_irm_step(extra: Params, alpha: float) -> None:
     """PG-IRM (SA-FAS, Sun et al., CVPR 2023): each domain's boundary moves to the one farthest from it, in place."""
     with torch.no_grad():
         for name in (n for n in tails.BOUNDARY if n in extra and len(extra[n]) > 1):
@@ -123,7 +123,7 @@ def pull_together(extra: Params, alpha: float) -> None:
             beta.copy_((alpha * row + (1 - alpha) * row.gather(0, farthest)).view_as(beta))
 
 
-def logistic(logit: Tensor, label: Tensor, margin: float = 0.0) -> Tensor:
+def logistic_loss(logit: Tensor, label: Tensor, margin: float = 0.0) -> Tensor:
     """Logistic loss of each logit; ``margin`` (in radii) is asked for on both sides of the boundary."""
     signed = torch.where(label == 1, logit, -logit) - tails.KAPPA * margin
     return torch.nn.functional.softplus(-signed)
@@ -142,7 +142,7 @@ def domain_means(x: Tensor, batch: Batch, used: Tensor) -> tuple[Tensor, Tensor]
     return mean.unflatten(0, (-1, 2)).sum(dim=1) / classes.clamp(min=1), classes > 0
 
 
-def over_domains(x: Tensor, batch: Batch, used: Tensor) -> Tensor:
+def mean_over_domains(x: Tensor, batch: Batch, used: Tensor) -> Tensor:
     """Mean of ``domain_means`` over the domains that have any row, [...]: no domain's size matters either."""
     mean, there = domain_means(x, batch, used)
     return mean.sum(dim=0) / there.sum(dim=0).clamp(min=1)
@@ -150,13 +150,13 @@ def over_domains(x: Tensor, batch: Batch, used: Tensor) -> Tensor:
 
 def domain_risks(logit: Tensor, batch: Batch, used: Tensor, margin: float = 0.0) -> Tensor:
     """[E'] logistic risk of each domain with a row in ``used`` [B]; a single zero if there is none."""
-    risk, there = domain_means(logistic(logit, batch.label, margin), batch, used)
+    risk, there = domain_means(logistic_loss(logit, batch.label, margin), batch, used)
     return risk[there] if bool(there.any()) else risk[:1]
 
 
 def head_risks(logit: Tensor, batch: Batch, present: Tensor, margin: float = 0.0) -> Tensor:
     """[V] mean over the domains of every head's risk, where its modality is ``present`` [B, M]."""
-    return over_domains(logistic(logit, batch.label[:, None], margin), batch, heads_seen(present))
+    return mean_over_domains(logistic_loss(logit, batch.label[:, None], margin), batch, head_mask(present))
 
 
 def sup_con(
@@ -172,7 +172,7 @@ def sup_con(
     same = (group[:, None] == group[None]) & other
     cosine = u @ u.T
     if margin:
-        cosine = torch.where(same, _widened(cosine, margin), cosine)
+        cosine = torch.where(same, _with_angle_margin(cosine, margin), cosine)
     similarity = (cosine / temperature).masked_fill(~other, -1e9)
     log_p = similarity - torch.logsumexp(similarity, dim=1, keepdim=True)
     per_row = -torch.where(same, log_p, 0.0).sum(dim=1) / same.sum(dim=1).clamp(min=1)
@@ -200,7 +200,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def heads_seen(present: Tensor) -> Tensor:
+def head_mask(present: Tensor) -> Tensor:
     """[B, V]: a modality's head has an opinion only where the modality is there; the fused head always."""
     return torch.cat([present, present.any(dim=1, keepdim=True)], dim=1)
 
@@ -223,7 +223,7 @@ def _cells(batch: Batch) -> Tensor:
     return torch.nn.functional.one_hot(2 * domain + batch.label.long(), 2 * (int(domain.max()) + 1))
 
 
-def _widened(cosine: Tensor, margin: float) -> Tensor:
+def _with_angle_margin(cosine: Tensor, margin: float) -> Tensor:
     """Cosine of the angle plus ``margin`` (ArcFace, Deng et al., CVPR 2019); falling with the angle up to pi."""
     sine = torch.sqrt((1 - cosine * cosine).clamp(min=1e-6))
     wide = cosine * math.cos(margin) - sine * math.sin(margin)

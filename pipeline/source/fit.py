@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from pipeline.models import ModelConfig
-from pipeline.models import fit_state as unfinished
+from pipeline.models import ModelConfig, fit_state
 from pipeline.models import tail as tails
 from pipeline.models.checkpoint import Manifest, SourceModel, seal
 from pipeline.models.trunk import build_trunk, fold
-from pipeline.source.calibrate import calibrated, reference, replay, validation
-from pipeline.source.sampler import FitError, ahead, batch, check_validation, draw, stratify
+from pipeline.source.calibrate import (
+    equal_error_boundaries,
+    replay_samples,
+    validation_features,
+    validation_reference,
+)
+from pipeline.source.sampler import FitError, check_validation, draw, make_batch, prefetch, stratify
 from pipeline.stats import metrics
 
 if TYPE_CHECKING:
@@ -76,21 +80,21 @@ class Objective(nn.Module):
         extra = method.extra(domains, tail)
         learned = {n: not n.startswith(FROZEN_TAIL) and n not in extra for n in tail}
         self._tail = nn.ParameterDict(
-            {_plain(n): nn.Parameter(t, requires_grad=learned[n]) for n, t in tail.items()}
+            {_parameter_name(n): nn.Parameter(t, requires_grad=learned[n]) for n, t in tail.items()}
         )
-        self._extra = nn.ParameterDict({_plain(n): nn.Parameter(t) for n, t in extra.items()})
+        self._extra = nn.ParameterDict({_parameter_name(n): nn.Parameter(t) for n, t in extra.items()})
 
     @property
     def tail(self) -> Params:
-        return {_dotted(n): p for n, p in self._tail.items()}
+        return {_tensor_name(n): p for n, p in self._tail.items()}
 
     @property
     def extra(self) -> Params:
-        return {_dotted(n): p for n, p in self._extra.items()}
+        return {_tensor_name(n): p for n, p in self._extra.items()}
 
     def trunk_features(self, frames: Tensor, present: Tensor) -> Tensor:
         with torch.autocast(
-            frames.device.type, torch.bfloat16, enabled=_halved(self.method.precision, frames.device)
+            frames.device.type, torch.bfloat16, enabled=_uses_bfloat16(self.method.precision, frames.device)
         ):
             z = self.trunk(frames, present)
         return z.float()
@@ -139,8 +143,8 @@ def advance(
     draws = draws or (lambda at: draw(method, corpora, cells, step=at, rank=rank, world=world))
     sums: dict[str, float] = {}
     since = 0
-    for at, drawn in ahead(draws, range(state.step, until)):
-        for name, value in step(state, *batch(method, drawn, step=at, rank=rank)).items():
+    for at, drawn in prefetch(draws, range(state.step, until)):
+        for name, value in step(state, *make_batch(method, drawn, step=at, rank=rank)).items():
             sums[name] = sums.get(name, 0.0) + value
         since += 1
         if report is not None and (state.step % every == 0 or state.step == method.steps):
@@ -156,11 +160,13 @@ def begin(task: Task, *, domains: int, wrap: Callable[[nn.Module], nn.Module] | 
         trunk = build_trunk(task.model.trunk, task.size)
     tail = tails.init_tail(task.model.tail, task.model.trunk.features, generator=generator)
     if task.method.start:
-        _take_over(Path(task.method.start), trunk, tail)
+        _load_start(Path(task.method.start), trunk, tail)
     objective = Objective(task.method, trunk, tail, domains=domains)
     objective.train()
     module = wrap(objective) if wrap else objective
-    optimizer = torch.optim.AdamW(_groups(objective, task.method.weight_decay), lr=task.method.lr, fused=True)
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(objective, task.method.weight_decay), lr=task.method.lr, fused=True
+    )
     return Fit(task, objective, module, optimizer)
 
 
@@ -212,12 +218,12 @@ def save(state: Fit, folder: Path) -> None:
     for i, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{n}": torch.as_tensor(t) for n, t in moments.items()}
     facts = {"step": state.step, "kind": state.task.method.kind, "fingerprint": state.task.fingerprint}
-    unfinished.write(folder, tensors, facts)
+    fit_state.write(folder, tensors, facts)
 
 
 def restore(state: Fit, folder: Path) -> None:
     """Continue from ``save``; FitError for the state of another configuration, ValueError for a damaged one."""
-    tensors, meta = unfinished.read(folder)
+    tensors, meta = fit_state.read(folder)
     mine = {"kind": state.task.method.kind, "fingerprint": state.task.fingerprint}
     for name, value in mine.items():
         if meta[name] != value:
@@ -246,9 +252,9 @@ def restore(state: Fit, folder: Path) -> None:
 def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> SourceModel:
     """Fold the trunk, put each head's radius and the threshold at the EER of the pooled validation, and seal."""
     trunk, tail = fold(objective.trunk).cpu(), objective.final_tail()
-    domain, label, z, present = validation(trunk, corpora)
-    tail |= calibrated(tail, z, present, label)
-    tail |= reference(tail, z, present, label, domain)
+    domain, label, z, present = validation_features(trunk, corpora)
+    tail |= equal_error_boundaries(tail, z, present, label)
+    tail |= validation_reference(tail, z, present, label, domain)
     manifest = Manifest(
         config=task.model,
         size=task.size,
@@ -261,7 +267,7 @@ def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> Sourc
         revision=task.revision,
         architecture=cast("TinyTrunk | VitTrunk", objective.trunk).architecture(),
     )
-    tail |= replay(trunk, corpora)
+    tail |= replay_samples(trunk, corpora)
     score = tails.score(tail, z, present).numpy()
     threshold = metrics.eer_threshold(score, label)
     names = [c.domain for c in corpora]
@@ -292,27 +298,27 @@ def scores(model: SourceModel, z: Tensor, present: Tensor) -> Tensor:
         return tails.score(model.tail, z, present)
 
 
-def _take_over(start: Path, trunk: nn.Module, tail: Params) -> None:
+def _load_start(start: Path, trunk: nn.Module, tail: Params) -> None:
     """Trunk and tail of the fit that ``save`` left in ``start``; a head that it does not have stays as it is."""
     try:
-        stored, _ = unfinished.read(start)
+        stored, _ = fit_state.read(start)
         trunk.load_state_dict({n.removeprefix(TRUNK): t for n, t in stored.items() if n.startswith(TRUNK)})
     except (ValueError, RuntimeError) as e:
         raise FitError(
             f"source.start: {start} is no fit of this model.trunk: {' '.join(str(e).split())[:200]}"
         ) from None
     for name in tail:
-        there = stored.get(f"{TAIL}{_plain(name)}")
+        there = stored.get(f"{TAIL}{_parameter_name(name)}")
         if there is not None and there.shape == tail[name].shape:
             tail[name] = there
 
 
-def _groups(objective: Objective, decay: float) -> list[dict[str, object]]:
+def _parameter_groups(objective: Objective, decay: float) -> list[dict[str, object]]:
     def decays(name: str, p: Tensor) -> bool:
         return (
             p.dim() > 1
             and not name.startswith("_extra.")
-            and _dotted(name.removeprefix("_tail.")) not in tails.NO_DECAY
+            and _tensor_name(name.removeprefix("_tail.")) not in tails.NO_DECAY
         )
 
     named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
@@ -322,7 +328,7 @@ def _groups(objective: Objective, decay: float) -> list[dict[str, object]]:
     ]
 
 
-def _halved(precision: str, device: torch.device) -> bool:
+def _uses_bfloat16(precision: str, device: torch.device) -> bool:
     """Whether the trunk computes in bfloat16; without hardware for it that is four times as slow as float32."""
     if precision != "auto":
         return precision == "bfloat16"
@@ -331,9 +337,9 @@ def _halved(precision: str, device: torch.device) -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def _plain(name: str) -> str:
+def _parameter_name(name: str) -> str:
     return name.replace(".", "/")  # a parameter's name may not hold a dot
 
 
-def _dotted(name: str) -> str:
+def _tensor_name(name: str) -> str:
     return name.replace("/", ".")

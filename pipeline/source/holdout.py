@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pipeline.data.features import mask_to_bool
-from pipeline.data.protocols import FULL, PATTERNS, drop, usable
+from pipeline.data.protocols import FULL, PATTERNS, any_present, keep_only
 from pipeline.models import tail as tails
 from pipeline.models.trunk import features
 from pipeline.source import fit as fits
@@ -111,7 +111,7 @@ def fit_and_score(
 
 def score(model: SourceModel, corpus: Corpus, split: str) -> Split:
     """Every sample of one split under every pattern."""
-    rows = np.flatnonzero((np.asarray(corpus.split) == split) & usable(np.asarray(corpus.present)))
+    rows = np.flatnonzero((np.asarray(corpus.split) == split) & any_present(np.asarray(corpus.present)))
     bits = np.asarray(corpus.present)[rows]
     present = torch.from_numpy(mask_to_bool(bits))
     z = features(model.trunk, torch.from_numpy(corpus.frame[rows]), present)
@@ -119,8 +119,8 @@ def score(model: SourceModel, corpus: Corpus, split: str) -> Split:
     with torch.no_grad():
         whole = tails.forward(model.tail, z, present)
         for p, mask in enumerate(PATTERNS.values()):
-            left = drop(bits, mask)
-            kept = torch.from_numpy(np.flatnonzero(usable(left)))
+            left = keep_only(bits, mask)
+            kept = torch.from_numpy(np.flatnonzero(any_present(left)))
             there = torch.from_numpy(mask_to_bool(left))
             for f, fill in enumerate(FILLS):
                 if mask == FULL and f:

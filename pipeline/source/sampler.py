@@ -105,7 +105,7 @@ def draw(
     return Draw(frames, torch.from_numpy(mask_to_bool(bits)), label, domain)
 
 
-def batch(method: SourceMethod, drawn: Draw, *, step: int, rank: int) -> tuple[Batch, Generator]:
+def make_batch(method: SourceMethod, drawn: Draw, *, step: int, rank: int) -> tuple[Batch, Generator]:
     """``drawn`` made ready for the trunk, and the generator for what the method itself draws."""
     random = np.random.default_rng([method.seed, step, rank, 1])
     generator = torch.Generator().manual_seed(int(random.integers(2**62)))
@@ -113,7 +113,7 @@ def batch(method: SourceMethod, drawn: Draw, *, step: int, rank: int) -> tuple[B
     return Batch(ready, drawn.present, drawn.label, drawn.domain, step / method.steps), generator
 
 
-def ahead(draws: Callable[[int], Draw], steps: Iterable[int]) -> Iterator[tuple[int, Draw]]:
+def prefetch(draws: Callable[[int], Draw], steps: Iterable[int]) -> Iterator[tuple[int, Draw]]:
     """(step, its samples), the next ones being drawn while the caller works on these."""
     with ThreadPoolExecutor(1) as pool:
         waiting: list[tuple[int, Future[Draw]]] = []

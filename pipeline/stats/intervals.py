@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 DRAWS = 2000
-CELLS = 2**21  # weights that are held at once where every sample needs one
+MAX_WEIGHTS = 2**21  # weights that are held at once where every sample needs one
 
 
 class MetricError(ValueError):
@@ -105,7 +105,7 @@ def auc_interval(
     real, index = (y == 1)[order], index[order]
     weights = cluster_weights(int(index.max()) + 1, samples, np.random.default_rng(seed))
     draws: list[Floats] = []
-    for part in np.array_split(weights, max(1, samples * len(s) // CELLS)):
+    for part in np.array_split(weights, max(1, samples * len(s) // MAX_WEIGHTS)):
         drawn = part[:, index]
         good = np.add.reduceat(drawn * real, starts, axis=1)  # [draws, distinct scores]
         bad = np.add.reduceat(drawn * ~real, starts, axis=1)

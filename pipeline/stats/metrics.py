@@ -29,7 +29,7 @@ BONA_FIDE = 1
 OTHER = "other"
 HARM = 0.01  # a site is harmed where its HTER (or worst APCER) rises by more than this
 MIN_SPECIES = 30  # presentations below which a species' rate says little; such species are merged and named
-ABOVE = 1e-6  # a threshold this far above the top score rejects it in float32 too
+ABOVE_TOP = 1e-6  # a threshold this far above the top score rejects it in float32 too
 
 
 class Rate(NamedTuple):
@@ -102,7 +102,7 @@ def report(
 
     ``dev`` adds BPCER10, 20 and 100. Numbers that a missing class makes undefined are NaN.
     """
-    s, y = _checked(score, label)
+    s, y = _check(score, label)
     names, merged = merge_small(pai, y, min_species)
     by_species = apcer_by_species(s, y, names, threshold)
     worst, top = max_apcer(by_species)
@@ -177,7 +177,7 @@ def merge_small(
 
 def apcer_by_species(score: ArrayLike, label: ArrayLike, pai: Names, threshold: float) -> dict[str, Rate]:
     """APCER of every PAI species among the attacks, with bounds."""
-    s, y = _checked(score, label)
+    s, y = _check(score, label)
     names = np.asarray(pai, dtype=np.str_)
     attack = y != BONA_FIDE
     found, index = np.unique(names[attack], return_inverse=True)
@@ -194,14 +194,14 @@ def max_apcer(species: dict[str, Rate]) -> tuple[str, float]:
 
 def bpcer(score: ArrayLike, label: ArrayLike, threshold: float) -> Rate:
     """Share of bona fide presentations called attack, with bounds."""
-    s, y = _checked(score, label)
+    s, y = _check(score, label)
     real = s[y == BONA_FIDE]
     return rate(int(np.sum(~(real >= threshold))), len(real))
 
 
 def far_frr(score: ArrayLike, label: ArrayLike, threshold: float) -> tuple[float, float]:
     """(share of all attacks called bona fide, share of bona fide called attack); NaN for a class that is missing."""
-    s, y = _checked(score, label)
+    s, y = _check(score, label)
     accepted = s >= threshold
     return _mean(accepted[y != BONA_FIDE]), _mean(~accepted[y == BONA_FIDE])
 
@@ -213,7 +213,7 @@ def hter(score: ArrayLike, label: ArrayLike, threshold: float) -> float:
 
 def det_curve(score: ArrayLike, label: ArrayLike) -> Det:
     """FAR and FRR at each distinct score as threshold and at one above all; needs both classes and finite scores."""
-    s, y = _checked(score, label)
+    s, y = _check(score, label)
     real, attack = np.sort(s[y == BONA_FIDE]), np.sort(s[y != BONA_FIDE])
     if not len(real) or not len(attack):
         raise MetricError(
@@ -222,7 +222,7 @@ def det_curve(score: ArrayLike, label: ArrayLike) -> Det:
     if not np.isfinite(s).all():
         raise MetricError(f"scores must be finite; {int((~np.isfinite(s)).sum())} of {len(s)} are not")
     threshold = np.unique(s)
-    threshold = np.append(threshold, threshold[-1] + ABOVE)
+    threshold = np.append(threshold, threshold[-1] + ABOVE_TOP)
     far = 1 - np.searchsorted(attack, threshold, side="left") / len(attack)
     frr = np.searchsorted(real, threshold, side="left") / len(real)
     return Det(threshold, far, frr)
@@ -235,7 +235,7 @@ def eer_threshold(score: ArrayLike, label: ArrayLike) -> float:
     """
     curve = det_curve(score, label)
     i, t = _eer_index(curve), curve.threshold
-    return _halfway(float(t[i - 1]), float(t[i])) if 0 < i < len(t) - 1 else float(t[i])
+    return _midpoint(float(t[i - 1]), float(t[i])) if 0 < i < len(t) - 1 else float(t[i])
 
 
 def eer(score: ArrayLike, label: ArrayLike) -> float:
@@ -250,7 +250,7 @@ def eer(score: ArrayLike, label: ArrayLike) -> float:
 
 def apcer_threshold(score: ArrayLike, label: ArrayLike, pai: Names, apcer: float) -> float:
     """The lowest threshold at which no species exceeds ``apcer``; on dev data this fixes BPCER10/20/100 honestly."""
-    s, y = _checked(score, label)
+    s, y = _check(score, label)
     names, attack = np.asarray(pai, dtype=np.str_), y != BONA_FIDE
     bound = -np.inf  # the highest score that must be rejected
     for name in np.unique(names[attack]):
@@ -262,7 +262,7 @@ def apcer_threshold(score: ArrayLike, label: ArrayLike, pai: Names, apcer: float
     if bound == -np.inf:
         return float(np.nanmin(s))
     above = s[s > bound]
-    return _halfway(bound, float(above.min())) if len(above) else float(bound + ABOVE)
+    return _midpoint(bound, float(above.min())) if len(above) else float(bound + ABOVE_TOP)
 
 
 def bpcer_at_apcer(score: ArrayLike, label: ArrayLike, pai: Names, apcer: float) -> float:
@@ -289,7 +289,7 @@ def bpcer_at_dev(
 
 def auc(score: ArrayLike, label: ArrayLike) -> float:
     """P(bona fide score > attack score) + half of the ties, by mid-ranks; NaN for a missing class or a NaN score."""
-    s, y = _checked(score, label)
+    s, y = _check(score, label)
     real = y == BONA_FIDE
     n, m = int(real.sum()), int((~real).sum())
     if not n or not m or np.isnan(s).any():
@@ -308,7 +308,7 @@ def tpr_at_fpr(score: ArrayLike, label: ArrayLike, fpr: float) -> float:
     return float(1 - curve.frr[curve.far <= fpr + 1e-12].min())
 
 
-def _checked(score: ArrayLike, label: ArrayLike) -> tuple[Floats, NDArray[np.int64]]:
+def _check(score: ArrayLike, label: ArrayLike) -> tuple[Floats, NDArray[np.int64]]:
     s, y = np.asarray(score, np.float64), np.asarray(label, np.int64)
     if s.ndim != 1 or s.shape != y.shape:
         raise MetricError(
@@ -328,6 +328,6 @@ def _eer_index(curve: Det) -> int:
     return int(np.lexsort((curve.far + curve.frr, np.round(gap, 12)))[0])
 
 
-def _halfway(rejected: float, accepted: float) -> float:
+def _midpoint(rejected: float, accepted: float) -> float:
     middle = (rejected + accepted) / 2
     return middle if middle > rejected else accepted

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 # What the alternatives of a Bernoulli null are: its odds times exp(TILT). APCER 2 -> 10 % is a tilt of 1.69.
 TILT: Floats = np.geomspace(1 / 16, 6.0, 16)
-USUAL, SPREAD = (
+PRIOR_CENTRE, PRIOR_SCALE = (
     1.8,
     0.5,
 )  # the prior over log(TILT) is a Cauchy: tight where it matters, heavy enough to miss nothing
 BETS: Floats = np.array([0.05, 0.1, 0.2, 0.4, 0.8])  # stakes on a departure from uniformity
 BISECTIONS = 50
-EARLIER = 20.0  # presentations that the rate of the other hours weighs in an hour's own baseline
-BASELINE = 0.95  # one-sided confidence of an hour's baseline
+OTHER_HOURS_WEIGHT = 20.0  # presentations that the rate of the other hours weighs in an hour's own baseline
+BASELINE_CONFIDENCE = 0.95  # one-sided confidence of an hour's baseline
 EDGE = 1e-9
 
 
@@ -45,7 +45,7 @@ def bernoulli_e(errors: ArrayLike, n: ArrayLike, null: ArrayLike) -> Floats:
     s, m, p = np.broadcast_arrays(_floats(errors), _floats(n), _floats(null))
     if not ((s >= 0) & (s <= m)).all() or not ((p > 0) & (p < 1)).all():
         raise ValueError("counts with 0 <= errors <= n and a null in (0, 1) are needed")
-    return _tilted(s, m[..., None] * np.log1p(p[..., None] * np.expm1(TILT)))
+    return _tilt_mixture(s, m[..., None] * np.log1p(p[..., None] * np.expm1(TILT)))
 
 
 def paired_e(worse: ArrayLike, better: ArrayLike) -> Floats:
@@ -132,7 +132,7 @@ def bernoulli_cs(errors: ArrayLike, n: ArrayLike, alpha: float) -> tuple[Floats,
     is the null that ``bernoulli_e`` does not yet reject at 1/alpha (Howard et al. 2021), so both always agree.
     """
     s, m = np.broadcast_arrays(_floats(errors), _floats(n))
-    return _lowest(s, m, alpha), 1 - _lowest(m - s, m, alpha)
+    return _lower_bound(s, m, alpha), 1 - _lower_bound(m - s, m, alpha)
 
 
 def mean_cs(x: ArrayLike, alpha: float) -> tuple[Floats, Floats]:
@@ -209,19 +209,23 @@ def ratchet(accepted: ArrayLike, hour: ArrayLike, baseline: ArrayLike, kappa: fl
         raise ValueError(
             f"a baseline [24, 2] and one hour per call are needed, given {counts.shape} and {h.shape}"
         )
-    null = allowed(counts, kappa)[h]
+    null = allowed_rates(counts, kappa)[h]
     cost = np.cumsum(np.log1p(null[:, None] * np.expm1(TILT)), axis=0)
-    path = _tilted(np.cumsum(a), cost)
+    path = _tilt_mixture(np.cumsum(a), cost)
     return path, np.maximum.accumulate(np.maximum(path, 0.0))
 
 
-def allowed(baseline: Floats, kappa: float) -> Floats:
+def allowed_rates(baseline: Floats, kappa: float) -> Floats:
     """Highest rate of bona fide calls per hour of the day [24] that ``ratchet`` takes for usual."""
     from scipy.special import betaincinv  # pyright: ignore
 
     n, yes = baseline.T
     others = (yes.sum() - yes + 0.5) / (n.sum() - n + 1)
-    upper: Floats = betaincinv(yes + EARLIER * others + 0.5, n - yes + EARLIER * (1 - others) + 0.5, BASELINE)
+    upper: Floats = betaincinv(
+        yes + OTHER_HOURS_WEIGHT * others + 0.5,
+        n - yes + OTHER_HOURS_WEIGHT * (1 - others) + 0.5,
+        BASELINE_CONFIDENCE,
+    )
     odds = (1 + kappa) * upper / np.maximum(1 - upper, EDGE)
     return np.clip(odds / (1 + odds), EDGE, 1 - EDGE)
 
@@ -230,9 +234,9 @@ def _floats(x: ArrayLike) -> Floats:
     return np.asarray(x, np.float64)
 
 
-def _tilted(errors: Floats, cost: Floats) -> Floats:
+def _tilt_mixture(errors: Floats, cost: Floats) -> Floats:
     """Log of the mixture over TILT of exp(errors * TILT - cost); ``cost`` [..., tilts] is what a null of each call expects."""
-    prior = -np.log1p((np.log(TILT / USUAL) / SPREAD) ** 2)
+    prior = -np.log1p((np.log(TILT / PRIOR_CENTRE) / PRIOR_SCALE) ** 2)
     return _log_sum(errors[..., None] * TILT - cost + (prior - _log_sum(prior, -1)), -1)
 
 
@@ -244,7 +248,7 @@ def _log_sum(x: Floats, axis: int) -> Floats:
         return np.squeeze(top, axis) + np.log(np.exp(x - top).sum(axis=axis))
 
 
-def _lowest(errors: Floats, n: Floats, alpha: float) -> Floats:
+def _lower_bound(errors: Floats, n: Floats, alpha: float) -> Floats:
     """Largest null that is rejected at 1/alpha, 0 where none is: ``bernoulli_e`` falls with the null, so by bisection."""
     low, high = np.zeros(errors.shape), np.ones(errors.shape)
     for _ in range(BISECTIONS):

@@ -15,7 +15,7 @@ from pipeline.config import Config, load
 from pipeline.control.deployment import ingest_sources, now
 from pipeline.data.captures import read_segment
 from pipeline.data.features import write_features
-from pipeline.data.featurise import CHUNK, decoded, store_segment, through_trunk
+from pipeline.data.featurise import CHUNK, compute_features, decode_chunks, store_segment
 from pipeline.models import checkpoint
 from pipeline.storage import StoreUnavailable
 from tests.support.captures import SIZE, Fleet, hash_of, image, made, segment
@@ -77,7 +77,7 @@ def test_an_old_duplicate_leaves_no_features(fleet: Fleet, monkeypatch: pytest.M
     """Beyond the offsets that sample ids are remembered for, only the digest tells."""
     first = segment(fleet.captures / "gate/segment-0.parquet", "a", "b")
     fleet.round()
-    monkeypatch.setattr("pipeline.data.featurise.REMEMBERED", 0)
+    monkeypatch.setattr("pipeline.data.featurise.REPEAT_WINDOW", 0)
     (fleet.captures / "gate/segment-1.parquet").write_bytes(first.read_bytes())
     segment(fleet.captures / "gate/segment-2.parquet", "c")
     assert fleet.round().orphans == (("gate", 2, 4),)
@@ -213,10 +213,10 @@ def test_chunks_are_aligned_with_their_captures(fleet: Fleet) -> None:
     path = segment(fleet.captures / "gate/segment-0.parquet", *ids)
     good = read_segment(path, site="gate", limits=fleet.config.data).good
     good[1]["rgb"] = b"broken"
-    parts = list(decoded(good, SIZE))
+    parts = list(decode_chunks(good, SIZE))
     assert [len(p.pixels) for p in parts] == [CHUNK - 1, 3]
     assert [c["sample_id"] for p in parts for c in p.captures] == ["s0", *ids[2:]]
-    again = next(decoded([good[-1]], SIZE)).pixels[0]
+    again = next(decode_chunks([good[-1]], SIZE)).pixels[0]
     assert np.array_equal(parts[1].pixels[-1], again)
     assert [b.row for p in parts for b in p.bad] == [1]
 
@@ -343,11 +343,11 @@ def test_a_sample_that_one_trunk_can_make_nothing_of_counts_under_neither(
     segment(fleet.captures / "gate/segment-1.parquet", rgb=b"no image")
 
     def overflown(model, frames):
-        z = through_trunk(model, frames)
+        z = compute_features(model, frames)
         z[1:, 0, 0] = np.inf if model.manifest.digest == fleet.models["n"].manifest.digest else 1
         return z
 
-    monkeypatch.setattr("pipeline.data.featurise.through_trunk", overflown)
+    monkeypatch.setattr("pipeline.data.featurise.compute_features", overflown)
     fleet.round()
     monkeypatch.undo()
     assert fleet.refused("gate") == [("segment-0.parquet", 1, "its features are not finite")]

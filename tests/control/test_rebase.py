@@ -16,7 +16,7 @@ from pipeline.control import loaders
 from pipeline.control.deployment import now
 from pipeline.control.rebase import retained_segments, unbroken_suffix
 from pipeline.data.anchor import open_sealed, seal
-from pipeline.data.features import forget_range, read_features, write_features
+from pipeline.data.features import delete_range, read_features, write_features
 from pipeline.ledger import Cycle, SegmentRow
 from pipeline.models import checkpoint
 from pipeline.models.trunk import build_trunk, fold
@@ -181,8 +181,8 @@ def test_a_rebase_learns_what_a_site_under_that_model_would_have_learned(life, t
 def test_a_hole_in_the_features_ends_what_is_retained(life):
     store, trunk = life.d.config.place("features"), life.ledger.source(2).trunk
     first, last = SITES[0], SITES[1]
-    forget_range(store, trunk, first, start=0, end=1)
-    forget_range(store, trunk, last, start=LENGTH[last], end=LENGTH[last] + 1)
+    delete_range(store, trunk, first, start=0, end=1)
+    delete_range(store, trunk, last, start=LENGTH[last], end=LENGTH[last] + 1)
     told = rebased(life, begun(life))
     assert told == {last: "nothing that it learned from has features of this source model"}
     made = life.ledger.rebased(2)

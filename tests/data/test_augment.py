@@ -32,7 +32,7 @@ def test_range_and_shape_stay() -> None:
 def test_no_return_stays_no_return() -> None:
     x = frames()
     x[:, a.DEPTH, :12] = 0
-    still = a.move(x, seeded())[:, a.DEPTH] == 0
+    still = a.change_geometry(x, seeded())[:, a.DEPTH] == 0
     out = a.augment(x, seeded())[:, a.DEPTH]
     assert bool((out[still] == 0).all())
     assert float((out[~still] > 0).float().mean()) > 0.8
@@ -40,7 +40,7 @@ def test_no_return_stays_no_return() -> None:
 
 def test_geometry_is_joint() -> None:
     plane = frames()[:, :1]
-    moved = a.move(plane.expand(-1, 5, -1, -1), seeded())
+    moved = a.change_geometry(plane.expand(-1, 5, -1, -1), seeded())
     assert all(torch.allclose(moved[:, 0], moved[:, c], atol=1e-5) for c in range(5))
     assert not torch.equal(moved[:, 0], plane[:, 0])
 
@@ -48,7 +48,7 @@ def test_geometry_is_joint() -> None:
 def test_half_of_the_samples_are_mirrored_and_a_point_stays_near() -> None:
     x = torch.zeros(400, 5, 32, 32)
     x[:, :, 15:18, 7:10] = 1.0
-    at = a.move(x, seeded())[:, 0].amax(dim=1).argmax(dim=1)
+    at = a.change_geometry(x, seeded())[:, 0].amax(dim=1).argmax(dim=1)
     left = at < 16
     assert 0.4 < float(left.float().mean()) < 0.6
     assert bool(((at >= 2) & (at <= 13) | (at >= 18) & (at <= 29)).all())
@@ -57,13 +57,13 @@ def test_half_of_the_samples_are_mirrored_and_a_point_stays_near() -> None:
 def test_an_edge_of_depth_is_near_or_nothing_but_never_between() -> None:
     x = torch.full((64, 5, 32, 32), 0.8)
     x[:, :, :, 16:] = 0.0
-    depth = a.move(x, seeded())[:, a.DEPTH]
+    depth = a.change_geometry(x, seeded())[:, a.DEPTH]
     assert bool(((depth - 0.8).abs() < 1e-4).logical_or(depth == 0).all())
 
 
 def test_sensors_differ_per_modality_and_per_sample() -> None:
     grey = torch.full((64, 5, 16, 16), 0.5)
-    level = a.sense(grey, seeded()).mean(dim=(2, 3))
+    level = a.change_sensor(grey, seeded()).mean(dim=(2, 3))
     assert level.std(dim=0).min() > 0.02
     assert abs(float(torch.corrcoef(level[:, [3, 4]].T)[0, 1])) < 0.5
 

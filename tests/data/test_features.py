@@ -83,7 +83,7 @@ def test_a_column_of_another_kind_is_one_clear_error(tmp_path, broken):
     path = write_features(tmp_path, "t" * 64, "gate", block(0, 4))
     made = io.BytesIO()
     pq.write_table(broken(pq.read_table(path, partitioning=None)), made)
-    path.write_bytes(features._sealed(made.getvalue()))
+    path.write_bytes(features._with_digest(made.getvalue()))
     with pytest.raises(blobs.BadBlob, match="session|offset"):
         read_features(tmp_path, "t" * 64, "gate", start=0, end=9, features=F)
 

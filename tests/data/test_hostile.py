@@ -45,7 +45,7 @@ import json, resource, sys, time
 from pathlib import Path
 import pyarrow as pa
 import torch
-from pipeline.data.featurise import decoded
+from pipeline.data.featurise import decode_chunks
 from pipeline.data import DataConfig, blobs
 from pipeline.data.captures import list_segments, read_segment, check_segment
 from pipeline.models import checkpoint
@@ -67,7 +67,7 @@ pa.register_extension_type(Waking())
 def segment(path):
     read = read_segment(path, site=path.parent.name, limits=DataConfig())
     bad = [b.reason for b in read.bad]
-    for frames in decoded(read.good, 48):
+    for frames in decode_chunks(read.good, 48):
         bad += [b.reason for b in frames.bad]
     return "; ".join(bad)
 

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from pipeline.data.protocols import (
     PATTERNS,
+    any_present,
     as_bits,
     as_bools,
-    blanked,
-    drop,
+    keep_only,
     leave_one_domain_out,
     limited_source,
     pattern,
-    usable,
+    zero_absent,
 )
 
 NAMES = st.lists(st.text("abcW", min_size=1, max_size=4), min_size=2, max_size=5, unique=True)
@@ -75,21 +75,21 @@ def test_patterns_keep_what_they_say() -> None:
 @given(MASKS)
 def test_bits_and_bools_are_the_same_thing(present: np.ndarray) -> None:
     assert np.array_equal(as_bits(as_bools(present)), present)
-    assert np.array_equal(as_bools(present).any(axis=1), usable(present))
+    assert np.array_equal(as_bools(present).any(axis=1), any_present(present))
 
 
 @given(MASKS, st.sampled_from(sorted(PATTERNS)))
 def test_dropping_never_adds_and_is_final(present: np.ndarray, name: str) -> None:
-    left = drop(present, pattern(name))
+    left = keep_only(present, pattern(name))
     assert np.array_equal(left | present, present)
-    assert np.array_equal(drop(left, pattern(name)), left)
+    assert np.array_equal(keep_only(left, pattern(name)), left)
     assert left.dtype == np.uint8
 
 
 @given(MASKS)
 def test_blanked_frames_hold_only_what_is_present(present: np.ndarray) -> None:
     frame = np.full((len(present), 5, 2, 2), 9, np.uint8)
-    out = blanked(frame, present)
+    out = zero_absent(frame, present)
     lit = np.stack(
         [out[:, :3].any(axis=(1, 2, 3)), out[:, 3].any(axis=(1, 2)), out[:, 4].any(axis=(1, 2))], axis=1
     )

@@ -15,7 +15,7 @@ from jobs.__main__ import main
 from pipeline.control.scoring import join_labels
 from pipeline.data import blobs
 from pipeline.ledger import Pointed
-from pipeline.storage import TEMPORARY, Stored, files
+from pipeline.storage import TEMPORARY, StoredFile, files
 from tests.support.garbage import SITES, begun, verify
 from tests.support.ledgers import BAD, GOOD, T0
 
@@ -129,7 +129,7 @@ def test_scoring_goes_without_what_was_collected(fleet):
     ],
 )
 def test_by_its_name(inside, needed):
-    file = Stored(Path(*inside), inside, 1, T0)
+    file = StoredFile(Path(*inside), inside, 1, T0)
     pointed = Pointed(frozenset(), frozenset(), {"east": 8})
     found = gc.condemned([file], pointed, {"a" * 16}, before=T0 + timedelta(seconds=1))
     assert [f for v in found.values() for f in v] == ([] if needed else [file])

@@ -29,7 +29,7 @@ from pipeline.data import featurise
 from pipeline.data.anchor import AnchorSet, seal
 from pipeline.data.captures import check_segment
 from pipeline.data.corpus import read_corpus
-from pipeline.data.features import _sealed, mask_to_bool
+from pipeline.data.features import _with_digest, mask_to_bool
 from pipeline.guards import Reason, Verdict
 from pipeline.ledger import Ledger, SegmentRow
 from pipeline.models import TailConfig, checkpoint
@@ -477,7 +477,7 @@ def rewritten(**columns: pa.Array | None):
             )
         sink = pa.BufferOutputStream()
         pq.write_table(t, sink)
-        path.write_bytes(_sealed(sink.getvalue().to_pybytes()))  # what is wrong must be what is in it
+        path.write_bytes(_with_digest(sink.getvalue().to_pybytes()))  # what is wrong must be what is in it
 
     return rewrite
 

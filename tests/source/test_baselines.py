@@ -10,7 +10,14 @@ from torch.nn.functional import normalize
 
 from pipeline.models import TailConfig
 from pipeline.models import tail as tails
-from pipeline.source.contract import PAIRS, Batch, logistic, over_domains, sup_con, with_boundaries
+from pipeline.source.contract import (
+    PAIRS,
+    Batch,
+    logistic_loss,
+    mean_over_domains,
+    sup_con,
+    with_domain_boundaries,
+)
 from pipeline.source.methods import ctnet, dadm, irm, mmdg, vrex
 
 F, D, B = 16, 8, 24
@@ -126,7 +133,7 @@ def test_the_gradient_of_the_shared_weights_is_regrads(head: str, missing: int |
     present = EVERY & (torch.arange(tails.MODALITIES) != missing) if missing is not None else EVERY
     b = batch(present)
     config.losses(model, b, generator(5))["rebalance"].backward()
-    alone = mmdg.alone_risks(model.tail, b.frames, b)
+    alone = mmdg.single_modality_risks(model.tail, b.frames, b)
     read = tails.forward(model.tail, b.frames, b.present)
     certain = mmdg.certainty(model.tail, read, b.present, config.dropout, config.passes, generator(5))
     names = [n for n in mmdg.SHARED if n in model.tail]
@@ -148,8 +155,10 @@ def test_the_gradient_of_the_shared_weights_is_regrads(head: str, missing: int |
 
 def test_the_zero_term_is_exactly_zero() -> None:
     model, b = Stored(mmdg.Config()), batch()
-    alone = mmdg.alone_risks(model.tail, b.frames, b)
-    assert float(mmdg.turned(model.tail, alone, torch.ones(3), b.present.any(dim=0)).detach()) == 0
+    alone = mmdg.single_modality_risks(model.tail, b.frames, b)
+    assert (
+        float(mmdg.gradient_correction(model.tail, alone, torch.ones(3), b.present.any(dim=0)).detach()) == 0
+    )
 
 
 def test_certainty_is_one_for_a_head_that_dropout_cannot_move() -> None:
@@ -181,15 +190,17 @@ def test_certainty_is_what_is_left_of_the_mean_deviation_over_the_samples_that_h
 def test_prototypes_begin_at_the_first_mean_and_move_a_fifth_of_the_way() -> None:
     group, zero = torch.arange(B) % 2, torch.zeros(3, 3, D)
     a, b = (torch.randn(B, 3, D, generator=generator(s)) for s in (0, 1))
-    first = mmdg.follow(zero, a.requires_grad_(), group, EVERY)
+    first = mmdg.update_prototypes(zero, a.requires_grad_(), group, EVERY)
     assert not first.requires_grad
     assert torch.allclose(first[1, 1], a[group == 1, 1].mean(dim=0), atol=1e-6)
     assert not bool(first[:, 2].any()), "a group that was never seen"
-    second = mmdg.follow(first, b, group, EVERY)
+    second = mmdg.update_prototypes(first, b, group, EVERY)
     assert torch.allclose(second[1, 1], 0.8 * first[1, 1] + 0.2 * b[group == 1, 1].mean(dim=0), atol=1e-6)
     half = EVERY.clone()
     half[:, 1] = False
-    assert torch.equal(mmdg.follow(first, b, group, half)[1], first[1]), "an absent modality teaches nothing"
+    assert torch.equal(mmdg.update_prototypes(first, b, group, half)[1], first[1]), (
+        "an absent modality teaches nothing"
+    )
 
 
 def test_losses_keep_the_prototypes_in_extra_and_give_them_no_gradient() -> None:
@@ -209,17 +220,19 @@ def test_single_side_is_small_beside_the_own_prototype() -> None:
     prototypes[:, 0, 0], prototypes[:, 1, 0] = 10.0, -10.0
     at = torch.zeros(2, 3, D)
     at[..., 0] = 10.0
-    right, wrong = mmdg.single_side(prototypes, at, torch.tensor([0, 1])).unbind(0)
+    right, wrong = mmdg.single_side_loss(prototypes, at, torch.tensor([0, 1])).unbind(0)
     assert float(right.max()) < 1e-4
     assert float(wrong.min()) > 15
-    assert float(mmdg.single_side(prototypes, at, torch.tensor([0, 0])).max()) < 1e-4, (
+    assert float(mmdg.single_side_loss(prototypes, at, torch.tensor([0, 0])).max()) < 1e-4, (
         "the unseen one is no rival"
     )
 
 
 def bound(a: torch.Tensor, b: torch.Tensor) -> float:
     both = torch.ones(len(a), dtype=torch.bool)
-    return math.log(len(a)) + float(dadm.matched(normalize(a, dim=1), normalize(b, dim=1), both, 0.1).mean())
+    return math.log(len(a)) + float(
+        dadm.match_log_p(normalize(a, dim=1), normalize(b, dim=1), both, 0.1).mean()
+    )
 
 
 @settings(max_examples=20)
@@ -259,10 +272,10 @@ def test_dadm_weighs_the_modality_heads_and_widens_angles_where_a_modality_is_th
     present[5:, 1] = False
     b = batch(present)
     terms = config.losses(model, b, generator())
-    read = tails.forward(with_boundaries(model, b), b.frames, b.present)
+    read = tails.forward(with_domain_boundaries(model, b), b.frames, b.present)
     _, weight = dadm.alignment(read.intrinsic, present, config.temperature)
-    loss = weight * logistic(read.logit, b.label[:, None])[:, :3]
-    wanted = config.heads * over_domains(loss, b, present).sum()
+    loss = weight * logistic_loss(read.logit, b.label[:, None])[:, :3]
+    wanted = config.heads * mean_over_domains(loss, b, present).sum()
     assert float(terms["heads"].detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     angles = [
         sup_con(read.intrinsic[seen, m], b.label[seen], config.temperature, margin=config.margin)
@@ -274,8 +287,8 @@ def test_dadm_weighs_the_modality_heads_and_widens_angles_where_a_modality_is_th
 def test_absent_rows_do_not_enter_the_bound() -> None:
     a, b = (normalize(torch.randn(B, D, generator=generator(s)), dim=1) for s in (0, 1))
     both = torch.arange(B) % 3 > 0
-    part = dadm.matched(a, b, both, 0.1)[both]
-    assert torch.allclose(part, dadm.matched(a[both], b[both], both[both], 0.1), atol=1e-6)
+    part = dadm.match_log_p(a, b, both, 0.1)[both]
+    assert torch.allclose(part, dadm.match_log_p(a[both], b[both], both[both], 0.1), atol=1e-6)
 
 
 def along(step: torch.Tensor) -> torch.Tensor:
@@ -320,18 +333,18 @@ def test_transitions_have_unit_length_and_a_direction() -> None:
 def test_auxiliary_features_are_learned_from_rgb_and_their_targets_stay() -> None:
     model = Stored(ctnet.Config())
     z = batch().frames.clone().requires_grad_()
-    ctnet.from_rgb(model.tail, z, EVERY).backward()
+    ctnet.rgb_prediction_loss(model.tail, z, EVERY).backward()
     assert bool(z.grad[:, 0].any())
     assert not bool(z.grad[:, 1:].any())
     blind = EVERY.clone()
     blind[:, 0] = False
-    assert float(ctnet.from_rgb(model.tail, z, blind).detach()) == 0
+    assert float(ctnet.rgb_prediction_loss(model.tail, z, blind).detach()) == 0
     linear = z.detach().clone()
     linear[:, 1:] = linear[:, :1].roll(1, dims=-1)
     optimizer = torch.optim.Adam([model.tail["complement.in"], model.tail["complement.out"]], lr=1e-2)
     course = []
     for _ in range(30):
-        gap = ctnet.from_rgb(model.tail, linear, EVERY)
+        gap = ctnet.rgb_prediction_loss(model.tail, linear, EVERY)
         course.append(float(gap.detach()))
         optimizer.zero_grad()
         gap.backward()

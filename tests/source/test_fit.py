@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.models import ModelConfig, TailConfig, TinyConfig
+from pipeline.models import ModelConfig, TailConfig, TinyConfig, fit_state
 from pipeline.models import checkpoint as cp
-from pipeline.models import fit_state as unfinished
 from pipeline.models import tail as tails
 from pipeline.models.trunk import features
 from pipeline.source import fit as fits
 from pipeline.source.contract import Batch
 from pipeline.source.methods import erm, rise
-from pipeline.source.sampler import FitError, batch, draw, stratify
+from pipeline.source.sampler import FitError, draw, make_batch, stratify
 from pipeline.stats import metrics
 
 SIZE = 16
@@ -93,7 +92,7 @@ def test_a_resumed_fit_ends_where_an_unbroken_one_does(kind: str, tmp_path: Path
         while state.step < until:
             method, at = state.task.method, state.step
             drawn = draw(method, corpora(), cells, step=at, rank=0, world=1)
-            fits.step(state, *batch(method, drawn, step=at, rank=0))
+            fits.step(state, *make_batch(method, drawn, step=at, rank=0))
 
     go(whole, 5)
     fits.save(whole, tmp_path)
@@ -121,7 +120,7 @@ def test_no_flipped_bit_of_a_saved_fit_is_restored(tmp_path: Path, name: str) ->
         spoiled[bit // 8] ^= 1 << bit % 8
         (tmp_path / name).write_bytes(spoiled)
         with pytest.raises(ValueError, match=r"not a readable fit \(.*\); delete it$"):
-            unfinished.read(tmp_path)
+            fit_state.read(tmp_path)
     with pytest.raises(FitError, match=r"source\.start: .*not a readable fit"):
         fits.begin(task(start=str(tmp_path)), domains=3)
     (tmp_path / name).write_bytes(whole)

@@ -16,7 +16,7 @@ from pipeline.models import ModelConfig, TailConfig, TinyConfig
 from pipeline.models import tail as tails
 from pipeline.source import fit as fits
 from pipeline.source import sampler
-from pipeline.source.calibrate import calibrated, validation
+from pipeline.source.calibrate import equal_error_boundaries, validation_features
 from pipeline.source.holdout import Result, degenerate, fit_and_score, from_file, to_arrays
 from pipeline.stats import metrics
 
@@ -136,8 +136,8 @@ def test_a_pattern_that_leaves_nothing_is_not_scored() -> None:
 @pytest.mark.parametrize("head", ["radial", "linear"])
 def test_every_pattern_of_sensors_errs_equally_on_the_validation(head: str) -> None:
     model = fits.fit(task(head=head, steps=30), SOURCES)
-    _, label, z, present = validation(model.trunk, SOURCES)
-    made = calibrated(model.tail, z, present, label)
+    _, label, z, present = validation_features(model.trunk, SOURCES)
+    made = equal_error_boundaries(model.tail, z, present, label)
     assert torch.allclose(made["pattern"], model.tail["pattern"], atol=1e-5), (
         "calibrating again changes nothing"
     )
@@ -167,14 +167,14 @@ def test_degenerate_corpora_end_in_a_clear_error_or_finite_scores() -> None:
 
 
 def test_samples_drawn_ahead_are_those_of_their_step_and_an_error_arrives() -> None:
-    assert list(sampler.ahead(lambda at: at * at, range(2, 6))) == [(2, 4), (3, 9), (4, 16), (5, 25)]  # pyright: ignore
+    assert list(sampler.prefetch(lambda at: at * at, range(2, 6))) == [(2, 4), (3, 9), (4, 16), (5, 25)]  # pyright: ignore
 
     def breaks(at: int) -> int:
         if at == 1:
             raise ValueError("no row")
         return at
 
-    drawn = sampler.ahead(breaks, range(3))  # pyright: ignore
+    drawn = sampler.prefetch(breaks, range(3))  # pyright: ignore
     assert next(drawn) == (0, 0)
     with pytest.raises(ValueError, match="no row"):
         next(drawn)

@@ -222,7 +222,7 @@ def test_a_domain_without_a_modality_does_not_dilute_its_heads_risk() -> None:
 
 def test_margin_pushes_both_classes_off_the_sphere() -> None:
     logit, label = tails.KAPPA * torch.tensor([0.05, -0.05]), torch.tensor([1, 0])
-    assert bool((source.logistic(logit, label, 0.1) > source.logistic(logit, label)).all())
+    assert bool((source.logistic_loss(logit, label, 0.1) > source.logistic_loss(logit, label)).all())
 
 
 @given(seed=st.integers(0, 99), alpha=st.floats(0.05, 0.99), name=st.sampled_from(tails.BOUNDARY))
@@ -230,7 +230,7 @@ def test_pull_together_contracts_and_stays_between(seed: int, alpha: float, name
     shape = (DOMAINS, tails.HEADS) if name == "log_rho" else (DOMAINS, tails.HEADS, D)
     before = torch.randn(shape, generator=generator(seed))
     extra = {name: before.clone()}
-    source.pull_together(extra, alpha)
+    source.pg_irm_step(extra, alpha)
     after = extra[name]
     spread = [(t[:, None] - t[None]).abs().amax(dim=(0, 1)) for t in (before, after)]
     if name == "log_rho":
@@ -375,8 +375,8 @@ def test_mixing_takes_some_but_not_all_from_somebody_else() -> None:
 
 def test_retrieval_is_easy_for_the_owner_and_hard_for_a_stranger() -> None:
     keys, index, all_ = torch.eye(4), torch.arange(4), torch.ones(4, dtype=torch.bool)
-    assert float(rise.retrieve(keys, keys, index, all_, all_, 0.1)) < 0.01
-    assert float(rise.retrieve(keys, keys, index.roll(1), all_, all_, 0.1)) > 5
+    assert float(rise.retrieval_loss(keys, keys, index, all_, all_, 0.1)) < 0.01
+    assert float(rise.retrieval_loss(keys, keys, index.roll(1), all_, all_, 0.1)) > 5
 
 
 def test_correlation_of_a_feature_with_itself_is_one_on_the_diagonal() -> None:
@@ -387,7 +387,7 @@ def test_correlation_of_a_feature_with_itself_is_one_on_the_diagonal() -> None:
 
 def test_the_full_score_is_the_teacher_of_the_dropped_one() -> None:
     model, b = Fake(rise.Config()), batch()
-    tail = {n: t.detach().requires_grad_() for n, t in source.with_boundaries(model, b).items()}
+    tail = {n: t.detach().requires_grad_() for n, t in source.with_domain_boundaries(model, b).items()}
     z = model.trunk_features(b.frames, b.present)
     full = tails.forward(tail, z, b.present)
     _, kl = rise.complement_terms(tail, z, b.present, full, generator())

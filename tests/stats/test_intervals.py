@@ -65,7 +65,7 @@ def test_auc_interval_does_not_depend_on_how_draws_are_split(monkeypatch):
     rng = np.random.default_rng(0)
     c, score = target(rng), rng.random(320)
     whole = intervals.auc_interval(score, c.label, c.cluster, samples=64)
-    monkeypatch.setattr(intervals, "CELLS", 1000)
+    monkeypatch.setattr(intervals, "MAX_WEIGHTS", 1000)
     assert intervals.auc_interval(score, c.label, c.cluster, samples=64) == whole
     assert all(
         map(math.isnan, intervals.auc_interval(np.where(score > 0.9, np.nan, score), c.label, c.cluster))

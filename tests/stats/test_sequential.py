@@ -161,9 +161,9 @@ def test_a_rising_accept_rate_is_a_ratchet_and_a_falling_one_is_not():
 
 def test_hours_without_a_baseline_are_as_the_others():
     baseline = np.zeros((24, 2))
-    assert (seq.allowed(baseline, 0.5) > 0.6).all()  # nothing is known: nearly everything is allowed
+    assert (seq.allowed_rates(baseline, 0.5) > 0.6).all()  # nothing is known: nearly everything is allowed
     baseline[8:18] = [100, 50]
-    limit = seq.allowed(baseline, 0.5)
+    limit = seq.allowed_rates(baseline, 0.5)
     assert limit[3] == pytest.approx(0.75, abs=0.05)
     assert 0.6 < limit[10] < limit[3]
 

@@ -36,9 +36,9 @@ def served() -> Iterator[str]:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
         patch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
-        storage._connected.cache_clear()
+        storage._connection.cache_clear()
         yield f"{host}:{port}"
-    storage._connected.cache_clear()
+    storage._connection.cache_clear()
     server.stop()
 
 

@@ -15,14 +15,14 @@ from jobs.ingest import ingest_step
 from pipeline.control.deployment import lease, now, open_ledger
 from pipeline.data.captures import list_segments, read_segment
 from pipeline.data.decode import decode
-from pipeline.data.featurise import decoded, through_trunk
+from pipeline.data.featurise import compute_features, decode_chunks
 from pipeline.models import TinyConfig, checkpoint, tail, trunk
 
 if TYPE_CHECKING:
     from jobs.bench.fleet.runs import Ground
     from jobs.terminal import Terminal
     from pipeline.config import Config
-    from pipeline.data.featurise import Frames
+    from pipeline.data.featurise import DecodedChunk
 
 SMALLEST = TinyConfig(width=4, features=8)  # what is left of the trunk's share when a GPU does it
 DECODED = 4  # segments in the decoding loop
@@ -85,7 +85,7 @@ def _loaded(config: Config, paths: list[Path]) -> float:
             began = time.perf_counter()  # its workers are there
         else:
             count += len(frames.captures)
-        through_trunk(model, frames)
+        compute_features(model, frames)
     return count / (time.perf_counter() - (began or 0))
 
 
@@ -113,7 +113,7 @@ def _with_smallest_trunk(ground: Ground, name: str, *, sites: int, captures: int
     return config
 
 
-class _Segments(Dataset["Frames"]):
+class _Segments(Dataset["DecodedChunk"]):
     """The frames of one segment an item."""
 
     def __init__(self, config: Config, paths: list[Path]) -> None:
@@ -122,9 +122,9 @@ class _Segments(Dataset["Frames"]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Frames:
+    def __getitem__(self, index: int) -> DecodedChunk:
         path = self.paths[index]
-        (frames,) = decoded(
+        (frames,) = decode_chunks(
             read_segment(path, site=path.parent.name, limits=self.limits).good, self.limits.size
         )
         return frames._replace(
@@ -137,5 +137,5 @@ def _single(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _as_it_is(frames: Frames) -> Frames:
+def _as_it_is(frames: DecodedChunk) -> DecodedChunk:
     return frames

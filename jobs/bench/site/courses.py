@@ -24,7 +24,7 @@ from pipeline.config import method_config
 from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.models import ModelConfig, checkpoint
 from pipeline.source import fit as fits
-from pipeline.source.calibrate import calibrated
+from pipeline.source.calibrate import equal_error_boundaries
 from pipeline.source.holdout import read_stored
 from pipeline.storage import write_atomic
 
@@ -148,7 +148,7 @@ def filled(tail: Params, fill: str, z: torch.Tensor, present: torch.Tensor, labe
         made["fill"] = torch.zeros_like(z[0])
     elif fill == "mean-fill":
         made["fill"] = (z * present[..., None]).sum(0) / present.sum(0)[:, None].clamp(min=1)
-    made |= calibrated(made, z, present, label)
+    made |= equal_error_boundaries(made, z, present, label)
     return {**made, "pattern": torch.zeros_like(made["pattern"])} if fill == "zero-fill" else made
 
 

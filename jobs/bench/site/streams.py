@@ -20,13 +20,13 @@ from pipeline.data.captures import check_segment, list_segments, read_labels
 from pipeline.data.corpus import read_corpus
 from pipeline.data.features import mask_to_bool, read_features
 from pipeline.data.featurise import NewSegment, ingest_segment
-from pipeline.data.protocols import usable
+from pipeline.data.protocols import any_present
 from pipeline.models import checkpoint
 from pipeline.models import tail as tails
 from pipeline.models.trunk import features as features_of
 from pipeline.simulate.scenarios import POISON, Drawn, Scenario, at_a_door, draw
 from pipeline.site import bank
-from pipeline.source.calibrate import validation
+from pipeline.source.calibrate import validation_features
 from pipeline.source.holdout import read_stored
 from pipeline.storage import write_atomic
 from pipeline.types import Features
@@ -108,8 +108,8 @@ def prepare(job: SourceJob, given: Given, path: str, rival: str, out: str) -> No
         arrays.update({f"{name}.{field}": a for field, a in own.items()})
 
     validated = [read_corpus(Path(given.corpora[d]), ("val",)) for d in job.domains]
-    _, label, z, there = validation(model.trunk, validated)
-    bits = tails.bits(there).numpy().astype(np.uint8)
+    _, label, z, there = validation_features(model.trunk, validated)
+    bits = tails.pattern_index(there).numpy().astype(np.uint8)
     keep(
         "validation",
         z.numpy(),
@@ -120,7 +120,7 @@ def prepare(job: SourceJob, given: Given, path: str, rival: str, out: str) -> No
     )
     if job.target:
         corpus = read_corpus(Path(given.corpora[job.target]), ("train", "val", "test"))
-        rows = at_a_door(corpus.label, corpus.video, usable(corpus.present))
+        rows = at_a_door(corpus.label, corpus.video, any_present(corpus.present))
         _, session = np.unique(corpus.video[rows], return_inverse=True)
         keep(
             f"stream/{job.name}",

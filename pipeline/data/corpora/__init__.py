@@ -20,7 +20,7 @@ from pipeline.data.corpus import (
     read_manifest,
     write_corpus,
 )
-from pipeline.data.decode import MAX_BYTES, BadImage, Name, frame_from_arrays, read_pixels
+from pipeline.data.decode import MAX_BYTES, BadImage, ModalityName, frame_from_arrays, read_pixels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -40,7 +40,7 @@ __all__ = [
     "Row",
     "clip_frames",
     "data_root",
-    "evenly",
+    "evenly_spaced",
     "image_frame",
     "read_corpus",
     "read_manifest",
@@ -54,7 +54,7 @@ FRAMES = (
 )
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-NAMES: tuple[Name, Name, Name] = ("rgb", "depth", "ir")
+NAMES: tuple[ModalityName, ModalityName, ModalityName] = ("rgb", "depth", "ir")
 
 Item = TypeVar("Item")
 Images = tuple["Path", "Path", "Path"]  # RGB, depth, IR of one frame
@@ -75,7 +75,7 @@ def subfolders(root: Path, name: str) -> list[Path]:
     return [p for p in found if p.is_dir()]
 
 
-def evenly(items: Sequence[Item]) -> list[Item]:
+def evenly_spaced(items: Sequence[Item]) -> list[Item]:
     """All of up to FRAMES items, else FRAMES of them in equal steps (12, 24, 36 of 0-49)."""
     if len(items) <= FRAMES:
         return list(items)
@@ -120,7 +120,7 @@ def _numbered(folder: Path) -> dict[int, Path]:
     return {int(p.stem): p for p in sorted(files)}
 
 
-def _bytes(path: Path, name: Name) -> bytes:
+def _bytes(path: Path, name: ModalityName) -> bytes:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:

@@ -21,7 +21,7 @@ from pipeline.data.corpora import (
     Row,
     clip_frames,
     data_root,
-    evenly,
+    evenly_spaced,
     image_frame,
     subfolders,
 )
@@ -92,7 +92,7 @@ def _race_clips(person: Path, number: int) -> Iterator[_Clip | Rejected]:
     for path in _folders(person):
         code = CLIP.fullmatch(path.name)
         if not code:
-            yield Rejected(f"{subject}/{_safe(path.name)}", "clip name is not P1_P2_P3_P4_P5")
+            yield Rejected(f"{subject}/{_without_id_card(path.name)}", "clip name is not P1_P2_P3_P4_P5")
         elif code[1] != RACES[race] or code[2] != name[2]:
             yield Rejected(f"{subject}/{path.name}", "clip name contradicts its subject's folder")
         else:
@@ -115,7 +115,7 @@ def _mask_clip(path: Path) -> _Clip | Rejected:
     code = MASK.fullmatch(path.name)
     if not code or code[1] != MASK_KINDS[kind] or code[2] != person:
         return Rejected(
-            f"{kind}/{_safe(person)}/{_safe(path.name)}",
+            f"{kind}/{_without_id_card(person)}/{_without_id_card(path.name)}",
             "clip name is not a mask's or contradicts its folder",
         )
     if kind == "Silicone-Mask":
@@ -125,7 +125,7 @@ def _mask_clip(path: Path) -> _Clip | Rejected:
     return _Clip(path, f"{kind}-{person}", "test", pai)
 
 
-def _safe(name: str) -> str:
+def _without_id_card(name: str) -> str:
     """A folder name without what may be an id card."""
     return re.sub(r"[0-9]{5,}[0-9Xx]*", "…", name)[:60]
 
@@ -137,7 +137,7 @@ def _clip_rows(clip: _Clip, size: int) -> Iterator[Row | Rejected]:
         yield Rejected(
             video, f"{incomplete} frames lack one of profile, depth, ir; {len(frames)} are complete"
         )
-    for images in evenly(frames):
+    for images in evenly_spaced(frames):
         sample = f"{video}/{int(images[0].stem):04d}"
         try:
             frame, present, digest = image_frame(images, size=size, crop=_without_border)

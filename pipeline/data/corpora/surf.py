@@ -20,7 +20,7 @@ from pipeline.data.corpora import (
     Row,
     clip_frames,
     data_root,
-    evenly,
+    evenly_spaced,
     image_frame,
     subfolders,
 )
@@ -94,7 +94,7 @@ def _clip_rows(clip: _Clip, size: int) -> Iterator[Row | Rejected]:
     frames, incomplete = clip_frames(clip.path, FOLDERS)
     if incomplete or not frames:
         yield Rejected(item, f"{incomplete} frames lack one of color, depth, ir; {len(frames)} are complete")
-    for images in evenly(frames):
+    for images in evenly_spaced(frames):
         name = f"{item}/{int(images[0].stem)}"
         pai = BONA_FIDE if clip.label else video
         yield _row(

@@ -21,7 +21,7 @@ from pipeline.data.corpora import (
     Rejected,
     Row,
     data_root,
-    evenly,
+    evenly_spaced,
     sha256,
     subfolders,
 )
@@ -36,7 +36,7 @@ NAME = re.compile(r"([0-9]{3})_([0-9]{2})_([0-9]{3})_([0-9])_([0-9]{2})")  # cli
 FRAME = re.compile(r"Frame_([0-9]+)")
 PROTOCOL = "PROTOCOL-grandtest.csv"
 GROUPS: dict[str, str] = {"train": "train", "dev": "val", "eval": "test"}
-OWN_FACE = ("00", "01", "02")  # instruments of bona fide: none, own glasses, others' glasses
+BONA_FIDE_INSTRUMENTS = ("00", "01", "02")  # instruments of bona fide: none, own glasses, others' glasses
 DEFECTS = ("100_03_015_2_10", "101_06_067_1_02")  # the modalities' frame indices do not match
 CLIENTS: dict[str, str] = {
     "train": "002 004 005 007 014 015 021 028 029 032 034 037 038 040 041 045 046 054 061 062 064 065 068 069 098 104 "
@@ -137,7 +137,7 @@ def _recording_rows(
         yield Rejected(name, "known defect: frame indices of the modalities do not match")
     elif recording.rgb is None or recording.cdit is None:
         yield Rejected(name, f"{'colour' if recording.rgb is None else 'depth and infrared'} file is missing")
-    elif code[4] == "0" and code[5] not in OWN_FACE:
+    elif code[4] == "0" and code[5] not in BONA_FIDE_INSTRUMENTS:
         yield Rejected(name, f"bona fide with instrument {code[5]}, allowed 00 to 02")
     elif (split := _split(name, code[1], protocol)) is None:
         yield Rejected(
@@ -173,7 +173,7 @@ def _frames(
                     f"frame indices differ: {len(indices)} of colour, {len(others)} of depth and infrared",
                 )
                 return
-            for i in evenly(sorted(indices)):
+            for i in evenly_spaced(sorted(indices)):
                 try:
                     yield i, _frame(colour[f"{indices[i]}/array"], planes[f"{others[i]}/array"], size)
                 except BadImage as e:

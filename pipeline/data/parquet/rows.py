@@ -36,14 +36,14 @@ class BadRow(NamedTuple):
     reason: str
 
 
-def judged(columns: Sequence[Sequence[object]], site: str) -> Iterator[Capture | BadRow]:
+def judge_rows(columns: Sequence[Sequence[object]], site: str) -> Iterator[Capture | BadRow]:
     """Rows of a segment's columns, in their order, each a capture of ``site`` or the reason why it is none."""
     seen: dict[str, int] = {}
     for row, cells in enumerate(zip(*columns)):
         yield _capture(row, cells, site, seen)
 
 
-def values(column: pa.ChunkedArray) -> list[object]:
+def python_values(column: pa.ChunkedArray) -> list[object]:
     """Python values of a column; equal bytes are one object, and nothing is decoded as text yet."""
     found: list[object] = []
     try:
@@ -63,7 +63,7 @@ def values(column: pa.ChunkedArray) -> list[object]:
     return found
 
 
-def text(raw: object) -> str | None:
+def printable_text(raw: object) -> str | None:
     """Short printable text, else None."""
     if not isinstance(raw, bytes) or not 0 < len(raw) <= 4 * MAX_ID:
         return None
@@ -74,7 +74,7 @@ def text(raw: object) -> str | None:
     return word if len(word) <= MAX_ID and word.isprintable() else None
 
 
-def shown(raw: object) -> str:
+def printable(raw: object) -> str:
     """At most 63 characters of something foreign, safe for a log line."""
     word = raw.decode(errors="replace") if isinstance(raw, bytes) else str(raw)
     return ascii(word[:63])
@@ -82,14 +82,14 @@ def shown(raw: object) -> str:
 
 def _capture(row: int, cells: tuple[object, ...], site: str, seen: dict[str, int]) -> Capture | BadRow:
     sample_raw, site_raw, at, session_raw, rgb, depth, ir = cells
-    sample, session = text(sample_raw), text(session_raw)
+    sample, session = printable_text(sample_raw), printable_text(session_raw)
     if sample is None:
         return BadRow(row, None, f"sample_id: {_fault(sample_raw)}")
     if sample in seen:
         return BadRow(row, sample, f"sample_id: already in row {seen[sample]}")
     seen[sample] = row
-    if text(site_raw) != site:
-        return BadRow(row, sample, f"site_id: {shown(site_raw)}, expected {site!r}")
+    if printable_text(site_raw) != site:
+        return BadRow(row, sample, f"site_id: {printable(site_raw)}, expected {site!r}")
     if not isinstance(at, int):
         return BadRow(row, sample, "captured_at: null")
     if not 0 <= at < LATEST:

@@ -61,7 +61,7 @@ def write_struct(fields: dict[int, tuple[int, object]]) -> bytes:
     out, last = bytearray(), 0
     for number, (kind, value) in sorted(fields.items()):
         out.append((number - last) << 4 | kind)  # no struct here skips more than 15 numbers
-        out += _encoded(kind, value)
+        out += _encode(kind, value)
         last = number
     out.append(0)
     return bytes(out)
@@ -138,25 +138,25 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     raise BadThrift("integer too long")
 
 
-def _encoded(kind: int, value: object) -> bytes:
+def _encode(kind: int, value: object) -> bytes:
     if kind == STRUCT and isinstance(value, dict):
         return write_struct(value)
     if kind == BINARY and isinstance(value, bytes):
-        return _written(len(value)) + value
+        return _varint_bytes(len(value)) + value
     if kind == LIST and isinstance(value, tuple):
         item, items = value
         head = (
             bytes([len(items) << 4 | item])
             if len(items) < 15
-            else bytes([15 << 4 | item]) + _written(len(items))
+            else bytes([15 << 4 | item]) + _varint_bytes(len(items))
         )
-        return head + b"".join(_encoded(item, v) for v in items)
+        return head + b"".join(_encode(item, v) for v in items)
     assert kind in (I16, I32, I64)
     assert isinstance(value, int)
-    return _written(value << 1 if value >= 0 else (-value << 1) - 1)
+    return _varint_bytes(value << 1 if value >= 0 else (-value << 1) - 1)
 
 
-def _written(value: int) -> bytes:
+def _varint_bytes(value: int) -> bytes:
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)

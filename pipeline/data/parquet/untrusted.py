@@ -82,12 +82,12 @@ class _Footer(NamedTuple):
 
 def check_footer(path: Place, limits: Limits) -> int:
     """Judge ``path`` by its footer and return its number of rows; raises BadParquet and what ``read_table`` does."""
-    with _opened(path, limits) as (file, size):
+    with _open_regular(path, limits) as (file, size):
         head = file.read(4)
         file.seek(size - 8)
         length = _footer_length(head, file.read(8), size)
         file.seek(size - 8 - length)
-        footer = _footer(file.read(length), limits, size)
+        footer = _parse_footer(file.read(length), limits, size)
     return sum(rows for rows, _ in footer.groups)
 
 
@@ -100,15 +100,15 @@ def read_table(path: Place, limits: Limits) -> tuple[pa.Table, str]:
     that has a second legal reading one bit away, wherefore a column must be nullable (of a required one the same page gives
     other values) and no two chunks may overlap (a page may be another column's).
     """
-    with _opened(path, limits) as (file, size):
+    with _open_regular(path, limits) as (file, size):
         data = file.read(size + 1)
     if len(data) != size:
         raise BadParquet("changed while it was read")
     digest = hashlib.sha256(data).hexdigest()
     body = size - 8 - _footer_length(data[:4], data[-8:], size)
-    footer = _footer(data[body:-8], limits, size)
+    footer = _parse_footer(data[body:-8], limits, size)
     _check_pages(data, footer, limits)
-    clean = _written(footer, limits)
+    clean = _plain_footer(footer, limits)
     data = b"".join((memoryview(data)[:body], clean, len(clean).to_bytes(4, "little"), MAGIC))
     texts = [name for name, (physical, _) in limits.columns.items() if physical == "BYTE_ARRAY"]
     try:
@@ -123,7 +123,7 @@ def read_table(path: Place, limits: Limits) -> tuple[pa.Table, str]:
 
 
 @contextmanager
-def _opened(path: Place, limits: Limits) -> Iterator[tuple[IO[bytes] | pa.NativeFile, int]]:
+def _open_regular(path: Place, limits: Limits) -> Iterator[tuple[IO[bytes] | pa.NativeFile, int]]:
     """The file and its size, which is allowed; nothing of it is read yet."""
     try:
         if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):  # a pipe would block for ever
@@ -151,7 +151,7 @@ def _footer_length(head: bytes, end: bytes, size: int) -> int:
     return length
 
 
-def _footer(data: bytes, limits: Limits, size: int) -> _Footer:
+def _parse_footer(data: bytes, limits: Limits, size: int) -> _Footer:
     try:
         raw, _ = thrift.read_struct(data, 0)
         _check_keys(thrift.children(raw, 5))
@@ -280,7 +280,7 @@ def _page(header: thrift.Struct, rows: int) -> tuple[int, int, int]:
     return size, packed, 0 if kind == DICTIONARY_PAGE else values
 
 
-def _written(footer: _Footer, limits: Limits) -> bytes:
+def _plain_footer(footer: _Footer, limits: Limits) -> bytes:
     """A footer with the columns and pages of ``footer`` and nothing else."""
     t, codes = thrift, {v: k for k, v in PHYSICAL.items()}
     converted = {v: k for k, v in CONVERTED.items()}

@@ -161,7 +161,9 @@ class Config(Section):
         """Count the source's logits and move the boundary to where errors are equal → state, [] whether the site moved."""
         if "reference.logit" not in tail:
             return state, torch.ones((), dtype=torch.bool)
-        state = shift.count(state, logit, tails.bits(batch.present), teaches, half_life=self.half_life)
+        state = shift.count(
+            state, logit, tails.pattern_index(batch.present), teaches, half_life=self.half_life
+        )
         state, found = shift.estimate(state, shift.tables(tail["reference.logit"]))
         usual = (found.attack >= self.attacks) & (found.bona_fide >= self.majority * found.attack)
         allowed = found.logit.clamp(max=self.tighten).maximum(-torch.where(usual, self.loosen, 0.0))
@@ -172,7 +174,7 @@ class Config(Section):
         used = state["shift.count"].sum(-1)
         moved = ((by != 0) * used).sum() > 0.5 * used.sum()  # under most of what was seen
         if self.calibrate:
-            pattern = torch.where(by == 0, tail["pattern"], tails.shifted(tail, by))
+            pattern = torch.where(by == 0, tail["pattern"], tails.shifted_pattern(tail, by))
             state = {**state, "pattern": torch.where(batch.valid.any(), pattern, state["pattern"])}
         return state, moved | (self.trigger < 0)
 
@@ -203,7 +205,7 @@ class Config(Section):
             used = used & ((trust.prototype(tail, source.hidden) > 0.5) == bona_fide)
         if self.conformal and "reference.logit" in tail:
             attack, genuine = trust.conformal(
-                tail["reference.logit"], source.logit[:, tails.FUSED], tails.bits(batch.present)
+                tail["reference.logit"], source.logit[:, tails.FUSED], tails.pattern_index(batch.present)
             )
             typical, other = torch.where(bona_fide, genuine, attack), torch.where(bona_fide, attack, genuine)
             used = used & (typical >= self.conformal) & (other < self.conformal)

@@ -71,6 +71,6 @@ class Config(Section):
 
 def _entropies(tail: Params, radius: Tensor, present: Tensor) -> Tensor:
     """[B, E] entropy of the prediction that each source domain's boundary makes of ``radius`` [B], nats."""
-    at = tail["reference.boundary"] + tail["pattern"][tails.bits(present)][:, None]
+    at = tail["reference.boundary"] + tail["pattern"][tails.pattern_index(present)][:, None]
     at = at if "linear" in tail else torch.exp(at)
     return entropy(torch.sigmoid(tails.KAPPA * (at - radius[:, None])))

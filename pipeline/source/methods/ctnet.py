@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import PAIRS, Schedule, head_risks, over_domains
+from pipeline.source.contract import PAIRS, Schedule, head_risks, mean_over_domains
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -46,7 +46,7 @@ class Config(Schedule):
             **self.risk_terms(risk),
             "consistency": self.consistency * consistent,
             "inconsistency": self.inconsistency * inconsistent,
-            "auxiliary": self.auxiliary * from_rgb(model.tail, z, batch.present),
+            "auxiliary": self.auxiliary * rgb_prediction_loss(model.tail, z, batch.present),
         }
 
 
@@ -63,15 +63,15 @@ def transition_terms(intrinsic: Tensor, batch: Batch, margin: float) -> tuple[Te
     there = torch.stack([batch.present[:, k] & batch.present[:, m] for k, m in PAIRS], dim=1)  # [B, P]
     live = there & (batch.label == 1)[:, None]
     with torch.no_grad():
-        mean = over_domains(step, batch, live[..., None])  # [P, D]
+        mean = mean_over_domains(step, batch, live[..., None])  # [P, D]
         centre = torch.nn.functional.normalize(mean, dim=-1)
     distance = 1 - (step * centre).sum(dim=-1)  # [B, P]
-    consistent = over_domains(distance, batch, live)
-    inconsistent = over_domains(torch.relu(margin - distance), batch, there & ~live)
+    consistent = mean_over_domains(distance, batch, live)
+    inconsistent = mean_over_domains(torch.relu(margin - distance), batch, there & ~live)
     return consistent.mean(), inconsistent.mean()
 
 
-def from_rgb(tail: Params, z: Tensor, present: Tensor) -> Tensor:
+def rgb_prediction_loss(tail: Params, z: Tensor, present: Tensor) -> Tensor:
     """Predict the other modalities that are there from RGB alone; 1 - cosine, the features themselves stay."""
     alone = present & (torch.arange(tails.MODALITIES, device=z.device) == RGB)
     predicted = tails.complete(tail, tails.apply_adapter(tail, z, alone), alone).complement

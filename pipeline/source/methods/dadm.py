@@ -21,12 +21,12 @@ from pipeline.source.contract import (
     PAIRS,
     Schedule,
     domain_boundaries,
-    heads_seen,
-    logistic,
-    over_domains,
-    pull_together,
+    head_mask,
+    logistic_loss,
+    mean_over_domains,
+    pg_irm_step,
     sup_con,
-    with_boundaries,
+    with_domain_boundaries,
 )
 
 if TYPE_CHECKING:
@@ -52,11 +52,11 @@ class Config(Schedule):
 
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         z = model.trunk_features(batch.frames, batch.present)
-        read = tails.forward(with_boundaries(model, batch), z, batch.present)
+        read = tails.forward(with_domain_boundaries(model, batch), z, batch.present)
         bound, weight = alignment(read.intrinsic, batch.present, self.temperature)
-        each = logistic(read.logit, batch.label[:, None])
+        each = logistic_loss(read.logit, batch.label[:, None])
         each = torch.cat([weight * each[:, : tails.FUSED], each[:, tails.FUSED :]], dim=1)
-        risk = over_domains(each, batch, heads_seen(batch.present))
+        risk = mean_over_domains(each, batch, head_mask(batch.present))
         angles = [
             sup_con(
                 read.intrinsic[:, m],
@@ -75,7 +75,7 @@ class Config(Schedule):
 
     def after_step(self, extra: Params) -> None:
         """PG-IRM: one hyperplane comes to serve all domains."""
-        pull_together(extra, self.alpha)
+        pg_irm_step(extra, self.alpha)
 
 
 def alignment(intrinsic: Tensor, present: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def alignment(intrinsic: Tensor, present: Tensor, temperature: float) -> tuple[T
     before, after = zip(*PAIRS, strict=True)
     u = torch.nn.functional.normalize(intrinsic, dim=-1).transpose(0, 1)
     both = (present[:, before] & present[:, after]).T  # [P, B]
-    log_p = matched(u[list(before)], u[list(after)], both, temperature)
+    log_p = match_log_p(u[list(before)], u[list(after)], both, temperature)
     size = both.sum(dim=1).clamp(min=1)
     bound = size.log() + torch.where(both, log_p, 0.0).sum(dim=1) / size
     found = torch.where(both, log_p.detach().exp(), 0.0)
@@ -98,7 +98,7 @@ def alignment(intrinsic: Tensor, present: Tensor, temperature: float) -> tuple[T
     return bound.mean(), torch.where(mean > 0, trust / mean.clamp(min=1e-12), 1.0)
 
 
-def matched(u: Tensor, v: Tensor, both: Tensor, temperature: float) -> Tensor:
+def match_log_p(u: Tensor, v: Tensor, both: Tensor, temperature: float) -> Tensor:
     """[..., B] mean log probability, over both directions, of telling a row's partner among those in ``both`` by cosine.
 
     ``u``, ``v`` are [..., B, D] of unit length. Its mean plus log n is the InfoNCE bound on the mutual information.

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import Schedule, drop_modalities, heads_seen, masked_mean
+from pipeline.source.contract import Schedule, drop_modalities, head_mask, masked_mean
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -34,7 +34,7 @@ class Config(Schedule):
         read = tails.forward(model.tail, z, present)
         per_head = [
             class_balanced(read.logit[:, v], batch.label, seen)
-            for v, seen in enumerate(heads_seen(present).unbind(dim=1))
+            for v, seen in enumerate(head_mask(present).unbind(dim=1))
         ]
         return self.risk_terms(torch.stack(per_head))
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import Schedule, head_risks, logistic, over_domains
+from pipeline.source.contract import Schedule, head_risks, logistic_loss, mean_over_domains
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -49,14 +49,14 @@ class Config(Schedule):
         read = tails.forward(model.tail, z, batch.present)
         risk = head_risks(read.logit, batch, batch.present)
         group, prototypes = torch.where(batch.label == 1, 0, 1 + batch.domain), model.extra["prototype"]
-        now = follow(prototypes, read.intrinsic, group, batch.present)
+        now = update_prototypes(prototypes, read.intrinsic, group, batch.present)
         with torch.no_grad():
             prototypes.copy_(now)
-        pull = over_domains(single_side(now, read.intrinsic, group), batch, batch.present).mean()
+        pull = mean_over_domains(single_side_loss(now, read.intrinsic, group), batch, batch.present).mean()
         pull = pull + 0.0 * prototypes.sum()  # DDP wants every parameter in the graph
-        alone = alone_risks(model.tail, z, batch)
+        alone = single_modality_risks(model.tail, z, batch)
         certain = certainty(model.tail, read, batch.present, self.dropout, self.passes, generator)
-        turn = turned(model.tail, alone, certain, batch.present.any(dim=0))
+        turn = gradient_correction(model.tail, alone, certain, batch.present.any(dim=0))
         return {
             **self.risk_terms(risk),
             "prototype": self.prototype * pull,
@@ -64,7 +64,7 @@ class Config(Schedule):
         }
 
 
-def follow(prototypes: Tensor, intrinsic: Tensor, group: Tensor, present: Tensor) -> Tensor:
+def update_prototypes(prototypes: Tensor, intrinsic: Tensor, group: Tensor, present: Tensor) -> Tensor:
     """Moving average of each group's mean feature, without gradient; the first mean is taken as it is."""
     member = (
         torch.nn.functional.one_hot(group, prototypes.shape[1])[:, None] * present[..., None]
@@ -76,21 +76,21 @@ def follow(prototypes: Tensor, intrinsic: Tensor, group: Tensor, present: Tensor
     return torch.where(size > 0, torch.where(fresh, mean, KEEP * old + (1 - KEEP) * mean), old)
 
 
-def single_side(prototypes: Tensor, intrinsic: Tensor, group: Tensor) -> Tensor:
+def single_side_loss(prototypes: Tensor, intrinsic: Tensor, group: Tensor) -> Tensor:
     """[B, M] L_ssp: cross entropy of finding the own group's prototype by distance, among those that were ever seen."""
     distance = tails.norm(intrinsic[:, :, None] - prototypes)  # [B, M, G]
     log_p = torch.log_softmax(torch.where((prototypes != 0).any(dim=-1), -distance, -1e9), dim=-1)
     return -log_p.gather(2, group[:, None, None].expand(-1, tails.MODALITIES, 1))[..., 0]
 
 
-def alone_risks(tail: Params, z: Tensor, batch: Batch) -> Tensor:
+def single_modality_risks(tail: Params, z: Tensor, batch: Batch) -> Tensor:
     """[M] risk of the fused head with one modality there: L_m."""
     only = (
         torch.eye(tails.MODALITIES, dtype=torch.bool, device=z.device)[:, None] & batch.present
     )  # [M, B, M]
     logit = tails.forward(tail, z.repeat(tails.MODALITIES, 1, 1), only.flatten(0, 1)).logit[:, tails.FUSED]
-    per_row = logistic(logit.unflatten(0, (tails.MODALITIES, -1)).T, batch.label[:, None])
-    return over_domains(per_row, batch, batch.present)
+    per_row = logistic_loss(logit.unflatten(0, (tails.MODALITIES, -1)).T, batch.label[:, None])
+    return mean_over_domains(per_row, batch, batch.present)
 
 
 def certainty(
@@ -106,7 +106,7 @@ def certainty(
         return 1 - 2 * (deviation * present).sum(dim=0) / present.sum(dim=0).clamp(min=1)
 
 
-def turned(tail: Params, alone: Tensor, certain: Tensor, there: Tensor) -> Tensor:
+def gradient_correction(tail: Params, alone: Tensor, certain: Tensor, there: Tensor) -> Tensor:
     """A zero whose gradient, added to that of ``alone.sum()``, is ReGrad's on the shared weights."""
     shared = [tail[n] for n in SHARED if n in tail]
     each = [torch.autograd.grad(risk, shared, retain_graph=True) for risk in alone]

@@ -17,9 +17,9 @@ from pipeline.source.contract import (
     Schedule,
     domain_boundaries,
     head_risks,
-    pull_together,
+    pg_irm_step,
     sup_con,
-    with_boundaries,
+    with_domain_boundaries,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Config(Schedule):
 
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         z = model.trunk_features(batch.frames, batch.present)
-        read = tails.forward(with_boundaries(model, batch), z, batch.present)
+        read = tails.forward(with_domain_boundaries(model, batch), z, batch.present)
         risk = head_risks(read.logit, batch, batch.present)
         return {
             **self.risk_terms(risk),
@@ -52,4 +52,4 @@ class Config(Schedule):
 
     def after_step(self, extra: Params) -> None:
         """PG-IRM: one boundary comes to serve all domains."""
-        pull_together(extra, self.alpha)
+        pg_irm_step(extra, self.alpha)

@@ -22,9 +22,9 @@ from pipeline.source.contract import (
     head_risks,
     irm_penalty,
     masked_mean,
-    pull_together,
+    pg_irm_step,
     sup_con,
-    with_boundaries,
+    with_domain_boundaries,
 )
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Config(Schedule):
         return domain_boundaries(domains, tail) if self.invariance == "pgirm" else {}
 
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
-        tail = with_boundaries(model, batch)
+        tail = with_domain_boundaries(model, batch)
         z = model.trunk_features(batch.frames, batch.present)
         full = tails.forward(tail, z, batch.present)
         risk = head_risks(full.logit, batch, batch.present, self.margin)
@@ -80,7 +80,7 @@ class Config(Schedule):
             )
         if self.synergy:
             mixed = mix(batch, generator)
-            intrinsic, synergy = mixed_read(tail, z, mixed)
+            intrinsic, synergy = split_mixed(tail, z, mixed)
             own, decorrelated = synergy_terms(
                 intrinsic, synergy, full, batch.present, mixed, self.temperature
             )
@@ -92,7 +92,7 @@ class Config(Schedule):
 
     def after_step(self, extra: Params) -> None:
         """PG-IRM: one radius comes to serve all domains."""
-        pull_together(extra, self.alpha)
+        pg_irm_step(extra, self.alpha)
 
 
 def compactness(logit: Tensor, label: Tensor, margin: float) -> Tensor:
@@ -122,7 +122,7 @@ def mix(batch: Batch, generator: Generator) -> Mixed:
     return Mixed(owner, batch.present.gather(0, owner))
 
 
-def mixed_read(tail: Params, z: Tensor, mixed: Mixed) -> tuple[Tensor, Tensor]:
+def split_mixed(tail: Params, z: Tensor, mixed: Mixed) -> tuple[Tensor, Tensor]:
     """(intrinsic, synergy) [B, M, D] of the mixed samples."""
     modality = torch.arange(tails.MODALITIES, device=z.device)
     own = tails.apply_adapter(tail, z[mixed.owner, modality], mixed.present)
@@ -139,7 +139,7 @@ def synergy_terms(
 ) -> tuple[Tensor, Tensor]:
     """MMSD without a label: find each intrinsic feature's owner, keep intrinsic and synergy features uncorrelated."""
     own = [
-        retrieve(
+        retrieval_loss(
             intrinsic[:, m],
             full.intrinsic[:, m].detach(),
             mixed.owner[:, m],
@@ -153,7 +153,7 @@ def synergy_terms(
     return torch.stack(own).mean(), torch.stack(apart).mean()
 
 
-def retrieve(
+def retrieval_loss(
     query: Tensor, keys: Tensor, owner: Tensor, there: Tensor, candidate: Tensor, temperature: float
 ) -> Tensor:
     """Cross entropy of finding row ``owner`` among ``keys`` by cosine; over rows that are there, among candidates."""
