@@ -23,7 +23,6 @@ os.environ.update(
 
 import random
 import shutil
-import sqlite3
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.deployments import SITES, Deployment, copy, fresh
+from tests.support.deployments import SITES, Deployment, copy_deployment, new_deployment
 from tests.support.object_stores import served
 
 REPO = Path(__file__).resolve().parents[1]
@@ -122,7 +121,7 @@ def trained(tmp_path_factory, ray_local) -> Deployment:
     from pipeline.simulate.corpora import synth
     from pipeline.simulate.sites import demo_fleet, simulate
 
-    d = fresh(tmp_path_factory.mktemp("trained"))
+    d = new_deployment(tmp_path_factory.mktemp("trained"))
     synth.write(Path(d.config.data.corpora), size=32, domains=("A", "B"), samples=90)
     scripts = [replace(s, rate=3.0) for s in demo_fleet() if s.site in SITES]
     simulate(d.root, scripts, phase=1)
@@ -133,13 +132,7 @@ def trained(tmp_path_factory, ray_local) -> Deployment:
 @pytest.fixture
 def deployment(trained, tmp_path) -> Deployment:
     """A copy of its own for each test."""
-    root = tmp_path / "d"
-    copy(trained.root, root)
-    d = fresh(root)
-    moved = str(trained.root), str(root)
-    with sqlite3.connect(root / "ledger.db") as c:
-        c.execute("update sources set path = replace(path, ?, ?)", moved)
-    return d
+    return copy_deployment(trained, tmp_path / "d")
 
 
 def _shared(name: str) -> Path:

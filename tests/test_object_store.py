@@ -27,7 +27,7 @@ from pipeline.ledger import Ledger
 from pipeline.models import checkpoint
 from pipeline.storage import Remote, StoreUnavailable, files, place, write_atomic
 from tests.support.artifacts import TENSORS, TRUNK, F, anchor, block, source
-from tests.support.captures import SIZE, Fleet, made, segment
+from tests.support.captures import SIZE, Fleet, save_model, segment
 from tests.support.object_stores import url
 
 REPO = Path(__file__).resolve().parents[1]
@@ -257,7 +257,7 @@ def config(root, tmp_path) -> Config:
 
 @pytest.fixture
 def fleet(config) -> Fleet:
-    return Fleet(config, made(config, "m"))
+    return Fleet(config, save_model(config, "m"))
 
 
 def sent(fleet: Fleet, folder: Path, name: str, *ids: str) -> Remote:

@@ -18,7 +18,7 @@ from pipeline.data.features import write_features
 from pipeline.data.featurise import CHUNK, compute_features, decode_chunks, store_segment
 from pipeline.models import checkpoint
 from pipeline.storage import StoreUnavailable
-from tests.support.captures import SIZE, Fleet, hash_of, image, made, segment
+from tests.support.captures import SIZE, Fleet, hash_of, image, save_model, segment
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def model(config: Config) -> checkpoint.SourceModel:
-    return made(config, "m")
+    return save_model(config, "m")
 
 
 @pytest.fixture
@@ -310,7 +310,7 @@ def test_a_store_that_is_away_loses_nothing(fleet: Fleet, monkeypatch: pytest.Mo
 def test_every_sample_goes_through_both_trunks_and_counts_when_both_have_it(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fleet.models["n"] = made(fleet.config, "n")
+    fleet.models["n"] = save_model(fleet.config, "n", seed=1)
     segment(fleet.captures / "gate/segment-0.parquet", "a", "b", "b")
     segment(fleet.captures / "gate/segment-1.parquet", "c")
     torn = fleet.models["n"].manifest.trunk_digest
@@ -338,7 +338,7 @@ def test_every_sample_goes_through_both_trunks_and_counts_when_both_have_it(
 def test_a_sample_that_one_trunk_can_make_nothing_of_counts_under_neither(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fleet.models["n"] = made(fleet.config, "n")
+    fleet.models["n"] = save_model(fleet.config, "n", seed=1)
     segment(fleet.captures / "gate/segment-0.parquet", "a", "b")
     segment(fleet.captures / "gate/segment-1.parquet", rgb=b"no image")
 

@@ -12,32 +12,34 @@ from pipeline.control import judge, loaders
 from pipeline.control.deployment import now
 from pipeline.data import blobs
 from pipeline.models import tail
-from tests.support.crowds import SITES, YAML, Life, ground
+from tests.support.artifacts import flip
+from tests.support.crowds import CROWD, SITES, Crowd, new_crowd
+from tests.support.deployments import new_deployment
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @pytest.fixture
-def life(tmp_path) -> Life:
+def crowd(tmp_path) -> Crowd:
     """Two days: the first is adapted, the second has arrived."""
-    life = made(tmp_path / "d")
+    crowd = made(tmp_path / "d")
     for day in range(2):
-        life.arrive(day)
+        crowd.arrive(day)
         if day == 0:
-            adapted(life)
-    return life
+            adapted(crowd)
+    return crowd
 
 
-def made(root: Path) -> Life:
+def made(root: Path) -> Crowd:
     root.mkdir()
-    return ground(root, text=YAML)
+    return new_crowd(root)
 
 
-def adapted(life: Life) -> None:
-    cycle = life.begin()
-    assert shard.adapt_sites(life.job(cycle), SITES) == {}
-    life.ledger.finish_cycle(cycle, summary={}, now=now())
+def adapted(crowd: Crowd) -> None:
+    cycle = crowd.begin()
+    assert shard.adapt_sites(crowd.job(cycle), SITES) == {}
+    crowd.ledger.finish_cycle(cycle, summary={}, now=now())
 
 
 def forget() -> None:
@@ -45,40 +47,38 @@ def forget() -> None:
     loaders.clear()
 
 
-def test_a_hot_state_is_the_one_in_the_blob(life):
-    adapted(life)  # the first day's states were never read: this process made them
-    hot = loaders.state_cache(life.d.config.bank.hot_mb)
-    rows = life.ledger.states(
-        [v.parent for v in life.ledger.states([s.learner for s in life.ledger.sites()]).values()]
+def test_a_hot_state_is_the_one_in_the_blob(crowd):
+    adapted(crowd)  # the first day's states were never read: this process made them
+    hot = loaders.state_cache(crowd.d.config.bank.hot_mb)
+    rows = crowd.ledger.states(
+        [v.parent for v in crowd.ledger.states([s.learner for s in crowd.ledger.sites()]).values()]
     )
     assert len(rows) == len(SITES)
     for row in rows.values():
-        stored = blobs.get(life.d.config.place("states"), row.blob)
+        stored = blobs.get(crowd.d.config.place("states"), row.blob)
         assert all(torch.equal(t, stored[n][row.slot]) for n, t in hot[row.blob, row.slot].items())
 
 
-def test_a_site_whose_own_state_is_damaged_goes_on_from_what_it_serves(life):
+def test_a_site_whose_own_state_is_damaged_goes_on_from_what_it_serves(crowd):
     forget()
-    (blob,) = {s.blob for s in life.ledger.states([s.learner for s in life.ledger.sites()[:1]]).values()}
-    path = life.d.config.place("states") / blob[:2] / f"{blob}.safetensors"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    (blob,) = {s.blob for s in crowd.ledger.states([s.learner for s in crowd.ledger.sites()[:1]]).values()}
+    path = crowd.d.config.place("states") / blob[:2] / f"{blob}.safetensors"
+    flip(path)
     hit = {
         s.site
-        for s in life.ledger.states([r.learner for r in life.ledger.sites()]).values()
+        for s in crowd.ledger.states([r.learner for r in crowd.ledger.sites()]).values()
         if s.blob == blob
     }
-    adapted(life)
-    newest = {v.site: v for v in life.ledger.verdicts() if v.offset_from > 0}
+    adapted(crowd)
+    newest = {v.site: v for v in crowd.ledger.verdicts() if v.offset_from > 0}
     assert {site for site, v in newest.items() if v.counters["lost"]} == hit
-    rows = life.ledger.states([v.state for v in newest.values()])
+    rows = crowd.ledger.states([v.state for v in newest.values()])
     assert {r.site for r in rows.values() if r.parent is None} == hit, "the source model is what they serve"
 
 
-def test_states_that_move_alike_share_their_anchor_scores(life):
-    config, model = life.d.config, loaders.load_model(life.ledger.source().path)
-    anchor = loaders.load_anchor(config.place("anchors"), life.ledger.anchor(life.ledger.source().trunk))
+def test_states_that_move_alike_share_their_anchor_scores(crowd):
+    config, model = crowd.d.config, loaders.load_model(crowd.ledger.source().path)
+    anchor = loaders.load_anchor(config.place("anchors"), crowd.ledger.anchor(crowd.ledger.source().trunk))
     fresh = config.site.init(model.tail)
     other = {**fresh, "log_rho": fresh["log_rho"] + 0.1}
     later = {**fresh, "seen": fresh["seen"] + 5}  # moves nothing that scores
@@ -93,33 +93,33 @@ def test_states_that_move_alike_share_their_anchor_scores(life):
 
 def test_the_slots_of_a_bank_and_the_size_of_a_call_change_no_bit(tmp_path):
     whole, alone = made(tmp_path / "whole"), made(tmp_path / "alone")
-    for life, calls in ((whole, [SITES]), (alone, [[s] for s in reversed(SITES)])):
+    for crowd, calls in ((whole, [SITES]), (alone, [[s] for s in reversed(SITES)])):
         forget()
-        life.arrive(0)
-        cycle = life.begin()
+        crowd.arrive(0)
+        cycle = crowd.begin()
         for call in calls:
-            assert shard.adapt_sites(life.job(cycle), call) == {}
-        life.finish(cycle)
+            assert shard.adapt_sites(crowd.job(cycle), call) == {}
+        crowd.finish(cycle)
     mine, theirs = whole.states(), alone.states()
     assert mine.keys() == theirs.keys() and len(mine) == len(SITES)
     assert all(torch.equal(t, theirs[key][n]) for key, state in mine.items() for n, t in state.items())
     cells = [
-        {v.site: (v.evidence.cells, v.evidence.margin_drop) for v in life.ledger.verdicts()}
-        for life in (whole, alone)
+        {v.site: (v.evidence.cells, v.evidence.margin_drop) for v in crowd.ledger.verdicts()}
+        for crowd in (whole, alone)
     ]
     assert cells[0] == cells[1]
 
 
-def streams(life: Life) -> dict:
+def streams(crowd: Crowd) -> dict:
     """What the newest verdict of each site measured without labels."""
-    return {v.site: v.evidence.stream for v in life.ledger.latest_verdicts().values()}
+    return {v.site: v.evidence.stream for v in crowd.ledger.latest_verdicts().values()}
 
 
-def test_a_window_knows_what_the_windows_before_it_measured(life):
-    first = streams(life)
+def test_a_window_knows_what_the_windows_before_it_measured(crowd):
+    first = streams(crowd)
     assert all(s.baseline == () and s.sessions_before == 0 and s.age_days == 0 for s in first.values())
-    adapted(life)
-    for site, s in streams(life).items():
+    adapted(crowd)
+    for site, s in streams(crowd).items():
         assert s.baseline == first[site].hours
         assert sum(n for n, _ in s.hours) == s.sessions > 0
         assert (s.sessions_before, s.born) == (first[site].sessions, first[site].born)
@@ -127,14 +127,13 @@ def test_a_window_knows_what_the_windows_before_it_measured(life):
 
 
 def test_a_failed_window_is_no_baseline_and_its_state_not_gone_on_from(tmp_path):
-    life = made(tmp_path / "d")
-    text = (life.d.root / "palisade.yaml").read_text()
+    crowd = made(tmp_path / "d")
+    strict = {**CROWD, "guards.trust": {"rho": 1.0e-9, "margin": 50.0}}
     for day in range(3):
-        life.arrive(day)
-        broken = text.replace("trust: {rho: 50.0", "trust: {rho: 1.0e-9") if day == 1 else text
-        (life.d.root / "palisade.yaml").write_text(broken)
-        adapted(life)
-    by_day = [life.ledger.verdicts(site=s) for s in SITES[:3]]
+        crowd.arrive(day)
+        new_deployment(crowd.d.root, strict if day == 1 else CROWD)
+        adapted(crowd)
+    by_day = [crowd.ledger.verdicts(site=s) for s in SITES[:3]]
     for first, second, third in by_day:
         assert [v.outcome for v in (first, second, third)] == [first.outcome, "fail", third.outcome]
         assert (
@@ -144,9 +143,9 @@ def test_a_failed_window_is_no_baseline_and_its_state_not_gone_on_from(tmp_path)
         assert third.evidence.stream.born > first.evidence.stream.born
 
 
-def test_the_anchor_set_is_shown_as_the_rig_sees_it(life):
-    config, model = life.d.config, loaders.load_model(life.ledger.source().path)
-    anchor = loaders.load_anchor(config.place("anchors"), life.ledger.anchor(life.ledger.source().trunk))
+def test_the_anchor_set_is_shown_as_the_rig_sees_it(crowd):
+    config, model = crowd.d.config, loaders.load_model(crowd.ledger.source().path)
+    anchor = loaders.load_anchor(config.place("anchors"), crowd.ledger.anchor(crowd.ledger.source().trunk))
     known: dict = {}
     fresh = config.site.init(model.tail)
     whole, rig = (judge.anchor_scores(model, anchor, fresh, known, rig=r) for r in ((), ("rgb", "ir")))
@@ -161,12 +160,12 @@ def test_the_anchor_set_is_shown_as_the_rig_sees_it(life):
 
 
 def test_a_site_with_one_camera_is_judged_on_what_it_can_show(tmp_path):
-    life = made(tmp_path / "d")
-    life.ledger.set_tags({SITES[0]: {"rig": "rgb"}}, now=now())
-    life.arrive(0)
-    adapted(life)
-    found = life.ledger.latest_verdicts()[SITES[0]].evidence
+    crowd = made(tmp_path / "d")
+    crowd.ledger.set_tags({SITES[0]: {"rig": "rgb"}}, now=now())
+    crowd.arrive(0)
+    adapted(crowd)
+    found = crowd.ledger.latest_verdicts()[SITES[0]].evidence
     assert found.rig == ("rgb",)
     assert found.unseen == ("no-rgb",)
     assert "no-rgb" not in {c.pattern for c in found.cells}
-    assert life.ledger.latest_verdicts([SITES[1]])[SITES[1]].evidence.unseen == ()
+    assert crowd.ledger.latest_verdicts([SITES[1]])[SITES[1]].evidence.unseen == ()

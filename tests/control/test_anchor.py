@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,10 @@ from pipeline.data.anchor import AnchorSet, flaws, frame_keys, open_sealed, seal
 from pipeline.data.protocols import PATTERNS
 from pipeline.ledger import Ledger, LedgerError
 from pipeline.models import checkpoint, tail
-from pipeline.models.trunk import build_trunk, fold
 from pipeline.simulate.corpora import synth
-from tests.support.deployments import Deployment, copy, fresh
-
-T0 = datetime(2026, 1, 1, tzinfo=UTC)
+from tests.support.artifacts import flip, source
+from tests.support.deployments import Deployment, copy_deployment, new_deployment, printed
+from tests.support.ledgers import T0, register_source
 
 
 def anchor(n: int = 40, *, seed: int = 0, species: int = 4) -> AnchorSet:
@@ -69,9 +68,7 @@ def test_a_damaged_set_is_named_with_the_next_step_and_sealing_it_again_mends_it
     if hurt == "missing":
         path.unlink()
     else:
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
+        flip(path, at=1)
     with pytest.raises(blobs.BadBlob, match=r"anchor set .*palisade anchor seal") as told:
         open_sealed(tmp_path, digest)
     assert digest in str(told.value)
@@ -154,66 +151,46 @@ def test_the_newest_sealed_set_counts_also_when_it_was_sealed_before(tmp_path):
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory) -> Deployment:
     """Two rendered domains and two source models that nobody trained, as far as the anchor set goes."""
-    d = fresh(tmp_path_factory.mktemp("anchor"))
+    d = new_deployment(tmp_path_factory.mktemp("anchor"))
     synth.write(Path(d.config.data.corpora), size=32, domains=("A", "B"), samples=24)
     for seed in (1, 2):
-        source(d, seed)
+        add_source(d, seed)
     return d
 
 
 @pytest.fixture
 def mine(ground, tmp_path) -> Deployment:
-    """A copy of its own; the models stay where they are."""
-    copy(ground.root, tmp_path / "d")
-    return fresh(tmp_path / "d")
+    """A copy of its own for each test."""
+    return copy_deployment(ground, tmp_path / "d")
 
 
-def source(d: Deployment, seed: int) -> None:
-    config = d.config
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        trunk = fold(build_trunk(config.model.trunk, config.data.size))
-    params = tail.init_tail(config.model.tail, 32, generator=torch.Generator().manual_seed(seed))
-    manifest = checkpoint.Manifest(
-        config=config.model, size=32, threshold=0.4 + 0.1 * seed, method="erm", domains=("A", "B")
-    )
-    path = config.place("models", f"m{seed}")
-    checkpoint.save(path, checkpoint.SourceModel(trunk, params, manifest))
-    m = checkpoint.read_manifest(path)
-    d.ledger.add_source(
-        m.digest,
-        trunk=m.trunk_digest,
-        path=str(path),
-        manifest=m.model_dump(mode="json"),
-        lineage="-",
-        now=now(),
-    )
-
-
-def told(capsys) -> dict:
-    return json.loads(capsys.readouterr().out)
+def add_source(d: Deployment, seed: int) -> None:
+    model = source(d.config.model, size=32, seed=seed, threshold=0.4 + 0.1 * seed, domains=("A", "B"))
+    path = d.config.place("models", f"m{seed}")
+    checkpoint.save(path, model)
+    register_source(d.ledger, path, now=now())
 
 
 def test_build_makes_a_draft_and_seal_pins_it(mine, capsys):
     assert mine.run("anchor", "verify") == 2
     assert "palisade train" in capsys.readouterr().err
     assert mine.run("anchor", "build", "--json") == 0
-    draft = told(capsys)
+    draft = printed(capsys)
     assert set(draft["counts"]) > {"bona_fide"} and set(draft["counts"]["bona_fide"]) == set(PATTERNS)
     assert any("at least 500" in w for w in draft["warnings"]) and draft["errors"] == []
     assert mine.run("anchor", "verify") == 2, "a draft is not sealed"
     capsys.readouterr()
     assert mine.run("anchor", "seal", draft["digest"][:8], "--json") == 0
-    assert told(capsys)["digest"] == draft["digest"]
+    assert printed(capsys)["digest"] == draft["digest"]
     assert mine.ledger.anchor(mine.ledger.source(1).trunk) == draft["digest"]
     assert mine.run("anchor", "seal", "--json") == 0
-    assert told(capsys)["digest"] == draft["digest"], "the same content is the same set"
+    assert printed(capsys)["digest"] == draft["digest"], "the same content is the same set"
     assert mine.run("anchor", "seal", "--version", "2", "--json") == 0
-    assert (other := told(capsys))["digest"] != draft["digest"] and other["version"] == 2
+    assert (other := printed(capsys))["digest"] != draft["digest"] and other["version"] == 2
     assert mine.run("anchor", "verify", "--json") == 0
-    assert told(capsys)["digest"] == draft["digest"]
+    assert printed(capsys)["digest"] == draft["digest"]
     assert mine.run("anchor", "verify", "--version", "2", "--json") == 0
-    assert told(capsys)["digest"] == other["digest"]
+    assert printed(capsys)["digest"] == other["digest"]
 
 
 def test_an_earlier_set_counts_again(mine, capsys):
@@ -237,9 +214,7 @@ def test_a_digest_that_is_none_is_one_line(mine, capsys, words):
 def test_a_tampered_set_fails_and_says_what_to_do(mine, capsys):
     assert mine.run("anchor", "seal") == 0
     (file,) = (mine.root / "artifacts" / "anchors").rglob("*.safetensors")
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
+    flip(file)
     capsys.readouterr()
     assert mine.run("anchor", "verify") == 4
     said = capsys.readouterr().out
@@ -251,7 +226,7 @@ def test_a_tampered_set_fails_and_says_what_to_do(mine, capsys):
 def test_a_set_that_was_trained_on_is_refused(mine, capsys):
     words = [f"data.anchor={mine.root}/corpora/A"]  # all its splits
     assert mine.run("anchor", "build", *words, "--json") == 4
-    draft = told(capsys)
+    draft = printed(capsys)
     assert "in the training split of data.domains" in draft["errors"][0]
     assert mine.run("anchor", "seal", draft["digest"]) == 4
     with pytest.raises(LedgerError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,28 +19,23 @@ from pipeline.data.features import delete_range, read_features, write_features
 from pipeline.ledger import Cycle, SegmentRow
 from pipeline.models import checkpoint
 from pipeline.models.trunk import build_trunk, fold
-from tests.support.crowds import FEATURES, LENGTH, SITES, YAML, Life, ground
+from tests.support.crowds import CROWD, FEATURES, LENGTH, SITES, Crowd, new_crowd
+from tests.support.ledgers import begin, register_source, segment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EACH = st.tuples(st.integers(0, 6), st.integers(0, 6)).map(lambda r: (r[0], min(r)))  # rows, of which good
 DAYS = 3
-GUARDS = """guards:
-  ceiling: {{apcer: 1.0, bpcer: 1.0}}
-  no_data: {{n_min: 4, anchor_min: 1}}
-"""
 ADVISORY = ("noninferiority", "trust", "ratchet", "influence", "labels", "modality", "collapse")
-GUARDS += "".join(
-    f"  {guard}: {{{{advisory: true}}}}\n" for guard in ADVISORY
-)  # what passes is not the matter here
-TEXT = re.sub(r"guards:\n( .*\n)+", GUARDS, YAML)
+# which states pass is not the subject here
+SETTINGS = {**CROWD, **{f"guards.{guard}": {"advisory": True} for guard in ADVISORY}}
 
 
 def stream(counts: Sequence[tuple[int, int]]) -> list[SegmentRow]:
     base, made = 0, list[SegmentRow]()
     for k, (rows, good) in enumerate(counts):
-        made.append(SegmentRow("gate", f"segment-{k}.parquet", "", rows, base, good, rows - good))
+        made.append(segment("gate", f"segment-{k}.parquet", base, rows, good=good))
         base += rows
     return made
 
@@ -69,21 +63,21 @@ def test_what_lies_before_a_hole_is_not_retained(counts):
 
 
 @pytest.fixture
-def life(tmp_path) -> Life:
+def crowd(tmp_path) -> Crowd:
     """Two days are learned, a third has arrived; version 2 has another trunk, features of all days, an anchor set."""
     root = tmp_path / "d"
     root.mkdir()
-    life = ground(root, text=TEXT, days=DAYS)
+    crowd = new_crowd(root, SETTINGS, days=DAYS)
     for day in range(DAYS):
-        life.arrive(day)
+        crowd.arrive(day)
         if day < DAYS - 1:
-            adapted(life)
-    challenge(life)
-    return life
+            adapted(crowd)
+    challenge(crowd)
+    return crowd
 
 
-def challenge(life: Life) -> None:
-    config, ledger, store = life.d.config, life.ledger, life.d.config.place("features")
+def challenge(crowd: Crowd) -> None:
+    config, ledger, store = crowd.d.config, crowd.ledger, crowd.d.config.place("features")
     one = ledger.source()
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -95,14 +89,7 @@ def challenge(life: Life) -> None:
         path, checkpoint.SourceModel(trunk, {n: t * 1.01 for n, t in model.tail.items()}, manifest)
     )
     m = checkpoint.read_manifest(path)
-    ledger.add_source(
-        m.digest,
-        trunk=m.trunk_digest,
-        path=str(path),
-        manifest=m.model_dump(mode="json"),
-        lineage="-",
-        now=now(),
-    )
+    register_source(ledger, path, now=now())
     anchor = open_sealed(config.place("anchors"), ledger.anchor(one.trunk))
     ledger.pin_anchor(
         seal(config.place("anchors"), replace(anchor, z=anchor.z * 2)),
@@ -116,91 +103,96 @@ def challenge(life: Life) -> None:
             write_features(store, m.trunk_digest, site, replace(block, z=block.z * 2))
 
 
-def adapted(life: Life) -> None:
-    cycle = life.begin()
-    assert shard.adapt_sites(shard.shard_job(life.d.config, life.ledger, cycle), SITES) == {}
-    life.ledger.finish_cycle(cycle, summary={}, now=now())
+def adapted(crowd: Crowd) -> None:
+    cycle = crowd.begin()
+    assert shard.adapt_sites(shard.shard_job(crowd.d.config, crowd.ledger, cycle), SITES) == {}
+    crowd.ledger.finish_cycle(cycle, summary={}, now=now())
 
 
-def begun(life: Life) -> Cycle:
-    return life.ledger.begin_cycle("rebase", "f v2", "{}", holder="t", dead=lambda _: True, now=now())
+def begun(crowd: Crowd) -> Cycle:
+    return begin(crowd.ledger, kind="rebase", fingerprint="f v2", dead=lambda _: True, now=now())
 
 
-def rebased(life: Life, cycle: Cycle, samples: int = 1000) -> dict[str, str]:
+def rebased(crowd: Crowd, cycle: Cycle, samples: int = 1000) -> dict[str, str]:
     return shard.adapt_sites(
-        shard.shard_job(life.d.config, life.ledger, cycle, version=2, retained=samples), SITES
+        shard.shard_job(crowd.d.config, crowd.ledger, cycle, version=2, retained=samples), SITES
     )
 
 
-def state(life: Life, of: str) -> dict[str, torch.Tensor]:
+def state(crowd: Crowd, of: str) -> dict[str, torch.Tensor]:
     return loaders.load_state(
-        life.d.config, loaders.load_model(life.ledger.source(2).path), life.ledger.state(of)
+        crowd.d.config, loaders.load_model(crowd.ledger.source(2).path), crowd.ledger.state(of)
     )
 
 
-def test_a_rebase_makes_candidates_and_moves_nothing(life):
-    before = life.ledger.sites(), life.ledger.serving(), life.ledger.verdicts(), life.ledger.latest_verdicts()
-    cycle = begun(life)
-    assert rebased(life, cycle) == {}
-    made = life.ledger.rebased(2)
+def test_a_rebase_makes_candidates_and_moves_nothing(crowd):
+    before = (
+        crowd.ledger.sites(),
+        crowd.ledger.serving(),
+        crowd.ledger.verdicts(),
+        crowd.ledger.latest_verdicts(),
+    )
+    cycle = begun(crowd)
+    assert rebased(crowd, cycle) == {}
+    made = crowd.ledger.rebased(2)
     assert made.keys() == set(SITES)
     for site, v in made.items():
         assert (v.offset_from, v.offset_to) == (0, 2 * LENGTH[site]), (
             "what is not learned yet is left to be learned once"
         )
-        row = life.ledger.state(v.state)
+        row = crowd.ledger.state(v.state)
         assert (row.source_version, row.parent) == (2, None)
-    assert rebased(life, cycle) == {}, "a shard that comes again"
-    assert life.ledger.rebased(2) == made
+    assert rebased(crowd, cycle) == {}, "a shard that comes again"
+    assert crowd.ledger.rebased(2) == made
     assert (
-        life.ledger.sites(),
-        life.ledger.serving(),
-        life.ledger.verdicts(),
-        life.ledger.latest_verdicts(),
+        crowd.ledger.sites(),
+        crowd.ledger.serving(),
+        crowd.ledger.verdicts(),
+        crowd.ledger.latest_verdicts(),
     ) == before
-    assert life.ledger.rebased(1) == life.ledger.rebased(2, fingerprint="another") == {}
-    assert life.ledger.rebased(2, fingerprint="f v2") == made
-    assert {v.id for v in life.ledger.verdicts(cycle=cycle.id)} == {v.id for v in made.values()}
+    assert crowd.ledger.rebased(1) == crowd.ledger.rebased(2, fingerprint="another") == {}
+    assert crowd.ledger.rebased(2, fingerprint="f v2") == made
+    assert {v.id for v in crowd.ledger.verdicts(cycle=cycle.id)} == {v.id for v in made.values()}
 
 
-def test_a_rebase_learns_what_a_site_under_that_model_would_have_learned(life, tmp_path):
-    assert rebased(life, begun(life)) == {}
-    life.ledger.set_champion(2, now=now())
+def test_a_rebase_learns_what_a_site_under_that_model_would_have_learned(crowd, tmp_path):
+    assert rebased(crowd, begun(crowd)) == {}
+    crowd.ledger.set_champion(2, now=now())
     (tmp_path / "same").mkdir()
-    same = ground(tmp_path / "same", text=TEXT, days=DAYS)
+    same = new_crowd(tmp_path / "same", SETTINGS, days=DAYS)
     challenge(same)
     same.ledger.set_champion(2, now=now())
     for day in range(DAYS - 1):
         same.arrive(day)
     adapted(same)  # both days in one window
-    for site, v in life.ledger.rebased(2).items():
-        mine, theirs = state(life, v.state), state(same, same.ledger.site(site).learner)
+    for site, v in crowd.ledger.rebased(2).items():
+        mine, theirs = state(crowd, v.state), state(same, same.ledger.site(site).learner)
         assert all(torch.equal(t, theirs[n]) for n, t in mine.items()), site
 
 
-def test_a_hole_in_the_features_ends_what_is_retained(life):
-    store, trunk = life.d.config.place("features"), life.ledger.source(2).trunk
+def test_a_hole_in_the_features_ends_what_is_retained(crowd):
+    store, trunk = crowd.d.config.place("features"), crowd.ledger.source(2).trunk
     first, last = SITES[0], SITES[1]
     delete_range(store, trunk, first, start=0, end=1)
     delete_range(store, trunk, last, start=LENGTH[last], end=LENGTH[last] + 1)
-    told = rebased(life, begun(life))
+    told = rebased(crowd, begun(crowd))
     assert told == {last: "nothing that it learned from has features of this source model"}
-    made = life.ledger.rebased(2)
+    made = crowd.ledger.rebased(2)
     assert made.keys() == set(SITES) - {last}
     assert (made[first].offset_from, made[first].offset_to) == (LENGTH[first], 2 * LENGTH[first])
     assert made[SITES[2]].offset_from == 0
 
 
-def test_after_the_release_a_site_goes_on_from_what_it_serves_and_after_a_rollback_from_what_it_had(life):
-    rebased(life, begun(life))
-    made, ledger = life.ledger.rebased(2), life.ledger
+def test_after_the_release_a_site_goes_on_from_what_it_serves_and_after_a_rollback_from_what_it_had(crowd):
+    rebased(crowd, begun(crowd))
+    made, ledger = crowd.ledger.rebased(2), crowd.ledger
     gone = {s: made[s] for s in SITES[:-2]}
     learners = {r.site: r.learner for r in ledger.sites()}
     ledger.serve(
         {s: (v.state, 2) for s, v in gone.items()}, rollout="r", wave=1, kind="promote", reason="", now=now()
     )
     ledger.set_champion(2, now=now())
-    adapted(life)
+    adapted(crowd)
     rows = ledger.states([r.learner for r in ledger.sites()])
     for r in rows.values():
         assert r.source_version == 2
@@ -211,10 +203,10 @@ def test_after_the_release_a_site_goes_on_from_what_it_serves_and_after_a_rollba
     )
     ledger.set_champion(1, now=now())
     for site, n in LENGTH.items():
-        store, trunk = life.d.config.place("features"), ledger.source().trunk
+        store, trunk = crowd.d.config.place("features"), ledger.source().trunk
         block = read_features(store, trunk, site, start=0, end=n, features=FEATURES)
         write_features(store, trunk, site, replace(block, offset=block.offset + DAYS * n))
-    life.arrive(DAYS)
-    adapted(life)
+    crowd.arrive(DAYS)
+    adapted(crowd)
     for r in ledger.states([r.learner for r in ledger.sites()]).values():
         assert (r.source_version, r.parent) == (1, learners[r.site] if r.site in gone else None), r.site

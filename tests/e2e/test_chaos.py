@@ -28,12 +28,12 @@ from tests.support.crowds import (
     QUIET,
     SITES,
     STALE,
-    Life,
+    Crowd,
     States,
     assert_same,
+    copy_crowd,
     dealt,
-    ground,
-    reborn,
+    new_crowd,
     undisturbed,
 )
 
@@ -56,21 +56,21 @@ SHARD_SECONDS = 1.5  # that a shard of Ray lives at most when it is to be killed
 class Born:
     """A crowd to copy, and what becomes of it when nobody is killed."""
 
-    life: Life
+    crowd: Crowd
     states: States
     seconds: float  # of a process that adapts a day
 
-    def days(self, folder: Path, enough: Callable[[], bool]) -> Iterator[tuple[Life, Cycle]]:
-        """Days to adapt, life after life until it is ``enough``. Each must end in the undisturbed states (I7)."""
+    def days(self, folder: Path, enough: Callable[[], bool]) -> Iterator[tuple[Crowd, Cycle]]:
+        """Days to adapt, crowd after crowd until it is ``enough``. Each must end in the undisturbed states (I7)."""
         for k in itertools.count():
-            life = reborn(self.life, folder / str(k))
+            crowd = copy_crowd(self.crowd, folder / str(k))
             for day in range(DAYS):
-                life.arrive(day)
-                yield life, life.begin()
-                cycle = life.newest()
-                life.finish(cycle)
-            assert_same(life.states(), self.states)
-            life.ledger.close()
+                crowd.arrive(day)
+                yield crowd, crowd.begin()
+                cycle = crowd.newest()
+                crowd.finish(cycle)
+            assert_same(crowd.states(), self.states)
+            crowd.ledger.close()
             if enough():
                 return
 
@@ -79,11 +79,11 @@ class Born:
 def born(tmp_path_factory) -> Born:
     root = tmp_path_factory.mktemp("crowd")
     (root / "template").mkdir()
-    life = ground(root / "template")
-    undisturbed(reborn(life, root / "warm"))  # starts the process that all others are forked from
+    crowd = new_crowd(root / "template")
+    undisturbed(copy_crowd(crowd, root / "warm"))  # starts the process that all others are forked from
     began = time.monotonic()
-    states = undisturbed(reborn(life, root / "calm"))
-    return Born(life, states, (time.monotonic() - began) / DAYS)
+    states = undisturbed(copy_crowd(crowd, root / "calm"))
+    return Born(crowd, states, (time.monotonic() - began) / DAYS)
 
 
 def test_every_site_learns_and_a_hostile_one_stays_alone(born, tmp_path):
@@ -94,7 +94,7 @@ def test_every_site_learns_and_a_hostile_one_stays_alone(born, tmp_path):
         assert all(not torch.equal(a, b) for a, b in itertools.pairwise(days))
         assert all(bool(torch.isfinite(d).all()) for d in days), site
     (tmp_path / "clean").mkdir()
-    clean = undisturbed(ground(tmp_path / "clean", hostile=False))
+    clean = undisturbed(new_crowd(tmp_path / "clean", hostile=False))
     assert_same(clean, born.states, without=[HOSTILE])
     hit = [key for key in clean if key[0] == HOSTILE]
     assert all(not torch.equal(clean[key]["site.gamma"], born.states[key]["site.gamma"]) for key in hit)
@@ -102,45 +102,45 @@ def test_every_site_learns_and_a_hostile_one_stays_alone(born, tmp_path):
 
 def test_killed_at_exact_instants(born, tmp_path):
     rng, kills = np.random.default_rng(1), Counter[str]()
-    for life, cycle in born.days(tmp_path, lambda: kills.total() >= EXACT):
+    for crowd, cycle in born.days(tmp_path, lambda: kills.total() >= EXACT):
         for instant in ORDER:
-            child = life.start(cycle, dealt(rng), instant=(instant, int(rng.integers(1, 4))))
+            child = crowd.start(cycle, dealt(rng), instant=(instant, int(rng.integers(1, 4))))
             child.join()
             assert child.exitcode == KILLED, instant
             kills[instant] += 1
-            life.check(cycle)
-        complete(life, cycle, rng)
+            crowd.check(cycle)
+        complete(crowd, cycle, rng)
     assert kills.total() >= EXACT
 
 
 def test_killed_at_random_instants(born, tmp_path):
     rng, kills = np.random.default_rng(2), Counter[str]()
-    for life, cycle in born.days(tmp_path, lambda: kills.total() >= RANDOM):
+    for crowd, cycle in born.days(tmp_path, lambda: kills.total() >= RANDOM):
         ended = False
         while not ended:
-            child = life.start(cycle, dealt(rng))
+            child = crowd.start(cycle, dealt(rng))
             child.join(rng.uniform(0, born.seconds))
             child.kill()
             child.join()
             assert child.exitcode in (0, KILLED)
             ended = child.exitcode == 0
             kills["shard"] += not ended
-            life.check(cycle)
+            crowd.check(cycle)
     assert kills.total() >= RANDOM
 
 
 def test_two_at_once_on_the_same_sites(born, tmp_path):
     rng, kills = np.random.default_rng(3), Counter[str]()
-    for life, cycle in born.days(tmp_path, lambda: kills.total() >= PAIRED):
+    for crowd, cycle in born.days(tmp_path, lambda: kills.total() >= PAIRED):
         ended = False
         while not ended:
-            pair = [life.start(cycle, dealt(rng)) for _ in range(2)]
+            pair = [crowd.start(cycle, dealt(rng)) for _ in range(2)]
             began = time.monotonic()
             for child, at in zip(pair, np.sort(rng.uniform(0, 2 * born.seconds, 2)), strict=True):
                 child.join(max(0.0, began + at - time.monotonic()))
                 child.kill()
                 child.join()
-                life.check(cycle)
+                crowd.check(cycle)
             codes = [child.exitcode for child in pair]
             assert set(codes) <= {0, KILLED}
             kills["shard"] += codes.count(KILLED)
@@ -150,21 +150,21 @@ def test_two_at_once_on_the_same_sites(born, tmp_path):
 
 def test_a_stale_generation_commits_nothing(born, tmp_path):
     rng, fenced = np.random.default_rng(4), Counter[str]()
-    for life, old in born.days(tmp_path, lambda: fenced.total() >= DAYS):
+    for crowd, old in born.days(tmp_path, lambda: fenced.total() >= DAYS):
         here, there = FORK.Pipe()
         name = next(n for n in ("before a blob", "after a blob", "before a commit") if not fenced[n])
-        stale = life.start(old, dealt(rng), instant=(name, 2), gate=there)
+        stale = crowd.start(old, dealt(rng), instant=(name, 2), gate=there)
         assert here.recv()
-        before, new = life.check(old), life.begin()
+        before, new = crowd.check(old), crowd.begin()
         assert (new.id, new.generation) == (old.id, old.generation + 1)
         here.send(True)
         stale.join()
         assert stale.exitcode == STALE
-        assert life.check(new) == before
+        assert crowd.check(new) == before
         fenced[name] += 1
-        late = life.start(new, dealt(rng))  # replaced at any moment, by one that works beside it
+        late = crowd.start(new, dealt(rng))  # replaced at any moment, by one that works beside it
         late.join(rng.uniform(0, born.seconds))
-        complete(life, life.begin(), rng)
+        complete(crowd, crowd.begin(), rng)
         late.join()
         assert late.exitcode in (0, STALE)
 
@@ -173,44 +173,44 @@ def test_a_stale_generation_commits_nothing(born, tmp_path):
 def test_killed_actors(tmp_path):
     born = quiet(tmp_path)
     rng, kills = np.random.default_rng(5), Counter[str]()
-    for life, cycle in born.days(tmp_path, lambda: kills.total() >= RAY):
+    for crowd, cycle in born.days(tmp_path, lambda: kills.total() >= RAY):
         if kills.total() < RAY:
-            kills["shard"] += struck(life, cycle, rng)
+            kills["shard"] += struck(crowd, cycle, rng)
         else:
-            complete(life, cycle, rng)
+            complete(crowd, cycle, rng)
     assert kills.total() >= RAY
 
 
 @pytest.mark.usefixtures("ray_local")
 def test_one_damaged_site_does_not_stop_the_others(born, tmp_path):
-    life = reborn(born.life, tmp_path / "damaged")
-    life.arrive(0)
-    broken = next((life.d.root / "artifacts" / "features").rglob(f"site={SITES[5]}/*.parquet"))
+    crowd = copy_crowd(born.crowd, tmp_path / "damaged")
+    crowd.arrive(0)
+    broken = next((crowd.d.root / "artifacts" / "features").rglob(f"site={SITES[5]}/*.parquet"))
     broken.write_bytes(b"not parquet")
-    cycle = life.begin()
-    failed = adapt(life, cycle)
+    cycle = crowd.begin()
+    failed = adapt(crowd, cycle)
     assert list(failed) == [SITES[5]]
     assert "ingest" in failed[SITES[5]]
-    assert life.check(cycle) == set(SITES) - {SITES[5]}
+    assert crowd.check(cycle) == set(SITES) - {SITES[5]}
 
 
 def quiet(folder: Path) -> Born:
     """A crowd without gradients, which need four seconds of imports in each new worker."""
     (folder / "template").mkdir()
-    life = ground(folder / "template", text=QUIET)
-    return Born(life, undisturbed(reborn(life, folder / "calm")), 0.0)
+    crowd = new_crowd(folder / "template", QUIET)
+    return Born(crowd, undisturbed(copy_crowd(crowd, folder / "calm")), 0.0)
 
 
-def adapt(life: Life, cycle: Cycle, *, on_shard: Callable[[int], None] | None = None) -> dict[str, str]:
-    bank = life.d.config.bank
-    pending = {s.site: s.ingested - s.learned for s in life.ledger.sites()}
+def adapt(crowd: Crowd, cycle: Cycle, *, on_shard: Callable[[int], None] | None = None) -> dict[str, str]:
+    bank = crowd.d.config.bank
+    pending = {s.site: s.ingested - s.learned for s in crowd.ledger.sites()}
     placement = fleet.Placement(shards=2, cpus=1, slots=bank.sites, hot_mb=bank.hot_mb)
     return fleet.run_fleet(
-        life.job(cycle), pending, placement=placement, on_progress=lambda *_: None, on_shard=on_shard
+        crowd.job(cycle), pending, placement=placement, on_progress=lambda *_: None, on_shard=on_shard
     )
 
 
-def struck(life: Life, cycle: Cycle, rng: np.random.Generator) -> int:
+def struck(crowd: Crowd, cycle: Cycle, rng: np.random.Generator) -> int:
     """Adapt under Ray while the first shards are killed → how many were."""
     waits = rng.uniform(0, SHARD_SECONDS, PER_RUN).tolist()
     strikes: list[Future[bool]] = []
@@ -224,7 +224,7 @@ def struck(life: Life, cycle: Cycle, rng: np.random.Generator) -> int:
             process.kill()
         except psutil.NoSuchProcess:
             return False
-        life.check(cycle)
+        crowd.check(cycle)
         return True
 
     with ThreadPoolExecutor(PER_RUN) as pool:
@@ -233,11 +233,11 @@ def struck(life: Life, cycle: Cycle, rng: np.random.Generator) -> int:
             if waits:
                 strikes.append(pool.submit(strike, pid, waits.pop()))
 
-        assert adapt(life, cycle, on_shard=joined) == {}
+        assert adapt(crowd, cycle, on_shard=joined) == {}
         return sum(s.result() for s in strikes)
 
 
-def complete(life: Life, cycle: Cycle, rng: np.random.Generator) -> None:
-    child = life.start(cycle, dealt(rng))
+def complete(crowd: Crowd, cycle: Cycle, rng: np.random.Generator) -> None:
+    child = crowd.start(cycle, dealt(rng))
     child.join()
     assert child.exitcode == 0

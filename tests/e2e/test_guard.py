@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from tests.support.deployments import SITES
+from tests.support.artifacts import flip
+from tests.support.deployments import SITES, printed
 
 pytestmark = pytest.mark.e2e
 
@@ -14,16 +15,12 @@ HELD = "guards.no_data.n_min=100000"
 LOOSE = [f"guards.{g}.advisory=true" for g in ("influence", "labels", "modality", "collapse", "ratchet")]
 
 
-def told(capsys) -> dict:
-    return json.loads(capsys.readouterr().out)
-
-
 def test_a_verdict_is_explained_replayed_and_judged_by_other_policies(deployment, tmp_path, capsys):
     d = deployment
     assert d.run("cycle", HELD, *LOOSE) == 3
     capsys.readouterr()
     assert d.run("guard", "explain", "lobby-north", HELD, "--json") == 0
-    found = told(capsys)
+    found = printed(capsys)
     assert found["outcome"] == "hold" and found["findings"][0]["guard"] == "no_data"
     assert "a window of at least 100000" in found["to_pass"][0]
     assert found["evidence"]["anchor set"].startswith(d.ledger.anchor(d.ledger.source().trunk)[:12])
@@ -33,7 +30,7 @@ def test_a_verdict_is_explained_replayed_and_judged_by_other_policies(deployment
     )
     assert "byte for byte" in capsys.readouterr().out
     assert d.run("guard", "replay", "--all", "--recount", "--json") == 0
-    found = told(capsys)
+    found = printed(capsys)
     assert found["verdicts"] == found["same"] == len(SITES) and found["recounted"] >= 3
 
     out = tmp_path / "policy.json"
@@ -43,7 +40,7 @@ def test_a_verdict_is_explained_replayed_and_judged_by_other_policies(deployment
         )
         == 0
     )
-    stricter = told(capsys)
+    stricter = printed(capsys)
     assert stricter["policy"]["hold"] == len(SITES) and stricter["changed"]["guards.no_data.n_min"] == [
         100_000,
         1_000_000,
@@ -51,7 +48,7 @@ def test_a_verdict_is_explained_replayed_and_judged_by_other_policies(deployment
     assert [x["cycle"] for x in json.loads(out.read_text())["decisions"]] == ["cycle-00001"] * len(SITES)
     advisory = [w for setting in LOOSE for w in ("--with", setting)]
     assert d.run("guard", "simulate", "--with", "guards.no_data.n_min=40", *advisory, HELD, "--json") == 4
-    looser = told(capsys)
+    looser = printed(capsys)
     assert looser["looser"] and looser["policy"]["pass"] > 0 == looser["recorded"]["pass"]
     assert looser["recorded"]["false_holds"]["n"] > 0, "sealed labels say that some were fine"
 
@@ -60,9 +57,7 @@ def test_a_tampered_anchor_set_stops_judging_until_it_is_sealed_again(deployment
     d = deployment
     assert d.run("anchor", "verify") == 0
     (file,) = (d.root / "artifacts" / "anchors").rglob("*.safetensors")
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(bytes(data))
+    flip(file)
     capsys.readouterr()
     assert d.run("anchor", "verify") == 4
     assert str(file) in capsys.readouterr().out

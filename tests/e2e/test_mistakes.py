@@ -7,7 +7,8 @@ import sqlite3
 import pytest
 
 from jobs.__main__ import gather, main
-from tests.support.deployments import fresh
+from tests.support.artifacts import flip
+from tests.support.deployments import new_deployment
 
 pytestmark = pytest.mark.e2e
 
@@ -59,7 +60,7 @@ def test_an_empty_captures_folder(trained, tmp_path, capsys):
 
 
 def test_no_source_model(tmp_path, capsys):
-    d = fresh(tmp_path)
+    d = new_deployment(tmp_path)
     (tmp_path / "captures").mkdir()
     assert d.run("ingest") == 2
     assert "palisade train" in said(capsys)
@@ -74,9 +75,7 @@ def test_a_ledger_of_a_newer_version(deployment, capsys):
 
 def test_a_damaged_model(deployment, capsys):
     (weights,) = (deployment.root / "artifacts" / "models").rglob("model.safetensors")
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(bytes(data))
+    flip(weights, at=1)
     assert deployment.run("evaluate") == 2
     assert "digest" in said(capsys)
 

@@ -29,7 +29,7 @@ from pipeline.cluster import connected, fleet
 from pipeline.config import Config
 from pipeline.control.deployment import lease, now
 from pipeline.simulate.cloned_sites import write_captures
-from tests.support.crowds import FORK, QUIET, Life, assert_same, ground, reborn
+from tests.support.crowds import FORK, QUIET, Crowd, assert_same, copy_crowd, new_crowd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,79 +98,79 @@ def nodes() -> Iterator[Nodes]:
 def test_killed_drivers_and_raylets(nodes, tmp_path):
     rng, killed = np.random.default_rng(6), Counter[str]()
     (tmp_path / "template").mkdir()
-    template = ground(tmp_path / "template", text=QUIET)
-    calm = reborn(template, tmp_path / "calm")
+    template = new_crowd(tmp_path / "template", QUIET)
+    calm = copy_crowd(template, tmp_path / "calm")
     calm.arrive(0)
     began = time.monotonic()
     assert _ran(_adapt, calm.d, nodes.address) == 0
     seconds = time.monotonic() - began
     wanted = calm.states()
     assert len(wanted) == len(calm.ledger.sites())
-    lives = count()  # a driver may come through unharmed: every life needs a folder of its own
+    lives = count()  # a driver may come through unharmed: every crowd needs a folder of its own
     while killed.total() < KILLS:
-        life = reborn(template, tmp_path / f"life {next(lives)}")
-        life.arrive(0)
+        crowd = copy_crowd(template, tmp_path / f"crowd {next(lives)}")
+        crowd.arrive(0)
         ended = False
         while not ended:
-            child = _started(_adapt, life.d, nodes.address)
+            child = _started(_adapt, crowd.d, nodes.address)
             child.join(rng.uniform(0, seconds) if killed.total() < KILLS else None)
             if killed["raylet"] < RAYLETS * killed.total() and child.is_alive():
                 nodes.kill(nodes.alive[0])
                 killed["raylet"] += 1
                 nodes.add()
-                life.check()
+                crowd.check()
                 child.join(rng.uniform(0, seconds))
             child.kill()
             child.join()
             assert child.exitcode in (0, KILLED), child.exitcode
             killed["driver"] += child.exitcode == KILLED
             # one that was killed after its last write has ended as well: the next would begin another cycle
-            ended = any(c.status == "finished" for c in life.ledger.cycles(kinds=["adapt"]))
+            ended = any(c.status == "finished" for c in crowd.ledger.cycles(kinds=["adapt"]))
             assert ended or child.exitcode == KILLED
-            life.check()
-        assert life.ledger.cycles(kinds=["adapt"])[0].status == "finished"
-        assert life.ledger.broken_audit() is None
-        assert_same(life.states(), wanted)
-        life.ledger.close()
+            crowd.check()
+        assert crowd.ledger.cycles(kinds=["adapt"])[0].status == "finished"
+        assert crowd.ledger.broken_audit() is None
+        assert_same(crowd.states(), wanted)
+        crowd.ledger.close()
     assert killed["raylet"] >= RAYLETS * KILLS - 1
 
 
 def test_a_shard_that_its_node_kills_for_want_of_memory_is_replaced(nodes, tmp_path):
     (tmp_path / "template").mkdir()
-    life = ground(tmp_path / "template", text=QUIET)
-    life.arrive(0)
+    crowd = new_crowd(tmp_path / "template", QUIET)
+    crowd.arrive(0)
     for raylet in list(nodes.alive):
         nodes.kill(raylet)
     starving = nodes.add(
         RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms=f"{1000 * STARVED}"
     )
-    driver = _started(_adapt, life.d, nodes.address)
-    _until(lambda: bool(life.ledger.cycles(kinds=["adapt"])))
+    driver = _started(_adapt, crowd.d, nodes.address)
+    _until(lambda: bool(crowd.ledger.cycles(kinds=["adapt"])))
     time.sleep(2 * STARVED + 2)
     nodes.kill(starving)
     nodes.add()
     nodes.add()
     driver.join()
     assert driver.exitcode == 0
-    assert life.check() == {row.site for row in life.ledger.sites()}
+    assert crowd.check() == {row.site for row in crowd.ledger.sites()}
 
 
 def test_a_cycle_on_three_nodes_of_which_some_die(nodes, tmp_path):
     """One dies while it ingests and one while it adapts; each time a new one joins and takes its part."""
     (tmp_path / "template").mkdir()
-    template = ground(tmp_path / "template", text=QUIET, days=0)
+    template = new_crowd(tmp_path / "template", QUIET, days=0)
     write_captures(tmp_path / "template" / "captures", _images(), sites=CROWD, captures=CAPTURES)
-    alone, life = (reborn(template, tmp_path / name) for name in ("alone", "nodes"))
+    alone, crowd = (copy_crowd(template, tmp_path / name) for name in ("alone", "nodes"))
     assert _ran(plain, alone.d.config) == 0
 
     here, there = FORK.Pipe()
-    driver = _started(_cycle, life.d, nodes.address, there)
+    driver = _started(_cycle, crowd.d, nodes.address, there)
     there.close()
-    features = Path(life.d.config.ledger.artifacts) / "features"
+    features = Path(crowd.d.config.ledger.artifacts) / "features"
     _until(lambda: any(features.rglob("[0-9]*.parquet")))
     first = next(raylet for raylet in nodes.alive if nodes.named(raylet, "_ingest_batch"))
     nodes.kill(first)
-    assert not life.ledger.known_segments(), "it died in the middle of ingest"
+    assert not crowd.ledger.known_segments(), "it died in the middle of ingest"
     nodes.add()
     assert here.recv() == {
         "segments": CROWD,
@@ -188,18 +188,18 @@ def test_a_cycle_on_three_nodes_of_which_some_die(nodes, tmp_path):
     assert psutil.Process(_joined(here)).ppid() == new
     here.send(True)
     nodes.kill(homes[0])
-    done = life.check()
+    done = crowd.check()
     assert len(done) < CROWD, "it died in the middle of adaptation"
     while (told := here.recv()) != {}:
         assert isinstance(told, int)
         here.send(True)
     driver.join()
     assert driver.exitcode == 0
-    assert life.check() == {row.site for row in life.ledger.sites()}
-    assert life.ledger.broken_audit() is None
+    assert crowd.check() == {row.site for row in crowd.ledger.sites()}
+    assert crowd.ledger.broken_audit() is None
     assert _files(features) == _files(Path(alone.d.config.ledger.artifacts) / "features")
-    assert len(life.states()) == CROWD
-    assert_same(life.states(), alone.states())
+    assert len(crowd.states()) == CROWD
+    assert_same(crowd.states(), alone.states())
 
 
 def _started(work: Callable[..., object], *given: object) -> ForkServerProcess:
@@ -264,11 +264,11 @@ def _cycle(d: Deployment, address: str, pipe: Connection) -> None:
     with lease(config, ledger, "cycle") as cycle, connected(config.cluster):
         taken = ingest_step(config, ledger, cycle, _silent())
         pipe.send({k: taken[k] for k in ("segments", "samples", "failed_sites", "quarantined")})
-        life = Life(d, ledger)
+        crowd = Crowd(d, ledger)
         pending = {s.site: s.ingested - s.learned for s in ledger.sites()}
         placement = fleet.Placement(3, 1, config.bank.sites, config.bank.hot_mb)
         failed = fleet.run_fleet(
-            life.job(cycle), pending, placement=placement, on_progress=lambda *_: None, on_shard=joined
+            crowd.job(cycle), pending, placement=placement, on_progress=lambda *_: None, on_shard=joined
         )
         ledger.finish_cycle(cycle, summary={}, now=now())
     pipe.send(failed)

@@ -9,7 +9,8 @@ import torch
 
 from jobs.ingest import LOST
 from pipeline.data import blobs
-from tests.support.deployments import SITES, Deployment, copy, fresh
+from tests.support.artifacts import flip
+from tests.support.deployments import SITES, Deployment, copy_deployment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.timeout(180)]
 GONE, SITE = SITES[:2]
@@ -18,9 +19,7 @@ GONE, SITE = SITES[:2]
 def test_the_next_cycle_makes_damaged_features_again_or_goes_on_without_them(deployment, tmp_path, capsys):
     """Two sites' features are damaged; the captures of one are gone."""
     assert deployment.run("ingest") == 0
-    other = tmp_path / "undisturbed"
-    copy(deployment.root, other)
-    undisturbed = fresh(other)  # its model is the other's
+    undisturbed = copy_deployment(deployment, tmp_path / "undisturbed")
     said(undisturbed, capsys, "adapt")
     ledger = deployment.ledger
     before = ledger.segments(SITE), ledger.quarantined(SITE)
@@ -50,9 +49,7 @@ def test_the_next_cycle_makes_damaged_features_again_or_goes_on_without_them(dep
 def damage(d: Deployment, site: str) -> None:
     """One bit of its first feature file."""
     path = min((d.root / "artifacts" / "features").glob(f"*/site={site}/*.parquet"))
-    data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 4
-    path.write_bytes(data)
+    flip(path, at=1 / 3)
 
 
 def learned(d: Deployment) -> dict[str, dict[str, torch.Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -18,7 +17,7 @@ from pipeline.control.deployment import now
 from pipeline.data.features import read_features
 from pipeline.ledger import Ledger, LedgerError
 from pipeline.simulate.sites import demo_fleet, simulate
-from tests.support.deployments import SITES, Deployment, copy, fresh
+from tests.support.deployments import SITES, Deployment, copy_deployment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.timeout(400)]
 GONE, SILENT = SITES[:2]
@@ -50,7 +49,7 @@ def files(d: Deployment) -> dict[Path, bytes]:
 @pytest.fixture(scope="module")
 def twice(trained, tmp_path_factory) -> Deployment:
     """A second source model, not released."""
-    d = moved(trained, tmp_path_factory.mktemp("twice") / "d")
+    d = copy_deployment(trained, tmp_path_factory.mktemp("twice") / "d")
     assert d.run("train", "source.seed=1", "source.steps=10") == 0
     one, two = d.ledger.sources()
     assert one.trunk != two.trunk
@@ -61,14 +60,7 @@ def twice(trained, tmp_path_factory) -> Deployment:
 @pytest.fixture
 def challenged(twice, tmp_path) -> Deployment:
     """A copy of its own for each test."""
-    return moved(twice, tmp_path / "d")
-
-
-def moved(d: Deployment, to: Path) -> Deployment:
-    copy(d.root, to)
-    with sqlite3.connect(to / "ledger.db") as c:
-        c.execute("update sources set path = replace(path, ?, ?)", (str(d.root), str(to)))
-    return fresh(to)
+    return copy_deployment(twice, tmp_path / "d")
 
 
 def test_while_there_is_a_challenger_every_sample_gets_features_under_both_trunks(challenged, monkeypatch):

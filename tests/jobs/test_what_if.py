@@ -6,7 +6,7 @@ import json
 import sqlite3
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jobs.__main__ import gather, main
+from jobs.__main__ import gather
 from pipeline.cluster import ingest
 from pipeline.config import Config, ConfigError, altered, load
 from pipeline.control import whatif
@@ -31,7 +31,7 @@ from pipeline.data.captures import check_segment
 from pipeline.data.corpus import read_corpus
 from pipeline.data.features import _with_digest, mask_to_bool
 from pipeline.guards import Reason, Verdict
-from pipeline.ledger import Ledger, SegmentRow
+from pipeline.ledger import SegmentRow
 from pipeline.models import TailConfig, checkpoint
 from pipeline.models import tail as tails
 from pipeline.models.trunk import features
@@ -40,64 +40,32 @@ from pipeline.simulate.sites import demo_fleet, simulate
 from pipeline.site import bank
 from pipeline.site.bank import Trace
 from pipeline.source import fit as fits
+from tests.support import deployments
+from tests.support.deployments import Deployment, copy_deployment, new_deployment, printed
+from tests.support.ledgers import T0, register_source
 
 SITES = ("lobby-north", "terminal-gate", "vault-ir-dead")
-T0 = datetime(2026, 1, 1, tzinfo=UTC)
-YAML = """
-data: {{corpora: {root}/corpora, captures: {root}/captures, sealed: {root}/sealed, size: 32}}
-model: {{trunk: {{kind: tiny, width: 8, features: 32}}, tail: {{width: 16, rank: 4}}}}
-source: {{kind: erm, steps: 40, batch: 16}}
-site: {{kind: tent, lr: 1.0e-3}}
-bank: {{sites: 2, batch: 8}}
-guards:
-  ceiling: {{apcer: 1.0, bpcer: 1.0}}
-  noninferiority: {{attacks: 1.0, worst_species: 1.0, bona_fide: 1.0}}
-  trust: {{rho: 0.5, margin: 50.0}}
-  no_data: {{n_min: 20, anchor_min: 1}}
-  influence: {{advisory: true}}
-ledger: {{url: "sqlite:///{root}/ledger.db", artifacts: {root}/artifacts}}
-lineage: {{uri: "sqlite:///{root}/mlflow.db", artifacts: {root}/mlflow}}
-"""
+SETTINGS = {
+    **deployments.SETTINGS,
+    "source": {"kind": "erm", "steps": 40, "batch": 16},
+    "site": {"kind": "tent", "lr": 1.0e-3},
+    "guards.trust": {"rho": 0.5, "margin": 50.0},
+    "guards.no_data": {"n_min": 20, "anchor_min": 1},
+    "guards.influence": {"advisory": True},
+}
 HOT = ("--with", "site.lr=0.5")  # moves a site far from its source
 WARM = ("site.kind=frozen", "--with", "site.kind=tent", "--with", "site.lr=1e-2", "--json")
 
 
-@dataclass(frozen=True)
-class Deployment:
-    """A folder with a YAML, and the command as a user types it."""
-
-    root: Path
-
-    @property
-    def yaml(self) -> str:
-        return str(self.root / "palisade.yaml")
-
-    @property
-    def config(self) -> Config:
-        return load(Path(self.yaml))
-
-    @property
-    def ledger(self) -> Ledger:
-        return Ledger.open(self.config.ledger.url)
-
-    def replay(self, *words: str) -> int:
-        return main(["replay", *words, "--config", self.yaml])
-
-    def stored(self, site: str) -> list[Path]:
-        """The site's feature files."""
-        return sorted((self.root / "artifacts" / "features").glob(f"*/site={site}/*.parquet"))
-
-
-def fresh(root: Path) -> Deployment:
-    root.mkdir(exist_ok=True)
-    (root / "palisade.yaml").write_text(YAML.format(root=root))
-    return Deployment(root)
+def feature_files(d: Deployment, site: str) -> list[Path]:
+    """The site's feature files."""
+    return sorted((d.root / "artifacts" / "features").glob(f"*/site={site}/*.parquet"))
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> Deployment:
     """Two rendered domains, a fitted model, three sites' captures ingested, and one cycle of the shard's own code."""
-    d = fresh(tmp_path_factory.mktemp("recorded"))
+    d = new_deployment(tmp_path_factory.mktemp("recorded"), SETTINGS)
     config, ledger = d.config, d.ledger
     synth.write(Path(config.data.corpora), size=32, domains=("A", "B"), samples=60, workers=1)
     simulate(d.root, [replace(s, rate=2.0) for s in demo_fleet() if s.site in SITES], phase=1, workers=1)
@@ -108,14 +76,7 @@ def recorded(tmp_path_factory) -> Deployment:
     )  # pyright: ignore
     model = checkpoint.load(path)
     m = model.manifest
-    ledger.add_source(
-        m.digest,
-        trunk=m.trunk_digest,
-        path=str(path),
-        manifest=m.model_dump(mode="json"),
-        lineage="-",
-        now=T0,
-    )
+    register_source(ledger, path)
     ledger.pin_anchor(sealed_anchor(config, model, folders), trunk=m.trunk_digest, summary={}, now=T0)
     cycle = ledger.begin_cycle(
         "cycle", "f", config.model_dump_json(), holder="t", dead=lambda _: True, now=now()
@@ -158,15 +119,7 @@ def ingested(config: Config, model: checkpoint.SourceModel, backlog: ingest.Back
 @pytest.fixture
 def deployment(recorded, tmp_path) -> Deployment:
     """A copy of its own for a test that changes something."""
-    root = tmp_path / "d"
-    subprocess.run(["cp", "-r", str(recorded.root), str(root)], check=True)
-    with sqlite3.connect(root / "ledger.db") as c:
-        c.execute("update sources set path = replace(path, ?, ?)", (str(recorded.root), str(root)))
-    return fresh(root)
-
-
-def told(capsys) -> dict:
-    return json.loads(capsys.readouterr().out)
+    return copy_deployment(recorded, tmp_path / "d")
 
 
 # --- two replays compared
@@ -349,8 +302,8 @@ def test_what_stands_behind_with_is_no_override_of_the_deployment():
 def test_now_is_what_the_first_cycle_recorded(recorded, capsys):
     """The left side is not an estimate: scores, labels used and errors are those of the shard, bit for bit."""
     d = recorded
-    assert d.replay("--with", "site.kind=frozen", "--json") == 0
-    found = told(capsys)
+    assert d.run("replay", "--with", "site.kind=frozen", "--json") == 0
+    found = printed(capsys)
     source = d.ledger.source()
     assert {r["site"] for r in found["sites"]} == set(SITES)
     for row in found["sites"]:
@@ -375,8 +328,8 @@ def test_now_is_what_the_first_cycle_recorded(recorded, capsys):
 
 
 def test_other_settings_change_calls_and_fail_where_now_passes(recorded, capsys):
-    assert recorded.replay(*HOT, "--json") == 4
-    found = told(capsys)
+    assert recorded.run("replay", *HOT, "--json") == 4
+    found = printed(capsys)
     assert found["changed"] == {"site.lr": [1e-3, 0.5]}
     rises = [r["hter_rise"] for r in found["sites"]]
     assert rises == sorted(rises, reverse=True)
@@ -385,7 +338,7 @@ def test_other_settings_change_calls_and_fail_where_now_passes(recorded, capsys)
     assert {r["site"] for r in bad} == set(found["fleet"]["worse_verdicts"])
     assert all(r["verdict"] == ["pass", "fail"] and r["reason"][1].startswith("trust:") for r in bad)
     assert max(r["flipped"] for r in found["sites"]) > 0.05
-    assert recorded.replay(*HOT) == 4
+    assert recorded.run("replay", *HOT) == 4
     shown = capsys.readouterr().out
     assert "site.lr 0.001 → 0.5" in shown
     assert "pass → fail" in shown
@@ -393,10 +346,10 @@ def test_other_settings_change_calls_and_fail_where_now_passes(recorded, capsys)
 
 
 def test_another_method(recorded, capsys):
-    assert recorded.replay(
-        "--with", "site.kind=danet", "--with", "site.trigger=-1", "--site", SITES[1], "--json"
+    assert recorded.run(
+        "replay", "--with", "site.kind=danet", "--with", "site.trigger=-1", "--site", SITES[1], "--json"
     ) in (0, 4)
-    found = told(capsys)
+    found = printed(capsys)
     assert (found["changed"]["site.kind"], found["changed"]["site.omega"]) == (["tent", "danet"], [None, 0.5])
     assert found["changed"].get("site.lr") is None, "what the file says of both stays"
     (row,) = found["sites"]
@@ -404,25 +357,25 @@ def test_another_method(recorded, capsys):
 
 
 def test_the_present_settings_again_differ_in_nothing(recorded, capsys):
-    assert recorded.replay("--against", recorded.yaml, "--json") == 0
-    found = told(capsys)
+    assert recorded.run("replay", "--against", recorded.yaml, "--json") == 0
+    found = printed(capsys)
     assert found["changed"] == {}
     assert len(found["sites"]) == len(SITES)
     for row in found["sites"]:
         assert (row["flipped"], row["hter_rise"]) == (0.0, 0.0)
         assert all(pair[0] == pair[1] for pair in row.values() if isinstance(pair, list))
-    assert recorded.replay("--against", recorded.yaml, "--site", SITES[0]) == 0
+    assert recorded.run("replay", "--against", recorded.yaml, "--site", SITES[0]) == 0
     assert "nothing is different" in capsys.readouterr().out
 
 
 def test_only_the_named_sites_and_other_shapes(recorded, capsys):
     words = ("--site", SITES[2], "--site", SITES[0], "--site", SITES[2])
-    assert recorded.replay("--with", "bank.sites=1", "--with", "bank.batch=16", *words, "--json") == 0
-    found = told(capsys)
+    assert recorded.run("replay", "--with", "bank.sites=1", "--with", "bank.batch=16", *words, "--json") == 0
+    found = printed(capsys)
     assert found["changed"] == {"bank.sites": [2, 1], "bank.batch": [8, 16]}
     assert sorted(r["site"] for r in found["sites"]) == sorted({SITES[0], SITES[2]})
-    assert recorded.replay("site.kind=frozen", "--with", "bank.sites=16", "--json") == 0
-    found = told(capsys)
+    assert recorded.run("replay", "site.kind=frozen", "--with", "bank.sites=16", "--json") == 0
+    found = printed(capsys)
     assert [r["flipped"] for r in found["sites"]] == [0.0] * len(SITES), "nothing learns, nothing differs"
 
 
@@ -436,9 +389,9 @@ def test_it_leaves_no_trace_but_the_file_it_was_asked_for(recorded, tmp_path, ca
     before = everything()
     assert len(before) > 20
     table, whole = tmp_path / "deep" / "t.parquet", tmp_path / "t.json"
-    assert recorded.replay(*HOT, "--out", str(table), "--json") == 4
-    found = told(capsys)
-    assert recorded.replay(*HOT, "--out", str(whole)) == 4
+    assert recorded.run("replay", *HOT, "--out", str(table), "--json") == 4
+    found = printed(capsys)
+    assert recorded.run("replay", *HOT, "--out", str(whole)) == 4
     assert everything() == before
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["t.json", "t.parquet"]
     assert json.loads(whole.read_text()) == found
@@ -457,7 +410,7 @@ def test_it_leaves_no_trace_but_the_file_it_was_asked_for(recorded, tmp_path, ca
 def whole(recorded, tmp_path_factory) -> dict[str, dict]:
     """Rows of WARM by site where nothing is broken."""
     out = tmp_path_factory.mktemp("whole") / "w.json"
-    assert recorded.replay(*WARM, "--out", str(out)) == 0
+    assert recorded.run("replay", *WARM, "--out", str(out)) == 0
     return {r["site"]: r for r in json.loads(out.read_text())["sites"]}
 
 
@@ -502,8 +455,8 @@ SPOILED = {
 def test_a_broken_feature_file_of_a_site_stops_nobody(deployment, whole, capsys, one, other):
     """Two sites with a file each that is broken in its own way; the third is as it was where nothing is broken."""
     for site, how in zip(SITES[1:], (one, other), strict=True):
-        SPOILED[how](deployment.stored(site)[1])
-    assert deployment.replay(*WARM) == 0
+        SPOILED[how](feature_files(deployment, site)[1])
+    assert deployment.run("replay", *WARM) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert set(found["failed"]) == set(SITES[1:])
@@ -515,16 +468,16 @@ def test_a_broken_feature_file_of_a_site_stops_nobody(deployment, whole, capsys,
 
 def test_how_often_progress_is_shown_changes_no_bit(recorded, whole, monkeypatch, capsys):
     monkeypatch.setattr("jobs.what_if.STRIDE", 1)
-    assert recorded.replay(*WARM) == 0
-    assert {r["site"]: r for r in told(capsys)["sites"]} == whole
+    assert recorded.run("replay", *WARM) == 0
+    assert {r["site"]: r for r in printed(capsys)["sites"]} == whole
 
 
 def test_features_that_are_no_numbers_teach_nobody(deployment, whole, capsys):
     poison = np.full(3 * 32, np.nan, np.float16).tobytes()
-    for path in deployment.stored(SITES[1]):
+    for path in feature_files(deployment, SITES[1]):
         rewritten(z=pa.array([poison], pa.binary(len(poison))))(path)
-    assert deployment.replay(*WARM) == 0
-    found = {r["site"]: r for r in told(capsys)["sites"]}
+    assert deployment.run("replay", *WARM) == 0
+    found = {r["site"]: r for r in printed(capsys)["sites"]}
     assert found[SITES[1]]["pseudo_bona_fide"] == [0, 0]
     assert {s: r for s, r in found.items() if s != SITES[1]} == {
         s: r for s, r in whole.items() if s != SITES[1]
@@ -533,10 +486,10 @@ def test_features_that_are_no_numbers_teach_nobody(deployment, whole, capsys):
 
 def test_nothing_to_compare_holds(deployment, capsys):
     for site in SITES:
-        for path in deployment.stored(site):
+        for path in feature_files(deployment, site):
             path.unlink()
-    assert deployment.replay("--with", "site.kind=frozen", "--json") == 3
-    found = told(capsys)
+    assert deployment.run("replay", "--with", "site.kind=frozen", "--json") == 3
+    found = printed(capsys)
     assert (found["sites"], set(found["failed"])) == ([], set(SITES))
     assert "palisade ingest" in found["failed"][SITES[0]]
 
@@ -544,7 +497,7 @@ def test_nothing_to_compare_holds(deployment, capsys):
 def test_without_labels_or_an_anchor_set_there_are_still_calls(deployment, capsys):
     with sqlite3.connect(deployment.root / "ledger.db") as c:
         c.execute("delete from anchors")
-    assert deployment.replay(*HOT, "data.sealed=null", "--json") == 0
+    assert deployment.run("replay", *HOT, "data.sealed=null", "--json") == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert all(
@@ -561,15 +514,15 @@ def test_an_old_recording_is_judged_as_at_its_end(deployment, capsys):
     """What is asked is whether the settings are better, not whether the evidence is of today."""
     with sqlite3.connect(deployment.root / "ledger.db") as c:
         c.execute("update segments set ingested_at = ?", ((now() - timedelta(days=400)).isoformat(),))
-    assert deployment.replay("--with", "site.kind=frozen", "--json") == 0
-    assert {r["verdict"][0] for r in told(capsys)["sites"]} >= {"pass"}
+    assert deployment.run("replay", "--with", "site.kind=frozen", "--json") == 0
+    assert {r["verdict"][0] for r in printed(capsys)["sites"]} >= {"pass"}
 
 
 def test_only_what_the_current_source_model_saw_counts(deployment, capsys):
     """A trunk that came later has no features of earlier segments, and that is no hole."""
-    deployment.stored(SITES[0])[0].unlink()
-    assert deployment.replay("--with", "site.kind=frozen", "--site", SITES[0], "--json") == 0
-    (row,) = told(capsys)["sites"]
+    feature_files(deployment, SITES[0])[0].unlink()
+    assert deployment.run("replay", "--with", "site.kind=frozen", "--site", SITES[0], "--json") == 0
+    (row,) = printed(capsys)["sites"]
     late = [s.good for s, _ in deployment.ledger.segments(SITES[0])][1:]
     assert row["samples"] == sum(late)
 
@@ -589,7 +542,7 @@ def test_only_what_the_current_source_model_saw_counts(deployment, capsys):
     ids=" ".join,
 )
 def test_a_mistake_is_one_line(recorded, capsys, words, expected):
-    assert recorded.replay(*words) == 2
+    assert recorded.run("replay", *words) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.strip().splitlines()
@@ -600,9 +553,9 @@ def test_a_mistake_is_one_line(recorded, capsys, words, expected):
 def test_no_site_and_no_ledger(deployment, tmp_path, capsys):
     with sqlite3.connect(deployment.root / "ledger.db") as c:
         c.execute("delete from sites")
-    assert deployment.replay("--with", "site.kind=frozen") == 2
+    assert deployment.run("replay", "--with", "site.kind=frozen") == 2
     assert "palisade ingest" in capsys.readouterr().err
-    assert fresh(tmp_path / "empty").replay("--with", "site.kind=frozen") == 5
+    assert new_deployment(tmp_path / "empty").run("replay", "--with", "site.kind=frozen") == 5
     assert not (tmp_path / "empty" / "ledger.db").exists()
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pyarrow as pa
-import torch
 
 from pipeline.cluster import ingest
 from pipeline.cluster.ingest import SegmentResult, collect, find
@@ -17,10 +16,10 @@ from pipeline.control.deployment import now
 from pipeline.data.captures import SCHEMA, write_segment
 from pipeline.data.features import read_features
 from pipeline.ledger import Cycle, Ledger
-from pipeline.models import ModelConfig, TinyConfig, checkpoint
-from pipeline.models import tail as tails
-from pipeline.models.trunk import build_trunk, fold
+from pipeline.models import checkpoint
 from pipeline.storage import place
+from tests.support.artifacts import source
+from tests.support.ledgers import begin
 
 NOON = datetime(2026, 5, 4, 12, tzinfo=UTC)
 
@@ -56,14 +55,11 @@ def hash_of(text: str) -> int:
     return int.from_bytes(text.encode(), "big") % 2**32
 
 
-def made(config: Config, name: str) -> checkpoint.SourceModel:
-    """Another trunk with every call."""
-    architecture = ModelConfig(trunk=TinyConfig(width=4, features=8))
-    tail = tails.init_tail(architecture.tail, 8, generator=torch.Generator().manual_seed(0))
-    manifest = checkpoint.Manifest(config=architecture, size=SIZE, threshold=0.5, method="erm")
-    made = checkpoint.seal(fold(build_trunk(architecture.trunk, SIZE)), tail, manifest)
-    checkpoint.save(config.place("models", name), made)
-    return made
+def save_model(config: Config, name: str, *, seed: int = 0) -> checkpoint.SourceModel:
+    """Saves a source model that nobody trained under ``name``; every ``seed`` gives another trunk."""
+    model = source(size=SIZE, seed=seed)
+    checkpoint.save(config.place("models", name), model)
+    return model
 
 
 class Fleet:
@@ -98,7 +94,7 @@ class Fleet:
         return result
 
     def begin(self) -> Cycle:
-        return self.ledger.begin_cycle("ingest", "f", "{}", holder="t", dead=lambda _: True, now=now())
+        return begin(self.ledger, kind="ingest", dead=lambda _: True, now=now())
 
     def stored(self, site: str, model: str = "m") -> dict[str, int]:
         """Offset by sample id of the features that can be read."""

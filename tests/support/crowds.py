@@ -22,11 +22,12 @@ from pipeline.control.deployment import lease, now
 from pipeline.data import blobs
 from pipeline.data.anchor import AnchorSet, seal
 from pipeline.data.features import FeatureBlock, write_features
-from pipeline.ledger import Cycle, Ledger, SegmentRow, StaleGeneration
-from pipeline.models import checkpoint, tail
-from pipeline.models.trunk import build_trunk, fold
+from pipeline.ledger import Cycle, Ledger, StaleGeneration
+from pipeline.models import checkpoint
 from pipeline.simulate.cloned_sites import names
-from tests.support.deployments import Deployment, copy, fresh
+from tests.support.artifacts import source
+from tests.support.deployments import STORES, Deployment, Settings, copy_deployment, new_deployment
+from tests.support.ledgers import begin, register_source, segment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -39,28 +40,33 @@ States = dict[
     tuple[str, int], dict[str, torch.Tensor]
 ]  # by site and the offset that the state has learned to
 
-YAML = """
-data: {{captures: {root}/captures, size: 32}}
-model: {{trunk: {{kind: tiny, width: 4, features: 16}}, tail: {{width: 8, rank: 4}}}}
-source: {{kind: erm}}
-site: {{kind: danet, reservoir: 8, lr: 1.0e-3, trigger: -1, sessions: 0, session_cap: 0, disagreement: 1,
-        confidence_bona_fide: 0.5, confidence_attack: 0.5, unanimous_bona_fide: false}}
-bank: {{sites: 6, batch: 8, hot_mb: 16}}
-guards:
-  ceiling: {{apcer: 1.0, bpcer: 1.0}}
-  noninferiority: {{attacks: 1.0, worst_species: 1.0, bona_fide: 1.0}}
-  trust: {{rho: 50.0, margin: 50.0}}
-  no_data: {{n_min: 4, anchor_min: 1}}
-  influence: {{advisory: true}}
-  labels: {{advisory: true}}
-  modality: {{advisory: true}}
-  collapse: {{advisory: true}}
-cluster: {{shards: 2, ingest_workers: 2}}
-ledger: {{url: "sqlite:///{root}/ledger.db", artifacts: {root}/artifacts}}
-"""
-QUIET = YAML.replace(
-    "kind: danet,", "kind: danet, learn: false,"
-)  # counts and boundaries move, by no gradient
+CROWD: Settings = {
+    **STORES,
+    "model.trunk": {"kind": "tiny", "width": 4, "features": 16},
+    "model.tail": {"width": 8, "rank": 4},
+    "source.kind": "erm",
+    "site.kind": "danet",
+    "site.reservoir": 8,
+    "site.lr": 1.0e-3,
+    "site.trigger": -1,
+    "site.sessions": 0,
+    "site.session_cap": 0,
+    "site.disagreement": 1,
+    "site.confidence_bona_fide": 0.5,
+    "site.confidence_attack": 0.5,
+    "site.unanimous_bona_fide": False,
+    "bank": {"sites": 6, "batch": 8, "hot_mb": 16},
+    "guards.ceiling": {"apcer": 1.0, "bpcer": 1.0},
+    "guards.noninferiority": {"attacks": 1.0, "worst_species": 1.0, "bona_fide": 1.0},
+    "guards.trust": {"rho": 50.0, "margin": 50.0},
+    "guards.no_data": {"n_min": 4, "anchor_min": 1},
+    "guards.influence": {"advisory": True},
+    "guards.labels": {"advisory": True},
+    "guards.modality": {"advisory": True},
+    "guards.collapse": {"advisory": True},
+    "cluster": {"shards": 2, "ingest_workers": 2},
+}
+QUIET: Settings = {**CROWD, "site.learn": False}  # counts and boundaries move, no gradient is computed
 DAYS = 3  # of ingest and adaptation, one cycle each
 FEATURES, ANCHORS = 16, 32
 SITES = tuple(names(12))
@@ -82,7 +88,7 @@ FORK.set_forkserver_preload(
 
 
 @dataclass(frozen=True)
-class Life:
+class Crowd:
     """A crowd in a folder of its own, from its first day on."""
 
     d: Deployment
@@ -92,8 +98,7 @@ class Life:
         """The features of ``day`` begin to count."""
         with lease(self.d.config, self.ledger, "ingest") as cycle:
             rows = [
-                SegmentRow(site, f"segment-{day:04d}.parquet", "", n, day * n, n, 0)
-                for site, n in LENGTH.items()
+                segment(site, f"segment-{day:04d}.parquet", day * n, n, good=n) for site, n in LENGTH.items()
             ]
             self.ledger.commit_ingest(cycle, rows, [], now=now())
             self.ledger.finish_cycle(cycle, summary={}, now=now())
@@ -101,8 +106,8 @@ class Life:
     def begin(self) -> Cycle:
         """Take the lease from whoever has it: an unfinished cycle goes on under a new generation."""
         config = self.d.config
-        return self.ledger.begin_cycle(
-            "adapt", config.fingerprint(), "{}", holder="test", dead=lambda _: True, now=now()
+        return begin(
+            self.ledger, kind="adapt", fingerprint=config.fingerprint(), dead=lambda _: True, now=now()
         )
 
     def start(
@@ -180,61 +185,45 @@ class Life:
             assert offsets[digest][first:end] == list(range(v.offset_from, v.offset_to)), v.site
 
 
-def ground(root: Path, *, text: str = YAML, days: int = DAYS, hostile: bool = True) -> Life:
+def new_crowd(root: Path, settings: Settings = CROWD, *, days: int = DAYS, hostile: bool = True) -> Crowd:
     """Sites with the features of ``days``, none of which counts yet. Without ``hostile`` no value is NaN."""
-    d = fresh(root, text)
+    d = new_deployment(root, settings)
     config, ledger = d.config, d.ledger
-    random = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        trunk = fold(build_trunk(config.model.trunk, config.data.size))
-    params = tail.init_tail(config.model.tail, FEATURES, generator=random)
-    manifest = checkpoint.Manifest(config=config.model, size=config.data.size, threshold=0.5, method="erm")
+    model = source(config.model, size=config.data.size)
     path = config.place("models", "crowd")
-    checkpoint.save(path, checkpoint.SourceModel(trunk, params, manifest))
-    m = checkpoint.read_manifest(path)
-    ledger.add_source(
-        m.digest,
-        trunk=m.trunk_digest,
-        path=str(path),
-        manifest=m.model_dump(mode="json"),
-        lineage="-",
-        now=now(),
-    )
+    checkpoint.save(path, model)
+    register_source(ledger, path, now=now())
+    trunk, random = model.manifest.trunk_digest, torch.Generator().manual_seed(0)
     label = torch.arange(ANCHORS) % 2
     species = tuple("bona_fide" if y else "print" for y in label.tolist())
     z, present = torch.randn(ANCHORS, 3, FEATURES, generator=random), torch.ones(ANCHORS, 3, dtype=torch.bool)
     anchor = seal(config.place("anchors"), AnchorSet(z, present, label.to(torch.int8), species))
-    ledger.pin_anchor(anchor, trunk=m.trunk_digest, summary={}, now=now())
+    ledger.pin_anchor(anchor, trunk=trunk, summary={}, now=now())
     if days:
         ledger.register_sites({site: {} for site in SITES}, now=now())
     for k, (site, n) in enumerate(LENGTH.items()):
         for day in range(days):
-            write_features(config.place("features"), m.trunk_digest, site, _sent(k, day, n, hostile=hostile))
+            write_features(config.place("features"), trunk, site, _sent(k, day, n, hostile=hostile))
     ledger.close()
-    return Life(d, ledger)
+    return Crowd(d, ledger)
 
 
-def reborn(life: Life, root: Path) -> Life:
-    """The same crowd in another folder, which is not there yet; the source model stays where it is."""
-    assert not root.exists(), root
-    copy(life.d.root, root)
-    text = Path(life.d.yaml).read_text().replace(str(life.d.root), str(root))
-    (root / "palisade.yaml").write_text(text)
-    d = Deployment(root)
-    return Life(d, d.ledger)
+def copy_crowd(crowd: Crowd, root: Path) -> Crowd:
+    """The same crowd in another folder, which is not there yet."""
+    d = copy_deployment(crowd.d, root)
+    return Crowd(d, d.ledger)
 
 
-def undisturbed(life: Life) -> States:
+def undisturbed(crowd: Crowd) -> States:
     """The states of all days, adapted by one process that nobody kills."""
     for day in range(DAYS):
-        life.arrive(day)
-        cycle = life.begin()
-        child = life.start(cycle, dealt(np.random.default_rng(0)))
+        crowd.arrive(day)
+        cycle = crowd.begin()
+        child = crowd.start(cycle, dealt(np.random.default_rng(0)))
         child.join()
         assert child.exitcode == 0
-        life.finish(cycle)
-    return life.states()
+        crowd.finish(cycle)
+    return crowd.states()
 
 
 def dealt(rng: np.random.Generator) -> list[list[str]]:

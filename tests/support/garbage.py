@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from jobs import gc
 from pipeline.config import Config, load
 from pipeline.data import blobs
-from pipeline.data.features import FeatureBlock, read_features, write_features
-from pipeline.guards import Evidence, GuardsConfig, assess
-from pipeline.ledger import Ledger, SegmentRow, ShardRow
+from pipeline.data.features import read_features, write_features
+from pipeline.guards import Evidence
+from pipeline.ledger import Ledger
 from pipeline.rollout import Draft, Pointer, RolloutConfig, Target, plan
-from tests.support.ledgers import T0
-
-TRUNK, F = "a" * 64, 4
+from tests.support.artifacts import TRUNK, F, block
+from tests.support.ledgers import T0, begin, segment, shard
 
 SITES = ("east", "west")
 
@@ -40,35 +38,26 @@ class Fleet:
 
     def window(self, sites: tuple[str, ...], evidence: Evidence, *, commit: bool = True) -> None:
         """Ingest and adapt ``sites`` on this day; without ``commit`` the shard dies after its blobs were written."""
-        cycle = self.ledger.begin_cycle(
-            "cycle", f"day {self.day}", "{}", holder="x", dead=lambda _: True, now=self.now
-        )
+        cycle = begin(self.ledger, fingerprint=f"day {self.day}", dead=lambda _: True, now=self.now)
         rows = []
         for site in sites:
             base = self.ledger.site(site).ingested
-            n = np.arange(base, base + WINDOW)
-            self.aged(write_features(self.config.place("features"), TRUNK, site, block(n)))
-            segment = SegmentRow(site, f"segment-{base}.parquet", "d" * 64, WINDOW, base, WINDOW, 0)
-            self.ledger.commit_ingest(cycle, [segment], [], now=self.now)
+            features = block(WINDOW, start=base)
+            self.aged(write_features(self.config.place("features"), TRUNK, site, features))
+            arrived = segment(site, f"segment-{base}.parquet", base, WINDOW, good=WINDOW)
+            self.ledger.commit_ingest(cycle, [arrived], [], now=self.now)
         state = self.blob("states", {"w": torch.full((len(sites),), float(self.day))})
         for k, site in enumerate(sites):
             row = self.ledger.site(site)
             outcomes = self.blob("outcomes", {"score": torch.full((2,), self.day + 0.1 * k)})
-            rows.append(
-                ShardRow(
-                    site=site,
-                    offset_from=row.learned,
-                    offset_to=row.ingested,
-                    source_version=1,
-                    method="danet",
-                    blob=state,
-                    slot=k,
-                    parent=row.learner,
-                    counters={"samples": WINDOW, "outcomes": outcomes, "rows": [0, WINDOW]},
-                    verdict=assess(GuardsConfig(), evidence),
-                    evidence=evidence,
-                )
-            )
+            learned = {
+                "evidence": evidence,
+                "blob": state,
+                "slot": k,
+                "outcomes": outcomes,
+                "parent": row.learner,
+            }
+            rows.append(shard(site, row.learned, row.ingested, **learned))
         if commit:
             assert self.ledger.commit_shard(cycle, rows, now=self.now) == []
         self.ledger.finish_cycle(cycle, summary={}, now=self.now)
@@ -110,18 +99,6 @@ class Fleet:
             for file in found[kind]:
                 file.place.unlink()
         return found
-
-
-def block(offset: np.ndarray) -> FeatureBlock:
-    n = len(offset)
-    return FeatureBlock(
-        offset=offset,
-        sample_id=np.array([f"s{i}" for i in offset], dtype=object),
-        captured_at=np.datetime64("2026-01-01T00:00:00", "us") + offset,
-        session=offset,
-        present=np.full(n, 7, np.uint8),
-        z=np.zeros((n, 3, F), np.float16),
-    )
 
 
 def begun(root: Path) -> Fleet:

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from pipeline.guards import Cell, Evidence, GuardsConfig, assess
 from pipeline.ledger import SegmentRow, ShardRow
+from pipeline.models import checkpoint
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 CELLS = tuple(
@@ -33,7 +34,20 @@ def begin(ledger, *, holder="a", now=T0, dead=lambda holder: False, fingerprint=
     return ledger.begin_cycle(kind, fingerprint, "{}", holder=holder, dead=dead, now=now)
 
 
-def shard(site="s0", start=0, end=10, *, evidence=GOOD, blob="b" * 64, slot=0, outcomes="c" * 64):
+def shard(
+    site="s0",
+    start=0,
+    end=10,
+    *,
+    evidence=GOOD,
+    blob="b" * 64,
+    slot=0,
+    outcomes="c" * 64,
+    parent=None,
+    first_row=0,
+):
+    """A state learned on the offsets from ``start`` to ``end``, judged under the default guards."""
+    rows = [first_row, first_row + end - start]
     return ShardRow(
         site=site,
         offset_from=start,
@@ -42,12 +56,27 @@ def shard(site="s0", start=0, end=10, *, evidence=GOOD, blob="b" * 64, slot=0, o
         method="danet",
         blob=blob,
         slot=slot,
-        parent=None,
-        counters={"samples": end - start, "outcomes": outcomes},
+        parent=parent,
+        counters={"samples": end - start, "outcomes": outcomes, "rows": rows},
         verdict=assess(GuardsConfig(), evidence),
         evidence=evidence,
     )
 
 
-def segment(site="s0", name="segment-1.parquet", base=0, rows=10):
-    return SegmentRow(site, name, "d" * 64, rows, base, rows - 1, 1)
+def segment(site="s0", name="segment-1.parquet", base=0, rows=10, *, good=None):
+    """All rows but ``good`` of them were refused; one, unless said otherwise."""
+    good = rows - 1 if good is None else good
+    return SegmentRow(site, name, "d" * 64, rows, base, good, rows - good)
+
+
+def register_source(ledger, path, *, now=T0) -> int:
+    """Registers the checkpoint at ``path`` as the next source model and returns its version."""
+    manifest = checkpoint.read_manifest(path)
+    return ledger.add_source(
+        manifest.digest,
+        trunk=manifest.trunk_digest,
+        path=str(path),
+        manifest=manifest.model_dump(mode="json"),
+        lineage="-",
+        now=now,
+    )

@@ -10,30 +10,25 @@ import stat
 import pytest
 
 from jobs.__main__ import main
-from tests.support.crowds import SITES, Life
+from tests.support.artifacts import flip
+from tests.support.crowds import SITES, Crowd
 from tests.support.ledgers import execute
 from tests.support.releases import OTHER, SITE, serve
 
 
-def audit(life, capsys, *words):
+def audit(crowd, capsys, *words):
     capsys.readouterr()
-    code = life.d.run("audit", *words, "--json")
+    code = crowd.d.run("audit", *words, "--json")
     return code, json.loads(capsys.readouterr().out)
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def test_an_honest_record_holds(life: Life, capsys):
-    serve(life, "rollback", {SITE: None})
-    code, found = audit(life, capsys, "verify")
+def test_an_honest_record_holds(crowd: Crowd, capsys):
+    serve(crowd, "rollback", {SITE: None})
+    code, found = audit(crowd, capsys, "verify")
     assert (code, found["findings"]) == (0, [])
-    assert (found["rows"], found["head"]) == life.ledger.audit_head()
-    life.ledger.append_audit("remark", {}, now=life.ledger.audit()[-1][1])
-    assert audit(life, capsys, "verify", "--head", found["head"])[0] == 0, "the chain has grown since"
+    assert (found["rows"], found["head"]) == crowd.ledger.audit_head()
+    crowd.ledger.append_audit("remark", {}, now=crowd.ledger.audit()[-1][1])
+    assert audit(crowd, capsys, "verify", "--head", found["head"])[0] == 0, "the chain has grown since"
 
 
 @pytest.mark.parametrize(
@@ -57,37 +52,37 @@ def test_an_honest_record_holds(life: Life, capsys):
         ("update sources set digest = 'x'", "holds another model"),
     ],
 )
-def test_a_changed_record_is_found(life, capsys, statement, said):
-    execute(life.d.config.ledger.url, statement)
-    code, found = audit(life, capsys, "verify")
+def test_a_changed_record_is_found(crowd, capsys, statement, said):
+    execute(crowd.d.config.ledger.url, statement)
+    code, found = audit(crowd, capsys, "verify")
     assert code == 4
     assert any(said in line for line in found["findings"]), found["findings"]
     assert not any("\n" in line for line in found["findings"])
 
 
 @pytest.mark.parametrize("kind", ["states", "anchors"])
-def test_a_damaged_artifact_is_found(life, capsys, kind):
-    paths = sorted(life.d.config.place(kind).rglob("*.safetensors"))
+def test_a_damaged_artifact_is_found(crowd, capsys, kind):
+    paths = sorted(crowd.d.config.place(kind).rglob("*.safetensors"))
     flip(paths[0])
     paths[-1].unlink() if len(paths) > 1 else None
-    code, found = audit(life, capsys, "verify")
+    code, found = audit(crowd, capsys, "verify")
     assert code == 4 and len(found["findings"]) == min(len(paths), 2)
     assert "changed or torn" in " ".join(found["findings"])
 
 
-def test_a_damaged_source_model_is_found(life, capsys, tmp_path):
-    source = life.ledger.source()
+def test_a_damaged_source_model_is_found(crowd, capsys, tmp_path):
+    source = crowd.ledger.source()
     copy = tmp_path / "model"
     shutil.copytree(source.path, copy)
-    execute(life.d.config.ledger.url, f"update sources set path = '{copy}'")
+    execute(crowd.d.config.ledger.url, f"update sources set path = '{copy}'")
     flip(copy / "model.safetensors")
-    code, found = audit(life, capsys, "verify")
+    code, found = audit(crowd, capsys, "verify")
     assert code == 4 and found["findings"][0].startswith("source v1:")
 
 
-def test_a_chain_that_was_cut_with_its_head_is_found_by_the_head_kept_elsewhere(life, capsys):
-    kept = audit(life, capsys, "verify")[1]["head"]
-    url = life.d.config.ledger.url
+def test_a_chain_that_was_cut_with_its_head_is_found_by_the_head_kept_elsewhere(crowd, capsys):
+    kept = audit(crowd, capsys, "verify")[1]["head"]
+    url = crowd.d.config.ledger.url
     (last,) = execute(url, "select max(seq) from audit")[0]
     before = execute(url, f"select prev_hash, payload from audit where seq = {last}")[0]
     execute(
@@ -96,27 +91,27 @@ def test_a_chain_that_was_cut_with_its_head_is_found_by_the_head_kept_elsewhere(
         f"delete from audit where seq = {last}",
         f"update meta set value = '{before[0]}' where key = 'audit_head'",
     )
-    assert audit(life, capsys, "verify")[0] == 0, "alone, the record cannot know"
-    code, found = audit(life, capsys, "verify", "--head", kept)
+    assert audit(crowd, capsys, "verify")[0] == 0, "alone, the record cannot know"
+    code, found = audit(crowd, capsys, "verify", "--head", kept)
     assert code == 4 and "no row of the chain has it" in found["findings"][0]
 
 
-def test_findings_are_lines(life, capsys):
-    execute(life.d.config.ledger.url, "update sources set digest = 'x'")
+def test_findings_are_lines(crowd, capsys):
+    execute(crowd.d.config.ledger.url, "update sources set digest = 'x'")
     capsys.readouterr()
-    assert life.d.run("audit", "verify") == 4
+    assert crowd.d.run("audit", "verify") == 4
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("source v1:") and "1 findings" in lines[1] and "--head" in lines[2]
 
 
-def test_the_log_of_a_site(life, capsys):
-    assert life.d.run("site", "tag", SITE, "region=north") == 0
-    assert life.d.run("site", "retire", OTHER, "--reason", "closed") == 0
-    _, found = audit(life, capsys, "log", "--site", SITE)
+def test_the_log_of_a_site(crowd, capsys):
+    assert crowd.d.run("site", "tag", SITE, "region=north") == 0
+    assert crowd.d.run("site", "retire", OTHER, "--reason", "closed") == 0
+    _, found = audit(crowd, capsys, "log", "--site", SITE)
     assert [r["kind"] for r in found["audit"]] == ["tags", "promote"]
-    _, found = audit(life, capsys, "log", "--limit", "1")
+    _, found = audit(crowd, capsys, "log", "--limit", "1")
     assert [r["payload"]["site"] for r in found["audit"]] == [OTHER]
-    assert life.d.run("audit", "log", "--site", "nowhere") == 2
+    assert crowd.d.run("audit", "log", "--site", "nowhere") == 2
 
 
 def test_a_key_is_private_and_never_overwritten(tmp_path, capsys):
@@ -132,22 +127,22 @@ def test_a_key_is_private_and_never_overwritten(tmp_path, capsys):
     assert "never overwritten" in capsys.readouterr().err
 
 
-def test_tags_of_one_site_and_of_a_file(life, tmp_path, capsys):
-    assert life.d.run("site", "tag", SITE, "region=north", "tz=Europe/Berlin", "rig=rgb+ir") == 0
-    assert life.ledger.site(SITE).tags == {"region": "north", "tz": "Europe/Berlin", "rig": "rgb+ir"}
+def test_tags_of_one_site_and_of_a_file(crowd, tmp_path, capsys):
+    assert crowd.d.run("site", "tag", SITE, "region=north", "tz=Europe/Berlin", "rig=rgb+ir") == 0
+    assert crowd.ledger.site(SITE).tags == {"region": "north", "tz": "Europe/Berlin", "rig": "rgb+ir"}
     file = tmp_path / "tags.csv"
     file.write_text(f"site,region,tenant\n{SITE},,bank\n{OTHER},south,\n")
-    assert life.d.run("site", "tag", "--from", str(file)) == 0
-    assert life.ledger.site(SITE).tags == {
+    assert crowd.d.run("site", "tag", "--from", str(file)) == 0
+    assert crowd.ledger.site(SITE).tags == {
         "region": "north",
         "tz": "Europe/Berlin",
         "rig": "rgb+ir",
         "tenant": "bank",
     }
-    assert life.ledger.site(OTHER).tags == {"region": "south"}
-    assert life.d.run("site", "tag", SITE, "region=") == 0
-    assert "region" not in life.ledger.site(SITE).tags
-    assert life.ledger.broken_audit() is None
+    assert crowd.ledger.site(OTHER).tags == {"region": "south"}
+    assert crowd.d.run("site", "tag", SITE, "region=") == 0
+    assert "region" not in crowd.ledger.site(SITE).tags
+    assert crowd.ledger.broken_audit() is None
 
 
 @pytest.mark.parametrize(
@@ -164,11 +159,11 @@ def test_tags_of_one_site_and_of_a_file(life, tmp_path, capsys):
         (["nowhere", "region=x"], "not registered"),
     ],
 )
-def test_a_tag_that_cannot_be_is_refused(life, words, said, capsys):
-    assert life.d.run("site", "tag", *words) == 2
+def test_a_tag_that_cannot_be_is_refused(crowd, words, said, capsys):
+    assert crowd.d.run("site", "tag", *words) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
-    assert life.ledger.site(SITE).tags == {}
+    assert crowd.ledger.site(SITE).tags == {}
 
 
 @pytest.mark.parametrize(
@@ -182,19 +177,19 @@ def test_a_tag_that_cannot_be_is_refused(life, words, said, capsys):
         (f"site,region\n{SITE},north\ngone,south\n", "'gone': not registered"),
     ],
 )
-def test_a_file_of_tags_changes_everything_or_nothing(life, tmp_path, text, said, capsys):
+def test_a_file_of_tags_changes_everything_or_nothing(crowd, tmp_path, text, said, capsys):
     file = tmp_path / "tags.csv"
     file.write_text(text)
-    assert life.d.run("site", "tag", "--from", str(file)) == 2
+    assert crowd.d.run("site", "tag", "--from", str(file)) == 2
     assert re.search(said, capsys.readouterr().err)
-    assert life.ledger.site(SITE).tags == {}
+    assert crowd.ledger.site(SITE).tags == {}
 
 
-def test_a_site_is_retired_and_restored(life, capsys):
+def test_a_site_is_retired_and_restored(crowd, capsys):
     site = SITES[4]
-    assert life.d.run("site", "retire", site, "--reason", "torn down") == 0
-    row = life.ledger.site(site)
+    assert crowd.d.run("site", "retire", site, "--reason", "torn down") == 0
+    row = crowd.ledger.site(site)
     assert row.status == "retired" and row.reason.endswith(": torn down")
-    assert life.d.run("site", "restore", site, "--reason", " ") == 2
-    assert life.d.run("site", "restore", site, "--reason", "rebuilt") == 0
-    assert life.ledger.site(site).status == "active"
+    assert crowd.d.run("site", "restore", site, "--reason", " ") == 2
+    assert crowd.d.run("site", "restore", site, "--reason", "rebuilt") == 0
+    assert crowd.ledger.site(site).status == "active"

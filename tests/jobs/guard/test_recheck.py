@@ -30,66 +30,68 @@ from pipeline.control.adapt import adapt_sites, shard_job
 from pipeline.control.deployment import lease, now
 from pipeline.control.recount import count_differences, recount_evidence, verdict_basis
 from pipeline.guards import Cell, Evidence, GuardsConfig, assess
-from tests.support.crowds import SITES, YAML, Life, ground, reborn
-from tests.support.deployments import fresh
+from tests.support.crowds import CROWD, SITES, Crowd, copy_crowd, new_crowd
+from tests.support.deployments import new_deployment, printed
 from tests.support.ledgers import GOOD, T0
 
-LOOSE = YAML.replace("guards:\n", "guards:\n  ratchet: {{advisory: true}}\n").replace(
-    "n_min: 4", "n_min: 10"
-)  # some sites send 9 a day
-STRICT = LOOSE.replace("margin: 50.0", "margin: 0.0001").replace("n_min: 10", "n_min: 4")
+LOOSE = {
+    **CROWD,
+    "guards.ratchet": {"advisory": True},
+    "guards.no_data": {"n_min": 10, "anchor_min": 1},  # some sites send 9 a day
+}
+STRICT = {
+    **LOOSE,
+    "guards.trust": {"rho": 50.0, "margin": 0.0001},
+    "guards.no_data": {"n_min": 4, "anchor_min": 1},
+}
 CELLS = tuple(  # with these counts one guard alone decides
     Cell(pattern="full", species=s, n=300, errors=0, worse=0, better=0) for s in ("print", "bona_fide")
 )
 
 
 @pytest.fixture(scope="module")
-def lived(tmp_path_factory) -> Life:
+def lived(tmp_path_factory) -> Crowd:
     """Two days; on the second the fleet serves what passed on the first."""
-    life = ground(tmp_path_factory.mktemp("lived"), text=LOOSE)
-    day(life, 0)
-    passed = {v.site: (v.state, 1) for v in life.ledger.verdicts() if v.outcome == "pass"}
+    crowd = new_crowd(tmp_path_factory.mktemp("lived"), LOOSE)
+    day(crowd, 0)
+    passed = {v.site: (v.state, 1) for v in crowd.ledger.verdicts() if v.outcome == "pass"}
     assert passed
-    life.ledger.serve(passed, rollout="r", wave=1, kind="promote", reason="", now=now())
-    day(life, 1)
-    return life
+    crowd.ledger.serve(passed, rollout="r", wave=1, kind="promote", reason="", now=now())
+    day(crowd, 1)
+    return crowd
 
 
-def day(life: Life, number: int) -> None:
-    life.arrive(number)
-    config = life.d.config
-    with lease(config, life.ledger, "adapt") as cycle:
-        assert adapt_sites(shard_job(config, life.ledger, cycle), SITES) == {}
-        life.ledger.finish_cycle(
-            cycle, summary={"evidence": life.ledger.evidence_digest(cycle.id)}, now=now()
+def day(crowd: Crowd, number: int) -> None:
+    crowd.arrive(number)
+    config = crowd.d.config
+    with lease(config, crowd.ledger, "adapt") as cycle:
+        assert adapt_sites(shard_job(config, crowd.ledger, cycle), SITES) == {}
+        crowd.ledger.finish_cycle(
+            cycle, summary={"evidence": crowd.ledger.evidence_digest(cycle.id)}, now=now()
         )
 
 
 @pytest.fixture
-def life(lived, tmp_path):
+def crowd(lived, tmp_path):
     """A copy that a test may spoil."""
-    return reborn(lived, tmp_path / "d")
+    return copy_crowd(lived, tmp_path / "d")
 
 
-def told(capsys) -> dict:
-    return json.loads(capsys.readouterr().out)
-
-
-def spoil(life: Life, sql: str, *values: object) -> None:
-    with sqlite3.connect(life.d.root / "ledger.db") as c:
+def spoil(crowd: Crowd, sql: str, *values: object) -> None:
+    with sqlite3.connect(crowd.d.root / "ledger.db") as c:
         assert c.execute(sql, values).rowcount >= 1
 
 
 def test_every_verdict_is_the_same_again_and_its_anchor_counts_too(lived, capsys):
     assert lived.d.run("guard", "replay", "--all", "--recount", "--json") == 0
-    found = told(capsys)
+    found = printed(capsys)
     assert (found["verdicts"], found["same"], found["older"]) == (2 * len(SITES), 2 * len(SITES), 0)
     assert found["recounted"] == 2 * len(SITES) and found["different"] == [] == list(found["not_recounted"])
     one = lived.ledger.verdicts()[-1]
     assert lived.d.run("guard", "replay", "--cycle", one.cycle, "--json") == 0
-    assert told(capsys)["verdicts"] == len(SITES)
+    assert printed(capsys)["verdicts"] == len(SITES)
     assert lived.d.run("guard", "replay", one.site, "--recount", "--json") == 0
-    found = told(capsys)
+    found = printed(capsys)
     assert found["verdict"] == one.id and found["same"] and found["recounted"]
     digests = found["digests"]
     assert (
@@ -111,102 +113,102 @@ def test_what_a_verdict_was_counted_on_is_kept_with_it_and_else_found_by_time(li
         assert by_time[:3] == kept[:3] and not by_time.recorded
 
 
-def test_a_changed_count_is_found(life, capsys):
-    one = next(v for v in life.ledger.verdicts() if v.outcome == "pass" and v.evidence.cells[0].errors)
+def test_a_changed_count_is_found(crowd, capsys):
+    one = next(v for v in crowd.ledger.verdicts() if v.outcome == "pass" and v.evidence.cells[0].errors)
     first = one.evidence.cells[0]
     forged = one.evidence.model_copy(
         update={"cells": (first.model_copy(update={"errors": 0}), *one.evidence.cells[1:])}
     )
-    verdict = assess(limits_of(life.ledger, one.cycle).guards, forged)
+    verdict = assess(limits_of(crowd.ledger, one.cycle).guards, forged)
     spoil(
-        life,
+        crowd,
         "update verdicts set evidence = ?, verdict = ? where id = ?",
         forged.model_dump_json(),
         verdict.model_dump_json(),
         one.id,
     )
-    assert life.d.run("guard", "replay", one.id) == 0, (
+    assert crowd.d.run("guard", "replay", one.id) == 0, (
         "a forger who judges the forged evidence is not seen by that alone"
     )
     capsys.readouterr()
-    assert life.d.run("guard", "replay", one.id, "--recount") == 4
+    assert crowd.d.run("guard", "replay", one.id, "--recount") == 4
     assert f"0 errors of {first.n}" in capsys.readouterr().out
-    assert life.d.run("guard", "replay", "--all", "--json") == 4, (
+    assert crowd.d.run("guard", "replay", "--all", "--json") == 4, (
         "but the audit chain has the digest of the cycle"
     )
-    (found,) = told(capsys)["different"]
+    (found,) = printed(capsys)["different"]
     assert found["cycle"] == one.cycle and "audit chain" in found["differs"][0]
 
 
-def test_a_changed_verdict_or_outcome_or_configuration_is_found(life, capsys):
-    one, two, three = life.ledger.verdicts()[-3:]
+def test_a_changed_verdict_or_outcome_or_configuration_is_found(crowd, capsys):
+    one, two, three = crowd.ledger.verdicts()[-3:]
     spoil(
-        life,
+        crowd,
         "update verdicts set verdict = replace(verdict, ?, ?) where id = ?",
         '"limit":',
         '"limit": ',
         one.id,
     )
-    assert life.d.run("guard", "replay", one.id) == 0, "blanks are the same verdict"
+    assert crowd.d.run("guard", "replay", one.id) == 0, "blanks are the same verdict"
     spoil(
-        life,
+        crowd,
         "update verdicts set verdict = replace(verdict, ?, ?) where id = ?",
         '"guard":"trust"',
         '"guard":"trusted"',
         one.id,
     )
-    assert life.d.run("guard", "replay", one.id) == 4
+    assert crowd.d.run("guard", "replay", one.id) == 4
     spoil(
-        life,
+        crowd,
         "update verdicts set outcome = ? where id = ?",
         "fail" if two.outcome == "pass" else "pass",
         two.id,
     )
     capsys.readouterr()
-    assert life.d.run("guard", "replay", two.id) == 4
+    assert crowd.d.run("guard", "replay", two.id) == 4
     assert "the ledger lists it as" in capsys.readouterr().out
-    spoil(life, "update verdicts set evidence = ? where id = ?", "{}", three.id)
-    assert life.d.run("guard", "replay", "--cycle", three.cycle, "--json") == 4
-    assert {d["verdict"] for d in told(capsys)["different"]} == {None, one.id, two.id, three.id}
+    spoil(crowd, "update verdicts set evidence = ? where id = ?", "{}", three.id)
+    assert crowd.d.run("guard", "replay", "--cycle", three.cycle, "--json") == 4
+    assert {d["verdict"] for d in printed(capsys)["different"]} == {None, one.id, two.id, three.id}
     spoil(
-        life,
+        crowd,
         "update cycles set config = replace(config, ?, ?) where kind = 'adapt'",
         '"margin":50.0',
         '"margin":51.0',
     )
-    first = life.ledger.verdicts()[0]
-    assert life.d.run("guard", "replay", first.id) == 4
+    first = crowd.ledger.verdicts()[0]
+    assert crowd.d.run("guard", "replay", first.id) == 4
     assert "not the one that it began with" in capsys.readouterr().out
 
 
-def test_a_damaged_state_differs_and_a_deleted_one_is_left_out(life, capsys):
-    rows = life.ledger.verdicts()
-    blobs = {s.id: s.blob for s in life.ledger.states([v.state for v in rows]).values()}
+def test_a_damaged_state_differs_and_a_deleted_one_is_left_out(crowd, capsys):
+    rows = crowd.ledger.verdicts()
+    blobs = {s.id: s.blob for s in crowd.ledger.states([v.state for v in rows]).values()}
     own = next(v for v in rows if v.offset_from > 0)
-    path = life.d.config.place("states") / blobs[own.state][:2] / f"{blobs[own.state]}.safetensors"
+    path = crowd.d.config.place("states") / blobs[own.state][:2] / f"{blobs[own.state]}.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     loaders.clear()
-    assert life.d.run("guard", "replay", own.id, "--recount") == 4
+    assert crowd.d.run("guard", "replay", own.id, "--recount") == 4
     assert "changed or torn" in capsys.readouterr().out
     path.unlink()
-    assert life.d.run("guard", "replay", own.id, "--recount") == 3
+    assert crowd.d.run("guard", "replay", own.id, "--recount") == 3
     assert "missing" in capsys.readouterr().out
-    assert life.d.run("guard", "replay", own.id) == 0, "the verdict needs its evidence alone"
+    assert crowd.d.run("guard", "replay", own.id) == 0, "the verdict needs its evidence alone"
 
 
-def test_verdicts_of_an_earlier_version_lack_fields_and_are_the_same(life, capsys):
-    one = life.ledger.verdicts()[-1]
+def test_verdicts_of_an_earlier_version_lack_fields_and_are_the_same(crowd, capsys):
+    one = crowd.ledger.verdicts()[-1]
     spoil(
-        life,
+        crowd,
         "update verdicts set verdict = replace(verdict, ?, '') where id = ?",
         ',"labels":"anchor"',
         one.id,
     )
-    assert life.d.run("guard", "replay", "--cycle", one.cycle, "--json") == 4, "the chain knows"
-    found = told(capsys)
+    assert crowd.d.run("guard", "replay", "--cycle", one.cycle, "--json") == 4, "the chain knows"
+    found = printed(capsys)
     assert (found["older"], found["same"]) == (1, len(SITES))
-    assert life.d.run("guard", "replay", one.id) == 0
+    assert crowd.d.run("guard", "replay", one.id) == 0
     assert "earlier version" in capsys.readouterr().out
 
 
@@ -232,16 +234,16 @@ def test_mistake(lived, capsys, words, expected):
 
 
 def test_nothing_on_record(tmp_path, capsys):
-    life = ground(tmp_path, days=0)
-    assert life.d.run("guard", "replay", "--all") == 3
-    assert life.d.run("guard", "simulate", "--with", "guards.trust.rho=1") == 3
-    assert fresh(tmp_path).run("guard", "explain", "a") == 2
+    crowd = new_crowd(tmp_path, days=0)
+    assert crowd.d.run("guard", "replay", "--all") == 3
+    assert crowd.d.run("guard", "simulate", "--with", "guards.trust.rho=1") == 3
+    assert new_deployment(tmp_path).run("guard", "explain", "a") == 2
 
 
 def test_explain_says_what_decided_and_what_it_rests_on(lived, capsys):
     for v in lived.ledger.latest_verdicts().values():
         assert lived.d.run("guard", "explain", v.site, "--json") == 0
-        found = told(capsys)
+        found = printed(capsys)
         assert (found["verdict"], found["outcome"]) == (v.id, v.outcome)
         assert len(found["findings"]) == len(v.verdict.reasons)
         if v.outcome != "pass":
@@ -400,7 +402,7 @@ def test_changed_names_nested_limits():
 def test_the_policy_of_the_record_decides_as_recorded(lived, tmp_path, capsys):
     out = tmp_path / "d.parquet"
     assert lived.d.run("guard", "simulate", "--against", lived.d.yaml, "--out", str(out), "--json") == 0
-    found = told(capsys)
+    found = printed(capsys)
     assert (found["changed"], found["looser"], found["verdicts"]) == ({}, [], 2 * len(SITES))
     assert found["recorded"] == found["policy"]
     rows = pq.read_table(out).to_pylist()
@@ -415,37 +417,37 @@ def test_a_stricter_policy_stops_and_a_looser_one_says_so(lived, tmp_path, capsy
         lived.d.run("guard", "simulate", "--with", "guards.no_data.n_min=1000", "--out", str(out), "--json")
         == 0
     )
-    found = told(capsys)
+    found = printed(capsys)
     assert found["policy"]["pass"] == 0 and found["policy"]["hold"] > 0
     assert {d["verdict"]: d["recorded"] for d in json.loads(out.read_text())["decisions"]} == recorded
     strict = lived.d.run("guard", "simulate", "--with", "guards.trust.rho=0.000001", "--site", SITES[1])
     assert strict == 0 and " ··  " in capsys.readouterr().out
     assert lived.d.run("guard", "simulate", "--with", "guards.no_data.n_min=1", "--json") == 4
-    assert {recorded[v] for v in told(capsys)["looser"]} == {"hold"}
+    assert {recorded[v] for v in printed(capsys)["looser"]} == {"hold"}
 
 
 def test_a_looser_policy_exits_4(tmp_path, capsys):
     (tmp_path / "d").mkdir()
-    life = ground(tmp_path / "d", text=STRICT)
-    day(life, 0)
-    failed = [v for v in life.ledger.verdicts() if v.outcome == "fail"]
+    crowd = new_crowd(tmp_path / "d", STRICT)
+    day(crowd, 0)
+    failed = [v for v in crowd.ledger.verdicts() if v.outcome == "fail"]
     assert failed
-    assert life.d.run("guard", "simulate", "--with", "guards.trust.margin=50.0", "--json") == 4
-    assert {v.id for v in failed} <= set(told(capsys)["looser"])
-    assert life.d.run("guard", "simulate", "--with", "guards.trust.margin=50.0") == 4
+    assert crowd.d.run("guard", "simulate", "--with", "guards.trust.margin=50.0", "--json") == 4
+    assert {v.id for v in failed} <= set(printed(capsys)["looser"])
+    assert crowd.d.run("guard", "simulate", "--with", "guards.trust.margin=50.0") == 4
     assert "F " in capsys.readouterr().out
 
 
-def test_a_tampered_anchor_set_is_said_once_before_any_site_is_adapted(life, capsys):
+def test_a_tampered_anchor_set_is_said_once_before_any_site_is_adapted(crowd, capsys):
     from pipeline.data.blobs import BadBlob
 
-    (file,) = (life.d.root / "artifacts" / "anchors").rglob("*.safetensors")
+    (file,) = (crowd.d.root / "artifacts" / "anchors").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    life.arrive(2)
+    crowd.arrive(2)
     with (
-        lease(life.d.config, life.ledger, "adapt") as cycle,
+        lease(crowd.d.config, crowd.ledger, "adapt") as cycle,
         pytest.raises(BadBlob, match="palisade anchor seal"),
     ):
-        shard_job(life.d.config, life.ledger, cycle)
-    assert life.d.run("anchor", "verify") == 4
+        shard_job(crowd.d.config, crowd.ledger, cycle)
+    assert crowd.d.run("anchor", "verify") == 4
     assert str(file) in capsys.readouterr().out
