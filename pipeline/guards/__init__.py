@@ -1,7 +1,9 @@
-"""May a candidate serve? Limits, evidence and the verdict on it.
+"""Decides whether a candidate may serve: limits, evidence, and the verdict on it.
 
-Evidence without labels may stop or hold a candidate, never approve it: a pass needs anchor counts for every pattern
-that a guard applies to. ``assess`` on stored evidence gives the stored verdict again. Bounds are one-sided 95 %.
+Pure: no clock, file, network or chance. Evidence without labels may fail or hold a candidate, never pass it:
+a pass needs anchor counts under every missing-modality pattern that a guard applies to. ``assess`` on stored
+evidence gives the stored verdict again. Bounds are one-sided 95 %. README.md lists every guard with its
+statistic, limit and guarantee.
 """
 
 from __future__ import annotations

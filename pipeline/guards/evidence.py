@@ -1,4 +1,4 @@
-"""What a verdict is decided on, counted on the sealed anchor set (with labels) and on the site's own stream (without)."""
+"""Counts the evidence of a verdict: with labels on the sealed anchor set, without them on the stream."""
 
 from __future__ import annotations
 
@@ -19,38 +19,36 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-REAL = "bona_fide"  # the row of a pattern whose errors are bona fide presentations called attack
-CLIP = 1e-6  # scores nearer to 0 or 1 have no larger margin
+REAL = "bona_fide"  # species of the cell whose errors are bona fide presentations called attack
+CLIP = 1e-6  # scores are clipped to [CLIP, 1 - CLIP] before their logit is taken
 
 
 class Cell(Section):
-    """Counts of one pattern and species on the anchor set; worse = candidate wrong where the champion is right."""
+    """Counts one missing-modality pattern and species on the anchor set."""
 
     pattern: str
-    species: str  # REAL for bona fide
-    n: int
-    errors: int
-    worse: int
-    better: int
+    species: str  # PAI species; REAL for bona fide
+    n: int  # presentations
+    errors: int  # of the candidate
+    worse: int  # candidate wrong, champion right
+    better: int  # candidate right, champion wrong
 
 
 class Evidence(Section):
-    """Everything ``assess`` looks at."""
+    """Holds all that ``assess`` decides on; stored with the verdict, so field names are part of the record."""
 
     cells: tuple[Cell, ...]
-    trust_ratio: Measured  # without labels
-    margin_drop: Measured  # logits, worst species and pattern
-    stream_n: int
-    age_seconds: Measured  # of the newest stream sample or of the anchor replay, the older one
-    finite: bool  # every score and state tensor
-    holds_before: int = 0  # holds in a row before this one
-    merged: tuple[str, ...] = ()  # species counted together as "other"
-    labels: str = "anchor"  # where the attack labels come from
-    rig: tuple[
-        str, ...
-    ] = ()  # modalities that the site has; empty = unknown, every pattern shows what it leaves
-    unseen: tuple[str, ...] = ()  # patterns that leave nothing of the rig: no guard applies to them
-    stream: Stream = Stream()  # of the site, without labels
+    trust_ratio: Measured  # distance of the candidate from the source state over the source state's norm
+    margin_drop: Measured  # rise of the mean attack logit over the champion's, worst species and pattern
+    stream_n: int  # samples in the window
+    age_seconds: Measured  # of the newest sample in the window
+    finite: bool  # every score and every state tensor is finite
+    holds_before: int = 0  # verdicts "hold" in a row before this one
+    merged: tuple[str, ...] = ()  # species with few presentations, counted together as "other"
+    labels: str = "anchor"  # source of the attack labels
+    rig: tuple[str, ...] = ()  # modalities of the site's sensors; empty = unknown, then all are assumed
+    unseen: tuple[str, ...] = ()  # patterns that leave no modality of the rig: no guard applies to them
+    stream: Stream = Stream()  # of the window, without labels
 
 
 def evidence_of(
@@ -73,26 +71,30 @@ def evidence_of(
     unseen: Sequence[str] = (),
     stream: Stream | None = None,
 ) -> Evidence:
-    """Count the anchor scores [P, N] of candidate and champion; label and species are per anchor item [N].
+    """Returns the evidence from anchor scores [P, N] of candidate and champion under P patterns.
 
-    ``valid`` [P, N] leaves out items that a pattern cannot show. A score that is not finite clears ``finite``.
+    ``label`` and ``species`` [N] are per anchor item; ``valid`` [P, N] is false where a pattern leaves no
+    modality of an item. ``threshold`` is the score from which a sample is called bona fide
+    (``champion_threshold`` where the champion has another). Species with fewer than ``merge_below`` items are
+    merged. A score that is not finite counts as an error and clears ``finite``. Raises ValueError for arrays
+    of other shapes.
     """
     c, s = np.asarray(candidate, np.float64), np.asarray(champion, np.float64)
     y = np.ascontiguousarray(label, np.int8)
     if not c.shape == s.shape == (len(patterns), len(y)) or len(species) != len(y):
-        want = f"[{len(patterns)} patterns, {len(y)} items] and one species per item"
-        raise ValueError(f"anchor scores {c.shape} and {s.shape}, {len(species)} species: {want} are needed")
+        needed = f"[{len(patterns)} patterns, {len(y)} items] and one species per item"
+        raise ValueError(
+            f"anchor scores {c.shape} and {s.shape}, {len(species)} species: {needed} are needed"
+        )
     ok = np.ones(c.shape, np.bool_) if valid is None else np.asarray(valid, np.bool_)
     names, member, merged = _groups(y.tobytes(), tuple(species), merge_below)
     good_c, good_s = np.isfinite(c), np.isfinite(s)
+    threshold_s = threshold if champion_threshold is None else champion_threshold
     wrong_c = ((c >= threshold) != (y == BONA_FIDE)) | ~good_c
-    wrong_s = (
-        (s >= (threshold if champion_threshold is None else champion_threshold)) != (y == BONA_FIDE)
-    ) | ~good_s
+    wrong_s = ((s >= threshold_s) != (y == BONA_FIDE)) | ~good_s
     flags = np.stack([ok, wrong_c & ok, wrong_c & ~wrong_s & ok, wrong_s & ~wrong_c & ok])
-    n, errors, worse, better = (
-        np.rint(flags.astype(np.float64) @ member).astype(int).tolist()
-    )  # each [P][species]
+    counts = np.rint(flags.astype(np.float64) @ member).astype(int)  # [4, P, species]
+    n, errors, worse, better = counts.tolist()
     finite = bool(stream_finite and (good_c & good_s | ~ok).all())
     return Evidence(
         cells=tuple(
@@ -118,6 +120,7 @@ def evidence_of(
 def _groups(
     label: bytes, species: tuple[str, ...], merge_below: int
 ) -> tuple[list[str], Floats, tuple[str, ...]]:
+    """Returns REAL and the species, their items as 0/1 [N, species], and the species that were merged."""
     y = np.frombuffer(label, np.int8)
     merged_names, merged = merge_small(species, y, merge_below)
     attacks = [str(a) for a in np.unique(merged_names[y != BONA_FIDE])]
@@ -126,7 +129,7 @@ def _groups(
 
 
 def _margin_drop(c: Floats, s: Floats, ok: NDArray[np.bool_], member: Floats) -> float | None:
-    """Largest rise of the mean attack logit over species and patterns; the threshold cancels out."""
+    """Returns the largest rise of the mean attack logit over species and patterns, at any threshold."""
     c, s = np.clip(c, CLIP, 1 - CLIP), np.clip(s, CLIP, 1 - CLIP)
     rise = np.where(ok, np.log(c * (1 - s) / ((1 - c) * s)), 0.0)
     n = ok.astype(np.float64) @ member

@@ -1,4 +1,4 @@
-"""One finding of a guard."""
+"""Defines a finding of a guard: which limit, which number, and whether it passes, fails or holds."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Call = Literal["pass", "fail", "hold"]
 
 
 class Reason(Section):
-    """One finding, decisive or not."""
+    """One finding of a guard; an advisory one is reported and never decides."""
 
     guard: str
     call: Call
-    where: str  # pattern/species
+    where: str  # pattern/species, "stream", "state", a site, "wave" or "fleet"
     number: Measured
     limit: Measured
     text: str

@@ -1,9 +1,10 @@
-"""What a site's own stream shows without labels, measured once and stored as counts and e-values.
+"""Measures a window of a site's stream without labels, once, as counts and e-values that are stored.
 
-The source distribution is the anchor set under the source model, shown the modalities that the stream usually shows: what
-the stream is called bona fide is compared with what of the anchor set is called so, and attacks with attacks, since a
-site's share of attacks is not the anchor set's. Scores are those taken online, each before it was learned from. Captures
-of one session are not exchangeable: the first of each speaks for it. Every window is tested anew, at its own alpha.
+The source distribution is the source model's scores of the anchor set under the stream's usual modalities.
+Samples called bona fide are compared with anchor samples called bona fide, attacks with attacks, because a
+site's share of attacks is not the anchor set's. Scores are online: each was taken before the sample was
+learned from. Captures of one session are not exchangeable, so only the first capture of a session counts.
+Every window is tested anew, at its own alpha.
 """
 
 from __future__ import annotations
@@ -28,102 +29,107 @@ if TYPE_CHECKING:
 
 MODALITIES = 3
 CALIBRATION = 30  # anchor presentations below which there is no source distribution
-TINY = 1e-6  # scores nearer to 0 or 1 have no lower entropy
-Hours = tuple[tuple[int, int], ...]  # [24] (sessions, those called bona fide)
+TINY = 1e-6  # scores are clipped to [TINY, 1 - TINY] before their entropy is taken
+Hours = tuple[tuple[int, int], ...]  # [24] per hour of the day: (sessions, sessions called bona fide)
 
 
 class Stream(Section):
-    """Evidence without labels; None = not measured, as in what earlier versions stored."""
+    """Evidence without labels; None = not measured, as in the records of earlier versions."""
 
-    sessions: int | None = None  # of the window
-    sessions_before: int = 0  # that the state had seen before it
-    taught_bona_fide: int = 0  # samples that taught, by their pseudo label
+    sessions: int | None = None  # sessions in the window
+    sessions_before: int = 0  # sessions that the state had learned from before the window
+    taught_bona_fide: int = 0  # samples learned from with this pseudo label
     taught_attack: int = 0
-    taught_session: int = 0  # most of them of one session
-    taught_modalities: tuple[int, ...] = ()  # of them with 1, 2, ... modalities
-    taught_disagreement: Measured = None  # nats, the most of them
-    flips_bona_fide: int = 0  # attack for the champion, bona fide for the candidate
-    flips_attack: int = 0
-    last: int = 0  # newest calls, at most collapse.calls
-    last_bona_fide: int = 0  # of them by the candidate
-    last_champion: int = 0  # and by the champion
-    drift_entropy: Measured = None  # log e-values, the most within the window
-    drift_attack: Measured = None
-    risk_lower: Measured = None  # of the mean proxy risk
-    risk_source: Measured = None  # upper bound of the source's, at the stream's share of calls
-    ratchet: Measured = None  # log e-value, the most within the window; None without a baseline
+    taught_session: int = 0  # samples learned from of the session that taught most
+    taught_modalities: tuple[int, ...] = ()  # samples learned from that show 1, 2, ... modalities
+    taught_disagreement: Measured = None  # largest disagreement of a sample learned from, nats
+    flips_bona_fide: int = 0  # samples that the champion calls attack and the candidate bona fide
+    flips_attack: int = 0  # the other way round
+    last: int = 0  # newest calls counted below, at most collapse.calls
+    last_bona_fide: int = 0  # of these, called bona fide by the candidate
+    last_champion: int = 0  # of these, called bona fide by the champion
+    drift_entropy: Measured = None  # largest log e-value within the window
+    drift_attack: Measured = None  # largest log e-value within the window
+    risk_lower: Measured = None  # lower bound of the stream's mean proxy risk
+    risk_source: Measured = (
+        None  # upper bound of the source's mean proxy risk, at the stream's share of calls
+    )
+    ratchet: Measured = None  # largest log e-value within the window; None without a baseline
     baseline: Hours = ()  # of earlier windows that did not fail
     hours: Hours = ()  # of this window
-    born: str | None = None  # when the state left the source model
-    age_days: Measured = None  # since then
-    steps: int | None = None
+    born: str | None = None  # ISO time at which the state left the source model
+    age_days: Measured = None  # since ``born``
+    steps: int | None = None  # since ``born``
 
 
 class SiteHistory(NamedTuple):
-    """What is known of a site before its window."""
+    """Carries what earlier verdicts measured of a site into its next window."""
 
-    baseline: Hours = ()
-    born: str | None = None
-    age_days: float | None = None
-    sessions: int = 0
+    baseline: Hours = ()  # of earlier windows that did not fail
+    born: str | None = None  # ISO time at which the state left the source model
+    age_days: float | None = None  # since ``born``
+    sessions: int = 0  # that the state has learned from
 
 
 class WindowScores(NamedTuple):
-    """A window of N samples and what was made of them."""
+    """Holds the scores of a window of N samples in stream order, and what was learned from each."""
 
-    score: Floats  # [N] online, before learning
-    champion: Floats  # [N]
-    candidate: Floats  # [N]
-    pseudo_label: Ints  # [N] 1, 0, or -1: did not teach
-    disagreement: Floats  # [N]
-    session: Ints  # [N]
+    score: Floats  # [N] online, before the sample was learned from
+    champion: Floats  # [N] by the state that the site serves
+    candidate: Floats  # [N] by the state at the end of the window
+    pseudo_label: Ints  # [N] 1 bona fide, 0 attack, -1 not learned from
+    disagreement: Floats  # [N] between the heads, nats
+    session: Ints  # [N] salted session id
     present: Ints  # [N] bit masks, bit m = modality m
-    hour: Ints  # [N] of the day
+    hour: Ints  # [N] UTC hour of the day, 0-23
 
 
 def measure_stream(
     limits: GuardsConfig,
-    seen: WindowScores,
+    window: WindowScores,
     source: Floats,
     threshold: float,
     *,
     history: SiteHistory,
     steps: int | None,
 ) -> Stream:
-    """Measure a window; ``source`` holds the source model's scores of the anchor set under the usual modalities of the stream.
+    """Returns the evidence of one window without labels.
 
-    kappa, the alpha of ``risk`` and the calls of ``collapse`` shape what is measured, so they stay as they were.
+    ``source`` [A] are the source model's scores of the anchor set under the stream's usual modalities,
+    ``threshold`` the score from which a sample is called bona fide, ``steps`` the optimizer steps of the
+    candidate. Of ``limits`` only ratchet.kappa, risk.alpha and collapse.calls enter the measurement, so a
+    replay under other limits keeps these three.
     """
-    _, first, place = np.unique(seen.session, return_index=True, return_inverse=True)
+    _, first, session = np.unique(window.session, return_index=True, return_inverse=True)
     first = np.sort(first)
-    taught = seen.pseudo_label >= 0
-    modalities = np.bitwise_count(seen.present[taught])
-    calls, before = seen.candidate >= threshold, seen.champion >= threshold
+    taught = window.pseudo_label >= 0
+    modalities = np.bitwise_count(window.present[taught])
+    candidate, champion = window.candidate >= threshold, window.champion >= threshold
     newest = slice(-limits.collapse.calls, None)
-    online = seen.score >= threshold
-    ratchet = _ratchet(limits, online[first], seen.hour[first], history.baseline)
+    online = window.score >= threshold
+    ratchet = _ratchet(limits, online[first], window.hour[first], history.baseline)
     return Stream(
         sessions=len(first),
         sessions_before=history.sessions,
-        taught_bona_fide=int((seen.pseudo_label == 1).sum()),
-        taught_attack=int((seen.pseudo_label == 0).sum()),
-        taught_session=int(np.bincount(place[taught], minlength=1).max()),
+        taught_bona_fide=int((window.pseudo_label == 1).sum()),
+        taught_attack=int((window.pseudo_label == 0).sum()),
+        taught_session=int(np.bincount(session[taught], minlength=1).max()),
         taught_modalities=tuple(np.bincount(modalities, minlength=MODALITIES + 1)[1:].tolist()),
-        taught_disagreement=float(seen.disagreement[taught].max()) if taught.any() else None,
-        flips_bona_fide=int((calls & ~before).sum()),
-        flips_attack=int((before & ~calls).sum()),
-        last=len(calls[newest]),
-        last_bona_fide=int(calls[newest].sum()),
-        last_champion=int(before[newest].sum()),
+        taught_disagreement=float(window.disagreement[taught].max()) if taught.any() else None,
+        flips_bona_fide=int((candidate & ~champion).sum()),
+        flips_attack=int((champion & ~candidate).sum()),
+        last=len(candidate[newest]),
+        last_bona_fide=int(candidate[newest].sum()),
+        last_champion=int(champion[newest].sum()),
         **_against_source(
             limits,
-            seen.score[first[seen.present[first] == usual_modalities(seen.present)]],
+            window.score[first[window.present[first] == usual_modalities(window.present)]],
             source,
             threshold,
         ),
         ratchet=ratchet,
         baseline=history.baseline,
-        hours=_hours(online[first], seen.hour[first]),
+        hours=_hours(online[first], window.hour[first]),
         born=history.born,
         age_days=history.age_days,
         steps=steps,
@@ -131,12 +137,12 @@ def measure_stream(
 
 
 def usual_modalities(present: Ints) -> int:
-    """The set of modalities that most samples [N] show, as a bit mask; 0 without samples."""
+    """Returns the bit mask of modalities that most of the samples [N] show; 0 without samples."""
     return int(np.argmax(np.bincount(present, minlength=1)))
 
 
 def add_hours(baseline: Hours, hours: Hours) -> Hours:
-    """Both together, hour by hour."""
+    """Returns the sum of both counts, hour by hour."""
     if not baseline or not hours:
         return baseline or hours
     return tuple((n + m, a + b) for (n, a), (m, b) in zip(baseline, hours, strict=True))
@@ -145,42 +151,45 @@ def add_hours(baseline: Hours, hours: Hours) -> Hours:
 def _against_source(
     limits: GuardsConfig, score: Floats, source: Floats, threshold: float
 ) -> dict[str, float]:
-    """Drift within each call, and the proxy risk: how likely a call is wrong by its own score."""
-    known, called = _source(source.tobytes(), threshold, limits.risk.alpha), score >= threshold
-    if known is None or not len(score):
+    """Returns drift and proxy risk of the scores [S] of S sessions; empty without a source distribution."""
+    reference = _reference(source.tobytes(), threshold, limits.risk.alpha)
+    if reference is None or not len(score):
         return {}
-    share = float(called.mean())
+    accepted = score >= threshold
+    share = float(accepted.mean())
     return {
-        "drift_entropy": _drift(known.entropy, _entropy(score[called])),
-        "drift_attack": _drift(known.attack, 1 - score[~called]),
-        "risk_lower": float(sequential.mean_cs(_doubt(score, called), limits.risk.alpha)[0][-1]),
-        "risk_source": share * known.doubt_bona_fide + (1 - share) * known.doubt_attack,
+        "drift_entropy": _drift(reference.entropy, _entropy(score[accepted])),
+        "drift_attack": _drift(reference.attack, 1 - score[~accepted]),
+        "risk_lower": float(sequential.mean_cs(_proxy_risk(score, accepted), limits.risk.alpha)[0][-1]),
+        "risk_source": share * reference.risk_bona_fide + (1 - share) * reference.risk_attack,
     }
 
 
-class _Source(NamedTuple):
-    entropy: Floats  # of what is called bona fide, ascending
-    attack: Floats  # P(attack) of what is called attack, ascending
-    doubt_bona_fide: float  # upper bound of the mean proxy risk of what is called so
-    doubt_attack: float
+class _Reference(NamedTuple):
+    """Holds the source distribution that a stream is compared with."""
+
+    entropy: Floats  # of anchor samples called bona fide, ascending
+    attack: Floats  # P(attack) of anchor samples called attack, ascending
+    risk_bona_fide: float  # upper bound of the mean proxy risk of anchor samples called bona fide
+    risk_attack: float  # of those called attack
 
 
 @lru_cache(maxsize=64)  # one for each set of modalities that sites usually show
-def _source(scores: bytes, threshold: float, alpha: float) -> _Source | None:
+def _reference(scores: bytes, threshold: float, alpha: float) -> _Reference | None:
     score = np.frombuffer(scores, np.float64)
-    called = score >= threshold
-    if min(called.sum(), (~called).sum()) < CALIBRATION:
+    accepted = score >= threshold
+    if min(accepted.sum(), (~accepted).sum()) < CALIBRATION:
         return None
-    order = np.random.Generator(np.random.PCG64(0)).permutation(
-        len(score)
-    )  # sealed sets are sorted by species
-    doubt, shuffled = _doubt(score, called)[order], called[order]
-    upper = [float(sequential.mean_cs(doubt[k], alpha)[1][-1]) for k in (shuffled, ~shuffled)]
-    return _Source(np.sort(_entropy(score[called])), np.sort(1 - score[~called]), *upper)
+    shuffle = np.random.Generator(np.random.PCG64(0))  # sealed sets are sorted by species
+    order = shuffle.permutation(len(score))
+    risk, shuffled = _proxy_risk(score, accepted)[order], accepted[order]
+    upper = [float(sequential.mean_cs(risk[k], alpha)[1][-1]) for k in (shuffled, ~shuffled)]
+    return _Reference(np.sort(_entropy(score[accepted])), np.sort(1 - score[~accepted]), *upper)
 
 
-def _doubt(score: Floats, called: Bools) -> Floats:
-    return np.clip(np.where(called, 1 - score, score), 0, 1)
+def _proxy_risk(score: Floats, accepted: Bools) -> Floats:
+    """Returns the probability that each call is wrong by its own score."""
+    return np.clip(np.where(accepted, 1 - score, score), 0, 1)
 
 
 def _entropy(p: Floats) -> Floats:
@@ -192,12 +201,12 @@ def _drift(calibration: Floats, x: Floats) -> float:
     return float(sequential.drift(sequential.conformal(calibration, x))[1][-1]) if len(x) else 0.0
 
 
-def _ratchet(limits: GuardsConfig, called: Bools, hour: Ints, baseline: Hours) -> float | None:
-    if not len(called) or sum(n for n, _ in baseline) < limits.ratchet.baseline_min:
+def _ratchet(limits: GuardsConfig, accepted: Bools, hour: Ints, baseline: Hours) -> float | None:
+    if not len(accepted) or sum(n for n, _ in baseline) < limits.ratchet.baseline_min:
         return None
-    return float(sequential.ratchet(called, hour, baseline, limits.ratchet.kappa)[1][-1])
+    return float(sequential.ratchet(accepted, hour, baseline, limits.ratchet.kappa)[1][-1])
 
 
-def _hours(called: Bools, hour: Ints) -> Hours:
-    n, yes = (np.bincount(h, minlength=24).tolist() for h in (hour, hour[called]))
-    return tuple(zip(n, yes, strict=True))
+def _hours(accepted: Bools, hour: Ints) -> Hours:
+    sessions, bona_fide = (np.bincount(h, minlength=24).tolist() for h in (hour, hour[accepted]))
+    return tuple(zip(sessions, bona_fide, strict=True))
