@@ -29,12 +29,12 @@ def adapt(config: Config, terminal: Terminal, *, sites: Sequence[str]) -> int:
     ledger = open_ledger(config)
     source_model(ledger)
     for site in sites:
-        ledger.site(site)
+        ledger.streams.site(site)
     with lease(config, ledger, "adapt") as cycle:
         summary = adapt_step(config, ledger, cycle, terminal, sites=sites)
-        ledger.finish_cycle(cycle, summary=summary, now=now())
+        ledger.cycles.finish(cycle, summary=summary, now=now())
     record(config, ledger, cycle, summary)
-    verdicts = ledger.verdicts(cycle=cycle.id)
+    verdicts = ledger.verdicts.find(cycle=cycle.id)
     show(terminal, cycle, summary, verdicts)
     return exit_code(verdicts, failed=int(str(summary["failed_sites"])))
 
@@ -49,25 +49,27 @@ def adapt_step(
     source = source_model(ledger)
     pending = {
         r.site: r.ingested - r.learned
-        for r in ledger.sites()
+        for r in ledger.streams.sites()
         if r.site in sites or (not sites and r.status != RETIRED)
     }
     if not pending:
         raise ValueError("no site is registered; run `palisade ingest` first")
-    judged = ledger.outcomes(cycle.id)
+    judged = ledger.verdicts.outcomes(cycle.id)
     job = shard_job(config, ledger, cycle)
     with connected(config.cluster), terminal.progress("adapt", "sites") as advance:
         left = {site: n for site, n in pending.items() if site not in judged}
         failed = fleet.run_fleet(job, left, placement=fleet.placement(config), on_progress=advance)
-    ledger.set_status(failed)
+    ledger.streams.set_status(failed)
     for site, reason in failed.items():
         terminal.say(f"warning: {site}: not adapted: {reason}")
-    outcomes = Counter(ledger.outcomes(cycle.id).values())
+    outcomes = Counter(ledger.verdicts.outcomes(cycle.id).values())
     return {
         "source_version": source.version,
         "adapted": sum(outcomes.values()),
         "failed_sites": len(failed),
-        "evidence": ledger.evidence_digest(cycle.id),  # in the audit chain, so that nobody changes it unseen
+        "evidence": ledger.verdicts.evidence_digest(
+            cycle.id
+        ),  # in the audit chain, so that nobody changes it unseen
         **outcomes,
     }
 
@@ -77,14 +79,14 @@ def record(
 ) -> None:
     """The cycle's run in MLflow: counts, the per-site table, parents, digests; ``version`` of the source, if not the champion."""
     lineage = Lineage.open(config.lineage, code_revision=code_revision())
-    source = ledger.source(version)
-    verdicts = ledger.verdicts(cycle=cycle.id)
+    source = ledger.sources.get(version)
+    verdicts = ledger.verdicts.find(cycle=cycle.id)
     tags = {
         "fingerprint": config.fingerprint(),
         "source.version": source.version,
         "source.digest": source.digest,
         "source.run": source.lineage,
-        "anchor": ledger.anchor(source.trunk),
+        "anchor": ledger.verdicts.anchor(source.trunk),
         "cycle": cycle.id,
     }
     with lineage.run(

@@ -32,12 +32,12 @@ def cycle(config: Config, terminal: Terminal) -> int:
                 ingested = time.monotonic()
                 summary: dict[str, object] = {**taken, **adapt_step(config, ledger, held, terminal)}
             summary |= {"ingest_seconds": ingested - started, "adapt_seconds": time.monotonic() - ingested}
-            ledger.finish_cycle(held, summary=summary, now=now())
+            ledger.cycles.finish(held, summary=summary, now=now())
     finally:  # a release that does harm goes back whatever became of the cycle
         tick_running(config, ledger, terminal)
     path = write_report(config, ledger, held.id)
     record(config, ledger, held, summary)
-    verdicts = ledger.verdicts(cycle=held.id)
+    verdicts = ledger.verdicts.find(cycle=held.id)
     show(terminal, held, {**summary, "report": str(path)}, verdicts)
     terminal.say(f"report: {path}")
     return exit_code(verdicts, failed=int(str(summary["failed_sites"])))

@@ -76,10 +76,10 @@ def demo(path: Path | None, overrides: Sequence[str], terminal: Terminal, *, out
         with _chapter(terminal, 5, "palisade cycle: adapt the fleet with MFAS-DANet, judge every candidate"):
             cycle(config, quiet)
         ledger = open_ledger(config)
-        first = ledger.cycles(kinds=("cycle",))[0].id
+        first = ledger.cycles.history(kinds=("cycle",))[0].id
         with _chapter(terminal, 6, "palisade rollout plan, apply: what passed goes over the fleet in waves"):
             plan(config, quiet)
-            good = apply(config, quiet, plan_hash=ledger.rollouts()[0].plan_hash, watch=True)
+            good = apply(config, quiet, plan_hash=ledger.plans.rollouts()[0].plan_hash, watch=True)
             write_report(config, ledger, first)
         with _chapter(
             terminal,
@@ -95,14 +95,14 @@ def demo(path: Path | None, overrides: Sequence[str], terminal: Terminal, *, out
         with _chapter(
             terminal, 8, "palisade rollout apply: the red team's presentations stop it, every site goes back"
         ):
-            bad = apply(config, quiet, plan_hash=ledger.rollouts()[0].plan_hash, watch=True)
+            bad = apply(config, quiet, plan_hash=ledger.plans.rollouts()[0].plan_hash, watch=True)
         with _chapter(
             terminal, 9, "palisade cycle: the other sites as it should be; what passes waits for a release"
         ):
             cycle(config, quiet)
     report = gather(config, ledger, first)
     page = write_report(config, ledger, first)
-    spoilt = ledger.verdicts(site=TAMPERED)[0]
+    spoilt = ledger.verdicts.find(site=TAMPERED)[0]
     _show(terminal, report, page, spoilt=spoilt, seconds=time.monotonic() - started, base=path or CONF)
     expected = (held, good, bad) == (Exit.GUARD_FAILED, Exit.DONE, Exit.GUARD_FAILED)
     return Exit.DONE if expected else Exit.GUARD_FAILED

@@ -81,9 +81,9 @@ def _streams(config: Config, terminal: Terminal, ledger: Ledger, source: SourceR
     threshold = float(str(source.manifest["threshold"]))
     rows: list[list[object]] = []
     results: dict[str, object] = {}
-    for row in ledger.sites():
-        judged = ledger.verdicts(site=row.site)
-        made = ledger.states([v.state for v in judged])
+    for row in ledger.streams.sites():
+        judged = ledger.verdicts.find(site=row.site)
+        made = ledger.verdicts.states([v.state for v in judged])
         mine = [v for v in judged if v.state and made[v.state].source_version == source.version]
         joined = join_labels(config, source, mine)
         if joined is None or (before := joined.pad("before", threshold)) is None:

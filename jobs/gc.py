@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from jobs.terminal import Terminal
     from pipeline.config import Config
-    from pipeline.ledger import Ledger, Pointed
+    from pipeline.ledger import Ledger, Needed
     from pipeline.storage import StoredFile
 
     Garbage = dict[str, list[StoredFile]]
@@ -42,7 +42,7 @@ def gc(
             config, ledger, at=now(), keep=timedelta(days=keep), grace=timedelta(hours=grace_hours)
         )
         return _show(terminal, found, "would be deleted")
-    if left := [c for c in ledger.cycles() if c.status == "running" and c.kind != "gc"]:
+    if left := [c for c in ledger.cycles.history() if c.status == "running" and c.kind != "gc"]:
         again = "cycle" if left[0].kind not in ("ingest", "adapt") else left[0].kind
         raise CycleBusy(
             f"{left[0].id} has not ended; wait for it, or end it with `palisade {again}`, then run gc again"
@@ -56,20 +56,20 @@ def gc(
                 lambda f: f.place.unlink(missing_ok=True), (f for kind in KINDS for f in found[kind])
             ):
                 pass
-        ledger.finish_cycle(held, summary={k: len(v) for k, v in found.items()}, now=now())
+        ledger.cycles.finish(held, summary={k: len(v) for k, v in found.items()}, now=now())
     return _show(terminal, found, "deleted")
 
 
 def garbage(config: Config, ledger: Ledger, *, at: datetime, keep: timedelta, grace: timedelta) -> Garbage:
     """What may go, by kind. The ledger is asked after the files were listed, so that it knows of all that it ever will."""
     listed = list(files(config.place()))
-    pointed = ledger.pointed(since=at - keep)
-    trunks = {s.trunk[:16] for s in ledger.sources()}
+    pointed = ledger.garbage.needed(since=at - keep)
+    trunks = {s.trunk[:16] for s in ledger.sources.all()}
     return condemned(listed, pointed, trunks, before=at - grace)
 
 
 def condemned(
-    listed: Iterable[StoredFile], pointed: Pointed, trunks: Collection[str], *, before: datetime
+    listed: Iterable[StoredFile], pointed: Needed, trunks: Collection[str], *, before: datetime
 ) -> Garbage:
     """Those of ``listed`` that were written earlier than ``before`` and that nothing needs; a name that is not ours stays."""
     found: Garbage = {kind: [] for kind in KINDS}
@@ -88,7 +88,7 @@ def condemned(
     return found
 
 
-def _needed(file: StoredFile, pointed: Pointed, trunks: Collection[str]) -> bool:
+def _needed(file: StoredFile, pointed: Needed, trunks: Collection[str]) -> bool:
     """A feature file is needed from its site's first needed offset on, under every trunk that a version has."""
     _, trunk, folder, *_ = (*file.inside, "", "")
     span, site = offset_range(file.place), folder.removeprefix("site=")

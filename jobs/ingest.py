@@ -36,7 +36,7 @@ def ingest(config: Config, terminal: Terminal) -> int:
     source_model(ledger)
     with lease(config, ledger, "ingest") as cycle:
         summary = ingest_step(config, ledger, cycle, terminal)
-        ledger.finish_cycle(cycle, summary=summary, now=now())
+        ledger.cycles.finish(cycle, summary=summary, now=now())
     show(terminal, ledger, cycle, summary)
     return Exit.DONE
 
@@ -58,7 +58,7 @@ def follow(config: Config, terminal: Terminal, *, interval: float) -> int:
                 if more := bool(_find(config, ledger, without=retry).new):
                     with lease(config, ledger, "ingest") as cycle:
                         summary, done = _step(config, ledger, cycle, terminal, most=ROUND, without=retry)
-                        ledger.finish_cycle(cycle, summary=summary, now=now())
+                        ledger.cycles.finish(cycle, summary=summary, now=now())
                     retry |= {site: time.monotonic() + RETRY for site, _ in done.failed}
                     show(terminal, ledger, cycle, summary, brief=True)
             except (CycleBusy, StaleGeneration, StoreUnavailable) as e:
@@ -83,7 +83,7 @@ def stretch(
 ) -> repair.Stretch:
     """Segments of a site that count, with what is needed to make their features (again)."""
     rows = tuple(segments)
-    bad = ledger.quarantined(site)
+    bad = ledger.streams.quarantined(site)
     refused = tuple(frozenset(q.row for q in bad if q.segment == s.name) for s in rows)
     there = {path.name: path for path in found.counted.get(site, ())}
     return repair.Stretch(site, rows, refused, tuple(there.get(s.name) for s in rows))
@@ -94,7 +94,8 @@ def show(
 ) -> None:
     """Counts, and why rows were refused; ``brief``: one line."""
     reasons = Counter(
-        (q.site, q.segment if q.row < 0 else "rows", q.reason) for q in ledger.quarantined(cycle=cycle.id)
+        (q.site, q.segment if q.row < 0 else "rows", q.reason)
+        for q in ledger.streams.quarantined(cycle=cycle.id)
     )
     rows = [[site, where, n, reason] for (site, where, reason), n in reasons.most_common(20)]
     said = "{samples} samples of {sites} sites in {segments} segments, {quarantined} refused".format(
@@ -121,7 +122,7 @@ def _step(
         raise ValueError(
             f"data.captures: {config.data.captures} holds no site folder with segments; expected <site>/segment-*.parquet"
         )
-    new_sites = ledger.register_sites({site: {} for site in found.sites}, now=now())
+    new_sites = ledger.streams.register({site: {} for site in found.sites}, now=now())
     for stray in found.strays:
         terminal.say(f"warning: {stray}")
     if config.data.retention == "until_ingested":
@@ -134,12 +135,12 @@ def _step(
                 found.new,
                 checkpoints=[s.path for s in sources],
                 on_progress=advance,
-                history=lambda site: {s.sha256: s.name for s, _ in ledger.segments(site) if s.rows},
+                history=lambda site: {s.sha256: s.name for s, _ in ledger.streams.segments(site) if s.rows},
             )
     _repair(config, ledger, cycle, terminal, found, without=without)
     cluster_ingest.forget_orphans(config, [s.trunk for s in sources], done)
-    ledger.commit_ingest(cycle, done.segments, done.quarantined, now=now())
-    ledger.set_status(dict(done.failed))
+    ledger.streams.commit(cycle, done.segments, done.quarantined, now=now())
+    ledger.streams.set_status(dict(done.failed))
     for site, reason in done.failed:
         terminal.say(f"warning: {site}: not ingested, the next cycle tries again: {reason}")
     if config.data.retention == "until_ingested":
@@ -158,9 +159,13 @@ def _step(
 def _find(
     config: Config, ledger: Ledger, *, most: int | None = None, without: Collection[str] = ()
 ) -> IngestListing:
-    offsets = {row.site: row.ingested for row in ledger.sites()}
+    offsets = {row.site: row.ingested for row in ledger.streams.sites()}
     return cluster_ingest.find(
-        config.data, ledger.known_segments(), lambda site: offsets.get(site, 0), most=most, without=without
+        config.data,
+        ledger.streams.segment_names(),
+        lambda site: offsets.get(site, 0),
+        most=most,
+        without=without,
     )
 
 
@@ -178,14 +183,18 @@ def _repair(
     Only failed sites are looked at, so a healthy fleet pays nothing.
     """
     failed = [
-        r for r in ledger.sites() if r.status == "failed" and r.learned < r.ingested and r.site not in without
+        r
+        for r in ledger.streams.sites()
+        if r.status == "failed" and r.learned < r.ingested and r.site not in without
     ]
     if not failed:
         return
     stretches = [stretch(ledger, row.site, _ahead(ledger, row), found) for row in failed]
     with connected(config.cluster):
         done = repair.run(config, stretches, checkpoint=source_model(ledger).path)
-    ledger.quarantine_lost(cycle, [(d.site, name) for d in done for name in d.lost], reason=LOST, now=now())
+    ledger.streams.quarantine_lost(
+        cycle, [(d.site, name) for d in done for name in d.lost], reason=LOST, now=now()
+    )
     for d in done:
         if d.restored:
             terminal.say(f"{d.site}: features of {', '.join(d.restored)} did not verify and were made again")
@@ -198,12 +207,16 @@ def _repair(
             terminal.say(
                 f"warning: {d.site}: its features are not repaired, the next cycle tries again: {d.error}"
             )
-    ledger.set_status({d.site: "" for d in done if (d.restored or d.lost) and not d.error})
+    ledger.streams.set_status({d.site: "" for d in done if (d.restored or d.lost) and not d.error})
 
 
 def _ahead(ledger: Ledger, row: SiteRow) -> Iterator[SegmentRow]:
     """What the site has not learned from yet."""
-    return (s for s, _ in ledger.segments(row.site) if s.rows and row.learned <= s.base_offset < row.ingested)
+    return (
+        s
+        for s, _ in ledger.streams.segments(row.site)
+        if s.rows and row.learned <= s.base_offset < row.ingested
+    )
 
 
 def _forget(config: Config, found: IngestListing, done: Ingested) -> None:
@@ -217,7 +230,7 @@ def _forget(config: Config, found: IngestListing, done: Ingested) -> None:
 def _forget_counted(config: Config, ledger: Ledger, found: IngestListing) -> None:
     """What ``_forget`` did not come to after an earlier commit."""
     for site, paths in found.counted.items():
-        clean = {s.name: s.sha256 for s, _ in ledger.segments(site) if not s.quarantined}
+        clean = {s.name: s.sha256 for s, _ in ledger.streams.segments(site) if not s.quarantined}
         for path in paths:
             _unlink(path, clean.get(path.name), config.data.max_bytes)
 

@@ -51,7 +51,7 @@ STEPS = 200  # points of a curve over time
 def report(config: Config, terminal: Terminal, *, cycle: str | None) -> int:
     """Write the page of ``cycle`` (default: the last one that adapted anything)."""
     ledger = open_ledger(config, create=False)
-    finished = [c.id for c in ledger.cycles(kinds=("cycle", "adapt")) if c.status == "finished"]
+    finished = [c.id for c in ledger.cycles.history(kinds=("cycle", "adapt")) if c.status == "finished"]
     if not finished:
         raise ValueError("no finished cycle; run `palisade cycle` first")
     if cycle is not None and cycle not in finished:
@@ -70,17 +70,17 @@ def write_report(config: Config, ledger: Ledger, cycle: str) -> Path:
 
 def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
     """Everything the page of ``cycle`` shows."""
-    row = next(c for c in ledger.cycles() if c.id == cycle)
+    row = next(c for c in ledger.cycles.history() if c.id == cycle)
     ran = parse(row.config, f"config of {cycle}")
     summary = json.loads(row.summary)
-    source = ledger.source(int(summary["source_version"]))
+    source = ledger.sources.get(int(summary["source_version"]))
     threshold = float(str(source.manifest["threshold"]))
-    verdicts = {v.site: v for v in ledger.verdicts(cycle=cycle)}
-    sites = [s for s in ledger.sites() if s.site in verdicts or s.status == "failed"]
+    verdicts = {v.site: v for v in ledger.verdicts.find(cycle=cycle)}
+    sites = [s for s in ledger.streams.sites() if s.site in verdicts or s.status == "failed"]
     joined = {site: _joined(config, source, v) for site, v in verdicts.items()}
     refused = _refused(ledger, cycle)
-    serving, release = ledger.serving(), _release(ledger, verdicts)
-    waves = {s: t.wave + 1 for s, t in ledger.targets(release.plan.release).items()} if release else {}
+    serving, release = ledger.releases.serving(), _release(ledger, verdicts)
+    waves = {s: t.wave + 1 for s, t in ledger.plans.targets(release.plan.release).items()} if release else {}
     counts = {s.site: sum(q.site == s.site for q in refused) for s in sites}
     return CycleReport(
         cycle_id=cycle,
@@ -97,7 +97,7 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
         exit_code=int(exit_code(list(verdicts.values()), failed=int(summary.get("failed_sites", 0)))),
         exit_summary=f"{summary.get('pass', 0)} pass, {summary.get('hold', 0)} hold, {summary.get('fail', 0)} fail",
         digests=(
-            ("anchor set", ledger.anchor(source.trunk)),
+            ("anchor set", ledger.verdicts.anchor(source.trunk)),
             ("trunk", source.trunk),
             ("MLflow run of the source", source.lineage),
         ),
@@ -118,7 +118,7 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
         quarantine=_quarantine(refused),
         rollout=_rollout(ledger, release),
         totals=FleetTotals(
-            registered=len(ledger.sites()),
+            registered=len(ledger.streams.sites()),
             idle=sum(not v.counters["samples"] for v in verdicts.values()),
             controls=release.plan.controls if release else 0,
             stage_seconds=tuple(
@@ -254,11 +254,14 @@ def _det(joined: list[ScoredStream], threshold: float) -> Det | None:
 
 def _refused(ledger: Ledger, cycle: str) -> list[Refused]:
     """What was refused since the full cycle before this one."""
-    rows = ledger.cycles()
+    rows = ledger.cycles.history()
     own = next(c for c in rows if c.id == cycle)
     before = max((c.started for c in rows if c.kind == "cycle" and c.started < own.started), default="")
     return [
-        q for c in reversed(rows) if before < c.started <= own.started for q in ledger.quarantined(cycle=c.id)
+        q
+        for c in reversed(rows)
+        if before < c.started <= own.started
+        for q in ledger.streams.quarantined(cycle=c.id)
     ]
 
 
@@ -275,8 +278,8 @@ def _quarantine(refused: Sequence[Refused]) -> tuple[QuarantineRow, ...]:
 def _release(ledger: Ledger, verdicts: dict[str, VerdictRow]) -> Rollout | None:
     """The newest rollout that carries a candidate of this cycle."""
     ids = {v.id for v in verdicts.values()}
-    for row in ledger.rollouts():
-        if any(t.verdict_id in ids for t in ledger.targets(row.id).values()):
+    for row in ledger.plans.rollouts():
+        if any(t.verdict_id in ids for t in ledger.plans.targets(row.id).values()):
             return Rollout.model_validate_json(row.body)
     return None
 
@@ -286,7 +289,7 @@ def _rollout(ledger: Ledger, r: Rollout | None) -> RolloutReport | None:
         return None
     waves = []
     for i, w in enumerate(r.plan.waves):
-        seen = ledger.wave_seen(r.plan.release, i, without=())
+        seen = ledger.plans.observe_wave(r.plan.release, i, without=())
         state = (
             "done" if i < r.wave or r.status == "completed" else str(r.status) if i == r.wave else "waiting"
         )
@@ -298,7 +301,7 @@ def _rollout(ledger: Ledger, r: Rollout | None) -> RolloutReport | None:
         )
     events = [
         RolloutEvent(at, "palisade", f"{payload.get('event', kind)}")
-        for _, at, kind, payload in ledger.audit()
+        for _, at, kind, payload in ledger.audit.rows()
         if payload.get("rollout") == r.plan.release and kind == "rollout"
     ]
     return RolloutReport(str(r.status), r.plan_hash, tuple(waves), tuple(events))

@@ -61,7 +61,7 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
         with checkpoint.local_folder(path) as local:
             run.artifact(local, folder="model")
         facts = model.manifest.model_dump(mode="json")
-        version = ledger.add_source(
+        version = ledger.sources.add(
             model.manifest.digest,
             trunk=model.manifest.trunk_digest,
             path=str(path),
@@ -80,10 +80,10 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
                 tags={"palisade.version": version},
             )
         if champion:
-            ledger.set_champion(version, now=now())
-        crowned = ledger.source().version
+            ledger.sources.set_champion(version, now=now())
+        crowned = ledger.sources.champion().version
         lineage.set_alias("champion" if crowned == version else "challenger", registered.version)
-    _show(terminal, model, ledger.source(version), champion=crowned == version)
+    _show(terminal, model, ledger.sources.get(version), champion=crowned == version)
     return Exit.DONE
 
 

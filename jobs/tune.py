@@ -79,7 +79,7 @@ def _site_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[
     source = source_model(ledger)
     streams: list[Stream] = []
     for site in config.search.sites:
-        row = ledger.site(site)
+        row = ledger.streams.site(site)
         block = read_features(
             config.place("features"),
             source.trunk,

@@ -104,7 +104,7 @@ def replay(
     if out and out.suffix not in FORMATS:
         raise ValueError(f"--out {out}: allowed are files that end in {' or '.join(FORMATS)}")
     ledger = open_ledger(config, create=False)
-    rows = ledger.sites_named(list(dict.fromkeys(sites))) if sites else ledger.sites()
+    rows = ledger.streams.named(list(dict.fromkeys(sites))) if sites else ledger.streams.sites()
     if not rows:
         raise ValueError("no site is registered; run `palisade ingest` first")
     source = source_model(ledger)
@@ -142,7 +142,7 @@ def _compared(
         cast("SiteMethod", c.site).init(
             model.tail
         )  # a method that cannot start says so before anything is computed
-    total, done = 2 * sum(s.good for r in rows for s, _ in ledger.segments(r.site)), 0
+    total, done = 2 * sum(s.good for r in rows for s, _ in ledger.streams.segments(r.site)), 0
     size = max(config.bank.sites, what_if.bank.sites)
     found: list[whatif.Difference] = []
     failed: dict[str, str] = {}
@@ -173,7 +173,7 @@ def _compared(
 
 def _anchor(config: Config, ledger: Ledger, source: SourceRow, terminal: Terminal) -> AnchorSet | None:
     try:
-        digest = ledger.anchor(source.trunk)
+        digest = ledger.verdicts.anchor(source.trunk)
     except LedgerError as e:
         terminal.say(f"warning: no verdicts: {e}")
         return None
@@ -194,7 +194,7 @@ def _recording(config: Config, ledger: Ledger, model: SourceModel, row: SiteRow)
     if not len(block):
         raise BadBlob("no stored features of this source model; run `palisade ingest` first")
     first = int(block.offset[0])
-    want = sum(s.good for s, _ in ledger.segments(row.site) if s.base_offset + s.rows > first)
+    want = sum(s.good for s, _ in ledger.streams.segments(row.site) if s.base_offset + s.rows > first)
     if len(block) != want:
         raise BadBlob(f"{len(block)} of the {want} samples since offset {first} have features; ingest again")
     known = site_labels(config.data.sealed, row.site)

@@ -225,10 +225,11 @@ COMMIT = """
 from tests.support.garbage import SITES, begun, verify
 from tests.support.ledgers import GOOD
 from pipeline.ledger import LedgerUnavailable
+from pipeline.ledger.verdicts import Verdicts
 f = begun(ROOT)
 f.window(SITES, GOOD)
 f.day += 1
-commit, before = f.ledger.commit_shard, f.ledger.sites()
+commit, before = Verdicts.commit, f.ledger.streams.sites()
 
 def full(*args, **kwargs):
     try:
@@ -239,17 +240,17 @@ def full(*args, **kwargs):
         pass
     return commit(*args, **kwargs)
 
-f.ledger.commit_shard = full
+Verdicts.commit = full
 try:
     f.window(SITES, GOOD)
 except LedgerUnavailable as e:
     print(e)
 (ROOT / "fill").unlink()
-print([(s.learned, s.learner) for s in f.ledger.sites()] == [(s.learned, s.learner) for s in before])
-f.ledger.commit_shard = commit
+print([(s.learned, s.learner) for s in f.ledger.streams.sites()] == [(s.learned, s.learner) for s in before])
+Verdicts.commit = commit
 f.window(SITES, GOOD)
 verify(f, keep=9)
-print([s.learned for s in f.ledger.sites()])
+print([s.learned for s in f.ledger.streams.sites()])
 """
 
 

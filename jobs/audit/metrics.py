@@ -42,7 +42,7 @@ def collect(ledger: Ledger) -> CollectorRegistry:
     """The figures of now."""
     registry = CollectorRegistry()
     _fleet(registry, ledger)
-    rows = ledger.rollouts()
+    rows = ledger.plans.rollouts()
     if rows:
         newest = next((r for r in rows if r.status not in TERMINAL), rows[0])
         _rollout(registry, ledger, newest.id, Rollout.model_validate_json(newest.body))
@@ -50,8 +50,8 @@ def collect(ledger: Ledger) -> CollectorRegistry:
 
 
 def _fleet(registry: CollectorRegistry, ledger: Ledger) -> None:
-    by_status, holding = ledger.sites_by_status()
-    outcomes, findings, last = ledger.findings()
+    by_status, holding = ledger.streams.count_by_status()
+    outcomes, findings, last = ledger.verdicts.findings()
     sites = Gauge("palisade_sites", "Registered sites by status.", ["status"], registry=registry)
     for status in sorted({"active", "failed", "retired", *by_status}):
         sites.labels(status).set(by_status.get(status, 0))
@@ -80,9 +80,9 @@ def _fleet(registry: CollectorRegistry, ledger: Ledger) -> None:
     head = Gauge(
         "palisade_audit_head_sequence", "Number of the last row of the audit chain.", registry=registry
     )
-    head.set(ledger.audit_head()[0])
+    head.set(ledger.audit.head()[0])
     unsent = Gauge("palisade_notices_unsent", "Notices that no sink took yet.", registry=registry)
-    unsent.set(sum(r.sent_at is None for r in ledger.notices()))
+    unsent.set(sum(r.sent_at is None for r in ledger.notices.latest()))
 
 
 def _rollout(registry: CollectorRegistry, ledger: Ledger, release: str, r: Rollout) -> None:
@@ -115,7 +115,7 @@ def _rollout(registry: CollectorRegistry, ledger: Ledger, release: str, r: Rollo
         registry=registry,
     )
     failed = list(r.failed.values())
-    for w in ledger.waves_of(release):
+    for w in ledger.plans.wave_counts(release):
         states = {
             "planned": w.sites,
             "promoted": w.promoted,

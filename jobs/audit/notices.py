@@ -34,7 +34,7 @@ def show(config: Config, terminal: Terminal, *, test: bool) -> int:
         )
         for remark in remarks:
             terminal.say(f"warning: {remark}")
-    rows = ledger.notices(limit=SHOWN)
+    rows = ledger.notices.latest(limit=SHOWN)
     terminal.result(
         {"notices": [vars(r) for r in rows], "failed": remarks},
         table(

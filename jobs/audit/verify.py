@@ -60,8 +60,8 @@ def log(config: Config, terminal: Terminal, *, site: str | None, limit: int) -> 
     """The latest decisions and overrides, newest first."""
     ledger = open_ledger(config, create=False)
     if site is not None:
-        ledger.site(site)
-    rows = ledger.audit_log(limit=limit, site=site)
+        ledger.streams.site(site)
+    rows = ledger.audit.latest(limit=limit, site=site)
     shown = [[r.seq, f"{r.at:%Y-%m-%d %H:%M:%S}", r.kind, _short(r.payload, site)] for r in rows]
     terminal.result(
         {"audit": [r._asdict() for r in rows]},
@@ -79,7 +79,7 @@ def verify(config: Config, terminal: Terminal, *, head: str | None) -> int:
             findings.append(finding)
             if not terminal.as_json:
                 terminal.out.print(finding, markup=False)
-    seq, last = ledger.audit_head()
+    seq, last = ledger.audit.head()
     said = "the record holds" if not findings else f"{len(findings)} findings"
     terminal.result(
         {"findings": findings, "rows": seq, "head": last},
@@ -90,12 +90,12 @@ def verify(config: Config, terminal: Terminal, *, head: str | None) -> int:
 
 
 def _findings(config: Config, ledger: Ledger, head: str | None, advance: Advance) -> Iterator[str]:
-    wanted = sorted(ledger.pointed(since=now()).states)
-    anchors = ledger.anchors()
-    serving = {s.source_version for s in ledger.serving().values()}
-    champion = {ledger.source().version} if ledger.sources() else set()
+    wanted = sorted(ledger.garbage.needed(since=now()).states)
+    anchors = ledger.verdicts.anchors()
+    serving = {s.source_version for s in ledger.releases.serving().values()}
+    champion = {ledger.sources.champion().version} if ledger.sources.all() else set()
     total, done = 3 + len(wanted) + len(anchors) + len(serving | champion), 0
-    for check in (_chain(ledger, head), ledger.verify_served(), ledger.served_without_verdict()):
+    for check in (_chain(ledger, head), ledger.releases.verify(), ledger.releases.served_without_verdict()):
         yield from check
         advance(done := done + 1, total)
     for version in sorted(serving | champion):
@@ -114,13 +114,13 @@ def _findings(config: Config, ledger: Ledger, head: str | None, advance: Advance
 
 
 def _chain(ledger: Ledger, head: str | None) -> list[str]:
-    broken = ledger.broken_audit()
+    broken = ledger.audit.first_broken()
     found = (
         []
         if broken is None
         else [f"audit row {broken}: the chain does not hold from here on; rows were changed or cut"]
     )
-    if head is not None and head != GENESIS and not ledger.audit_knows(head):
+    if head is not None and head != GENESIS and not ledger.audit.has(head):
         found.append(
             f"audit head {head[:12]}: no row of the chain has it; rows were cut, or the chain was written anew"
         )
@@ -128,7 +128,7 @@ def _chain(ledger: Ledger, head: str | None) -> list[str]:
 
 
 def _source(ledger: Ledger, version: int) -> list[str]:
-    row = ledger.source(version)
+    row = ledger.sources.get(version)
     path = place(row.path)
     try:
         manifest = checkpoint.read_manifest(path)

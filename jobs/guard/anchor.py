@@ -56,7 +56,7 @@ def seal_set(config: Config, terminal: Terminal, *, digest: str | None, version:
     else:
         whole = _found(config, digest)
         anchor = open_sealed(config.place("anchors"), whole)
-        source = _source_of(ledger, anchor.trunk or ledger.anchors().get(whole, ""), whole)
+        source = _source_of(ledger, anchor.trunk or ledger.verdicts.anchors().get(whole, ""), whole)
     found, told = flaws(anchor, _trained(config)), {"digest": whole, "version": source.version}
     if found.errors:
         _show(
@@ -68,7 +68,7 @@ def seal_set(config: Config, terminal: Terminal, *, digest: str | None, version:
             "not sealed; change data.anchor and build again",
         )
         return Exit.GUARD_FAILED
-    ledger.pin_anchor(whole, trunk=source.trunk, summary=anchor_summary(anchor), now=now())
+    ledger.verdicts.pin_anchor(whole, trunk=source.trunk, summary=anchor_summary(anchor), now=now())
     title = (
         f"anchor set {whole[:12]} sealed for source v{source.version}: {len(anchor.label)} labelled samples"
     )
@@ -79,8 +79,8 @@ def seal_set(config: Config, terminal: Terminal, *, digest: str | None, version:
 def verify(config: Config, terminal: Terminal, *, version: int | None) -> int:
     """The sealed set of a source version: its bytes, what it can show, and that nothing was trained on it."""
     ledger = open_ledger(config, create=False)
-    source = ledger.source(version)
-    digest = ledger.anchor(source.trunk)
+    source = ledger.sources.get(version)
+    digest = ledger.verdicts.anchor(source.trunk)
     told: dict[str, object] = {
         "digest": digest,
         "version": source.version,
@@ -132,7 +132,7 @@ def _found(config: Config, prefix: str) -> str:
 
 
 def _source_of(ledger: Ledger, trunk: str, digest: str) -> SourceRow:
-    own = [s for s in ledger.sources() if s.trunk == trunk]
+    own = [s for s in ledger.sources.all() if s.trunk == trunk]
     if not own:
         raise LedgerError(
             f"anchor set {digest[:12]}: made by a trunk of no source version; build another for this ledger"

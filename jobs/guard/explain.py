@@ -81,13 +81,13 @@ def explain(config: Config, terminal: Terminal, *, what: str) -> int:
 
 def find(ledger: Ledger, what: str) -> VerdictRow:
     """The verdict of that id, or the newest of that site; LedgerError says what there is."""
-    if found := ledger.verdicts(ids=[what]):
+    if found := ledger.verdicts.find(ids=[what]):
         return found[0]
     try:
-        ledger.site(what)
+        ledger.streams.site(what)
     except UnknownSite as e:
         raise UnknownSite(f"{e}; nor is it the id of a verdict") from None
-    own = ledger.verdicts(site=what)
+    own = ledger.verdicts.find(site=what)
     if not own:
         raise LedgerError(f"site {what}: no cycle has judged it yet; run `palisade cycle`")
     return own[-1]
@@ -95,11 +95,11 @@ def find(ledger: Ledger, what: str) -> VerdictRow:
 
 def limits_of(ledger: Ledger, cycle: str) -> Limits:
     """The section guards of the configuration that ``cycle`` ran under; LedgerError when it is not on record."""
-    row = next((r for r in ledger.cycles() if r.id == cycle), None)
+    row = next((r for r in ledger.cycles.history() if r.id == cycle), None)
     stored: dict[str, dict[str, object]] = json.loads(row.config) if row else {}
     if row is None:  # a verdict on a bare source model stands for itself
         stored = next(
-            (cast("dict[str, dict[str, object]]", v.counters) for v in ledger.verdicts(ids=[cycle])), {}
+            (cast("dict[str, dict[str, object]]", v.counters) for v in ledger.verdicts.find(ids=[cycle])), {}
         )
     if "guards" not in stored:
         raise LedgerError(

@@ -45,7 +45,7 @@ def replay(config: Config, terminal: Terminal, *, what: str | None, cycle: str |
     ledger = open_ledger(config, create=False)
     if what is not None:
         return _one(config, ledger, terminal, find(ledger, what), recount=recount)
-    known = [c.id for c in reversed(ledger.cycles(kinds=("cycle", "adapt", "rebase")))]
+    known = [c.id for c in reversed(ledger.cycles.history(kinds=("cycle", "adapt", "rebase")))]
     if cycle is not None and cycle not in known:
         raise LedgerError(f"cycle {cycle}: not on record; there are {', '.join(known[-5:]) or 'none'}")
     wanted = known if cycle is None else [cycle]
@@ -53,15 +53,15 @@ def replay(config: Config, terminal: Terminal, *, what: str | None, cycle: str |
     different: list[dict[str, object]] = []
     left_out: dict[str, str] = {}
     counts = {"verdicts": 0, "same": 0, "older": 0, "recounted": 0}
-    total = sum(len(ledger.outcomes(c)) for c in wanted)
+    total = sum(len(ledger.verdicts.outcomes(c)) for c in wanted)
     sealed = {
         str(p["cycle"]): str(p["evidence"])
-        for _, _, kind, p in ledger.audit()
+        for _, _, kind, p in ledger.audit.rows()
         if kind == "cycle" and "evidence" in p
     }
     with terminal.progress("replay", "verdicts") as advance:
         for name in wanted:
-            if name in sealed and ledger.evidence_digest(name) != sealed[name]:
+            if name in sealed and ledger.verdicts.evidence_digest(name) != sealed[name]:
                 text = (
                     "verdicts or evidence changed after the cycle: the audit chain has another digest of them"
                 )
@@ -90,7 +90,7 @@ def replay(config: Config, terminal: Terminal, *, what: str | None, cycle: str |
 def pages(ledger: Ledger, cycle: str) -> Iterator[VerdictRow]:
     """The verdicts of a cycle by site, read a page at a time."""
     after = ""
-    while page := ledger.judged(cycle, after=after):
+    while page := ledger.verdicts.page(cycle, after=after):
         yield from page
         after = page[-1].site
 
@@ -127,7 +127,7 @@ def again(config: Config, ledger: Ledger, row: VerdictRow, *, recount: bool) -> 
 
 def _one(config: Config, ledger: Ledger, terminal: Terminal, row: VerdictRow, *, recount: bool) -> int:
     found, rests = again(config, ledger, row, recount=recount), verdict_basis(ledger, row)
-    state = ledger.state(row.state)
+    state = ledger.verdicts.state(row.state)
     made = assess(_limits(ledger, row.cycle).guards, row.evidence).model_dump_json()
     digests = [
         ("evidence", _sha(row.evidence_json)),

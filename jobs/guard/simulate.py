@@ -100,7 +100,7 @@ def simulate(
         raise ValueError(f"--out {out}: allowed are files that end in {' or '.join(FORMATS)}")
     ledger = open_ledger(config, create=False)
     for site in sites:
-        ledger.site(site)
+        ledger.streams.site(site)
     decisions = _decided(config, ledger, policy, terminal, sites)
     told = {
         "changed": changed(config.guards.model_dump(mode="json"), policy.model_dump(mode="json")),
@@ -213,8 +213,8 @@ def changed(
 def _decided(
     config: Config, ledger: Ledger, policy: GuardsConfig, terminal: Terminal, sites: Sequence[str]
 ) -> list[Decision]:
-    cycles = [c.id for c in reversed(ledger.cycles(kinds=KINDS))]
-    total = sum(len(ledger.outcomes(c)) for c in cycles) if not sites else 0
+    cycles = [c.id for c in reversed(ledger.cycles.history(kinds=KINDS))]
+    total = sum(len(ledger.verdicts.outcomes(c)) for c in cycles) if not sites else 0
     holds: dict[str, int] = {}
     found: list[Decision] = []
     with terminal.progress("simulate", "verdicts") as advance:
@@ -245,7 +245,7 @@ def _decided(
 def _rows(ledger: Ledger, cycles: Sequence[str], sites: Sequence[str]) -> Iterator[VerdictRow]:
     """Each site's verdicts in the order of its cycles."""
     for site in dict.fromkeys(sites):
-        yield from (v for v in ledger.verdicts(site=site) if v.cycle in cycles)
+        yield from (v for v in ledger.verdicts.find(site=site) if v.cycle in cycles)
     for cycle in () if sites else cycles:
         yield from pages(ledger, cycle)
 
@@ -254,8 +254,8 @@ def _with_truth(config: Config, ledger: Ledger, row: VerdictRow, made: Decision)
     """``made`` with what sealed labels say, where they and the window are still there."""
     if row.state is None or not site_labels(config.data.sealed, row.site):
         return made
-    state = ledger.state(row.state)
-    source = ledger.source(state.source_version if state else None)
+    state = ledger.verdicts.state(row.state)
+    source = ledger.sources.get(state.source_version if state else None)
     try:
         window = join_labels(config, source, [row])
     except (BadBlob, OSError, KeyError):  # its outcomes or features are older than what gc keeps

@@ -73,7 +73,7 @@ def show_status(terminal: Terminal, ledger: Ledger, release: str, r: Rollout) ->
     """Wave by wave what is served; HOLD where the rollout waits for data or a person."""
     rows: list[list[object]] = []
     for i, w in enumerate(r.plan.waves):
-        seen = ledger.wave_seen(release, i, without=())
+        seen = ledger.plans.observe_wave(release, i, without=())
         failed = sum(wave == i for wave in r.failed.values())
         rows.append(
             [

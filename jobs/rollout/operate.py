@@ -36,13 +36,13 @@ def plan(
     if states not in ("rebase", "reset"):
         raise ValueError(f"--states {states!r}: allowed are rebase and reset")
     ledger = open_ledger(config, create=False)
-    busy = next((r for r in ledger.rollouts() if Status(r.status) not in machine.TERMINAL), None)
+    busy = next((r for r in ledger.plans.rollouts() if Status(r.status) not in machine.TERMINAL), None)
     if busy and Status(busy.status) != Status.PLANNED:
         raise ValueError(
             f"{busy.id} is {busy.status}; let it end, or `palisade rollout abort` it, before planning the next"
         )
-    release = f"release-{len(ledger.rollouts()) + 1:05d}"
-    before = ledger.source().version
+    release = f"release-{len(ledger.plans.rollouts()) + 1:05d}"
+    before = ledger.sources.champion().version
     if source is None:
         facts = candidates(config, ledger, terminal)
         made = machine.plan(release, facts, before, config.rollout, shadow=config.guards.shadow)
@@ -61,8 +61,10 @@ def plan(
             over = machine.supersede(load(busy), by="a newer plan", now=now())
             save(ledger, busy, over, over.reason, at=now())
         if source is None:
-            ledger.set_challenger(None, now=now())  # of a source release that ended or was never carried out
-        ledger.save_rollout(
+            ledger.sources.set_challenger(
+                None, now=now()
+            )  # of a source release that ended or was never carried out
+        ledger.plans.save(
             release,
             plan_hash=started.plan_hash,
             status=started.status,
@@ -80,7 +82,7 @@ def diff(config: Config, terminal: Terminal) -> int:
     """What the newest plan would change against what is served, and against the plan before it."""
     ledger = open_ledger(config, create=False)
     rows = newest(ledger)
-    targets, serving = ledger.targets(rows[0].id), ledger.serving()
+    targets, serving = ledger.plans.targets(rows[0].id), ledger.releases.serving()
     here = {site: pointer(ledger, serving.get(site)) for site in targets}
     changes = [
         [site, name_of(here[site]), name_of(t.to), t.wave + 1]
@@ -89,7 +91,7 @@ def diff(config: Config, terminal: Terminal) -> int:
     ]
     title = f"{rows[0].id} against what is served: {len(changes)} sites change"
     parts = [table(title, ["site", "serves", "would serve", "wave"], changes)]
-    against = machine.diff(ledger.targets(rows[1].id), targets).model_dump() if len(rows) > 1 else None
+    against = machine.diff(ledger.plans.targets(rows[1].id), targets).model_dump() if len(rows) > 1 else None
     if against:
         listed = [[k, ", ".join(map(str, v)) or None] for k, v in against.items()]
         parts.append(table(f"against {rows[1].id}", ["", "sites"], listed))
@@ -188,7 +190,7 @@ def rollback(config: Config, terminal: Terminal, *, reason: str) -> int:
 
 def tick_running(config: Config, ledger: Ledger, terminal: Terminal) -> None:
     """Move the running rollout on, if there is one; ``cycle`` calls it. A paused one may still have to be rolled back."""
-    for row in ledger.rollouts():
+    for row in ledger.plans.rollouts():
         if Status(row.status) in RUNNING | {Status.PAUSED}:
             row = _joined(config, ledger, row, terminal)
             record(config, ledger, reconcile(config, ledger, row, terminal), terminal)

@@ -43,10 +43,10 @@ def rebase_fleet(config: Config, ledger: Ledger, terminal: Terminal, *, version:
     """
     source = source_model(ledger, version)
     check_size(config, source)
-    if ledger.source().version == version:
+    if ledger.sources.champion().version == version:
         raise ValueError(f"source v{version} is the champion already; `palisade train` makes another")
-    ledger.anchor(source.trunk)  # or says that there is nothing to judge on
-    if ledger.challenger() != version:
+    ledger.verdicts.anchor(source.trunk)  # or says that there is nothing to judge on
+    if ledger.sources.challenger() != version:
         terminal.say(f"remark: source v{version} is not the challenger: new samples get no features of it")
     with (
         lease(config, ledger, "rebase", purpose=_purpose(config, version)) as cycle,
@@ -60,7 +60,7 @@ def rebase_fleet(config: Config, ledger: Ledger, terminal: Terminal, *, version:
             **{o: outcomes.count(o) for o in set(outcomes)},
         }
         summary: dict[str, object] = {"source_version": version, **counts}
-        ledger.finish_cycle(cycle, summary=summary, now=now())
+        ledger.cycles.finish(cycle, summary=summary, now=now())
     record(config, ledger, cycle, summary, version=version)
     return done
 
@@ -75,8 +75,8 @@ def _rebase(config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal, so
     from pipeline.control.adapt import shard_job
 
     same = config.fingerprint() + _purpose(config, source.version)
-    before = ledger.rebased(source.version, fingerprint=same)
-    rows = {r.site: r for r in ledger.sites()}
+    before = ledger.verdicts.rebased(source.version, fingerprint=same)
+    rows = {r.site: r for r in ledger.streams.sites()}
     kept, made = _featured(config, ledger, terminal, source, list(rows.values()))
     failed = {site: d.error for site, d in made.items() if d.error}
     reset: dict[str, str] = {}
@@ -94,7 +94,7 @@ def _rebase(config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal, so
         job = shard_job(config, ledger, cycle, version=source.version, retained=config.rollout.rebase_samples)
         with terminal.progress("rebase", "sites") as advance:
             failed |= fleet.run_fleet(job, left, placement=fleet.placement(config), on_progress=advance)
-    return Rebased(cycle, ledger.rebased(source.version, fingerprint=same), reset, failed)
+    return Rebased(cycle, ledger.verdicts.rebased(source.version, fingerprint=same), reset, failed)
 
 
 def _featured(
@@ -105,7 +105,7 @@ def _featured(
     kept: dict[str, tuple[SegmentRow, ...]] = {}
     needed: list[repair.Stretch] = []
     for row in rows:
-        told = [s for s, _ in ledger.segments(row.site) if s.rows]
+        told = [s for s, _ in ledger.streams.segments(row.site) if s.rows]
         kept[row.site] = retained_segments(told, learned=row.learned, samples=config.rollout.rebase_samples)
         ahead = (s for s in told if row.learned <= s.base_offset < row.ingested)
         needed.append(stretch(ledger, row.site, (*kept[row.site], *ahead), found))

@@ -53,10 +53,10 @@ def pull(config: Config, terminal: Terminal, *, site: str, to: Path, public_key:
     key = signing_key(config)
     public = _public(public_key) if public_key else key.public_key()
     ledger = open_ledger(config, create=False)
-    ledger.site(site)
-    served = ledger.serving([site]).get(site)
+    ledger.streams.site(site)
+    served = ledger.releases.serving([site]).get(site)
     source = source_model(ledger, served.source_version if served else None)
-    state = ledger.state(served.state) if served else None
+    state = ledger.verdicts.state(served.state) if served else None
     content, delta = _content(config, source, state)
     made = _manifest(
         config, ledger, site, served, source, state, delta, {n: digest for n, (digest, _) in content.items()}
@@ -172,7 +172,7 @@ def _manifest(
         state=state.id if state else None,
         state_sha256=digest,
         rollout=served.rollout if served else None,
-        plan_hash=ledger.plan_of(served.rollout) if served else None,
+        plan_hash=ledger.plans.plan_hash(served.rollout) if served else None,
         verdict=verdict,
         issued_at=at,
         expires_at=at + timedelta(hours=config.ledger.manifest_hours),
@@ -183,11 +183,13 @@ def _manifest(
 def _verdict(ledger: Ledger, served: ServingRow) -> str | None:
     """The verdict that lets the site serve it: of the plan, or the one on the state that it went back to."""
     target = (
-        ledger.targets(served.rollout, [served.site]).get(served.site) if served.kind == "promote" else None
+        ledger.plans.targets(served.rollout, [served.site]).get(served.site)
+        if served.kind == "promote"
+        else None
     )
     if target is not None:
         return target.verdict_id
-    return next((v.id for v in ledger.verdicts(ids=[served.state])), None) if served.state else None
+    return next((v.id for v in ledger.verdicts.find(ids=[served.state])), None) if served.state else None
 
 
 def _newest(folder: Path, public: Ed25519PublicKey) -> Accepted | None:

@@ -29,10 +29,10 @@ MODALITIES = tuple(m.name.lower() for m in Modality)
 def list_sites(config: Config, terminal: Terminal) -> int:
     """Every site in one line."""
     ledger = open_ledger(config, create=False)
-    latest, serving = ledger.latest_verdicts(), ledger.serving()
+    latest, serving = ledger.verdicts.latest(), ledger.releases.serving()
     rows: list[list[object]] = []
     listed: list[dict[str, object]] = []
-    for row in ledger.sites():
+    for row in ledger.streams.sites():
         verdict, served = latest.get(row.site), serving.get(row.site)
         outcome = verdict.outcome if verdict else None
         rows.append(
@@ -65,8 +65,12 @@ def list_sites(config: Config, terminal: Terminal) -> int:
 def show(config: Config, terminal: Terminal, *, site: str) -> int:
     """Stream, quarantine and verdicts of one site."""
     ledger = open_ledger(config, create=False)
-    row = ledger.site(site)
-    segments, verdicts, refused = ledger.segments(site), ledger.verdicts(site=site), ledger.quarantined(site)
+    row = ledger.streams.site(site)
+    segments, verdicts, refused = (
+        ledger.streams.segments(site),
+        ledger.verdicts.find(site=site),
+        ledger.streams.quarantined(site),
+    )
     reasons = Counter(q.reason for q in refused)
     status = f"{row.status}: {row.reason}" if row.reason else row.status
     head = f"{site}: {status}; stream at offset {row.ingested}, adapted to {row.learned}"
@@ -124,9 +128,9 @@ def show(config: Config, terminal: Terminal, *, site: str) -> int:
 def explain(config: Config, terminal: Terminal, *, site: str) -> int:
     """Source version → stream window → candidate → verdict → wave, of what the site serves now."""
     ledger = open_ledger(config, create=False)
-    ledger.site(site)
-    served = ledger.serving([site]).get(site)
-    source = ledger.source(served.source_version if served else None)
+    ledger.streams.site(site)
+    served = ledger.releases.serving([site]).get(site)
+    source = ledger.sources.get(served.source_version if served else None)
     made = Manifest.model_validate(source.manifest)
     since = f" since {served.since:%Y-%m-%d %H:%M:%S} UTC, release {served.counter}" if served else ""
     steps: list[tuple[str, str]] = [
@@ -134,9 +138,9 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
         ("source", f"v{source.version} {source.digest[:12]} ({made.method} on {', '.join(made.domains)})"),
         ("lineage", f"MLflow run {source.lineage}"),
     ]
-    state = ledger.state(served.state) if served else None
+    state = ledger.verdicts.state(served.state) if served else None
     if state:
-        verdict = ledger.verdicts(ids=[state.id])[0]
+        verdict = ledger.verdicts.find(ids=[state.id])[0]
         steps += [
             (
                 "window",
@@ -150,7 +154,7 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
         ]
     if served:
         steps.append(("wave", _wave(ledger, served)))
-    last = ledger.verdicts(site=site)[-1:]
+    last = ledger.verdicts.find(site=site)[-1:]
     if last and (state is None or last[0].state != state.id):
         steps.append(
             (
@@ -162,7 +166,7 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
         steps.append(("newest", "no cycle has adapted this site yet"))
     history = [
         f"release {s.counter}: {s.kind} to {s.state or f'source v{s.source_version}'} by {s.rollout} wave {s.wave}"
-        for s in ledger.served(site)
+        for s in ledger.releases.history(site)
     ]
     terminal.result(
         {"site": site, **dict(steps), "history": history},
@@ -183,7 +187,7 @@ def tag(
     changes = {site: _tags([p.partition("=") for p in pairs], site)} if site is not None else {}
     if file is not None:
         changes = dict(_listed(file))
-    changed = open_ledger(config, create=False).set_tags(changes, now=now())
+    changed = open_ledger(config, create=False).streams.set_tags(changes, now=now())
     terminal.result(
         {"changed": changed, "given": len(changes)},
         f"{len(changed)} of {len(changes)} sites have other tags now",
@@ -196,7 +200,7 @@ def retire(config: Config, terminal: Terminal, *, site: str, reason: str, retire
     if not reason.strip():
         raise ValueError("site: an empty --reason says nothing to an auditor; say why")
     who = getpass.getuser()
-    changed = open_ledger(config, create=False).set_retired(
+    changed = open_ledger(config, create=False).streams.set_retired(
         site, retired=retired, reason=f"{who}: {reason}", now=now()
     )
     state = "retired: no release plans it or waits for it" if retired else "back in service"
@@ -216,7 +220,7 @@ def _findings(v: VerdictRow) -> str:
 
 
 def _wave(ledger: Ledger, served: ServingRow) -> str:
-    release = next((r for r in ledger.rollouts() if r.id == served.rollout), None)
+    release = next((r for r in ledger.plans.rollouts() if r.id == served.rollout), None)
     state = f" ({release.status}, plan {release.plan_hash[:8]})" if release else ""
     return f"{served.kind} in wave {served.wave} of {served.rollout}{state}"
 

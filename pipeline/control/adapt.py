@@ -60,8 +60,8 @@ def shard_job(
     config: Config, ledger: Ledger, cycle: Cycle, *, version: int | None = None, retained: int = 0
 ) -> ShardJob:
     """What the shards of ``cycle`` are given: a source model (None: the champion) and the anchor set of its trunk."""
-    source = ledger.source(version)
-    anchor = ledger.anchor(source.trunk)
+    source = ledger.sources.get(version)
+    anchor = ledger.verdicts.anchor(source.trunk)
     open_sealed(config.place("anchors"), anchor)  # damaged, it is said once and not of every site
     return ShardJob(config.model_dump_json(), source.path, source.version, anchor, cycle, retained)
 
@@ -79,16 +79,16 @@ def adapt_sites(job: ShardJob, sites: Sequence[str]) -> dict[str, str]:
     for start in range(0, len(windows), config.bank.sites):
         rows += _learn_and_judge(config, model, job, windows[start : start + config.bank.sites])
     if rows:
-        ledger.commit_shard(job.cycle, rows, now=datetime.now(UTC), rebased=job.retained > 0)
+        ledger.verdicts.commit(job.cycle, rows, now=datetime.now(UTC), rebased=job.retained > 0)
     return failed
 
 
 def _windows(
     config: Config, model: SourceModel, job: ShardJob, ledger: Ledger, sites: Sequence[str]
 ) -> tuple[list[Window], dict[str, str]]:
-    rows = {row.site: row for row in ledger.sites_named(sites)}
-    serving, pending = ledger.serving(sites), ledger.pending(sites)
-    stored = ledger.states([r.learner for r in rows.values()] + [s.state for s in serving.values()])
+    rows = {row.site: row for row in ledger.streams.named(sites)}
+    serving, pending = ledger.releases.serving(sites), ledger.streams.pending(sites)
+    stored = ledger.verdicts.states([r.learner for r in rows.values()] + [s.state for s in serving.values()])
     now, store, fresh = (
         datetime.now(UTC),
         config.place("features"),
@@ -131,9 +131,9 @@ def _windows(
 
 def _recalled(ledger: Ledger, windows: Sequence[Window], now: datetime) -> list[Window]:
     """The windows with what earlier verdicts measured: of the site, whatever it learns from now, and of that state."""
-    latest = ledger.latest_verdicts([w.row.site for w in windows])
+    latest = ledger.verdicts.latest([w.row.site for w in windows])
     wanted = [w.parent for w in windows if w.parent and latest[w.row.site].state != w.parent]
-    older = {v.state: v for v in ledger.verdicts(ids=wanted)} if wanted else {}
+    older = {v.state: v for v in ledger.verdicts.find(ids=wanted)} if wanted else {}
     found: list[Window] = []
     for w in windows:
         last, made = latest.get(w.row.site), None

@@ -32,7 +32,9 @@ def build_and_seal(
     """Build, store and pin the anchor set of ``model`` → its digest; what `train` and a release of a new source do."""
     anchor = build_anchor(config, model, reporter)
     digest = seal(config.place("anchors"), anchor)
-    ledger.pin_anchor(digest, trunk=model.manifest.trunk_digest, summary=anchor_summary(anchor), now=now())
+    ledger.verdicts.pin_anchor(
+        digest, trunk=model.manifest.trunk_digest, summary=anchor_summary(anchor), now=now()
+    )
     if reporter:
         species = len({s for s, y in zip(anchor.species, anchor.label.tolist(), strict=True) if not y})
         reporter.say(
@@ -111,7 +113,7 @@ def compare_sources(config: Config, ledger: Ledger, old: SourceRow, new: SourceR
 
 def _sealed_or_built(config: Config, ledger: Ledger, model: SourceModel) -> AnchorSet:
     try:
-        digest = ledger.anchor(model.manifest.trunk_digest)
+        digest = ledger.verdicts.anchor(model.manifest.trunk_digest)
     except LedgerError:
         digest = build_and_seal(config, ledger, model)
     return open_sealed(config.place("anchors"), digest)

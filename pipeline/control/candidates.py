@@ -27,8 +27,11 @@ def candidates(
     """Every site (or those ``of``) with its newest candidate; a verdict counts only if its evidence passes under today's
     limits as well, and not for longer than ``guards.expiry`` allows.
     """
-    latest = ledger.latest_verdicts()
-    states, champion = ledger.states([v.state for v in latest.values()]), ledger.source().version
+    latest = ledger.verdicts.latest()
+    states, champion = (
+        ledger.verdicts.states([v.state for v in latest.values()]),
+        ledger.sources.champion().version,
+    )
     rows = _active_sites(ledger) if of is None else of
     found: dict[str, Candidate | None] = {}
     with reporter.progress("judge again", "sites") as advance:
@@ -55,7 +58,7 @@ def candidates_of_source(
     model passes against the present one. From then on the version is the challenger: new captures get features under
     both trunks.
     """
-    old, new = ledger.source(), source_model(ledger, version)
+    old, new = ledger.sources.champion(), source_model(ledger, version)
     if version == old.version:
         raise ValueError(f"source v{version} is the champion already; `palisade train` makes another")
     if dry_run and rebase:
@@ -68,12 +71,14 @@ def candidates_of_source(
         raise ValueError(
             f"source v{version} may not be released: verdict {verdict.outcome}: {verdict.decisive}"
         )
-    judged = ledger.judge_source(version, verdict, evidence, now=now(), limits=limits.model_dump(mode="json"))
+    judged = ledger.sources.judge(
+        version, verdict, evidence, now=now(), limits=limits.model_dump(mode="json")
+    )
     bare = Candidate(Pointer(None, version), judged, "pass")
     rows = _active_sites(ledger)
     found: dict[str, Candidate | None] = dict.fromkeys([r.site for r in rows], bare)
     if not dry_run:
-        ledger.set_challenger(version, now=now())
+        ledger.sources.set_challenger(version, now=now())
     if rebase:
         done = rebase()
         for site, why in [*done.reset.items(), *done.failed.items()]:
@@ -90,7 +95,7 @@ def joiners(
     """Sites that were registered after the plan was made and have a passing candidate: they go with the last wave."""
     if r.plan.kind != "candidates" or not machine.open_to_joiners(r):
         return {}
-    planned = ledger.rollout_sites(release)
+    planned = ledger.plans.sites(release)
     new = [s for s in _active_sites(ledger) if s.site not in planned]
     if not new:
         return {}
@@ -109,12 +114,12 @@ def joiners(
 def pointer(ledger: Ledger, served: ServingRow | None) -> Pointer:
     """What a site serves; without a row the champion source model."""
     if served is None:
-        return Pointer(None, ledger.source().version)
+        return Pointer(None, ledger.sources.champion().version)
     return Pointer(served.state, served.source_version)
 
 
 def _active_sites(ledger: Ledger) -> list[SiteRow]:
-    return [row for row in ledger.sites() if row.status != RETIRED]
+    return [row for row in ledger.streams.sites() if row.status != RETIRED]
 
 
 def _candidate(
@@ -139,10 +144,12 @@ def _candidate(
 def _facts(
     config: Config, ledger: Ledger, rows: Sequence[SiteRow], found: Mapping[str, Candidate | None]
 ) -> dict[str, SiteFacts]:
-    serving = ledger.serving()
-    good = ledger.served_by([r.id for r in ledger.rollouts() if r.status == Status.COMPLETED])
+    serving = ledger.releases.serving()
+    good = ledger.releases.promoted_by(
+        [r.id for r in ledger.plans.rollouts() if r.status == Status.COMPLETED]
+    )
     controls = set(machine.choose_controls({r.site: r.tags for r in _active_sites(ledger)}, config.rollout))
-    source = Pointer(None, ledger.source().version)
+    source = Pointer(None, ledger.sources.champion().version)
     return {
         row.site: SiteFacts(
             serving=_pointer_of(serving.get(row.site)) or source,

@@ -77,7 +77,7 @@ def check_size(config: Config, source: SourceRow) -> None:
 
 def source_model(ledger: Ledger, version: int | None = None) -> SourceRow:
     """A source version (default: the champion) whose checkpoint is there."""
-    row = ledger.source(version)
+    row = ledger.sources.get(version)
     if not place(row.path).exists():
         raise LedgerError(
             f"source v{row.version}: its model {row.path} is missing; restore it or run `palisade train`"
@@ -87,7 +87,7 @@ def source_model(ledger: Ledger, version: int | None = None) -> SourceRow:
 
 def ingest_sources(config: Config, ledger: Ledger) -> list[SourceRow]:
     """The source models whose trunks every new sample goes through: the champion, then the challenger while there is one."""
-    rows, challenger = [source_model(ledger)], ledger.challenger()
+    rows, challenger = [source_model(ledger)], ledger.sources.challenger()
     if challenger is not None:
         rows.append(source_model(ledger, challenger))
     for row in rows:
@@ -99,12 +99,12 @@ def ingest_sources(config: Config, ledger: Ledger) -> list[SourceRow]:
 def lease(config: Config, ledger: Ledger, kind: str, *, purpose: str = "") -> Iterator[Cycle]:
     """Hold the fleet's lease for a cycle of ``kind``; whoever dies in it is resumed by the next to call this.
 
-    The caller ends the cycle with ``finish_cycle``. A cycle that was begun for another ``purpose`` is not gone on with.
+    The caller ends the cycle with ``ledger.cycles.finish``. A cycle that was begun for another ``purpose`` is not gone on with.
     """
     host = socket.gethostname()
     own = psutil.Process()
     holder = f"{host}:{own.pid}:{own.create_time():.0f}"
-    cycle = ledger.begin_cycle(
+    cycle = ledger.cycles.begin(
         kind, config.fingerprint() + purpose, config.model_dump_json(), holder=holder, dead=_dead, now=now()
     )
     ended = threading.Event()
@@ -112,7 +112,7 @@ def lease(config: Config, ledger: Ledger, kind: str, *, purpose: str = "") -> It
     def keep() -> None:
         while not ended.wait(RENEW_SECONDS):
             try:
-                ledger.renew(cycle, now=now())
+                ledger.cycles.renew(cycle, now=now())
             except LedgerUnavailable:
                 continue  # the lease lasts longer than a hiccup
             except StaleGeneration:

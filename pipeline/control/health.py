@@ -48,13 +48,17 @@ def observe(config: Config, ledger: Ledger, rollout: str, r: Rollout) -> Observa
     if r.status not in IN_PROGRESS | {Status.PAUSED} or r.wave < 0:
         return Observation()
     last = min(r.wave, len(r.plan.waves) - 1)
-    silent = ledger.silent(rollout, upto=last, samples=r.plan.config.health_samples, without=list(r.failed))
+    silent = ledger.plans.silent(
+        rollout, upto=last, samples=r.plan.config.health_samples, without=list(r.failed)
+    )
     out = Counter(r.failed.values())
     waves = [WaveObservation(sites=w.sites - out[i]) for i, w in enumerate(r.plan.waves[:last])]
-    waves.append(ledger.wave_seen(rollout, last, without=list(r.failed)))
+    waves.append(ledger.plans.observe_wave(rollout, last, without=list(r.failed)))
     labelled = _labelled(config)
-    promoted = {p.site: (p.wave, p.to, p.back) for p in ledger.promoted(rollout, upto=last, names=labelled)}
-    failed = ledger.targets(
+    promoted = {
+        p.site: (p.wave, p.to, p.back) for p in ledger.plans.promoted(rollout, upto=last, names=labelled)
+    }
+    failed = ledger.plans.targets(
         rollout, sorted(set(r.failed) & set(labelled))
     )  # what they did counts against the release
     promoted |= {s: (t.wave, t.to, t.back) for s, t in failed.items()}
@@ -75,7 +79,7 @@ def observe(config: Config, ledger: Ledger, rollout: str, r: Rollout) -> Observa
             )
             for i, w in enumerate(waves)
         ),
-        failed_returnable=ledger.returnable(rollout, list(r.failed)) if r.failed else 0,
+        failed_returnable=ledger.plans.returnable(rollout, list(r.failed)) if r.failed else 0,
         failing={
             s: FailingSite(wave_of[s], _told(reasons[0]))
             for s, reasons in found.failing.items()
@@ -92,9 +96,9 @@ def _freeze(config: Config, ledger: Ledger, rollout: str, treated: Treated, labe
     The latter keeps false findings at 5 % of the findings, which is enough to ask a person, not to take a release back.
     """
     strata = config.rollout.strata
-    tags = {s.site: s.tags for s in ledger.sites_named(list(labelled))}
-    names = [s for s, e in ledger.excluded(rollout, labelled).items() if e.reason == CONTROL]
-    serving = ledger.serving(names)
+    tags = {s.site: s.tags for s in ledger.streams.named(list(labelled))}
+    names = [s for s, e in ledger.plans.excluded(rollout, labelled).items() if e.reason == CONTROL]
+    serving = ledger.releases.serving(names)
     at = {s: (s, here := pointer(ledger, serving.get(s)), here) for s in names}
     controls = _standing(config, ledger, list(at.values()))
     stratum = {s: "/".join(t.get(tag, "") for tag in strata) or "fleet" for s, t in tags.items()}
@@ -107,7 +111,9 @@ def _freeze(config: Config, ledger: Ledger, rollout: str, treated: Treated, labe
 
 def observe_rollback(ledger: Ledger, rollout: str, r: Rollout) -> Observation:
     """What a rollback needs to know: how many sites still have to go."""
-    return Observation(returnable=ledger.returnable(rollout) if r.status == Status.ROLLING_BACK else None)
+    return Observation(
+        returnable=ledger.plans.returnable(rollout) if r.status == Status.ROLLING_BACK else None
+    )
 
 
 def _told(reason: Reason) -> str:
@@ -150,7 +156,7 @@ def _standing(config: Config, ledger: Ledger, sites: Sequence[tuple[str, Pointer
     """
     rows: dict[str, list[int]] = {}
     wrongs, times = [np.zeros(0, bool)], [np.zeros(0, "datetime64[us]")]
-    ends = {s.site: s.ingested for s in ledger.sites_named([site for site, _, _ in sites])}
+    ends = {s.site: s.ingested for s in ledger.streams.named([site for site, _, _ in sites])}
     for site, to, back in sites:
         try:
             served, before = (_calls(config, ledger, site, ends[site], p) for p in (to, back))
@@ -199,7 +205,7 @@ def _calls(config: Config, ledger: Ledger, site: str, end: int, pointer: Pointer
     labels = site_labels(config.data.redteam, site)
     block = block.rows(np.array([s in labels for s in block.sample_id], bool))
     truth = np.array([labels[s][0] for s in block.sample_id], np.int64)
-    state = load_state(config, model, ledger.state(pointer.state_id))
+    state = load_state(config, model, ledger.verdicts.state(pointer.state_id))
     stream = features_of(block)
     with torch.no_grad():
         score = tail.score(tail.with_site_state(model.tail, state), stream.z, stream.present)

@@ -38,11 +38,11 @@ def notify(
     if LEVELS.index(severity) < LEVELS.index(n.min_severity):
         return []
     messages: list[dict[str, object]] = []
-    if ledger.notice(key, severity, text, now=now, repeat_seconds=n.repeat_seconds):
+    if ledger.notices.record(key, severity, text, now=now, repeat_seconds=n.repeat_seconds):
         messages.append(
             {"key": key, "severity": severity, "text": text, "at": now.isoformat(), "context": dict(context)}
         )
-    for row in ledger.unsent(now=now):
+    for row in ledger.notices.unsent(now=now):
         messages.append(
             {
                 "key": row.key,
@@ -56,7 +56,7 @@ def notify(
     for message in messages:
         failed = _send(n, message)
         if not failed:
-            ledger.mark_sent(str(message["key"]), text=str(message["text"]), now=now)
+            ledger.notices.mark_sent(str(message["key"]), text=str(message["text"]), now=now)
         remarks += [r for r in failed if r not in remarks]
     return remarks
 

@@ -69,8 +69,8 @@ def rebase_windows(
     fresh, now = cast("SiteMethod", config.site).init(model.tail), datetime.now(UTC)
     found: list[Window] = []
     failed: dict[str, str] = {}
-    for row in ledger.sites_named(sites):
-        told = ledger.segments(row.site)
+    for row in ledger.streams.named(sites):
+        told = ledger.streams.segments(row.site)
         at = {s.name: ingested_at for s, ingested_at in told}
         kept = retained_segments([s for s, _ in told], learned=row.learned, samples=samples)
         try:

@@ -36,28 +36,28 @@ class VerdictBasis(NamedTuple):
 
 def verdict_basis(ledger: Ledger, row: VerdictRow) -> VerdictBasis:
     """What ``row`` was counted on: as kept with it, else by what was sealed and served at its time."""
-    state = ledger.state(row.state)
-    source = ledger.source(state.source_version if state else None)
+    state = ledger.verdicts.state(row.state)
+    source = ledger.sources.get(state.source_version if state else None)
     if "anchor" in row.counters:
         stable = row.counters["stable"]
         return VerdictBasis(
             source, str(row.counters["anchor"]), str(stable) if stable else None, recorded=True
         )
-    served = [s for s in ledger.served(row.site) if s.since <= row.at]
+    served = [s for s in ledger.releases.history(row.site) if s.since <= row.at]
     own = served[-1].state if served and served[-1].source_version == source.version else None
-    return VerdictBasis(source, ledger.anchor(source.trunk, at=row.at), own, recorded=False)
+    return VerdictBasis(source, ledger.verdicts.anchor(source.trunk, at=row.at), own, recorded=False)
 
 
 def recount_evidence(config: Config, ledger: Ledger, row: VerdictRow, evidence: Evidence) -> Evidence:
     """``evidence`` with what the anchor set says of the stored states again. Raises BadBlob, or ValueError where nothing was
     stored.
     """
-    state = ledger.state(row.state)
+    state = ledger.verdicts.state(row.state)
     if state is None:
         raise ValueError("no candidate was made of an empty window")
     found = verdict_basis(ledger, row)
     model, anchor = load_model(found.source.path), load_anchor(config.place("anchors"), found.anchor)
-    stable = ledger.state(found.champion_state)
+    stable = ledger.verdicts.state(found.champion_state)
     own, served = (load_state(config, model, s, fresh=site_state(model.tail)) for s in (state, stable))
     cache = anchor_score_cache(found.anchor, found.source.path)
     patterns, present = anchor.replayed()

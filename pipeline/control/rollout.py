@@ -45,7 +45,7 @@ def load(row: RolloutRow) -> Rollout:
 
 def newest(ledger: Ledger) -> list[RolloutRow]:
     """Every rollout, newest first; ValueError where there is none."""
-    rows = ledger.rollouts()
+    rows = ledger.plans.rollouts()
     if not rows:
         raise ValueError("no rollout yet; run `palisade rollout plan` first")
     return rows
@@ -61,7 +61,7 @@ def save(
     joined: Mapping[str, Target] | None = None,
 ) -> RolloutRow:
     """Store what the state machine remembers, unless somebody else did."""
-    ledger.save_rollout(
+    ledger.plans.save(
         row.id,
         plan_hash=row.plan_hash,
         status=r.status,
@@ -72,7 +72,7 @@ def save(
         joined=joined,
         roles=_roles(r),
     )
-    return ledger.rollout(row.id)
+    return ledger.plans.rollout(row.id)
 
 
 def change(ledger: Ledger, row: RolloutRow, to: Callable[[Rollout], Rollout], event: str) -> RolloutRow:
@@ -85,7 +85,7 @@ def change(ledger: Ledger, row: RolloutRow, to: Callable[[Rollout], Rollout], ev
         try:
             return save(ledger, row, new, event, at=now())
         except StaleGeneration:
-            row = ledger.rollout(row.id)
+            row = ledger.plans.rollout(row.id)
     raise StaleGeneration(
         f"{row.id}: others keep moving it on; look at `palisade rollout status` and try again"
     )
@@ -97,7 +97,7 @@ def step(ledger: Ledger, row: RolloutRow, observation: Observation, at: datetime
     new, actions = machine.advance(current, observation, at)
     if new == current:
         moved = (
-            ledger.carry_out(
+            ledger.releases.carry_out(
                 row.id, actions, without=list(new.failed), reason=new.reason, revision=row.revision, now=at
             )
             if actions
@@ -105,7 +105,7 @@ def step(ledger: Ledger, row: RolloutRow, observation: Observation, at: datetime
         )
         return row, moved
     memory = Memory(new.status, new.model_dump_json(), describe_transition(current, new), _roles(new))
-    moved = ledger.carry_out(
+    moved = ledger.releases.carry_out(
         row.id,
         actions,
         without=list(new.failed),
@@ -145,7 +145,7 @@ def roll_back_now(
                 _notify_transition(config, ledger, row.id, before, load(row), reporter)
             return row
         except StaleGeneration:
-            row = ledger.rollout(row.id)
+            row = ledger.plans.rollout(row.id)
     raise StaleGeneration(f"{row.id}: others keep moving it on; say it again")
 
 
@@ -161,7 +161,7 @@ def record(config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporter) 
         "plan": row.plan_hash,
         "status": row.status,
         "reason": r.reason,
-        "source.version": ledger.source().version,
+        "source.version": ledger.sources.champion().version,
     }
     try:
         lineage = Lineage.open(config.lineage, code_revision=code_revision())

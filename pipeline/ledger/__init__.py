@@ -6,16 +6,20 @@ connection), its schema, tables and rows; streams, verdicts, sources, releases, 
 
 from __future__ import annotations
 
+from typing import Self
+
+from pipeline.ledger.audit import Audit
+from pipeline.ledger.cycles import Cycles
 from pipeline.ledger.garbage import Garbage
 from pipeline.ledger.notices import Notices
-from pipeline.ledger.plans import Promoted
+from pipeline.ledger.plans import Plans, Promoted
 from pipeline.ledger.releases import Memory, Releases
 from pipeline.ledger.rows import (
     Cycle,
     CycleBusy,
     LedgerError,
     LedgerUnavailable,
-    Pointed,
+    Needed,
     QuarantineRow,
     RolloutRow,
     SegmentRow,
@@ -30,6 +34,7 @@ from pipeline.ledger.rows import (
 )
 from pipeline.ledger.schema import SCHEMA
 from pipeline.ledger.sources import Sources
+from pipeline.ledger.store import Store
 from pipeline.ledger.streams import Streams
 from pipeline.ledger.tables import RETIRED
 from pipeline.ledger.verdicts import Verdicts, state_id
@@ -43,7 +48,7 @@ __all__ = [
     "LedgerError",
     "LedgerUnavailable",
     "Memory",
-    "Pointed",
+    "Needed",
     "Promoted",
     "QuarantineRow",
     "RolloutRow",
@@ -54,11 +59,33 @@ __all__ = [
     "SourceRow",
     "StaleGeneration",
     "StateRow",
+    "Store",
     "UnknownSite",
     "VerdictRow",
     "state_id",
 ]
 
 
-class Ledger(Streams, Verdicts, Sources, Releases, Garbage, Notices):
-    """A connection to the record. Get it from ``Ledger.open``."""
+class Ledger:
+    """The record: its parts over one store. Get it from ``Ledger.open``."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.streams = Streams(store)
+        self.cycles = Cycles(store)
+        self.verdicts = Verdicts(store)
+        self.sources = Sources(store)
+        self.plans = Plans(store)
+        self.releases = Releases(store)
+        self.notices = Notices(store)
+        self.garbage = Garbage(store)
+        self.audit = Audit(store)
+
+    @classmethod
+    def open(cls, url: str, *, create: bool = True) -> Self:
+        """Connects to the ledger at ``url``, see ``Store.open``. Raises LedgerUnavailable."""
+        return cls(Store.open(url, create=create))
+
+    def close(self) -> None:
+        """Gives the connections back; the next use of the ledger connects again."""
+        self.store.close()

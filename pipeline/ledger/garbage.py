@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from pipeline.ledger.releases import last_served
-from pipeline.ledger.rows import Pointed
+from pipeline.ledger.rows import Needed
 from pipeline.ledger.store import Store
 from pipeline.ledger.tables import cycles, iso, named, rollouts, served, sites, states, targets, verdicts
 from pipeline.rollout import TERMINAL, Status
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
 NEVER_STARTED = frozenset({Status.PLANNED, Status.SUPERSEDED, Status.EXPIRED})
 
 
-class Garbage(Store):
+@dataclass(frozen=True)
+class Garbage:
     """What may not be deleted."""
 
-    def pointed(self, *, since: datetime) -> Pointed:
+    store: Store
+
+    def needed(self, *, since: datetime) -> Needed:
         """What is still needed, in one snapshot. ``since`` is the retention: what was made then or later is kept.
 
         State blobs: of what every site serves; of what it learns from next; of every state made or served since ``since``,
@@ -41,7 +45,7 @@ class Garbage(Store):
         A shard writes its blobs before it commits. So the ledger may not name a new blob yet: the caller deletes nothing
         that was written after it asked, nor in the time before that a window takes.
         """
-        with self._read() as c:
+        with self.store.read() as c:
             kept = sa.or_(verdicts.c.at >= iso(since), verdicts.c.cycle.in_(_unfinished_cycles()))
             features = {r.site: r.learned for r in c.execute(sa.select(sites.c.site, sites.c.learned))}
             outcomes: set[str] = set()
@@ -50,7 +54,7 @@ class Garbage(Store):
             ):
                 features[r.site] = min(features.get(r.site, r.offset_from), r.offset_from)
                 outcomes.update(v for k, v in json.loads(r.counters).items() if k == "outcomes" and v)
-            return Pointed(frozenset(_state_blobs(c, iso(since))), frozenset(outcomes), features)
+            return Needed(frozenset(_state_blobs(c, iso(since))), frozenset(outcomes), features)
 
 
 def _unfinished_cycles() -> sa.Select[tuple[str]]:

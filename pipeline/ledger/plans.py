@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -55,10 +56,22 @@ class Promoted(NamedTuple):
     back: Pointer
 
 
-class Plans(Store):
+class WaveCount(NamedTuple):
+    """Sites of one wave of a rollout."""
+
+    wave: int  # index
+    sites: int
+    promoted: int  # serve their target
+    silent: int  # of those, without any capture since
+
+
+@dataclass(frozen=True)
+class Plans:
     """Rollouts."""
 
-    def save_rollout(
+    store: Store
+
+    def save(
         self,
         rollout: str,
         *,
@@ -77,7 +90,7 @@ class Plans(Store):
         ``draft`` is its plan with the first state; ``joined`` are sites that were added to it. ``roles`` are source models
         that become champion or challenger with it (None: nobody), so that no overtaken driver names one.
         """
-        with self._write(exclusive=True) as c:
+        with self.store.write(exclusive=True) as c:
             if revision == 0:
                 new = {
                     "id": rollout,
@@ -90,7 +103,7 @@ class Plans(Store):
                 }
                 c.execute(rollouts.insert(), new)
             else:
-                self._remember(c, rollout, status=status, body=body, revision=revision, now=now)
+                remember(c, rollout, status=status, body=body, revision=revision, now=now)
             if joined:
                 for part in parts(list(joined)):
                     c.execute(targets.delete().where(targets.c.rollout == rollout, targets.c.site.in_(part)))
@@ -109,30 +122,13 @@ class Plans(Store):
                 ],
             )
             for role, version in (roles or {}).items():
-                self._name(c, role, version, now)
-            self._append(c, "rollout", {"rollout": rollout, "status": status, **event}, now)
+                self.store.set_role(c, role, version, now)
+            self.store.append(c, "rollout", {"rollout": rollout, "status": status, **event}, now)
         return revision + 1
-
-    def _remember(
-        self, c: Connection, rollout: str, *, status: str, body: str, revision: int, now: datetime
-    ) -> None:
-        """Store a state, unless somebody else moved it on: a tick that was overtaken must not undo a rollback."""
-        values = {
-            "of": rollout,
-            "at": revision,
-            "status": status,
-            "body": body,
-            "revision": revision + 1,
-            "updated_at": iso(now),
-        }
-        if c.execute(REMEMBER, values).rowcount != 1:
-            raise StaleGeneration(
-                f"rollout {rollout}: somebody else moved it on; look at `palisade rollout status`"
-            )
 
     def rollouts(self) -> list[RolloutRow]:
         """Every rollout, newest first."""
-        with self._read() as c:
+        with self.store.read() as c:
             rows = list(
                 c.execute(sa.select(rollouts).order_by(rollouts.c.created_at.desc(), rollouts.c.id.desc()))
             )
@@ -140,7 +136,7 @@ class Plans(Store):
 
     def rollout(self, rollout: str) -> RolloutRow:
         """One rollout as it is stored now."""
-        with self._read() as c:
+        with self.store.read() as c:
             return make_row(RolloutRow, c.execute(sa.select(rollouts).where(rollouts.c.id == rollout)).one())
 
     def targets(self, rollout: str, names: Sequence[str] | None = None) -> dict[str, Target]:
@@ -150,7 +146,7 @@ class Plans(Store):
             .where(targets.c.rollout == rollout, targets.c.wave != OUT)
             .order_by(targets.c.site)
         )
-        with self._read() as c:
+        with self.store.read() as c:
             rows = c.execute(query) if names is None else named(c, query, targets.c.site, names)
             return {
                 r.site: Target(
@@ -163,9 +159,9 @@ class Plans(Store):
                 for r in rows
             }
 
-    def rollout_sites(self, rollout: str) -> frozenset[str]:
+    def sites(self, rollout: str) -> frozenset[str]:
         """Sites that the plan says anything of, and the controls that it knew."""
-        with self._read() as c:
+        with self.store.read() as c:
             return frozenset(c.scalars(sa.select(targets.c.site).where(targets.c.rollout == rollout)))
 
     def excluded(self, rollout: str, names: Sequence[str] | None = None) -> dict[str, Excluded]:
@@ -175,13 +171,13 @@ class Plans(Store):
             .where(targets.c.rollout == rollout, targets.c.wave == OUT)
             .order_by(targets.c.site)
         )
-        with self._read() as c:
+        with self.store.read() as c:
             rows = c.execute(query) if names is None else named(c, query, targets.c.site, names)
             return {r.site: Excluded(r.reason, r.verdict or None) for r in rows}
 
-    def wave_seen(self, rollout: str, wave: int, *, without: Collection[str]) -> WaveObservation:
+    def observe_wave(self, rollout: str, wave: int, *, without: Collection[str]) -> WaveObservation:
         """A wave without the failed sites ``without`` and the retired ones: how many, and who does not serve its target."""
-        with self._read() as c:
+        with self.store.read() as c:
             rows = list(
                 c.execute(_seen(champion(c)), {"rollout": rollout, "wave": wave, "without": list(without)})
             )
@@ -195,14 +191,14 @@ class Plans(Store):
     def returnable(self, rollout: str, only: Collection[str] | None = None) -> int:
         """How many sites, of all or of ``only``, serve their target and could go back."""
         t = targets.c
-        with self._read() as c:
+        with self.store.read() as c:
             query = _still_there(champion(c)).where(t.rollout == rollout)
             return int(c.scalar(query if only is None else query.where(t.site.in_(only))) or 0)
 
     def promoted(self, rollout: str, *, upto: int, names: Sequence[str]) -> list[Promoted]:
         """Of the sites ``names`` those of the waves up to index ``upto`` that serve their target, by name."""
         t = targets.c
-        with self._read() as c:
+        with self.store.read() as c:
             now_on, joined = beside(c)
             query = (
                 sa.select(targets)
@@ -224,7 +220,7 @@ class Plans(Store):
         t, s = targets.c, segments.c
         if samples <= 0:
             return {}
-        with self._read() as c:
+        with self.store.read() as c:
             now_on, joined = beside(c)
             since = sa.select(sa.func.sum(s.good)).where(
                 s.site == t.site, s.ingested_at > sa.func.coalesce(served.c.since, "")
@@ -242,6 +238,25 @@ class Plans(Store):
                 brought < samples,
             ).group_by(t.wave)
             return {r.wave: (r.n, r.first) for r in c.execute(query)}
+
+    def plan_hash(self, rollout: str) -> str | None:
+        """The plan hash of a rollout."""
+        with self.store.read() as c:
+            return c.scalar(sa.select(rollouts.c.plan_hash).where(rollouts.c.id == rollout))
+
+    def wave_counts(self, rollout: str) -> list[WaveCount]:
+        """How far each wave of a rollout is, by what its sites serve and have sent since."""
+        newest = sa.select(segments.c.ingested_at).where(segments.c.site == targets.c.site)
+        newest = newest.order_by(segments.c.base_offset.desc()).limit(1).correlate(targets).scalar_subquery()
+        with self.store.read() as c:
+            now_on, joined = beside(c)
+            quiet = sa.and_(now_on, sa.func.coalesce(newest, "") <= sa.func.coalesce(served.c.since, ""))
+            sums = (sa.func.sum(sa.case((w, 1), else_=0)) for w in (now_on, quiet))
+            query = (
+                sa.select(targets.c.wave, sa.func.count(), *sums).select_from(joined).group_by(targets.c.wave)
+            )
+            query = query.where(targets.c.rollout == rollout, targets.c.wave != OUT, living())
+            return [WaveCount(*map(int, r)) for r in c.execute(query.order_by(targets.c.wave))]
 
 
 def beside(c: Connection) -> tuple[Where, sa.FromClause]:
@@ -343,3 +358,19 @@ def _target_row(rollout: str, site: str, t: Target) -> tuple[object, ...]:
         t.verdict_id,
         "",
     )
+
+
+def remember(c: Connection, rollout: str, *, status: str, body: str, revision: int, now: datetime) -> None:
+    """Store a state, unless somebody else moved it on: a tick that was overtaken must not undo a rollback."""
+    values = {
+        "of": rollout,
+        "at": revision,
+        "status": status,
+        "body": body,
+        "revision": revision + 1,
+        "updated_at": iso(now),
+    }
+    if c.execute(REMEMBER, values).rowcount != 1:
+        raise StaleGeneration(
+            f"rollout {rollout}: somebody else moved it on; look at `palisade rollout status`"
+        )

@@ -8,22 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import sqlalchemy as sa
 
-from pipeline.ledger.plans import Plans, beside_of, champion, has_verdict, living, moves, of_wave
+from pipeline.ledger.plans import beside_of, champion, has_verdict, living, moves, of_wave, remember
 from pipeline.ledger.rows import LedgerError, ServingRow, StaleGeneration
-from pipeline.ledger.tables import audit, iso, make_row, named, rollouts, served, sites, targets, verdicts
+from pipeline.ledger.tables import (
+    FLEET,
+    audit,
+    iso,
+    make_row,
+    named,
+    rollouts,
+    served,
+    sites,
+    states,
+    targets,
+    verdicts,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from datetime import datetime
 
     from sqlalchemy.engine import Connection, Row
 
+    from pipeline.ledger.store import Store
     from pipeline.rollout import Action, Promote
 
     Line = tuple[object, ...] | Row[*tuple[object, ...]]
@@ -47,24 +61,27 @@ class Memory(NamedTuple):
     roles: Mapping[str, int | None]  # source models that become champion or challenger with it
 
 
-class Releases(Plans):
+@dataclass(frozen=True)
+class Releases:
     """Champion pointers."""
+
+    store: Store
 
     def serving(self, names: Sequence[str] | None = None) -> dict[str, ServingRow]:
         """What sites serve, of all or of ``names``; a site without a row serves the champion source model as it is."""
-        with self._read() as c:
+        with self.store.read() as c:
             return newest_served(c, names)
 
-    def served(self, site: str) -> list[ServingRow]:
+    def history(self, site: str) -> list[ServingRow]:
         """Everything the site has served, oldest first."""
-        with self._read() as c:
+        with self.store.read() as c:
             rows = c.execute(sa.select(served).where(served.c.site == site).order_by(served.c.counter))
             return [make_row(ServingRow, r) for r in rows]
 
-    def served_by(self, rollouts: Collection[str]) -> dict[str, ServingRow]:
+    def promoted_by(self, rollouts: Collection[str]) -> dict[str, ServingRow]:
         """The newest promotion of each site under these rollouts; a site that they did not promote is left out."""
         chosen = sa.and_(served.c.kind == "promote", served.c.rollout.in_(list(rollouts)))
-        with self._read() as c:
+        with self.store.read() as c:
             return {r.site: make_row(ServingRow, r) for r in c.execute(last_served(chosen))}
 
     def carry_out(
@@ -84,14 +101,14 @@ class Releases(Plans):
         ``without``. Nothing at all is written unless every one of them has its stored passing verdict and the rollout is still
         at ``revision``.
         """
-        with self._write(exclusive=True) as c:
+        with self.store.write(exclusive=True) as c:
             if memory is None:
                 self._still(c, rollout, revision)
             else:
-                self._remember(c, rollout, status=memory.status, body=memory.body, revision=revision, now=now)
+                remember(c, rollout, status=memory.status, body=memory.body, revision=revision, now=now)
                 for role, version in memory.roles.items():
-                    self._name(c, role, version, now)
-                self._append(
+                    self.store.set_role(c, role, version, now)
+                self.store.append(
                     c, "rollout", {"rollout": rollout, "status": memory.status, "event": memory.event}, now
                 )
             moved = 0
@@ -115,7 +132,7 @@ class Releases(Plans):
         """Point single sites at (state, source version); counters only grow. Kind promote needs the passing verdict."""
         if not changes:
             return
-        with self._write(exclusive=True) as c:
+        with self.store.write(exclusive=True) as c:
             if kind == "promote":
                 _check_verdicts(c, changes)
             current = newest_served(c, list(changes))
@@ -130,12 +147,12 @@ class Releases(Plans):
             ]
             self._move(c, rows, rollout=rollout, wave=wave, kind=kind, reason=reason, now=now)
 
-    def verify_served(self) -> list[str]:
+    def verify(self) -> list[str]:
         """What is wrong with the record of what sites served: a line for each mistake.
 
         Every row belongs to an audit row, whose digest covers exactly its rows; a site's counter grows by one from row to row.
         """
-        with self._read() as c:
+        with self.store.read() as c:
             moves = sa.select(audit).where(audit.c.kind.in_(("promote", "rollback"))).order_by(audit.c.seq)
             by_row = groupby(
                 c.execute(sa.select(served).where(served.c.audit != 0).order_by(served.c.audit)),
@@ -162,6 +179,25 @@ class Releases(Plans):
         return found + (
             [f"{orphans} rows of what sites served belong to no audit row"] if orphans > 0 else []
         )
+
+    def served_without_verdict(self) -> list[str]:
+        """One line per release that went back without being a rollback, per promotion without a stored verdict that passes
+        what was promoted, and per pointer to a state that is not stored.
+        """
+        with self.store.read() as c:
+            found = [*_went_back(c.execute(_history())), *map(_unproven, c.execute(_without_verdict()))]
+            for what, table, pointer in (
+                ("learns from", sites, sites.c.learner),
+                ("served", served, served.c.state),
+            ):
+                lost = sa.select(table.c.site, pointer.label("state")).join_from(
+                    table, states, states.c.id == pointer, isouter=True
+                )
+                lost = lost.where(pointer.is_not(None), states.c.id.is_(None)).order_by(table.c.site)
+                found += [
+                    f"site {r.site}: {what} state {r.state}, which is not stored" for r in c.execute(lost)
+                ]
+            return found
 
     def _still(self, c: Connection, rollout: str, revision: int) -> None:
         if c.scalar(STILL, {"of": rollout, "at": revision}) is None:
@@ -206,7 +242,7 @@ class Releases(Plans):
 
         ``which``: values of a query's own parameters.
         """
-        seq = self._next(c)
+        seq = self.store.next_audit(c)
         rest = {"rollout": rollout, "wave": wave, "kind": kind, "since": iso(now), "audit": seq}
         made: Sequence[Line]
         if isinstance(rows, sa.Insert):
@@ -217,7 +253,7 @@ class Releases(Plans):
         count, digest = len(made), _digest(made)
         if count:
             payload = {"rollout": rollout, "wave": wave, "reason": reason, "sites": count, "digest": digest}
-            self._append(c, kind, payload, now)
+            self.store.append(c, kind, payload, now)
         return count
 
 
@@ -310,3 +346,43 @@ def _digest(rows: Sequence[Line]) -> str:
     """sha256 over rows (site, counter, state, source version), a line each, in order of the site."""
     lines = sorted([f"{site} {counter} {state or '-'} {version}" for site, counter, state, version in rows])
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _history() -> sa.Select[*tuple[object, ...]]:
+    """Everything that was ever served, with how far in its stream each state was."""
+    query = sa.select(served, states.c.offset_to).join_from(
+        served, states, states.c.id == served.c.state, isouter=True
+    )
+    return query.order_by(served.c.site, served.c.counter)
+
+
+def _went_back(rows: sa.CursorResult[*tuple[object, ...]]) -> Iterator[str]:
+    site, before = "", (0, 0)
+    for r in rows:
+        reached = (r.source_version, r.offset_to or 0)
+        if r.site == site and r.kind != "rollback" and reached < before:
+            yield f"site {site}: release {r.counter} by {r.rollout} went back without a rollback record"
+        site, before = r.site, reached
+
+
+def _without_verdict() -> sa.Select[*tuple[object, ...]]:
+    """Promotions whose verdict, of the plan or of the state itself, is not stored, of another site or state, or no pass."""
+    planned = sa.and_(targets.c.rollout == served.c.rollout, targets.c.site == served.c.site)
+    own = sa.func.coalesce(sa.func.nullif(targets.c.verdict, ""), served.c.state)
+    state = sa.and_(verdicts.c.site == served.c.site, verdicts.c.state == served.c.state)
+    source = sa.and_(
+        served.c.state.is_(None), verdicts.c.site == FLEET, verdicts.c.offset_to == served.c.source_version
+    )
+    passed = sa.and_(verdicts.c.id == own, verdicts.c.outcome == "pass", sa.or_(state, source))
+    query = (
+        sa.select(served)
+        .join_from(served, targets, planned, isouter=True)
+        .join(verdicts, passed, isouter=True)
+    )
+    query = query.where(served.c.kind == "promote", verdicts.c.id.is_(None))
+    return query.order_by(served.c.site, served.c.counter)
+
+
+def _unproven(r: Row[*tuple[object, ...]]) -> str:
+    what = f"state {r.state}" if r.state else f"source v{r.source_version}"
+    return f"site {r.site}: release {r.counter} by {r.rollout} promoted {what} without a stored verdict that passes it"

@@ -181,8 +181,8 @@ class RolloutRow:
 
 
 @dataclass(frozen=True)
-class Pointed:
-    """What the ledger still needs of the stores beside it. See ``Garbage.pointed``."""
+class Needed:
+    """What the ledger still needs of the stores beside it. See ``Garbage.needed``."""
 
     states: frozenset[str]  # digests of state blobs
     outcomes: frozenset[str]  # digests of outcome blobs

@@ -7,14 +7,14 @@ its trunk too, so that sites can go over to it and back.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from pipeline.ledger.rows import LedgerError, SourceRow, VerdictRow
+from pipeline.ledger.rows import LedgerError, SourceRow
 from pipeline.ledger.store import Store
-from pipeline.ledger.tables import FLEET, cycles, dump, iso, make_row, sources, states, verdicts
-from pipeline.ledger.verdicts import LISTED, REBASES
+from pipeline.ledger.tables import FLEET, dump, iso, make_row, sources, verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     from pipeline.guards import Evidence, Verdict
 
 
-class Sources(Store):
+@dataclass(frozen=True)
+class Sources:
     """Source models, their champion and their challenger."""
 
-    def add_source(
+    store: Store
+
+    def add(
         self,
         digest: str,
         *,
@@ -37,7 +40,7 @@ class Sources(Store):
         now: datetime,
     ) -> int:
         """Record a source model → its version; the same digest keeps its version. The first becomes the champion."""
-        with self._write(exclusive=True) as c:
+        with self.store.write(exclusive=True) as c:
             known = c.scalar(sa.select(sources.c.version).where(sources.c.digest == digest))
             if known is not None:
                 return int(known)
@@ -52,49 +55,54 @@ class Sources(Store):
                 "created_at": iso(now),
             }
             c.execute(sources.insert(), values)
-            self._append(c, "source", {"version": version, "digest": digest, "lineage": lineage}, now)
-            if self._fact(c, "champion") is None:
-                self._name(c, "champion", version, now)
+            self.store.append(c, "source", {"version": version, "digest": digest, "lineage": lineage}, now)
+            if self.store.fact(c, "champion") is None:
+                self.store.set_role(c, "champion", version, now)
             return version
 
-    def sources(self) -> list[SourceRow]:
+    def all(self) -> list[SourceRow]:
         """Every source model version, oldest first."""
-        with self._read() as c:
+        with self.store.read() as c:
             rows = list(c.execute(sa.select(sources).order_by(sources.c.version)))
         return [make_row(SourceRow, r) for r in rows]
 
-    def source(self, version: int | None = None) -> SourceRow:
-        """A version, by default the champion; LedgerError says how to get one."""
-        with self._read() as c:
-            champion = self._fact(c, "champion")
-        wanted = version if version is not None else int(champion) if champion else None
-        known = {s.version: s for s in self.sources()}
-        if wanted is None:
+    def get(self, version: int | None) -> SourceRow:
+        """A version (None: the champion); LedgerError names those that there are."""
+        if version is None:
+            return self.champion()
+        known = {s.version: s for s in self.all()}
+        if version not in known:
+            raise LedgerError(f"source version {version}: not there; versions: {', '.join(map(str, known))}")
+        return known[version]
+
+    def champion(self) -> SourceRow:
+        """The version that the fleet adapts from; LedgerError says how to get one."""
+        with self.store.read() as c:
+            version = self.store.fact(c, "champion")
+        if version is None:
             raise LedgerError("no source model yet; run `palisade train` first")
-        if wanted not in known:
-            raise LedgerError(f"source version {wanted}: not there; versions: {', '.join(map(str, known))}")
-        return known[wanted]
+        return self.get(int(version))
 
     def set_champion(self, version: int, *, now: datetime) -> None:
         """Make ``version`` the source model that the fleet adapts from."""
-        self.source(version)
-        with self._write(exclusive=True) as c:
-            self._name(c, "champion", version, now)
+        self.get(version)
+        with self.store.write(exclusive=True) as c:
+            self.store.set_role(c, "champion", version, now)
 
     def challenger(self) -> int | None:
         """The version that a release is planned or carried out for."""
-        with self._read() as c:
-            found = self._fact(c, "challenger")
+        with self.store.read() as c:
+            found = self.store.fact(c, "challenger")
         return int(found) if found else None
 
     def set_challenger(self, version: int | None, *, now: datetime) -> None:
         """From now on every sample gets features under this version's trunk too; None: no longer."""
         if version is not None:
-            self.source(version)
-        with self._write(exclusive=True) as c:
-            self._name(c, "challenger", version, now)
+            self.get(version)
+        with self.store.write(exclusive=True) as c:
+            self.store.set_role(c, "challenger", version, now)
 
-    def judge_source(
+    def judge(
         self,
         version: int,
         verdict: Verdict,
@@ -122,18 +130,10 @@ class Sources(Store):
             "offset_to": version,
             "at": iso(now),
         }
-        with self._write(exclusive=True) as c:
+        with self.store.write(exclusive=True) as c:
             if c.scalar(sa.select(verdicts.c.id).where(verdicts.c.id == own)) is None:
                 c.execute(verdicts.insert(), values)
-                self._append(
+                self.store.append(
                     c, "verdict", {"id": own, "outcome": verdict.outcome, "why": verdict.decisive}, now
                 )
         return own
-
-    def rebased(self, version: int, *, fingerprint: str | None = None) -> dict[str, VerdictRow]:
-        """By site the newest verdict on a state that a rebase to this version made; ``fingerprint``: of such a cycle."""
-        made = REBASES if fingerprint is None else REBASES.where(cycles.c.fingerprint == fingerprint)
-        query = LISTED.join_from(verdicts, states, states.c.id == verdicts.c.state).order_by(verdicts.c.at)
-        query = query.where(states.c.source_version == version, verdicts.c.cycle.in_(made))
-        with self._read() as c:
-            return {r.site: make_row(VerdictRow, r) for r in c.execute(query)}

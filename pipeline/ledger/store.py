@@ -7,7 +7,6 @@ token). Every audit row carries the hash of the row before it.
 from __future__ import annotations
 
 import hashlib
-import json
 import sqlite3
 import time
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError
 
 from pipeline.ledger import schema
 from pipeline.ledger.rows import LedgerUnavailable, StaleGeneration
-from pipeline.ledger.schema import GENESIS, SCHEMA
+from pipeline.ledger.schema import SCHEMA
 from pipeline.ledger.tables import audit, cycles, dump, facts, iso
 
 if TYPE_CHECKING:
@@ -97,31 +96,6 @@ class Store:
         """Give the connections back; whoever uses the ledger again connects again."""
         self.engine.dispose()
 
-    def append_audit(self, kind: str, payload: Mapping[str, object], *, now: datetime) -> None:
-        """Append to the audit chain."""
-        with self._write(exclusive=True) as c:
-            self._append(c, kind, payload, now)
-
-    def audit(self) -> list[tuple[int, datetime, str, dict[str, object]]]:
-        """(seq, at, kind, payload) of every audit row."""
-        with self._read() as c:
-            rows = c.execute(sa.select(audit).order_by(audit.c.seq))
-            return [(r.seq, datetime.fromisoformat(r.at), r.kind, json.loads(r.payload)) for r in rows]
-
-    def broken_audit(self) -> int | None:
-        """First sequence number at which the chain does not hold, None when it is whole."""
-        previous, expected = GENESIS, 1
-        with self._read() as c:
-            for r in c.execute(sa.select(audit).order_by(audit.c.seq)):
-                if (
-                    r.seq != expected
-                    or r.prev_hash != previous
-                    or r.hash != _link(previous, r.at, r.kind, r.payload)
-                ):
-                    return expected
-                previous, expected = r.hash, expected + 1
-            return None if self._fact(c, "audit_head") == previous else expected
-
     def _settle(self, *, create: bool) -> None:
         """Every step is one transaction: a crash leaves the version before it. Of many that open at once one does it."""
         with self._reads.connect() as c:
@@ -140,7 +114,7 @@ class Store:
                 elif found < SCHEMA:
                     found += 1
                     schema.step(c, found)
-                    self._append(c, "schema", {"from": found - 1, "to": found}, _database_clock(c))
+                    self.append(c, "schema", {"from": found - 1, "to": found}, _database_clock(c))
         if found > SCHEMA:
             raise LedgerUnavailable(
                 f"ledger {self._place}: schema {found} is newer than this version's {SCHEMA}; upgrade palisade"
@@ -151,7 +125,7 @@ class Store:
         return _shown(str(self.engine.url))
 
     @contextmanager
-    def _write(self, *, exclusive: bool = False) -> Iterator[Connection]:
+    def write(self, *, exclusive: bool = False) -> Iterator[Connection]:
         """One transaction. ``alone``: after every other such one has ended, for what must see all that went before.
 
         SQLite has one writer; on Postgres it is the row of the audit head, locked first, so that nobody waits in a circle.
@@ -159,13 +133,13 @@ class Store:
         try:
             with self.engine.begin() as c:
                 if exclusive:
-                    self._head(c)
+                    self.audit_head(c)
                 yield c
         except DatabaseError as e:
             raise LedgerUnavailable(f"ledger {self._place}: {' '.join(str(e.orig).split())[:160]}") from None
 
     @contextmanager
-    def _read(self) -> Iterator[Connection]:
+    def read(self) -> Iterator[Connection]:
         """One snapshot, however many statements."""
         try:
             with self._reads.connect() as c:
@@ -173,20 +147,20 @@ class Store:
         except DatabaseError as e:
             raise LedgerUnavailable(f"ledger {self._place}: {' '.join(str(e.orig).split())[:160]}") from None
 
-    def _fact(self, c: Connection, key: str) -> str | None:
+    def fact(self, c: Connection, key: str) -> str | None:
         return c.scalar(sa.select(facts.c.value).where(facts.c.key == key))
 
-    def _name(self, c: Connection, role: str, version: int | None, now: datetime) -> None:
+    def set_role(self, c: Connection, role: str, version: int | None, now: datetime) -> None:
         """Let a source model have a role (champion, challenger); None: nobody has it."""
-        before = self._fact(c, role)
+        before = self.fact(c, role)
         if before == (None if version is None else str(version)):
             return
         c.execute(facts.delete().where(facts.c.key == role))
         if version is not None:
             c.execute(facts.insert(), {"key": role, "value": str(version)})
-        self._append(c, role, {"version": version, "before": before}, now)
+        self.append(c, role, {"version": version, "before": before}, now)
 
-    def _fence(self, c: Connection, cycle: Cycle, *, shared: bool = False) -> None:
+    def fence(self, c: Connection, cycle: Cycle, *, shared: bool = False) -> None:
         """Only the newest generation writes. ``shared``: beside other writers of the same cycle."""
         own = sa.select(cycles.c.generation, cycles.c.status).where(cycles.c.id == cycle.id)
         row = c.execute(own.with_for_update(read=shared)).first()
@@ -195,21 +169,28 @@ class Store:
                 f"cycle {cycle.id}: generation {cycle.generation} was replaced; nothing was written"
             )
 
-    def _head(self, c: Connection) -> str:
+    def audit_head(self, c: Connection) -> str:
         return str(c.scalar(HEAD))
 
-    def _next(self, c: Connection) -> int:
+    def next_audit(self, c: Connection) -> int:
         """Number of the next audit row; a sequence of the database would skip those of transactions that failed."""
         return int(c.scalar(LAST) or 0) + 1
 
-    def _append(self, c: Connection, kind: str, payload: Mapping[str, object], now: datetime) -> None:
+    def append(self, c: Connection, kind: str, payload: Mapping[str, object], now: datetime) -> None:
         """The audit head is a row that is read for update, so two writers cannot fork the chain."""
-        head = self._head(c)
+        head = self.audit_head(c)
         at, body = iso(now), dump(dict(payload))
-        link = _link(head, at, kind, body)
-        row = {"seq": self._next(c), "at": at, "kind": kind, "payload": body, "prev_hash": head, "hash": link}
+        hashed = link(head, at, kind, body)
+        row = {
+            "seq": self.next_audit(c),
+            "at": at,
+            "kind": kind,
+            "payload": body,
+            "prev_hash": head,
+            "hash": hashed,
+        }
         c.execute(audit.insert(), row)
-        c.execute(ADVANCE, {"head": link})
+        c.execute(ADVANCE, {"head": hashed})
 
 
 def _sqlite_connect(connection: sqlite3.Connection, _: object) -> None:
@@ -247,7 +228,7 @@ def _database_clock(c: Connection) -> datetime:
     return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
 
 
-def _link(previous: str, at: str, kind: str, payload: str) -> str:
+def link(previous: str, at: str, kind: str, payload: str) -> str:
     return hashlib.sha256("\n".join((previous, at, kind, payload)).encode()).hexdigest()
 
 

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timedelta
+from dataclasses import dataclass
+from datetime import datetime
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from pipeline.ledger.rows import (
-    Cycle,
-    CycleBusy,
-    LedgerError,
-    QuarantineRow,
-    SegmentRow,
-    SiteRow,
-    UnknownSite,
-)
+from pipeline.ledger.rows import Cycle, LedgerError, QuarantineRow, SegmentRow, SiteRow, UnknownSite
 from pipeline.ledger.store import Store
 from pipeline.ledger.tables import (
     RETIRED,
-    cycles,
     dump,
     iso,
     make_row,
@@ -34,19 +26,20 @@ from pipeline.ledger.tables import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from sqlalchemy.engine import Connection, Row
-
-LEASE = timedelta(seconds=120)
+    from sqlalchemy.engine import Connection
 
 
-class Streams(Store):
+@dataclass(frozen=True)
+class Streams:
     """What came from the sites and who may work on it."""
 
-    def register_sites(self, tags: Mapping[str, Mapping[str, str]], *, now: datetime) -> list[str]:
+    store: Store
+
+    def register(self, tags: Mapping[str, Mapping[str, str]], *, now: datetime) -> list[str]:
         """Add sites that are not known yet → their ids; known ones keep what they have."""
-        with self._write(exclusive=True) as c:
+        with self.store.write(exclusive=True) as c:
             known = {r.site for r in named(c, sa.select(sites.c.site), sites.c.site, list(tags))}
             new = [s for s in tags if s not in known]
             rows = [
@@ -69,7 +62,7 @@ class Streams(Store):
 
     def set_tags(self, changes: Mapping[str, Mapping[str, str]], *, now: datetime) -> list[str]:
         """Give sites these tags beside those they have; an empty value takes one away → sites that changed. Audited."""
-        with self._write(exclusive=True) as c:
+        with self.store.write(exclusive=True) as c:
             query = sa.select(sites.c.site, sites.c.tags)
             before = {r.site: json.loads(r.tags) for r in named(c, query, sites.c.site, list(changes))}
             if unknown := sorted(changes.keys() - before.keys()):
@@ -87,7 +80,7 @@ class Streams(Store):
                     .values(tags=sa.bindparam("v_tags"))
                 )
                 c.execute(change, [{"s": s, "v_tags": dump(after[s])} for s in moved])
-                self._append(c, "tags", {"sites": {s: dict(changes[s]) for s in moved}}, now)
+                self.store.append(c, "tags", {"sites": {s: dict(changes[s]) for s in moved}}, now)
         return moved
 
     def set_retired(self, site: str, *, retired: bool, reason: str, now: datetime) -> bool:
@@ -97,24 +90,24 @@ class Streams(Store):
         values = (
             {"status": RETIRED, "reason": storable(reason)} if retired else {"status": "active", "reason": ""}
         )
-        with self._write(exclusive=True) as c:
+        with self.store.write(exclusive=True) as c:
             changed = (
                 c.execute(sites.update().where(sites.c.site == site, other).values(values)).rowcount == 1
             )
             if changed:
-                self._append(
+                self.store.append(
                     c, "retire" if retired else "restore", {"site": site, "reason": storable(reason)}, now
                 )
         return changed
 
     def sites(self) -> list[SiteRow]:
         """Every registered site, by id."""
-        with self._read() as c:
+        with self.store.read() as c:
             return [make_row(SiteRow, r) for r in c.execute(sa.select(sites).order_by(sites.c.site))]
 
     def site(self, site: str) -> SiteRow:
         """One site; UnknownSite names similar ones."""
-        with self._read() as c:
+        with self.store.read() as c:
             row = c.execute(sa.select(sites).where(sites.c.site == site)).first()
             if row is None:
                 known = list(c.scalars(sa.select(sites.c.site)))
@@ -127,9 +120,9 @@ class Streams(Store):
                 raise UnknownSite(f"site {site!r}: not registered; {hint}")
             return make_row(SiteRow, row)
 
-    def sites_named(self, names: Sequence[str]) -> list[SiteRow]:
+    def named(self, names: Sequence[str]) -> list[SiteRow]:
         """These sites, in this order; UnknownSite for the first that is not registered."""
-        with self._read() as c:
+        with self.store.read() as c:
             found = {r.site: make_row(SiteRow, r) for r in named(c, sa.select(sites), sites.c.site, names)}
         return [found[n] if n in found else self.site(n) for n in names]
 
@@ -141,15 +134,15 @@ class Streams(Store):
             {"s": s, "v_status": "failed" if reason else "active", "v_reason": storable(reason)}
             for s, reason in sorted(reasons.items())
         ]
-        with self._write() as c:
+        with self.store.write() as c:
             if rows:
                 c.execute(change, rows)
 
-    def known_segments(self, names: Sequence[str] | None = None) -> dict[str, set[str]]:
+    def segment_names(self, names: Sequence[str] | None = None) -> dict[str, set[str]]:
         """Names of the ingested segments by site, of all sites or of ``names``."""
         query = sa.select(segments.c.site, segments.c.name)
         known: dict[str, set[str]] = {}
-        with self._read() as c:
+        with self.store.read() as c:
             for r in c.execute(query) if names is None else named(c, query, segments.c.site, names):
                 known.setdefault(r.site, set()).add(r.name)
         return known
@@ -161,7 +154,7 @@ class Streams(Store):
             .where(segments.c.site == site)
             .order_by(segments.c.base_offset, segments.c.name)
         )
-        with self._read() as c:
+        with self.store.read() as c:
             return [(SegmentRow(*r[:7]), datetime.fromisoformat(r.ingested_at)) for r in c.execute(query)]
 
     def pending(self, names: Sequence[str]) -> dict[str, tuple[int, datetime | None]]:
@@ -175,21 +168,21 @@ class Streams(Store):
         newest = sa.select(segments.c.ingested_at).where(own)
         newest = newest.order_by(segments.c.base_offset.desc(), segments.c.ingested_at.desc()).limit(1)
         query = sa.select(sites.c.site, good.label("good"), newest.label("newest"))
-        with self._read() as c:
+        with self.store.read() as c:
             return {
                 r.site: (int(r.good), datetime.fromisoformat(r.newest) if r.newest else None)
                 for r in named(c, query, sites.c.site, names)
             }
 
-    def commit_ingest(
+    def commit(
         self, cycle: Cycle, rows: Sequence[SegmentRow], bad: Sequence[QuarantineRow], *, now: datetime
     ) -> list[tuple[str, str]]:
         """Make ingested segments count: rows, quarantine and each site's next offset together → (site, name) known before.
 
         Such a segment is left as it is, and nothing of it counts twice. LedgerError when offsets are taken already.
         """
-        with self._write() as c:
-            self._fence(c, cycle, shared=True)
+        with self.store.write() as c:
+            self.store.fence(c, cycle, shared=True)
             ends = _lock_ends(c, [r.site for r in rows])
             known = _known(c, rows)
             fresh = [r for r in rows if (r.site, r.name) not in known]
@@ -225,8 +218,8 @@ class Streams(Store):
 
         Their offsets stay taken, so that the site goes on behind them. In the audit chain.
         """
-        with self._write(exclusive=True) as c:
-            self._fence(c, cycle)
+        with self.store.write(exclusive=True) as c:
+            self.store.fence(c, cycle)
             for site, name in lost:
                 own = sa.and_(segments.c.site == site, segments.c.name == name)
                 row = c.execute(sa.select(segments).where(own)).first()
@@ -256,7 +249,7 @@ class Streams(Store):
                     "offsets": span,
                     "cycle": cycle.id,
                 }
-                self._append(c, reason, said, now)
+                self.store.append(c, reason, said, now)
 
     def quarantined(self, site: str | None = None, *, cycle: str | None = None) -> list[QuarantineRow]:
         """Refused rows, all or of one site or cycle."""
@@ -267,75 +260,18 @@ class Streams(Store):
             query = query.where(quarantine.c.site == site)
         if cycle is not None:
             query = query.where(quarantine.c.cycle == cycle)
-        with self._read() as c:
+        with self.store.read() as c:
             return [QuarantineRow(*r) for r in c.execute(query)]
 
-    def begin_cycle(
-        self,
-        kind: str,
-        fingerprint: str,
-        config: str,
-        *,
-        holder: str,
-        dead: Callable[[str], bool],
-        now: datetime,
-    ) -> Cycle:
-        """Take the fleet's lease: go on with an unfinished cycle of the same kind and fingerprint, else begin one.
-
-        ``dead(holder)`` says that a holder cannot come back, so its lease need not run out. Raises CycleBusy.
-        """
-        with self._write(exclusive=True) as c:
-            for row in c.execute(sa.select(cycles).where(cycles.c.status == "running").with_for_update()):
-                if datetime.fromisoformat(row.lease_until) > now and not dead(row.holder):
-                    raise CycleBusy(
-                        f"cycle {row.id} is running ({row.holder}); wait for it, or until {row.lease_until[:19]}"
-                    )
-                same = (row.kind, row.fingerprint) == (kind, fingerprint)
-                lease = {"generation": row.generation + 1, "holder": holder, "lease_until": iso(now + LEASE)}
-                c.execute(
-                    cycles.update()
-                    .where(cycles.c.id == row.id)
-                    .values(lease if same else {**lease, "status": "abandoned"})
-                )
-                if same:
-                    return Cycle(row.id, row.generation + 1, True)
-            number = c.scalar(sa.select(sa.func.count()).select_from(cycles)) or 0
-            cycle = Cycle(f"{kind}-{number + 1:05d}", 1, False)
-            values = {
-                "id": cycle.id,
-                "kind": kind,
-                "generation": 1,
-                "status": "running",
-                "fingerprint": fingerprint,
-                "config": config,
-                "holder": holder,
-                "lease_until": iso(now + LEASE),
-                "started": iso(now),
-                "finished": None,
-                "summary": "{}",
+    def count_by_status(self) -> tuple[dict[str, int], int]:
+        """Sites by status, and those whose last verdict was a hold."""
+        count = sa.func.count()
+        with self.store.read() as c:
+            by = {
+                r.status: r.n
+                for r in c.execute(sa.select(sites.c.status, count.label("n")).group_by(sites.c.status))
             }
-            c.execute(cycles.insert(), values)
-            return cycle
-
-    def renew(self, cycle: Cycle, *, now: datetime) -> None:
-        """Keep the lease."""
-        with self._write() as c:
-            self._fence(c, cycle)
-            c.execute(cycles.update().where(cycles.c.id == cycle.id).values(lease_until=iso(now + LEASE)))
-
-    def finish_cycle(self, cycle: Cycle, *, summary: Mapping[str, object], now: datetime) -> None:
-        """Give the lease back; the cycle is done."""
-        with self._write(exclusive=True) as c:
-            self._fence(c, cycle)
-            values = {"status": "finished", "finished": iso(now), "summary": dump(dict(summary))}
-            c.execute(cycles.update().where(cycles.c.id == cycle.id).values(values))
-            self._append(c, "cycle", {"cycle": cycle.id, **summary}, now)
-
-    def cycles(self, *, kinds: Sequence[str] = ()) -> list[Row[*tuple[object, ...]]]:
-        """Cycle rows, newest first."""
-        query = sa.select(cycles).order_by(cycles.c.started.desc(), cycles.c.id.desc())
-        with self._read() as c:
-            return [r for r in c.execute(query) if not kinds or r.kind in kinds]
+            return by, int(c.scalar(sa.select(count).select_from(sites).where(sites.c.holds > 0)) or 0)
 
 
 def _lock_ends(c: Connection, names: Sequence[str]) -> dict[str, int]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -46,10 +48,13 @@ REBASES = sa.select(cycles.c.id).where(
 )  # their verdicts lie beside the sites' streams
 
 
-class Verdicts(Store):
+@dataclass(frozen=True)
+class Verdicts:
     """Candidates with their verdicts, and the anchor sets behind them."""
 
-    def commit_shard(
+    store: Store
+
+    def commit(
         self, cycle: Cycle, rows: Sequence[ShardRow], *, now: datetime, rebased: bool = False
     ) -> list[str]:
         """States, cursors, verdicts and counters of many sites in one transaction → sites whose cursor had moved.
@@ -57,8 +62,8 @@ class Verdicts(Store):
         Such a site is left as it is: its window was applied by somebody else, or by an earlier try of this call.
         ``rebased``: states and verdicts alone, on a window that ends at the cursor; the sites stay as they are.
         """
-        with self._write() as c:
-            self._fence(c, cycle, shared=True)
+        with self.store.write() as c:
+            self.store.fence(c, cycle, shared=True)
             names = sorted({r.site for r in rows})
             locked = sa.select(sites).order_by(sites.c.site).with_for_update()
             found = {s.site: s for s in named(c, locked, sites.c.site, names)}
@@ -90,11 +95,11 @@ class Verdicts(Store):
     def states(self, ids: Sequence[str | None]) -> dict[str, StateRow]:
         """Stored states by id."""
         wanted = [i for i in ids if i]
-        with self._read() as c:
+        with self.store.read() as c:
             rows = named(c, sa.select(states), states.c.id, wanted)
             return {r.id: make_row(StateRow, r) for r in rows}
 
-    def verdicts(
+    def find(
         self, *, cycle: str | None = None, site: str | None = None, ids: Sequence[str] | None = None
     ) -> list[VerdictRow]:
         """Verdicts of a cycle, of a site or by id, oldest first; those of a rebase only by their cycle or id."""
@@ -103,15 +108,15 @@ class Verdicts(Store):
             query = query.where(column == value) if value is not None else query
         if cycle is None and ids is None:
             query = query.where(verdicts.c.cycle.not_in(REBASES))
-        with self._read() as c:
+        with self.store.read() as c:
             rows = c.execute(query) if ids is None else named(c, query, verdicts.c.id, ids)
             found = [make_row(VerdictRow, r) for r in rows]
         return found if ids is None else sorted(found, key=lambda v: (v.at, v.site, v.offset_to))
 
-    def judged(self, cycle: str, *, after: str = "", limit: int = 1000) -> list[VerdictRow]:
+    def page(self, cycle: str, *, after: str = "", limit: int = 1000) -> list[VerdictRow]:
         """At most ``limit`` verdicts of a cycle, of the sites behind ``after`` by id: a page of a fleet."""
         own = sa.and_(verdicts.c.cycle == cycle, verdicts.c.site > after)
-        with self._read() as c:
+        with self.store.read() as c:
             return [
                 make_row(VerdictRow, r)
                 for r in c.execute(LISTED.where(own).order_by(verdicts.c.site).limit(limit))
@@ -123,16 +128,16 @@ class Verdicts(Store):
         query = sa.select(verdicts.c.id, verdicts.c.verdict, verdicts.c.evidence).where(
             verdicts.c.cycle == cycle
         )
-        with self._read() as c:
+        with self.store.read() as c:
             for r in c.execute(query.order_by(verdicts.c.site)):
                 parts = [hashlib.sha256(text.encode()).hexdigest() for text in (r.verdict, r.evidence)]
                 digest.update(" ".join((r.id, *parts)).encode())
         return digest.hexdigest()
 
-    def latest_verdicts(self, names: Sequence[str] | None = None) -> dict[str, VerdictRow]:
+    def latest(self, names: Sequence[str] | None = None) -> dict[str, VerdictRow]:
         """The newest verdict of every site, or of ``names``."""
         query = newest(LISTED)
-        with self._read() as c:
+        with self.store.read() as c:
             rows = c.execute(query) if names is None else named(c, query, sites.c.site, names)
             return {r.site: make_row(VerdictRow, r) for r in rows}
 
@@ -140,15 +145,36 @@ class Verdicts(Store):
         """pass, fail or hold by site, of a cycle or the newest of every site: a fleet's verdicts without what is in them."""
         query = sa.select(verdicts.c.site, verdicts.c.outcome)
         query = newest(query) if cycle is None else query.where(verdicts.c.cycle == cycle)
-        with self._read() as c:
+        with self.store.read() as c:
             return {r.site: r.outcome for r in c.execute(query)}
+
+    def rebased(self, version: int, *, fingerprint: str | None = None) -> dict[str, VerdictRow]:
+        """By site the newest verdict on a state that a rebase to this version made; ``fingerprint``: of such a cycle."""
+        made = REBASES if fingerprint is None else REBASES.where(cycles.c.fingerprint == fingerprint)
+        query = LISTED.join_from(verdicts, states, states.c.id == verdicts.c.state).order_by(verdicts.c.at)
+        query = query.where(states.c.source_version == version, verdicts.c.cycle.in_(made))
+        with self.store.read() as c:
+            return {r.site: make_row(VerdictRow, r) for r in c.execute(query)}
+
+    def findings(self) -> tuple[Counter[str], Counter[tuple[str, str]], datetime | None]:
+        """Of the newest verdict of every site: outcomes, findings by guard and call, and when the last one was given."""
+        outcomes: Counter[str] = Counter()
+        calls: Counter[tuple[str, str]] = Counter()
+        last = ""
+        query = newest(sa.select(verdicts.c.outcome, verdicts.c.verdict, verdicts.c.at))
+        with self.store.read() as c:
+            for r in c.execute(query):
+                outcomes[r.outcome] += 1
+                calls.update((x["guard"], x["call"]) for x in json.loads(r.verdict)["reasons"])
+                last = max(last, r.at)
+        return outcomes, calls, datetime.fromisoformat(last) if last else None
 
     def pin_anchor(self, digest: str, *, trunk: str, summary: Mapping[str, object], now: datetime) -> None:
         """Seal an anchor set: from now on only the bytes with this digest count for this trunk.
 
         One that was sealed earlier counts again; the one that counts already stays as it is.
         """
-        with self._write(exclusive=True) as c:
+        with self.store.write(exclusive=True) as c:
             newest = c.execute(_sealed(trunk)).first()
             if newest and newest.digest == digest:
                 return
@@ -159,11 +185,11 @@ class Verdicts(Store):
             again = anchors.update().where(anchors.c.digest == digest).values(values)
             if not c.execute(again).rowcount:
                 c.execute(anchors.insert(), {"digest": digest, **values})
-            self._append(c, "anchor", {"digest": digest, "trunk": trunk, **summary}, now)
+            self.store.append(c, "anchor", {"digest": digest, "trunk": trunk, **summary}, now)
 
     def anchor(self, trunk: str, *, at: datetime | None = None) -> str:
         """Digest of the anchor set that counts for a trunk, or counted ``at`` a time; LedgerError when none is sealed."""
-        with self._read() as c:
+        with self.store.read() as c:
             row = c.execute(_sealed(trunk)).first() if at is None else None
             found = row.digest if row else None
             if at is not None:
@@ -176,7 +202,7 @@ class Verdicts(Store):
 
     def anchors(self) -> dict[str, str]:
         """Digest → trunk of every anchor set that was ever sealed, in the order in which they were."""
-        with self._read() as c:
+        with self.store.read() as c:
             query = sa.select(anchors.c.digest, anchors.c.trunk).order_by(anchors.c.sealed_at)
             return {r.digest: r.trunk for r in c.execute(query)}
 

@@ -53,7 +53,9 @@ def test_a_site_has_one_order_and_a_late_segment_comes_last(fleet: Fleet) -> Non
     segment(fleet.captures / "gate/segment-2.parquet", "a", "b")
     fleet.round()
     assert fleet.stored("gate") == {"c": 0, "d": 1, "e": 2, "f": 3, "a": 4, "b": 5}
-    assert [s.name for s, _ in fleet.ledger.segments("gate")] == [f"segment-{k}.parquet" for k in (9, 10, 2)]
+    assert [s.name for s, _ in fleet.ledger.streams.segments("gate")] == [
+        f"segment-{k}.parquet" for k in (9, 10, 2)
+    ]
     assert not fleet.find().new
 
 
@@ -69,7 +71,7 @@ def test_the_same_bytes_under_another_name_count_once(fleet: Fleet) -> None:
     copies = ["segment-1.parquet", "segment-3.parquet"]
     assert fleet.refused("gate") == [(name, -1, reason.format(name)) for name in copies]
     assert fleet.stored("gate").keys() == {"a", "b", "c", "d"}
-    assert sum(s.good for s, _ in fleet.ledger.segments("gate")) == 4
+    assert sum(s.good for s, _ in fleet.ledger.streams.segments("gate")) == 4
     assert not fleet.find().new
 
 
@@ -223,7 +225,7 @@ def test_chunks_are_aligned_with_their_captures(fleet: Fleet) -> None:
 
 def mended(fleet: Fleet) -> Repaired:
     """What the next ingest does for a site that adaptation could not read."""
-    needed = _ahead(fleet.ledger, fleet.ledger.site("gate"))
+    needed = _ahead(fleet.ledger, fleet.ledger.streams.site("gate"))
     return repair_site(
         stretch(fleet.ledger, "gate", needed, fleet.find()),
         fleet.config.data,
@@ -250,10 +252,14 @@ def test_damaged_and_missing_features_are_made_again_to_the_last_bit(fleet: Flee
     paths[0].write_bytes(spoiled)
     paths[1].unlink()
     paths[2].with_name("000000000000-000000000999.parquet").write_bytes(before[paths[2]])
-    ledger = fleet.ledger.segments("gate"), fleet.refused("gate"), fleet.ledger.site("gate")
+    ledger = fleet.ledger.streams.segments("gate"), fleet.refused("gate"), fleet.ledger.streams.site("gate")
     assert mended(fleet).restored[:2] == ("segment-0.parquet", "segment-1.parquet")
     assert {p: p.read_bytes() for p in Path(str(fleet.config.place("features"))).rglob("*.parquet")} == before
-    assert (fleet.ledger.segments("gate"), fleet.refused("gate"), fleet.ledger.site("gate")) == ledger
+    assert (
+        fleet.ledger.streams.segments("gate"),
+        fleet.refused("gate"),
+        fleet.ledger.streams.site("gate"),
+    ) == ledger
     assert mended(fleet) == Repaired("gate")
 
 
@@ -269,11 +275,13 @@ def test_features_whose_capture_is_gone_or_another_are_lost_and_the_site_goes_on
     segment(another, "never ingested")
     told = mended(fleet)
     assert told == Repaired("gate", ("segment-2.parquet",), ("segment-0.parquet", "segment-1.parquet"))
-    assert fleet.ledger.pending(["gate"])["gate"][0] == 4
+    assert fleet.ledger.streams.pending(["gate"])["gate"][0] == 4
     cycle = fleet.begin()
     for _ in range(2):  # a second time changes nothing
-        fleet.ledger.quarantine_lost(cycle, [("gate", name) for name in told.lost], reason=LOST, now=now())
-    assert fleet.ledger.pending(["gate"])["gate"][0] == 1
+        fleet.ledger.streams.quarantine_lost(
+            cycle, [("gate", name) for name in told.lost], reason=LOST, now=now()
+        )
+    assert fleet.ledger.streams.pending(["gate"])["gate"][0] == 1
     assert fleet.stored("gate") == {"d": 4}
     assert mended(fleet) == Repaired("gate")
     assert sorted(fleet.refused("gate")) == [
@@ -282,12 +290,14 @@ def test_features_whose_capture_is_gone_or_another_are_lost_and_the_site_goes_on
         ("segment-0.parquet", 2, LOST),
         ("segment-1.parquet", 0, LOST),
     ]
-    counts = [(s.rows, s.good, s.quarantined) for s, _ in fleet.ledger.segments("gate")]
+    counts = [(s.rows, s.good, s.quarantined) for s, _ in fleet.ledger.streams.segments("gate")]
     assert counts == [(3, 0, 3), (1, 0, 1), (1, 1, 0)]
     assert [
-        (p["segment"], p["samples"], p["offsets"]) for _, _, kind, p in fleet.ledger.audit() if kind == LOST
+        (p["segment"], p["samples"], p["offsets"])
+        for _, _, kind, p in fleet.ledger.audit.rows()
+        if kind == LOST
     ] == [("segment-0.parquet", 2, [0, 3]), ("segment-1.parquet", 1, [3, 4])]
-    assert fleet.ledger.broken_audit() is None
+    assert fleet.ledger.audit.first_broken() is None
 
 
 def test_a_store_that_is_away_loses_nothing(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,13 +376,13 @@ def test_who_featurises_is_the_champion_and_the_challenger(fleet: Fleet) -> None
         ("c", "t1", SIZE),
         ("d", "t3", 2 * SIZE),
     ):
-        ledger.add_source(digest, trunk=trunk, path=path, manifest={"size": size}, lineage="", now=now())
+        ledger.sources.add(digest, trunk=trunk, path=path, manifest={"size": size}, lineage="", now=now())
     named = {}
     for challenger in (None, 1, 2, 3):
-        ledger.set_challenger(challenger, now=now())
+        ledger.sources.set_challenger(challenger, now=now())
         named[challenger] = [s.version for s in ingest_sources(config, ledger)]
     assert named == {None: [1], 1: [1], 2: [1, 2], 3: [1]}, "a trunk that they share is asked once"
-    ledger.set_challenger(4, now=now())
+    ledger.sources.set_challenger(4, now=now())
     with pytest.raises(ValueError, match=f"^data.size: {SIZE}, but source v4 was trained at {2 * SIZE}$"):
         ingest_sources(config, ledger)
 
@@ -392,7 +402,7 @@ def test_under_ray_the_fleet_is_the_same(fleet: Fleet, ray_local: None) -> None:
             segment(fleet.captures / f"site-{s}/segment-{k}.parquet", *(f"{k}-{n}" for n in range(5)))
     (fleet.captures / "site-3/segment-1.parquet").write_bytes(b"rubbish")
     found, steps = fleet.find(), []
-    fleet.ledger.register_sites({s: {} for s in found.sites}, now=now())
+    fleet.ledger.streams.register({s: {} for s in found.sites}, now=now())
     result = ingest.run(
         fleet.config,
         found.new,
@@ -404,8 +414,8 @@ def test_under_ray_the_fleet_is_the_same(fleet: Fleet, ray_local: None) -> None:
     assert steps[-1] == (12, 12)
     assert not result.failed
     assert [(q.site, q.row) for q in result.quarantined] == [("site-3", -1)]
-    fleet.ledger.commit_ingest(fleet.begin(), result.segments, result.quarantined, now=now())
-    assert {s.site: s.ingested for s in fleet.ledger.sites()} == {
+    fleet.ledger.streams.commit(fleet.begin(), result.segments, result.quarantined, now=now())
+    assert {s.site: s.ingested for s in fleet.ledger.streams.sites()} == {
         f"site-{s}": 5 if s == 3 else 10 for s in range(6)
     }
     alone = fleet.stored("site-5")

@@ -39,7 +39,7 @@ def made(root: Path) -> Crowd:
 def adapted(crowd: Crowd) -> None:
     cycle = crowd.begin()
     assert shard.adapt_sites(crowd.job(cycle), SITES) == {}
-    crowd.ledger.finish_cycle(cycle, summary={}, now=now())
+    crowd.ledger.cycles.finish(cycle, summary={}, now=now())
 
 
 def forget() -> None:
@@ -50,8 +50,11 @@ def forget() -> None:
 def test_a_hot_state_is_the_one_in_the_blob(crowd):
     adapted(crowd)  # the first day's states were never read: this process made them
     hot = loaders.state_cache(crowd.d.config.bank.hot_mb)
-    rows = crowd.ledger.states(
-        [v.parent for v in crowd.ledger.states([s.learner for s in crowd.ledger.sites()]).values()]
+    rows = crowd.ledger.verdicts.states(
+        [
+            v.parent
+            for v in crowd.ledger.verdicts.states([s.learner for s in crowd.ledger.streams.sites()]).values()
+        ]
     )
     assert len(rows) == len(SITES)
     for row in rows.values():
@@ -61,24 +64,29 @@ def test_a_hot_state_is_the_one_in_the_blob(crowd):
 
 def test_a_site_whose_own_state_is_damaged_goes_on_from_what_it_serves(crowd):
     forget()
-    (blob,) = {s.blob for s in crowd.ledger.states([s.learner for s in crowd.ledger.sites()[:1]]).values()}
+    (blob,) = {
+        s.blob
+        for s in crowd.ledger.verdicts.states([s.learner for s in crowd.ledger.streams.sites()[:1]]).values()
+    }
     path = crowd.d.config.place("states") / blob[:2] / f"{blob}.safetensors"
     flip(path)
     hit = {
         s.site
-        for s in crowd.ledger.states([r.learner for r in crowd.ledger.sites()]).values()
+        for s in crowd.ledger.verdicts.states([r.learner for r in crowd.ledger.streams.sites()]).values()
         if s.blob == blob
     }
     adapted(crowd)
-    newest = {v.site: v for v in crowd.ledger.verdicts() if v.offset_from > 0}
+    newest = {v.site: v for v in crowd.ledger.verdicts.find() if v.offset_from > 0}
     assert {site for site, v in newest.items() if v.counters["lost"]} == hit
-    rows = crowd.ledger.states([v.state for v in newest.values()])
+    rows = crowd.ledger.verdicts.states([v.state for v in newest.values()])
     assert {r.site for r in rows.values() if r.parent is None} == hit, "the source model is what they serve"
 
 
 def test_states_that_move_alike_share_their_anchor_scores(crowd):
-    config, model = crowd.d.config, loaders.load_model(crowd.ledger.source().path)
-    anchor = loaders.load_anchor(config.place("anchors"), crowd.ledger.anchor(crowd.ledger.source().trunk))
+    config, model = crowd.d.config, loaders.load_model(crowd.ledger.sources.champion().path)
+    anchor = loaders.load_anchor(
+        config.place("anchors"), crowd.ledger.verdicts.anchor(crowd.ledger.sources.champion().trunk)
+    )
     fresh = config.site.init(model.tail)
     other = {**fresh, "log_rho": fresh["log_rho"] + 0.1}
     later = {**fresh, "seen": fresh["seen"] + 5}  # moves nothing that scores
@@ -104,7 +112,7 @@ def test_the_slots_of_a_bank_and_the_size_of_a_call_change_no_bit(tmp_path):
     assert mine.keys() == theirs.keys() and len(mine) == len(SITES)
     assert all(torch.equal(t, theirs[key][n]) for key, state in mine.items() for n, t in state.items())
     cells = [
-        {v.site: (v.evidence.cells, v.evidence.margin_drop) for v in crowd.ledger.verdicts()}
+        {v.site: (v.evidence.cells, v.evidence.margin_drop) for v in crowd.ledger.verdicts.find()}
         for crowd in (whole, alone)
     ]
     assert cells[0] == cells[1]
@@ -112,7 +120,7 @@ def test_the_slots_of_a_bank_and_the_size_of_a_call_change_no_bit(tmp_path):
 
 def streams(crowd: Crowd) -> dict:
     """What the newest verdict of each site measured without labels."""
-    return {v.site: v.evidence.stream for v in crowd.ledger.latest_verdicts().values()}
+    return {v.site: v.evidence.stream for v in crowd.ledger.verdicts.latest().values()}
 
 
 def test_a_window_knows_what_the_windows_before_it_measured(crowd):
@@ -133,7 +141,7 @@ def test_a_failed_window_is_no_baseline_and_its_state_not_gone_on_from(tmp_path)
         crowd.arrive(day)
         new_deployment(crowd.d.root, strict if day == 1 else CROWD)
         adapted(crowd)
-    by_day = [crowd.ledger.verdicts(site=s) for s in SITES[:3]]
+    by_day = [crowd.ledger.verdicts.find(site=s) for s in SITES[:3]]
     for first, second, third in by_day:
         assert [v.outcome for v in (first, second, third)] == [first.outcome, "fail", third.outcome]
         assert (
@@ -144,8 +152,10 @@ def test_a_failed_window_is_no_baseline_and_its_state_not_gone_on_from(tmp_path)
 
 
 def test_the_anchor_set_is_shown_as_the_rig_sees_it(crowd):
-    config, model = crowd.d.config, loaders.load_model(crowd.ledger.source().path)
-    anchor = loaders.load_anchor(config.place("anchors"), crowd.ledger.anchor(crowd.ledger.source().trunk))
+    config, model = crowd.d.config, loaders.load_model(crowd.ledger.sources.champion().path)
+    anchor = loaders.load_anchor(
+        config.place("anchors"), crowd.ledger.verdicts.anchor(crowd.ledger.sources.champion().trunk)
+    )
     known: dict = {}
     fresh = config.site.init(model.tail)
     whole, rig = (judge.anchor_scores(model, anchor, fresh, known, rig=r) for r in ((), ("rgb", "ir")))
@@ -161,11 +171,11 @@ def test_the_anchor_set_is_shown_as_the_rig_sees_it(crowd):
 
 def test_a_site_with_one_camera_is_judged_on_what_it_can_show(tmp_path):
     crowd = made(tmp_path / "d")
-    crowd.ledger.set_tags({SITES[0]: {"rig": "rgb"}}, now=now())
+    crowd.ledger.streams.set_tags({SITES[0]: {"rig": "rgb"}}, now=now())
     crowd.arrive(0)
     adapted(crowd)
-    found = crowd.ledger.latest_verdicts()[SITES[0]].evidence
+    found = crowd.ledger.verdicts.latest()[SITES[0]].evidence
     assert found.rig == ("rgb",)
     assert found.unseen == ("no-rgb",)
     assert "no-rgb" not in {c.pattern for c in found.cells}
-    assert crowd.ledger.latest_verdicts([SITES[1]])[SITES[1]].evidence.unseen == ()
+    assert crowd.ledger.verdicts.latest([SITES[1]])[SITES[1]].evidence.unseen == ()

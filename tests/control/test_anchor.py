@@ -136,16 +136,16 @@ def test_the_newest_sealed_set_counts_also_when_it_was_sealed_before(tmp_path):
     ledger = Ledger.open(f"sqlite:///{tmp_path}/ledger.db")
     days = [T0 + timedelta(days=k) for k in range(6)]
     for digest, at in (("x", days[0]), ("y", days[1]), ("x", days[2]), ("x", days[3])):
-        ledger.pin_anchor(digest, trunk="t", summary={}, now=at)
-    assert ledger.anchor("t") == "x"
-    said = [(p["digest"], at) for _, at, kind, p in ledger.audit() if kind == "anchor"]
+        ledger.verdicts.pin_anchor(digest, trunk="t", summary={}, now=at)
+    assert ledger.verdicts.anchor("t") == "x"
+    said = [(p["digest"], at) for _, at, kind, p in ledger.audit.rows() if kind == "anchor"]
     assert said == [("x", days[0]), ("y", days[1]), ("x", days[2])], "what counts already is not sealed again"
-    assert [ledger.anchor("t", at=d) for d in days[:3]] == ["x", "y", "x"]
-    ledger.pin_anchor("y", trunk="t", summary={}, now=T0 - timedelta(days=9))
-    assert ledger.anchor("t") == "y", "though the clock was set back"
-    assert list(ledger.anchors().items()) == [("x", "t"), ("y", "t")]
+    assert [ledger.verdicts.anchor("t", at=d) for d in days[:3]] == ["x", "y", "x"]
+    ledger.verdicts.pin_anchor("y", trunk="t", summary={}, now=T0 - timedelta(days=9))
+    assert ledger.verdicts.anchor("t") == "y", "though the clock was set back"
+    assert list(ledger.verdicts.anchors().items()) == [("x", "t"), ("y", "t")]
     with pytest.raises(LedgerError, match="no anchor set"):
-        ledger.anchor("t", at=T0 - timedelta(days=99))
+        ledger.verdicts.anchor("t", at=T0 - timedelta(days=99))
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_build_makes_a_draft_and_seal_pins_it(mine, capsys):
     capsys.readouterr()
     assert mine.run("anchor", "seal", draft["digest"][:8], "--json") == 0
     assert printed(capsys)["digest"] == draft["digest"]
-    assert mine.ledger.anchor(mine.ledger.source(1).trunk) == draft["digest"]
+    assert mine.ledger.verdicts.anchor(mine.ledger.sources.get(1).trunk) == draft["digest"]
     assert mine.run("anchor", "seal", "--json") == 0
     assert printed(capsys)["digest"] == draft["digest"], "the same content is the same set"
     assert mine.run("anchor", "seal", "--version", "2", "--json") == 0
@@ -194,15 +194,15 @@ def test_build_makes_a_draft_and_seal_pins_it(mine, capsys):
 
 
 def test_an_earlier_set_counts_again(mine, capsys):
-    trunk = mine.ledger.source(1).trunk
+    trunk = mine.ledger.sources.get(1).trunk
     for words in ([], ["data.domains=[A]"], []):
         assert mine.run("anchor", "seal", *words, "--json") == 0
     first, second, third = [json.loads(line)["digest"] for line in capsys.readouterr().out.splitlines()]
     assert first == third != second
-    assert mine.ledger.anchor(trunk) == first
+    assert mine.ledger.verdicts.anchor(trunk) == first
     assert mine.run("anchor", "seal", second[:10]) == 0
-    assert mine.ledger.anchor(trunk) == second
-    assert mine.ledger.broken_audit() is None
+    assert mine.ledger.verdicts.anchor(trunk) == second
+    assert mine.ledger.audit.first_broken() is None
 
 
 @pytest.mark.parametrize("words", [["1234"], ["00000000"], ["nonsense"]])
@@ -230,14 +230,14 @@ def test_a_set_that_was_trained_on_is_refused(mine, capsys):
     assert "in the training split of data.domains" in draft["errors"][0]
     assert mine.run("anchor", "seal", draft["digest"]) == 4
     with pytest.raises(LedgerError):
-        mine.ledger.anchor(mine.ledger.source(1).trunk)
+        mine.ledger.verdicts.anchor(mine.ledger.sources.get(1).trunk)
 
 
 def test_two_source_models_are_paired_on_the_same_samples(mine):
     config, ledger = mine.config, mine.ledger
-    old, new = ledger.source(1), ledger.source(2)
+    old, new = ledger.sources.get(1), ledger.sources.get(2)
     evidence = compare_sources(config, ledger, old, new)
-    sets = [open_sealed(config.place("anchors"), ledger.anchor(s.trunk)) for s in (old, new)]
+    sets = [open_sealed(config.place("anchors"), ledger.verdicts.anchor(s.trunk)) for s in (old, new)]
     assert sets[0].keys() == sets[1].keys(), "sealed from the same corpus"
     models = [checkpoint.load(s.path) for s in (old, new)]
     with torch.no_grad():
@@ -258,10 +258,13 @@ def test_two_source_models_are_paired_on_the_same_samples(mine):
 def test_only_samples_of_both_sets_are_paired(mine, capsys):
     assert mine.run("anchor", "seal", "--version", "1", "data.domains=[A]") == 0
     config, ledger = mine.config, mine.ledger
-    evidence = compare_sources(config, ledger, ledger.source(1), ledger.source(2))
-    sets = [open_sealed(config.place("anchors"), ledger.anchor(ledger.source(v).trunk)) for v in (1, 2)]
+    evidence = compare_sources(config, ledger, ledger.sources.get(1), ledger.sources.get(2))
+    sets = [
+        open_sealed(config.place("anchors"), ledger.verdicts.anchor(ledger.sources.get(v).trunk))
+        for v in (1, 2)
+    ]
     assert 0 < len(sets[0].label) < len(sets[1].label)
     assert sum(c.n for c in evidence.cells if c.pattern == "full") == len(set(sets[0].keys()))
     assert mine.run("anchor", "seal", "--version", "2", "data.domains=[B]") == 0
     with pytest.raises(LedgerError, match=r"share no sample; .*--version 1"):
-        compare_sources(config, ledger, ledger.source(1), ledger.source(2))
+        compare_sources(config, ledger, ledger.sources.get(1), ledger.sources.get(2))

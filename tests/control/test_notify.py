@@ -110,7 +110,7 @@ def test_every_sink_gets_it_once(tell, hook):
 def test_what_is_less_severe_is_not_said(tell, hook):
     tell(severity="info", over=["notify.min_severity=warning"])
     tell(severity="warning", over=["notify.min_severity=critical"])
-    assert hook.bodies == [] and tell.ledger.notices() == []
+    assert hook.bodies == [] and tell.ledger.notices.latest() == []
     tell(severity="critical", over=["notify.min_severity=critical"])
     assert len(hook.bodies) == 1
 
@@ -119,7 +119,7 @@ def test_a_webhook_that_refuses_is_a_remark_and_is_tried_again_by_the_next_call(
     hook.status = 503
     remarks = tell(context={"site": "gate-a"})
     assert remarks == ["notify.webhook: it answered 503; it is tried again with the next notice"]
-    assert tell.ledger.notices()[0].sent_at is None
+    assert tell.ledger.notices.latest()[0].sent_at is None
     hook.status = 200
     assert tell("all is well", key="release-2", severity="info", after=CLAIM.total_seconds()) == []
     assert [(b["key"], b["text"]) for b in hook.bodies] == [
@@ -127,7 +127,7 @@ def test_a_webhook_that_refuses_is_a_remark_and_is_tried_again_by_the_next_call(
         ("release-2", "all is well"),
         ("release-1", "wave 1 holds"),
     ]
-    assert all(n.sent_at for n in tell.ledger.notices())
+    assert all(n.sent_at for n in tell.ledger.notices.latest())
 
 
 def test_a_redirect_is_not_followed(tell, hook):
@@ -162,7 +162,7 @@ def test_a_file_that_cannot_be_written_is_a_remark(tell, hook, tmp_path):
 def test_without_a_sink_it_is_on_record_and_waits_for_nobody(tell):
     over = ["notify.webhook=null", "notify.file=null"]
     assert tell(over=over) == []
-    assert tell.ledger.notices()[0].sent_at == T0
+    assert tell.ledger.notices.latest()[0].sent_at == T0
 
 
 def test_lines_of_two_drivers_do_not_mix(tell):

@@ -78,7 +78,7 @@ def crowd(tmp_path) -> Crowd:
 
 def challenge(crowd: Crowd) -> None:
     config, ledger, store = crowd.d.config, crowd.ledger, crowd.d.config.place("features")
-    one = ledger.source()
+    one = ledger.sources.champion()
     with torch.random.fork_rng():
         torch.manual_seed(1)
         trunk = fold(build_trunk(config.model.trunk, config.data.size))
@@ -90,8 +90,8 @@ def challenge(crowd: Crowd) -> None:
     )
     m = checkpoint.read_manifest(path)
     register_source(ledger, path, now=now())
-    anchor = open_sealed(config.place("anchors"), ledger.anchor(one.trunk))
-    ledger.pin_anchor(
+    anchor = open_sealed(config.place("anchors"), ledger.verdicts.anchor(one.trunk))
+    ledger.verdicts.pin_anchor(
         seal(config.place("anchors"), replace(anchor, z=anchor.z * 2)),
         trunk=m.trunk_digest,
         summary={},
@@ -106,7 +106,7 @@ def challenge(crowd: Crowd) -> None:
 def adapted(crowd: Crowd) -> None:
     cycle = crowd.begin()
     assert shard.adapt_sites(shard.shard_job(crowd.d.config, crowd.ledger, cycle), SITES) == {}
-    crowd.ledger.finish_cycle(cycle, summary={}, now=now())
+    crowd.ledger.cycles.finish(cycle, summary={}, now=now())
 
 
 def begun(crowd: Crowd) -> Cycle:
@@ -121,63 +121,63 @@ def rebased(crowd: Crowd, cycle: Cycle, samples: int = 1000) -> dict[str, str]:
 
 def state(crowd: Crowd, of: str) -> dict[str, torch.Tensor]:
     return loaders.load_state(
-        crowd.d.config, loaders.load_model(crowd.ledger.source(2).path), crowd.ledger.state(of)
+        crowd.d.config, loaders.load_model(crowd.ledger.sources.get(2).path), crowd.ledger.verdicts.state(of)
     )
 
 
 def test_a_rebase_makes_candidates_and_moves_nothing(crowd):
     before = (
-        crowd.ledger.sites(),
-        crowd.ledger.serving(),
-        crowd.ledger.verdicts(),
-        crowd.ledger.latest_verdicts(),
+        crowd.ledger.streams.sites(),
+        crowd.ledger.releases.serving(),
+        crowd.ledger.verdicts.find(),
+        crowd.ledger.verdicts.latest(),
     )
     cycle = begun(crowd)
     assert rebased(crowd, cycle) == {}
-    made = crowd.ledger.rebased(2)
+    made = crowd.ledger.verdicts.rebased(2)
     assert made.keys() == set(SITES)
     for site, v in made.items():
         assert (v.offset_from, v.offset_to) == (0, 2 * LENGTH[site]), (
             "what is not learned yet is left to be learned once"
         )
-        row = crowd.ledger.state(v.state)
+        row = crowd.ledger.verdicts.state(v.state)
         assert (row.source_version, row.parent) == (2, None)
     assert rebased(crowd, cycle) == {}, "a shard that comes again"
-    assert crowd.ledger.rebased(2) == made
+    assert crowd.ledger.verdicts.rebased(2) == made
     assert (
-        crowd.ledger.sites(),
-        crowd.ledger.serving(),
-        crowd.ledger.verdicts(),
-        crowd.ledger.latest_verdicts(),
+        crowd.ledger.streams.sites(),
+        crowd.ledger.releases.serving(),
+        crowd.ledger.verdicts.find(),
+        crowd.ledger.verdicts.latest(),
     ) == before
-    assert crowd.ledger.rebased(1) == crowd.ledger.rebased(2, fingerprint="another") == {}
-    assert crowd.ledger.rebased(2, fingerprint="f v2") == made
-    assert {v.id for v in crowd.ledger.verdicts(cycle=cycle.id)} == {v.id for v in made.values()}
+    assert crowd.ledger.verdicts.rebased(1) == crowd.ledger.verdicts.rebased(2, fingerprint="another") == {}
+    assert crowd.ledger.verdicts.rebased(2, fingerprint="f v2") == made
+    assert {v.id for v in crowd.ledger.verdicts.find(cycle=cycle.id)} == {v.id for v in made.values()}
 
 
 def test_a_rebase_learns_what_a_site_under_that_model_would_have_learned(crowd, tmp_path):
     assert rebased(crowd, begun(crowd)) == {}
-    crowd.ledger.set_champion(2, now=now())
+    crowd.ledger.sources.set_champion(2, now=now())
     (tmp_path / "same").mkdir()
     same = new_crowd(tmp_path / "same", SETTINGS, days=DAYS)
     challenge(same)
-    same.ledger.set_champion(2, now=now())
+    same.ledger.sources.set_champion(2, now=now())
     for day in range(DAYS - 1):
         same.arrive(day)
     adapted(same)  # both days in one window
-    for site, v in crowd.ledger.rebased(2).items():
-        mine, theirs = state(crowd, v.state), state(same, same.ledger.site(site).learner)
+    for site, v in crowd.ledger.verdicts.rebased(2).items():
+        mine, theirs = state(crowd, v.state), state(same, same.ledger.streams.site(site).learner)
         assert all(torch.equal(t, theirs[n]) for n, t in mine.items()), site
 
 
 def test_a_hole_in_the_features_ends_what_is_retained(crowd):
-    store, trunk = crowd.d.config.place("features"), crowd.ledger.source(2).trunk
+    store, trunk = crowd.d.config.place("features"), crowd.ledger.sources.get(2).trunk
     first, last = SITES[0], SITES[1]
     delete_range(store, trunk, first, start=0, end=1)
     delete_range(store, trunk, last, start=LENGTH[last], end=LENGTH[last] + 1)
     told = rebased(crowd, begun(crowd))
     assert told == {last: "nothing that it learned from has features of this source model"}
-    made = crowd.ledger.rebased(2)
+    made = crowd.ledger.verdicts.rebased(2)
     assert made.keys() == set(SITES) - {last}
     assert (made[first].offset_from, made[first].offset_to) == (LENGTH[first], 2 * LENGTH[first])
     assert made[SITES[2]].offset_from == 0
@@ -185,28 +185,28 @@ def test_a_hole_in_the_features_ends_what_is_retained(crowd):
 
 def test_after_the_release_a_site_goes_on_from_what_it_serves_and_after_a_rollback_from_what_it_had(crowd):
     rebased(crowd, begun(crowd))
-    made, ledger = crowd.ledger.rebased(2), crowd.ledger
+    made, ledger = crowd.ledger.verdicts.rebased(2), crowd.ledger
     gone = {s: made[s] for s in SITES[:-2]}
-    learners = {r.site: r.learner for r in ledger.sites()}
-    ledger.serve(
+    learners = {r.site: r.learner for r in ledger.streams.sites()}
+    ledger.releases.serve(
         {s: (v.state, 2) for s, v in gone.items()}, rollout="r", wave=1, kind="promote", reason="", now=now()
     )
-    ledger.set_champion(2, now=now())
+    ledger.sources.set_champion(2, now=now())
     adapted(crowd)
-    rows = ledger.states([r.learner for r in ledger.sites()])
+    rows = ledger.verdicts.states([r.learner for r in ledger.streams.sites()])
     for r in rows.values():
         assert r.source_version == 2
         assert r.parent == (gone[r.site].state if r.site in gone else None), r.site
         assert r.offset_from == 2 * LENGTH[r.site]
-    ledger.serve(
+    ledger.releases.serve(
         {s: (learners[s], 1) for s in gone}, rollout="r", wave=1, kind="rollback", reason="", now=now()
     )
-    ledger.set_champion(1, now=now())
+    ledger.sources.set_champion(1, now=now())
     for site, n in LENGTH.items():
-        store, trunk = crowd.d.config.place("features"), ledger.source().trunk
+        store, trunk = crowd.d.config.place("features"), ledger.sources.champion().trunk
         block = read_features(store, trunk, site, start=0, end=n, features=FEATURES)
         write_features(store, trunk, site, replace(block, offset=block.offset + DAYS * n))
     crowd.arrive(DAYS)
     adapted(crowd)
-    for r in ledger.states([r.learner for r in ledger.sites()]).values():
+    for r in ledger.verdicts.states([r.learner for r in ledger.streams.sites()]).values():
         assert (r.source_version, r.parent) == (1, learners[r.site] if r.site in gone else None), r.site

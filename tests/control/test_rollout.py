@@ -59,7 +59,7 @@ CONFIGS = (
     RolloutConfig(**QUIET, night="22:00-05:00", missing_share=0.4),
     RolloutConfig(**QUIET, freeze=(FROZEN,), abort_share=0.5, caps={"region": 0.5}),
 )
-DURABLE = ("carry_out", "save_rollout")
+DURABLE = ("carry_out", "save")
 PHASES = (Phase.explicit, Phase.generate)  # a failing run is short enough to read; shrinking it takes minutes
 
 
@@ -74,10 +74,10 @@ class Mortal:
         self.ledger, self.left, self.after, self.fatal = ledger, -1, False, ""
 
     def __getattr__(self, name):
-        real = getattr(self.ledger, name)
-        return self._killing(name, real) if name in DURABLE else real
+        part = getattr(self.ledger, name)
+        return MortalPart(self, part) if name in ("plans", "releases") else part
 
-    def _killing(self, name, real):
+    def killing(self, name, real):
         def call(*arguments, **named):
             self.left -= 1
             now = self.left == 0 or self.fatal == name
@@ -91,14 +91,25 @@ class Mortal:
         return call
 
 
+class MortalPart:
+    """A part of it."""
+
+    def __init__(self, mortal, part):
+        self.mortal, self.part = mortal, part
+
+    def __getattr__(self, name):
+        real = getattr(self.part, name)
+        return self.mortal.killing(name, real) if name in DURABLE else real
+
+
 def stored(path):
     """A ledger with every site's candidates of all generations, before anything is served → pointers that passed."""
     ledger = Ledger.open(f"sqlite:///{path}")
-    ledger.register_sites(TAGS, now=T0)
+    ledger.streams.register(TAGS, now=T0)
     for digest in "ab":
-        ledger.add_source(digest * 64, trunk="t" * 64, path="", manifest={}, lineage="", now=T0)
+        ledger.sources.add(digest * 64, trunk="t" * 64, path="", manifest={}, lineage="", now=T0)
     verdict = shard().verdict
-    made = {(None, 2): ledger.judge_source(2, verdict, GOOD, now=T0)}
+    made = {(None, 2): ledger.sources.judge(2, verdict, GOOD, now=T0)}
     for k, (version, _) in enumerate(GENERATIONS):
         cycle = begin(ledger, now=T0 + timedelta(days=k - 9), fingerprint=str(k), dead=lambda _: True)
         rows = [
@@ -108,8 +119,8 @@ def stored(path):
             )
             for i, s in enumerate(TAGS)
         ]
-        ledger.commit_shard(cycle, rows, now=T0)
-        ledger.finish_cycle(cycle, summary={}, now=T0)
+        ledger.verdicts.commit(cycle, rows, now=T0)
+        ledger.cycles.finish(cycle, summary={}, now=T0)
     ledger.close()
     return made
 
@@ -142,11 +153,11 @@ class World:
         self.open()
         self.candidates = {
             (s, GENERATIONS[int(v.cycle.split("-")[-1]) - 1]): v
-            for v in self.ledger.verdicts()
+            for v in self.ledger.verdicts.find()
             for s in [v.site]
             if s in TAGS
         }
-        self.passed = {v.id: v for v in self.ledger.verdicts() if v.outcome == "pass"}
+        self.passed = {v.id: v for v in self.ledger.verdicts.find() if v.outcome == "pass"}
         self.cycle = begin(self.ledger, now=T0, fingerprint="reports")
         self.brought = Counter()
 
@@ -178,14 +189,16 @@ class World:
     def _newest(self):
         ((name, revision),) = self.asked("select id, revision from rollouts order by id desc limit 1")
         if self.known[0] != (name, revision):
-            row = self.ledger.rollout(name)
+            row = self.ledger.plans.rollout(name)
             self.known = ((name, revision), row, drive.load(row))
         return self.known
 
     def facts(self, names, generation, source):
-        serving = {s: Pointer(x.state, x.source_version) for s, x in self.ledger.serving().items()}
-        good = self.ledger.served_by([r.id for r in self.ledger.rollouts() if r.status == Status.COMPLETED])
-        champion = Pointer(None, self.ledger.source().version)
+        serving = {s: Pointer(x.state, x.source_version) for s, x in self.ledger.releases.serving().items()}
+        good = self.ledger.releases.promoted_by(
+            [r.id for r in self.ledger.plans.rollouts() if r.status == Status.COMPLETED]
+        )
+        champion = Pointer(None, self.ledger.sources.champion().version)
         made = {}
         for s in names:
             verdict = self.candidates[s, generation]
@@ -209,15 +222,15 @@ class World:
 
     def plan(self, config=CONFIGS[0], *, later=False, source=False):
         """Store a plan for the living sites, if it is one for anybody."""
-        champion = self.ledger.source().version
+        champion = self.ledger.sources.champion().version
         source = source and champion == 1
         self.used[champion] = min(self.used[champion] + later, 2 if champion == 1 else 1)
         names = [s for s in self.living() if s in SITES]
-        name, version = f"r{len(self.ledger.rollouts()) + 1:03d}", 2 if source else champion
+        name, version = f"r{len(self.ledger.plans.rollouts()) + 1:03d}", 2 if source else champion
         facts = self.facts(names, (champion, self.used[champion]), source)
         draft = ro.plan(name, facts, version, config, source_before=champion if source else None)
         r = ro.start(draft.plan, self.now)
-        self.ledger.save_rollout(
+        self.ledger.plans.save(
             name,
             plan_hash=r.plan_hash,
             status=r.status,
@@ -228,7 +241,7 @@ class World:
             draft=draft,
         )
         if source:
-            self.ledger.set_challenger(2, now=self.now)
+            self.ledger.sources.set_challenger(2, now=self.now)
         return draft
 
     def look(self):
@@ -236,7 +249,7 @@ class World:
         if r.status in ro.IN_ROLLBACK:
             return observe_rollback(self.ledger, row.id, r)
         seen = observe(CONFIG, self.ledger, row.id, r)
-        on = self.ledger.promoted(row.id, upto=r.wave, names=sorted(self.bad)) if seen.waves else []
+        on = self.ledger.plans.promoted(row.id, upto=r.wave, names=sorted(self.bad)) if seen.waves else []
         waves = tuple(replace(w, attack_presentations=None) for w in seen.waves)
         breach = (self.breach,) if self.breach and seen.waves else ()
         return replace(
@@ -270,7 +283,7 @@ class World:
         """Captures of these sites come in."""
         rows = [segment(s, f"n{self.brought[s]}", 7 * self.brought[s], 7) for s in names]
         self.brought.update(names)
-        self.ledger.commit_ingest(self.cycle, rows, [], now=self.now)
+        self.ledger.streams.commit(self.cycle, rows, [], now=self.now)
 
     def on(self):
         """Wave and way back (whether it is another) of the sites that serve what the newest plan gives them."""
@@ -431,7 +444,7 @@ class Events(RuleBasedStateMachine):
     def join(self, pick):
         w, r = self.w, self.r
         site = SPARE[pick]
-        if not ro.open_to_joiners(r) or r.plan.kind == "source" or site in w.ledger.rollout_sites(w.row.id):
+        if not ro.open_to_joiners(r) or r.plan.kind == "source" or site in w.ledger.plans.sites(w.row.id):
             return
         version = r.plan.source_version
         draft = ro.plan(
@@ -442,7 +455,7 @@ class Events(RuleBasedStateMachine):
 
     @rule(site=st.sampled_from(SITES), leaves=st.booleans())
     def leave(self, site, leaves):
-        self.w.ledger.set_retired(site, retired=leaves, reason="sold", now=self.w.now)
+        self.w.ledger.streams.set_retired(site, retired=leaves, reason="sold", now=self.w.now)
 
     @rule(hours=st.integers(-(10**4), 10**4))
     def clock_jump(self, hours):
@@ -459,12 +472,12 @@ class Events(RuleBasedStateMachine):
     def it_wakes(self):
         """Whatever it decided, nothing of it is written."""
         (row, seen), ledger, now = self.old, self.w.ledger, self.w.now
-        before = len(ledger.audit())
+        before = len(ledger.audit.rows())
         for work in (
-            lambda: ledger.carry_out(
+            lambda: ledger.releases.carry_out(
                 row.id, [ro.Promote(wave=0)], without=(), reason="", revision=row.revision, now=now
             ),
-            lambda: ledger.carry_out(
+            lambda: ledger.releases.carry_out(
                 row.id, [ro.Rollback()], without=(), reason="", revision=row.revision, now=now
             ),
             lambda: drive.save(ledger, row, drive.load(row), "late", at=now),
@@ -473,7 +486,7 @@ class Events(RuleBasedStateMachine):
                 work()
         with contextlib.suppress(StaleGeneration):
             assert drive.step(ledger, row, seen, now) == (row, 0)
-        assert len(ledger.audit()) == before
+        assert len(ledger.audit.rows()) == before
 
     @invariant()
     def holds(self):
@@ -502,8 +515,8 @@ class Events(RuleBasedStateMachine):
         """I6."""
         ((last,),) = self.w.asked("select max(seq) from audit")
         if last > self.verified:
-            assert self.w.ledger.broken_audit() is None
-            assert self.w.ledger.verify_served() == []
+            assert self.w.ledger.audit.first_broken() is None
+            assert self.w.ledger.releases.verify() == []
             self.verified = last
 
     def new_rows_are_allowed(self):
@@ -535,7 +548,7 @@ class Events(RuleBasedStateMachine):
             self.ahead = False
             self.holds()
             self.is_recorded()
-            assert self.w.ledger.rollouts()[0].id == self.w.row.id
+            assert self.w.ledger.plans.rollouts()[0].id == self.w.row.id
             self.w.close()
 
 
@@ -574,7 +587,7 @@ def released(template, die=(), *, source=False):
             sights.append(served(w))
             w.change(lambda r: ro.abort(r, reason="incident", now=w.now))
         if w.r.wave == 2:
-            w.bad = {min(s for s, t in w.ledger.targets(w.row.id).items() if t.wave == 2)}
+            w.bad = {min(s for s, t in w.ledger.plans.targets(w.row.id).items() if t.wave == 2)}
         if die and w.r.wave + (die[1] == "carry_out") >= die[0] and not deaths:
             w.mortal.fatal, w.mortal.after = die[1], die[2]
         try:
@@ -586,8 +599,8 @@ def released(template, die=(), *, source=False):
             w.tick()
         w.report()
     assert w.r.status == Status.ROLLED_BACK
-    assert (w.ledger.broken_audit(), w.ledger.verify_served()) == (None, [])
-    sights += [served(w), w.ledger.source().version]
+    assert (w.ledger.audit.first_broken(), w.ledger.releases.verify()) == (None, [])
+    sights += [served(w), w.ledger.sources.champion().version]
     w.close()
     return deaths, sights
 
@@ -608,7 +621,7 @@ def drives(me, path, barrier):
     ledger = Ledger.open(f"sqlite:///{path}")
     barrier.wait()
     for _ in range(300):
-        row = ledger.rollouts()[0]
+        row = ledger.plans.rollouts()[0]
         r = drive.load(row)
         if r.status in ro.TERMINAL:
             break
@@ -637,7 +650,7 @@ def test_two_drivers_at_once_move_nothing_twice(template, aborts):
     quick = {"bake_seconds": 0, "health_samples": 0, "health_presentations": 0, "two_people_from": None}
     w.plan(RolloutConfig(waves=(0.1, 0.4, 1.0), **quick))
     w.approve()
-    planned = w.ledger.targets(w.row.id)
+    planned = w.ledger.plans.targets(w.row.id)
     w.close()
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(2, context) as pool:
@@ -645,13 +658,13 @@ def test_two_drivers_at_once_move_nothing_twice(template, aborts):
         for f in [pool.submit(drives, me, w.path, barrier) for me in (1, 2 if aborts else 0)]:
             f.result(100)
     w.open()
-    moves = {s: tuple((x.counter, x.kind) for x in w.ledger.served(s)) for s in planned}
+    moves = {s: tuple((x.counter, x.kind) for x in w.ledger.releases.history(s)) for s in planned}
     if w.r.status == Status.COMPLETED:
         assert set(moves.values()) == {((1, "promote"),)}
     else:
         assert (aborts, w.r.status, w.on()) == (True, Status.ROLLED_BACK, {})
         assert set(moves.values()) <= {(), ((1, "promote"), (2, "rollback"))}
-    writes = [p for _, _, kind, p in w.ledger.audit() if kind == "rollout"]
+    writes = [p for _, _, kind, p in w.ledger.audit.rows() if kind == "rollout"]
     assert len(writes) == w.row.revision, "no write was lost"
-    assert (w.ledger.broken_audit(), w.ledger.verify_served()) == (None, [])
+    assert (w.ledger.audit.first_broken(), w.ledger.releases.verify()) == (None, [])
     w.close()

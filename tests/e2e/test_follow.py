@@ -45,7 +45,7 @@ def test_follow(deployment, tmp_path: Path, number: signal.Signals) -> None:
     folder.mkdir(parents=True)
 
     def offset() -> int:
-        return next((s.ingested for s in ledger.sites() if s.site == site), 0)
+        return next((s.ingested for s in ledger.streams.sites() if s.site == site), 0)
 
     words = ["ingest", "--follow", "--interval", "0.3", "--json", "--config", deployment.yaml]
     with (
@@ -61,19 +61,19 @@ def test_follow(deployment, tmp_path: Path, number: signal.Signals) -> None:
             until(lambda: offset() > 0, process)
             first = offset()
             (folder / "segment-9000.parquet").write_bytes(b"rubbish")
-            until(lambda: len(ledger.quarantined(site)) == 1, process)
+            until(lambda: len(ledger.streams.quarantined(site)) == 1, process)
             drop(parts[1], folder / parts[1].name)
             until(lambda: offset() > first, process)
-            until(lambda: not [c for c in ledger.cycles() if c.status == "running"], process)
+            until(lambda: not [c for c in ledger.cycles.history() if c.status == "running"], process)
             os.kill(process.pid, number)
             assert process.wait(60) == 0, (tmp_path / "err").read_text()
         finally:
             process.kill()
     rounds = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert len(rounds) == 3
-    assert sum(r["samples"] for r in rounds) == sum(s.good for s, _ in ledger.segments(site))
-    assert sum(r["quarantined"] for r in rounds) == len(ledger.quarantined(site))
+    assert sum(r["samples"] for r in rounds) == sum(s.good for s, _ in ledger.streams.segments(site))
+    assert sum(r["quarantined"] for r in rounds) == len(ledger.streams.quarantined(site))
     assert [r["segments"] for r in rounds] == [1, 0, 1]
     assert rounds[1]["refused"][0]["reason"] == f"{site}/segment-9000.parquet: is no Parquet file"
-    assert {c.status for c in ledger.cycles(kinds=["ingest"])} == {"finished"}
+    assert {c.status for c in ledger.cycles.history(kinds=["ingest"])} == {"finished"}
     assert not list(deployment.root.rglob(".tmp-*"))

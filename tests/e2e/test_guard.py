@@ -23,7 +23,9 @@ def test_a_verdict_is_explained_replayed_and_judged_by_other_policies(deployment
     found = printed(capsys)
     assert found["outcome"] == "hold" and found["findings"][0]["guard"] == "no_data"
     assert "a window of at least 100000" in found["to_pass"][0]
-    assert found["evidence"]["anchor set"].startswith(d.ledger.anchor(d.ledger.source().trunk)[:12])
+    assert found["evidence"]["anchor set"].startswith(
+        d.ledger.verdicts.anchor(d.ledger.sources.champion().trunk)[:12]
+    )
 
     assert d.run("guard", "replay", "lobby-north", "--recount") == 0, (
         "under the limits of the cycle, not of today"
@@ -66,8 +68,8 @@ def test_a_tampered_anchor_set_stops_judging_until_it_is_sealed_again(deployment
     assert d.run("adapt") == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert file.name in line and "palisade anchor seal" in line
-    assert d.ledger.verdicts() == []
+    assert d.ledger.verdicts.find() == []
     assert d.run("anchor", "seal") == 0
     assert d.run("anchor", "verify") == 0
     d.run("adapt", *LOOSE)
-    assert len(d.ledger.verdicts()) == len(SITES)
+    assert len(d.ledger.verdicts.find()) == len(SITES)

@@ -25,23 +25,23 @@ def kinds(d) -> dict[str, int]:
 def test_from_captures_to_a_rollout_and_back(deployment, capsys):
     d = deployment
     assert d.run("cycle") == 0
-    sites = {s.site: s for s in d.ledger.sites()}
+    sites = {s.site: s for s in d.ledger.streams.sites()}
     assert len(sites) == 5
     assert all(s.learned == s.ingested for s in sites.values())
-    outcomes = {v.site: v.verdict.outcome for v in d.ledger.verdicts()}
+    outcomes = {v.site: v.verdict.outcome for v in d.ledger.verdicts.find()}
     assert outcomes["yard-broken"] == "hold"
     assert "pass" in outcomes.values()
     assert (d.root / "artifacts" / "reports" / "cycle-00001.html").stat().st_size > 10_000
 
     assert d.run("rollout", "plan") == 0
-    row = d.ledger.rollouts()[0]
+    row = d.ledger.plans.rollouts()[0]
     assert d.run("rollout", "diff") == 0
     assert d.run("rollout", "apply", "00000000") == 2
     assert d.run("rollout", "apply", row.plan_hash[:8], "--watch") == 0
     assert kinds(d) == {"train": 1, "cycle": 1, "rollout": 1}
-    assert d.ledger.rollouts()[0].status == "completed"
+    assert d.ledger.plans.rollouts()[0].status == "completed"
     promoted = {s for s, o in outcomes.items() if o == "pass"}
-    assert {s for s, r in d.ledger.serving().items() if r.state} == promoted
+    assert {s for s, r in d.ledger.releases.serving().items() if r.state} == promoted
 
     capsys.readouterr()
     one = sorted(promoted)[0]
@@ -56,30 +56,33 @@ def test_from_captures_to_a_rollout_and_back(deployment, capsys):
     words = ["rollout", "rollback", "--reason", "drill", "lineage.uri=http://127.0.0.1:9", "--config", d.yaml]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 False False", "a rollback waits on nothing"
-    assert d.ledger.rollouts()[0].status == "rolled_back"
-    assert all(r.state is None and r.counter == 2 for r in d.ledger.serving().values())
-    assert d.ledger.broken_audit() is None
+    assert d.ledger.plans.rollouts()[0].status == "rolled_back"
+    assert all(r.state is None and r.counter == 2 for r in d.ledger.releases.serving().values())
+    assert d.ledger.audit.first_broken() is None
 
 
 def test_a_second_cycle_without_captures_holds_everything(deployment):
     assert deployment.run("cycle") == 0
-    before = {s.site: s.learner for s in deployment.ledger.sites()}
+    before = {s.site: s.learner for s in deployment.ledger.streams.sites()}
     assert deployment.run("cycle") == 3
-    assert {s.site: s.learner for s in deployment.ledger.sites()} == before
+    assert {s.site: s.learner for s in deployment.ledger.streams.sites()} == before
 
 
 def test_hostile_files_and_rows_are_refused_one_by_one(deployment):
     assert deployment.run("ingest") == 0
-    refused = [q for q in deployment.ledger.quarantined() if q.site == "edge-untrusted"]
+    refused = [q for q in deployment.ledger.streams.quarantined() if q.site == "edge-untrusted"]
     assert {q.row for q in refused if q.row < 0} == {-1}
     assert any("12000" in q.reason for q in refused)
     assert all(q.reason for q in refused)
     good = {
-        s.site: sum(x.good for x, _ in deployment.ledger.segments(s.site)) for s in deployment.ledger.sites()
+        s.site: sum(x.good for x, _ in deployment.ledger.streams.segments(s.site))
+        for s in deployment.ledger.streams.sites()
     }
     assert good["lobby-north"] > 20
     assert deployment.run("ingest") == 0
-    assert len([q for q in deployment.ledger.quarantined() if q.site == "edge-untrusted"]) == len(refused)
+    assert len([q for q in deployment.ledger.streams.quarantined() if q.site == "edge-untrusted"]) == len(
+        refused
+    )
 
 
 def test_tune_writes_a_fragment_that_loads(deployment, capsys):

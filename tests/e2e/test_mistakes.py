@@ -47,7 +47,7 @@ def said(capsys) -> str:
 )
 def test_mistake(trained, capsys, words, code, expected):
     if words[0] in ("site", "adapt") and "lobby" in str(words):
-        trained.ledger.register_sites(
+        trained.ledger.streams.register(
             {"lobby-north": {}}, now=__import__("pipeline.control.deployment").control.deployment.now()
         )
     assert trained.run(*words) == code

@@ -105,7 +105,7 @@ def test_killed_drivers_and_raylets(nodes, tmp_path):
     assert _ran(_adapt, calm.d, nodes.address) == 0
     seconds = time.monotonic() - began
     wanted = calm.states()
-    assert len(wanted) == len(calm.ledger.sites())
+    assert len(wanted) == len(calm.ledger.streams.sites())
     lives = count()  # a driver may come through unharmed: every crowd needs a folder of its own
     while killed.total() < KILLS:
         crowd = copy_crowd(template, tmp_path / f"crowd {next(lives)}")
@@ -125,11 +125,11 @@ def test_killed_drivers_and_raylets(nodes, tmp_path):
             assert child.exitcode in (0, KILLED), child.exitcode
             killed["driver"] += child.exitcode == KILLED
             # one that was killed after its last write has ended as well: the next would begin another cycle
-            ended = any(c.status == "finished" for c in crowd.ledger.cycles(kinds=["adapt"]))
+            ended = any(c.status == "finished" for c in crowd.ledger.cycles.history(kinds=["adapt"]))
             assert ended or child.exitcode == KILLED
             crowd.check()
-        assert crowd.ledger.cycles(kinds=["adapt"])[0].status == "finished"
-        assert crowd.ledger.broken_audit() is None
+        assert crowd.ledger.cycles.history(kinds=["adapt"])[0].status == "finished"
+        assert crowd.ledger.audit.first_broken() is None
         assert_same(crowd.states(), wanted)
         crowd.ledger.close()
     assert killed["raylet"] >= RAYLETS * KILLS - 1
@@ -145,14 +145,14 @@ def test_a_shard_that_its_node_kills_for_want_of_memory_is_replaced(nodes, tmp_p
         RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms=f"{1000 * STARVED}"
     )
     driver = _started(_adapt, crowd.d, nodes.address)
-    _until(lambda: bool(crowd.ledger.cycles(kinds=["adapt"])))
+    _until(lambda: bool(crowd.ledger.cycles.history(kinds=["adapt"])))
     time.sleep(2 * STARVED + 2)
     nodes.kill(starving)
     nodes.add()
     nodes.add()
     driver.join()
     assert driver.exitcode == 0
-    assert crowd.check() == {row.site for row in crowd.ledger.sites()}
+    assert crowd.check() == {row.site for row in crowd.ledger.streams.sites()}
 
 
 def test_a_cycle_on_three_nodes_of_which_some_die(nodes, tmp_path):
@@ -170,7 +170,7 @@ def test_a_cycle_on_three_nodes_of_which_some_die(nodes, tmp_path):
     _until(lambda: any(features.rglob("[0-9]*.parquet")))
     first = next(raylet for raylet in nodes.alive if nodes.named(raylet, "_ingest_batch"))
     nodes.kill(first)
-    assert not crowd.ledger.known_segments(), "it died in the middle of ingest"
+    assert not crowd.ledger.streams.segment_names(), "it died in the middle of ingest"
     nodes.add()
     assert here.recv() == {
         "segments": CROWD,
@@ -195,8 +195,8 @@ def test_a_cycle_on_three_nodes_of_which_some_die(nodes, tmp_path):
         here.send(True)
     driver.join()
     assert driver.exitcode == 0
-    assert crowd.check() == {row.site for row in crowd.ledger.sites()}
-    assert crowd.ledger.broken_audit() is None
+    assert crowd.check() == {row.site for row in crowd.ledger.streams.sites()}
+    assert crowd.ledger.audit.first_broken() is None
     assert _files(features) == _files(Path(alone.d.config.ledger.artifacts) / "features")
     assert len(crowd.states()) == CROWD
     assert_same(crowd.states(), alone.states())
@@ -265,12 +265,12 @@ def _cycle(d: Deployment, address: str, pipe: Connection) -> None:
         taken = ingest_step(config, ledger, cycle, _silent())
         pipe.send({k: taken[k] for k in ("segments", "samples", "failed_sites", "quarantined")})
         crowd = Crowd(d, ledger)
-        pending = {s.site: s.ingested - s.learned for s in ledger.sites()}
+        pending = {s.site: s.ingested - s.learned for s in ledger.streams.sites()}
         placement = fleet.Placement(3, 1, config.bank.sites, config.bank.hot_mb)
         failed = fleet.run_fleet(
             crowd.job(cycle), pending, placement=placement, on_progress=lambda *_: None, on_shard=joined
         )
-        ledger.finish_cycle(cycle, summary={}, now=now())
+        ledger.cycles.finish(cycle, summary={}, now=now())
     pipe.send(failed)
 
 
@@ -280,7 +280,7 @@ def _adapt(d: Deployment, address: str) -> None:
     with lease(config, ledger, "adapt") as cycle:
         summary = adapt_step(config, ledger, cycle, _silent())
         assert not summary["failed_sites"]
-        ledger.finish_cycle(cycle, summary=summary, now=now())
+        ledger.cycles.finish(cycle, summary=summary, now=now())
 
 
 def _at(config: Config, address: str, *, shards: int = 2) -> Config:

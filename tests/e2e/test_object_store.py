@@ -51,14 +51,19 @@ def test_a_cycle_on_an_object_store(remote, capsys):
     config, ledger = remote.config, remote.ledger
     there = {f.inside[0] for f in files(config.place())}
     assert there == {"models", "anchors", "features", "states", "outcomes"}
-    assert checkpoint.load(ledger.source().path).manifest.trunk_digest == ledger.source().trunk
-    assert len(open_sealed(config.place("anchors"), ledger.anchor(ledger.source().trunk)).species)
-    for site in ledger.sites():
+    assert (
+        checkpoint.load(ledger.sources.champion().path).manifest.trunk_digest
+        == ledger.sources.champion().trunk
+    )
+    assert len(
+        open_sealed(config.place("anchors"), ledger.verdicts.anchor(ledger.sources.champion().trunk)).species
+    )
+    for site in ledger.streams.sites():
         assert 0 < site.learned == site.ingested
-    for state in ledger.states([s.learner for s in ledger.sites()]).values():
+    for state in ledger.verdicts.states([s.learner for s in ledger.streams.sites()]).values():
         blobs.get(config.place("states"), state.blob)
     left = {f.inside[-2:] for f in files(place(config.data.captures))}
-    doubtful = {(q.site, q.segment) for q in ledger.quarantined()}
+    doubtful = {(q.site, q.segment) for q in ledger.streams.quarantined()}
     assert left == doubtful, "frames do not outlive ingest, but for those that somebody may look into"
     assert Path(str(told["report"])).is_file(), "a page is for people: it lies on this machine"
     assert not (remote.root / "artifacts").exists()

@@ -22,28 +22,30 @@ def test_the_next_cycle_makes_damaged_features_again_or_goes_on_without_them(dep
     undisturbed = copy_deployment(deployment, tmp_path / "undisturbed")
     said(undisturbed, capsys, "adapt")
     ledger = deployment.ledger
-    before = ledger.segments(SITE), ledger.quarantined(SITE)
-    lost = ledger.segments(GONE)[0][0].name
+    before = ledger.streams.segments(SITE), ledger.streams.quarantined(SITE)
+    lost = ledger.streams.segments(GONE)[0][0].name
     for site in (GONE, SITE):
         damage(deployment, site)
     (deployment.root / "captures" / GONE / lost).unlink()
     told, _ = said(deployment, capsys, "cycle")
     assert (told["adapted"], told["failed_sites"]) == (len(SITES) - 2, 2)
-    assert ledger.site(SITE).status == ledger.site(GONE).status == "failed"
+    assert ledger.streams.site(SITE).status == ledger.streams.site(GONE).status == "failed"
     told, line = said(deployment, capsys, "cycle")
     assert told["failed_sites"] == 0
     assert f"{SITE}: features of segment-" in line
     assert f"warning: {GONE}: {LOST}: {lost}: they do not verify and the captures are gone" in line
     for site in (SITE, GONE):
-        row = ledger.site(site)
+        row = ledger.streams.site(site)
         assert (row.status, row.learned) == ("active", row.ingested)
-    assert (ledger.segments(SITE), ledger.quarantined(SITE)) == before
+    assert (ledger.streams.segments(SITE), ledger.streams.quarantined(SITE)) == before
     mine, theirs = learned(deployment), learned(undisturbed)
     for site in set(SITES) - {GONE}:
         assert mine[site].keys() == theirs[site].keys()
         assert all(torch.equal(t, theirs[site][n]) for n, t in mine[site].items()), site
-    assert [(p["site"], p["segment"]) for _, _, kind, p in ledger.audit() if kind == LOST] == [(GONE, lost)]
-    assert ledger.broken_audit() is None
+    assert [(p["site"], p["segment"]) for _, _, kind, p in ledger.audit.rows() if kind == LOST] == [
+        (GONE, lost)
+    ]
+    assert ledger.audit.first_broken() is None
 
 
 def damage(d: Deployment, site: str) -> None:
@@ -55,7 +57,9 @@ def damage(d: Deployment, site: str) -> None:
 def learned(d: Deployment) -> dict[str, dict[str, torch.Tensor]]:
     """What each site has learned."""
     ledger = d.ledger
-    rows = {s.site: ledger.states([s.learner])[s.learner] for s in ledger.sites() if s.learner}
+    rows = {
+        s.site: ledger.verdicts.states([s.learner])[s.learner] for s in ledger.streams.sites() if s.learner
+    }
     places = d.config.place("states")
     return {site: {n: t[r.slot] for n, t in blobs.get(places, r.blob).items()} for site, r in rows.items()}
 

@@ -14,7 +14,7 @@ from jobs import gc
 from jobs.__main__ import main
 from pipeline.control.scoring import join_labels
 from pipeline.data import blobs
-from pipeline.ledger import Pointed
+from pipeline.ledger import Needed
 from pipeline.storage import TEMPORARY, StoredFile, files
 from tests.support.garbage import SITES, begun, verify
 from tests.support.ledgers import BAD, GOOD, T0
@@ -93,13 +93,13 @@ def test_what_was_promoted_before_stays_for_a_rollback(fleet):
         fleet.day += 50
         fleet.window(("east",), GOOD)
         fleet.promote("east")
-    served = fleet.ledger.served("east")
-    fleet.ledger.serve(
+    served = fleet.ledger.releases.history("east")
+    fleet.ledger.releases.serve(
         {"east": (served[1].state, 1)}, rollout="r", wave=1, kind="rollback", reason="", now=fleet.now
     )
     fleet.day += 50
     fleet.collect(keep=0)
-    kept = fleet.ledger.states([r.state for r in served[1:]])
+    kept = fleet.ledger.verdicts.states([r.state for r in served[1:]])
     assert len(kept) == 2
     for state in kept.values():
         blobs.get(fleet.config.place("states"), state.blob)
@@ -110,8 +110,8 @@ def test_scoring_goes_without_what_was_collected(fleet):
     fleet.window(SITES, GOOD)
     fleet.day += 10
     fleet.collect(keep=5)
-    (row,) = fleet.ledger.sources()
-    assert join_labels(fleet.config, row, fleet.ledger.verdicts(site="east")) is None
+    (row,) = fleet.ledger.sources.all()
+    assert join_labels(fleet.config, row, fleet.ledger.verdicts.find(site="east")) is None
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_scoring_goes_without_what_was_collected(fleet):
 )
 def test_by_its_name(inside, needed):
     file = StoredFile(Path(*inside), inside, 1, T0)
-    pointed = Pointed(frozenset(), frozenset(), {"east": 8})
+    pointed = Needed(frozenset(), frozenset(), {"east": 8})
     found = gc.condemned([file], pointed, {"a" * 16}, before=T0 + timedelta(seconds=1))
     assert [f for v in found.values() for f in v] == ([] if needed else [file])
     assert not any(gc.condemned([file], pointed, {"a" * 16}, before=T0).values()), "not older than the grace"
@@ -149,7 +149,7 @@ def test_the_command_counts_then_deletes_then_finds_nothing(fleet, capsys):
     assert run(fleet, "gc", "--dry-run", "--json") == 0
     counted = json.loads(capsys.readouterr().out)
     assert {f.inside for f in files(fleet.config.place())} == before
-    assert [c.kind for c in fleet.ledger.cycles()] == ["cycle"] * 2, "a dry run takes no lease"
+    assert [c.kind for c in fleet.ledger.cycles.history()] == ["cycle"] * 2, "a dry run takes no lease"
     assert run(fleet, "gc", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["files"] == counted["files"] > 0
@@ -158,14 +158,17 @@ def test_the_command_counts_then_deletes_then_finds_nothing(fleet, capsys):
     assert told["bytes"] == sum(told[k]["bytes"] for k in gc.KINDS) > 0
     assert run(fleet, "gc") == 0
     assert "0 files, 0.0 MiB deleted" in capsys.readouterr().out
-    assert {c.kind: c.status for c in fleet.ledger.cycles()} == {"gc": "finished", "cycle": "finished"}
+    assert {c.kind: c.status for c in fleet.ledger.cycles.history()} == {
+        "gc": "finished",
+        "cycle": "finished",
+    }
 
 
 def test_gc_waits_for_a_cycle_that_has_not_ended(fleet, capsys):
     """Its lease may have run out: it would be resumed, and gc must not take that from it."""
-    cycle = fleet.ledger.begin_cycle("cycle", "f", "{}", holder="gone", dead=lambda _: False, now=T0)
+    cycle = fleet.ledger.cycles.begin("cycle", "f", "{}", holder="gone", dead=lambda _: False, now=T0)
     assert run(fleet, "gc") == 5
     said = capsys.readouterr().err
     assert f"{cycle.id} has not ended; wait for it, or end it with `palisade cycle`" in said
     assert said.count("\n") == 1
-    assert fleet.ledger.cycles()[0].status == "running"
+    assert fleet.ledger.cycles.history()[0].status == "running"

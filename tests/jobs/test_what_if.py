@@ -77,17 +77,19 @@ def recorded(tmp_path_factory) -> Deployment:
     model = checkpoint.load(path)
     m = model.manifest
     register_source(ledger, path)
-    ledger.pin_anchor(sealed_anchor(config, model, folders), trunk=m.trunk_digest, summary={}, now=T0)
-    cycle = ledger.begin_cycle(
+    ledger.verdicts.pin_anchor(
+        sealed_anchor(config, model, folders), trunk=m.trunk_digest, summary={}, now=T0
+    )
+    cycle = ledger.cycles.begin(
         "cycle", "f", config.model_dump_json(), holder="t", dead=lambda _: True, now=now()
     )
     found = ingest.find(config.data, {}, lambda site: 0)
-    ledger.register_sites({s: {} for s in found.sites}, now=T0)
+    ledger.streams.register({s: {} for s in found.sites}, now=T0)
     rows = [row for backlog in found.new for row in ingested(config, model, backlog)]
-    ledger.commit_ingest(cycle, rows, [], now=now())
-    job = ShardJob(config.model_dump_json(), str(path), 1, ledger.anchor(m.trunk_digest), cycle)
+    ledger.streams.commit(cycle, rows, [], now=now())
+    job = ShardJob(config.model_dump_json(), str(path), 1, ledger.verdicts.anchor(m.trunk_digest), cycle)
     assert [adapt_sites(job, part) for part in (SITES[:2], SITES[2:])] == [{}, {}]
-    ledger.finish_cycle(cycle, summary={}, now=now())
+    ledger.cycles.finish(cycle, summary={}, now=now())
     return d
 
 
@@ -304,10 +306,10 @@ def test_now_is_what_the_first_cycle_recorded(recorded, capsys):
     d = recorded
     assert d.run("replay", "--with", "site.kind=frozen", "--json") == 0
     found = printed(capsys)
-    source = d.ledger.source()
+    source = d.ledger.sources.champion()
     assert {r["site"] for r in found["sites"]} == set(SITES)
     for row in found["sites"]:
-        judged = d.ledger.verdicts(site=row["site"])
+        judged = d.ledger.verdicts.find(site=row["site"])
         joined = join_labels(d.config, source, judged)
         assert joined is not None
         known, counted = joined.pad("online", float(str(source.manifest["threshold"]))), judged[0].counters
@@ -523,7 +525,7 @@ def test_only_what_the_current_source_model_saw_counts(deployment, capsys):
     feature_files(deployment, SITES[0])[0].unlink()
     assert deployment.run("replay", "--with", "site.kind=frozen", "--site", SITES[0], "--json") == 0
     (row,) = printed(capsys)["sites"]
-    late = [s.good for s, _ in deployment.ledger.segments(SITES[0])][1:]
+    late = [s.good for s, _ in deployment.ledger.streams.segments(SITES[0])][1:]
     assert row["samples"] == sum(late)
 
 

@@ -32,7 +32,7 @@ def url(request, tmp_path) -> Iterator[str]:
 def ledger(url) -> Iterator[Ledger]:
     """With sites s0 to s4."""
     made = Ledger.open(url)
-    made.register_sites({f"s{i}": {"rig": "a"} for i in range(5)}, now=T0)
+    made.streams.register({f"s{i}": {"rig": "a"} for i in range(5)}, now=T0)
     yield made
     made.close()
 

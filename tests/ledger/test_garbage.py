@@ -25,7 +25,7 @@ class History:
 
     def __init__(self, ledger):
         self.ledger, self.day, self.cycle, self.release = ledger, 0, None, None
-        ledger.register_sites({s: {} for s in SITES}, now=T0)
+        ledger.streams.register({s: {} for s in SITES}, now=T0)
 
     @property
     def now(self):
@@ -36,11 +36,11 @@ class History:
         self.cycle = self.cycle or begin(
             self.ledger, now=self.now, dead=lambda _: True, fingerprint=str(self.day)
         )
-        at = {s: self.ledger.site(s).learned for s in picked}
+        at = {s: self.ledger.streams.site(s).learned for s in picked}
         rows = [segment(s, f"segment-{n}.parquet", n) for s, n in at.items()]
-        self.ledger.commit_ingest(
+        self.ledger.streams.commit(
             self.cycle,
-            [r for r in rows if self.ledger.site(r.site).ingested == r.base_offset],
+            [r for r in rows if self.ledger.streams.site(r.site).ingested == r.base_offset],
             [],
             now=self.now,
         )
@@ -56,31 +56,31 @@ class History:
             )
             for i, (s, n) in enumerate(at.items())
         ]
-        self.ledger.commit_shard(self.cycle, made, now=self.now)
+        self.ledger.verdicts.commit(self.cycle, made, now=self.now)
 
     def end_cycle(self, finish):
         """The driver ends, or dies and is replaced by one with another configuration."""
         if self.cycle and finish:
-            self.ledger.finish_cycle(self.cycle, summary={}, now=self.now)
+            self.ledger.cycles.finish(self.cycle, summary={}, now=self.now)
         elif self.cycle:
             other = begin(
                 self.ledger, now=self.now, dead=lambda _: True, fingerprint=f"other-{self.day}", kind="adapt"
             )
-            self.ledger.finish_cycle(other, summary={}, now=self.now)
+            self.ledger.cycles.finish(other, summary={}, now=self.now)
         self.cycle = None
 
     def plan(self):
         """Every newest candidate that passed, with the way back that ``jobs/rollout.py`` gives it."""
         if self.release and self.release[2] not in TERMINAL:
             return
-        latest, good = self.ledger.latest_verdicts(), self.ledger.served_by(self.completed())
+        latest, good = self.ledger.verdicts.latest(), self.ledger.releases.promoted_by(self.completed())
         targets = {
             s: Target(0, Pointer(v.state, 1), Pointer(good[s].state if s in good else None, 1), v.id)
             for s, v in latest.items()
             if v.outcome == "pass"
         }
         if targets:
-            self.release = [f"release-{len(self.ledger.rollouts()):05d}", targets, "planned", 0]
+            self.release = [f"release-{len(self.ledger.plans.rollouts()):05d}", targets, "planned", 0]
             self.save("planned")
 
     def move(self, status):
@@ -98,13 +98,13 @@ class History:
 
     def serve(self, rollout, changes, kind):
         pointers = {s: (state, 1) for s, state in changes.items()}
-        self.ledger.serve(pointers, rollout=rollout, wave=1, kind=kind, reason="", now=self.now)
+        self.ledger.releases.serve(pointers, rollout=rollout, wave=1, kind=kind, reason="", now=self.now)
 
     def save(self, status):
         name, targets, _, revision = self.release
         self.release[2:] = (
             status,
-            self.ledger.save_rollout(
+            self.ledger.plans.save(
                 name,
                 plan_hash="h",
                 status=status,
@@ -117,7 +117,7 @@ class History:
         )
 
     def completed(self):
-        return [r.id for r in self.ledger.rollouts() if r.status == "completed"]
+        return [r.id for r in self.ledger.plans.rollouts() if r.status == "completed"]
 
 
 STEPS = st.one_of(
@@ -145,37 +145,43 @@ def played(steps):
 
 def asked_for_next(h, since):
     """(states by id, verdicts with their outcomes) that some job may read next, as the jobs find them."""
-    ledger, rollouts = h.ledger, h.ledger.rollouts()
-    ids = {s.learner for s in ledger.sites()}  # adapt
-    ids |= {r.state for r in ledger.serving().values()}  # adapt, the red team
-    ids |= {r.state for r in ledger.served_by(h.completed()).values()}  # the way back of the next plan
+    ledger, rollouts = h.ledger, h.ledger.plans.rollouts()
+    ids = {s.learner for s in ledger.streams.sites()}  # adapt
+    ids |= {r.state for r in ledger.releases.serving().values()}  # adapt, the red team
+    ids |= {
+        r.state for r in ledger.releases.promoted_by(h.completed()).values()
+    }  # the way back of the next plan
     started = [r for r in rollouts if r.status not in {"planned", "expired", "superseded"}]
     for r in [r for r in rollouts if r.status not in TERMINAL] + started[:1]:  # tick; rollback
-        ids |= {p.state_id for t in ledger.targets(r.id).values() for p in (t.to, t.back)}
-    running = {c.id for c in ledger.cycles() if c.status == "running"}
-    kept = [v for v in ledger.verdicts() if v.at >= since or v.cycle in running]  # resume, report
-    return ledger.states([*(ids - {None}), *(v.state for v in kept)]), kept
+        ids |= {p.state_id for t in ledger.plans.targets(r.id).values() for p in (t.to, t.back)}
+    running = {c.id for c in ledger.cycles.history() if c.status == "running"}
+    kept = [v for v in ledger.verdicts.find() if v.at >= since or v.cycle in running]  # resume, report
+    return ledger.verdicts.states([*(ids - {None}), *(v.state for v in kept)]), kept
 
 
 @given(st.lists(STEPS, min_size=5, max_size=25), st.integers(0, 30))
 def test_nothing_that_a_job_may_ask_for_is_missing(steps, days):
     h = played(steps)
     since = T0 + days * DAY
-    pointed = h.ledger.pointed(since=since)
+    pointed = h.ledger.garbage.needed(since=since)
     states, kept = asked_for_next(h, since)
     assert {s.blob for s in states.values()} <= pointed.states
     assert {v.counters["outcomes"] for v in kept} == pointed.outcomes
-    for site in h.ledger.sites():
+    for site in h.ledger.streams.sites():
         assert pointed.features[site.site] == min(
             [site.learned, *(v.offset_from for v in kept if v.site == site.site)]
         )
     old = [
-        s for s in h.ledger.states([v.state for v in h.ledger.verdicts()]).values() if s.created_at < since
+        s
+        for s in h.ledger.verdicts.states([v.state for v in h.ledger.verdicts.find()]).values()
+        if s.created_at < since
     ]
     still = {s.blob for s in states.values()} | {
         s.blob
         for site in SITES
-        for s in h.ledger.states([r.state for r in h.ledger.served(site) if r.since >= since]).values()
+        for s in h.ledger.verdicts.states(
+            [r.state for r in h.ledger.releases.history(site) if r.since >= since]
+        ).values()
     }
     assert pointed.states.isdisjoint({s.blob for s in old} - still)
     h.ledger.close()
@@ -185,29 +191,32 @@ def test_what_nothing_points_to_is_let_go(ledger):
     for day in range(4):
         now = T0 + day * DAY
         cycle = begin(ledger, now=now)
-        ledger.commit_ingest(cycle, [segment(name=f"segment-{day}.parquet", base=10 * day)], [], now=now)
-        ledger.commit_shard(
+        ledger.streams.commit(cycle, [segment(name=f"segment-{day}.parquet", base=10 * day)], [], now=now)
+        ledger.verdicts.commit(
             cycle, [shard("s0", 10 * day, 10 * day + 10, blob=f"b{day}", outcomes=f"o{day}")], now=now
         )
-        ledger.finish_cycle(cycle, summary={}, now=now)
-    served = ledger.verdicts(site="s0")[0].state
-    ledger.serve({"s0": (served, 1)}, rollout="r", wave=1, kind="promote", reason="", now=T0)
+        ledger.cycles.finish(cycle, summary={}, now=now)
+    served = ledger.verdicts.find(site="s0")[0].state
+    ledger.releases.serve({"s0": (served, 1)}, rollout="r", wave=1, kind="promote", reason="", now=T0)
     never = T0 + 9 * DAY
-    assert ledger.pointed(since=never).states == {"b0", "b3"}  # served, learner
-    assert ledger.pointed(since=never).outcomes == set()
-    assert ledger.pointed(since=never).features == {"s0": 40, **dict.fromkeys(("s1", "s2", "s3", "s4"), 0)}
-    young = ledger.pointed(since=T0 + 2 * DAY)
+    assert ledger.garbage.needed(since=never).states == {"b0", "b3"}  # served, learner
+    assert ledger.garbage.needed(since=never).outcomes == set()
+    assert ledger.garbage.needed(since=never).features == {
+        "s0": 40,
+        **dict.fromkeys(("s1", "s2", "s3", "s4"), 0),
+    }
+    young = ledger.garbage.needed(since=T0 + 2 * DAY)
     assert (young.states, young.outcomes, young.features["s0"]) == ({"b0", "b2", "b3"}, {"o2", "o3"}, 20)
 
 
 def test_an_unfinished_cycle_keeps_what_it_made(ledger):
     cycle = begin(ledger)
-    ledger.commit_shard(cycle, [shard(evidence=BAD)], now=T0)  # no learner points to it
+    ledger.verdicts.commit(cycle, [shard(evidence=BAD)], now=T0)  # no learner points to it
     never = T0 + DAY
-    pointed = ledger.pointed(since=never)
+    pointed = ledger.garbage.needed(since=never)
     assert (pointed.states, pointed.outcomes, pointed.features["s0"]) == ({"b" * 64}, {"c" * 64}, 0)
-    ledger.finish_cycle(cycle, summary={}, now=T0)
-    pointed = ledger.pointed(since=never)
+    ledger.cycles.finish(cycle, summary={}, now=T0)
+    pointed = ledger.garbage.needed(since=never)
     assert (pointed.states, pointed.outcomes, pointed.features["s0"]) == (set(), set(), 10)
 
 
@@ -216,13 +225,15 @@ def test_the_ways_back_are_kept(ledger):
     ids = []
     for day in range(6):
         cycle = begin(ledger, now=T0 + day * DAY)
-        ledger.commit_shard(cycle, [shard("s0", 10 * day, 10 * day + 10, blob=f"b{day}")], now=T0 + day * DAY)
-        ledger.finish_cycle(cycle, summary={}, now=T0)
-        ids.append(ledger.site("s0").learner)
+        ledger.verdicts.commit(
+            cycle, [shard("s0", 10 * day, 10 * day + 10, blob=f"b{day}")], now=T0 + day * DAY
+        )
+        ledger.cycles.finish(cycle, summary={}, now=T0)
+        ids.append(ledger.streams.site("s0").learner)
 
     def release(n, status, *, to, back, serves=True):
         target = Target(0, Pointer(ids[to], 1), Pointer(ids[back], 1), ids[to])
-        ledger.save_rollout(
+        ledger.plans.save(
             f"r{n}",
             plan_hash="h",
             status=status,
@@ -233,10 +244,12 @@ def test_the_ways_back_are_kept(ledger):
             draft=planned({"s0": target}),
         )
         if serves:
-            ledger.serve({"s0": (ids[to], 1)}, rollout=f"r{n}", wave=1, kind="promote", reason="", now=T0)
+            ledger.releases.serve(
+                {"s0": (ids[to], 1)}, rollout=f"r{n}", wave=1, kind="promote", reason="", now=T0
+            )
 
     def kept():
-        return sorted(ledger.pointed(since=T0 + 99 * DAY).states)
+        return sorted(ledger.garbage.needed(since=T0 + 99 * DAY).states)
 
     release(1, "completed", to=0, back=0)
     release(2, "completed", to=1, back=0)  # from here a rollback leads to b0
@@ -247,5 +260,5 @@ def test_the_ways_back_are_kept(ledger):
     assert kept() == ["b1", "b2", "b5"]
     release(5, "planned", to=4, back=3, serves=False)
     assert kept() == ["b1", "b2", "b3", "b4", "b5"]
-    ledger.serve({"s0": (None, 1)}, rollout="r3", wave=1, kind="rollback", reason="", now=T0)
+    ledger.releases.serve({"s0": (None, 1)}, rollout="r3", wave=1, kind="rollback", reason="", now=T0)
     assert kept() == ["b1", "b2", "b3", "b4", "b5"]  # r3's plan names b2 as well

@@ -40,23 +40,23 @@ def race(pool, work, *arguments):
 def opens(me, url):
     together.wait()
     ledger = Ledger.open(url)
-    ledger.append_audit("opened", {"me": me}, now=T0)
+    ledger.audit.append("opened", {"me": me}, now=T0)
     ledger.close()
 
 
 def test_a_new_ledger_is_created_once(pool, url):
     race(pool, opens, url)
     ledger = Ledger.open(url, create=False)
-    assert sorted(payload["me"] for _, _, _, payload in ledger.audit()) == list(range(WRITERS))
-    assert ledger.broken_audit() is None
+    assert sorted(payload["me"] for _, _, _, payload in ledger.audit.rows()) == list(range(WRITERS))
+    assert ledger.audit.first_broken() is None
     ledger.close()
 
 
 def test_an_old_ledger_is_upgraded_once(pool, old):
     race(pool, opens, old)
     ledger = Ledger.open(old)
-    assert Counter(kind for _, _, kind, _ in ledger.audit())["schema"] == SCHEMA - 1
-    assert ledger.broken_audit() is None
+    assert Counter(kind for _, _, kind, _ in ledger.audit.rows())["schema"] == SCHEMA - 1
+    assert ledger.audit.first_broken() is None
     ledger.close()
 
 
@@ -64,22 +64,22 @@ def appends(me, url):
     ledger = Ledger.open(url)
     together.wait()
     for i in range(ROUNDS):
-        ledger.register_sites({f"{me}-{i}": {}, f"all-{i}": {}}, now=T0)
-        ledger.append_audit("test", {"me": me, "i": i}, now=T0)
-        ledger.serve({"s0": (None, 1)}, rollout="r", wave=1, kind="rollback", reason="", now=T0)
-        ledger.sites()
+        ledger.streams.register({f"{me}-{i}": {}, f"all-{i}": {}}, now=T0)
+        ledger.audit.append("test", {"me": me, "i": i}, now=T0)
+        ledger.releases.serve({"s0": (None, 1)}, rollout="r", wave=1, kind="rollback", reason="", now=T0)
+        ledger.streams.sites()
     ledger.close()
 
 
 def test_the_audit_chain_does_not_fork_and_counters_do_not_repeat(pool, ledger, url):
     race(pool, appends, url)
-    assert Counter(kind for _, _, kind, _ in ledger.audit()) == dict.fromkeys(
+    assert Counter(kind for _, _, kind, _ in ledger.audit.rows()) == dict.fromkeys(
         ("test", "rollback"), WRITERS * ROUNDS
     )
-    assert [seq for seq, *_ in ledger.audit()] == list(range(1, 2 * WRITERS * ROUNDS + 1))
-    assert ledger.broken_audit() is None
-    assert [s.counter for s in ledger.served("s0")] == list(range(1, WRITERS * ROUNDS + 1))
-    assert len(ledger.sites()) == 5 + ROUNDS * (WRITERS + 1)
+    assert [seq for seq, *_ in ledger.audit.rows()] == list(range(1, 2 * WRITERS * ROUNDS + 1))
+    assert ledger.audit.first_broken() is None
+    assert [s.counter for s in ledger.releases.history("s0")] == list(range(1, WRITERS * ROUNDS + 1))
+    assert len(ledger.streams.sites()) == 5 + ROUNDS * (WRITERS + 1)
 
 
 def takes(me, url):
@@ -92,7 +92,7 @@ def takes(me, url):
             cycle = None
         together.wait()
         if cycle:
-            ledger.finish_cycle(cycle, summary={}, now=T0)
+            ledger.cycles.finish(cycle, summary={}, now=T0)
             won.append((i, cycle.id))
     ledger.close()
     return won
@@ -102,7 +102,7 @@ def test_a_cycle_is_begun_by_one(pool, ledger, url):
     won = sorted(w for part in race(pool, takes, url) for w in part)
     assert [i for i, _ in won] == list(range(ROUNDS))
     assert len({name for _, name in won}) == ROUNDS
-    assert ledger.broken_audit() is None
+    assert ledger.audit.first_broken() is None
 
 
 def resumes(me, url):
@@ -127,7 +127,7 @@ def commits(me, url, generation):
         together.wait()
         names = [f"s{(me + k) % 5}" for k in range(5)]
         rows = [shard(s, 0, 10, blob=f"{me}", slot=k) for k, s in enumerate(names)]
-        left = ledger.commit_shard(Cycle(f"cycle-{i:05d}", generation, False), rows, now=T0)
+        left = ledger.verdicts.commit(Cycle(f"cycle-{i:05d}", generation, False), rows, now=T0)
         mine += [(i, s) for s in names if s not in left]
         together.wait()
         if me == 0:
@@ -142,7 +142,7 @@ def test_a_window_is_committed_by_one(pool, ledger, url):
         execute(url, f"insert into cycles values ({values})")
     mine = [w for part in race(pool, commits, url, 1) for w in part]
     assert sorted(mine) == sorted((i, f"s{k}") for i in range(ROUNDS) for k in range(5))
-    assert len(ledger.verdicts()) == 5 * ROUNDS
+    assert len(ledger.verdicts.find()) == 5 * ROUNDS
 
 
 def overtakes(me, url, cycle, sites):
@@ -150,16 +150,16 @@ def overtakes(me, url, cycle, sites):
     ledger = Ledger.open(url)
     together.wait()
     if me == 0:
-        while len(ledger.outcomes(cycle.id)) < sites // 4:
+        while len(ledger.verdicts.outcomes(cycle.id)) < sites // 4:
             pass
         begin(ledger, holder="b", dead=lambda _: True)
-        seen = set(ledger.outcomes(cycle.id))
+        seen = set(ledger.verdicts.outcomes(cycle.id))
         ledger.close()
         return seen
     done = set()
     for i in range(me - 1, sites, WRITERS - 1):
         try:
-            ledger.commit_shard(cycle, [shard(f"n{i}")], now=T0)
+            ledger.verdicts.commit(cycle, [shard(f"n{i}")], now=T0)
         except StaleGeneration:
             break
         done.add(f"n{i}")
@@ -169,7 +169,7 @@ def overtakes(me, url, cycle, sites):
 
 def test_nothing_is_written_after_a_takeover(pool, ledger, url):
     sites = 400
-    ledger.register_sites({f"n{i}": {} for i in range(sites)}, now=T0)
+    ledger.streams.register({f"n{i}": {} for i in range(sites)}, now=T0)
     seen, *done = race(pool, overtakes, url, begin(ledger, now=T0 - timedelta(days=1)), sites)
-    assert set(ledger.outcomes("cycle-00001")) == seen == set().union(*done)
+    assert set(ledger.verdicts.outcomes("cycle-00001")) == seen == set().union(*done)
     assert sites // 4 <= len(seen) < sites

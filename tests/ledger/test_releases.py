@@ -19,15 +19,15 @@ SOURCE = Pointer(None, 1)
 def planned(ledger):
     """Sites s0 to s4 with a passing state each; s3 and s4 are in Tokyo; a plan of one wave and another."""
     for digest in "ab":
-        ledger.add_source(digest * 64, trunk="t" * 64, path="", manifest={}, lineage="", now=T0)
+        ledger.sources.add(digest * 64, trunk="t" * 64, path="", manifest={}, lineage="", now=T0)
     cycle = begin(ledger)
-    ledger.commit_shard(cycle, [shard(f"s{i}", slot=i) for i in range(5)], now=T0)
+    ledger.verdicts.commit(cycle, [shard(f"s{i}", slot=i) for i in range(5)], now=T0)
     store(ledger, "r1", facts(ledger))
     return ledger
 
 
 def facts(ledger, names=("s0", "s1", "s2", "s3", "s4"), **changes):
-    verdicts, tags = ledger.latest_verdicts(), ({"tz": "UTC"}, {"tz": "Asia/Tokyo"})
+    verdicts, tags = ledger.verdicts.latest(), ({"tz": "UTC"}, {"tz": "Asia/Tokyo"})
     made = {s: Candidate(Pointer(verdicts[s].state, 1), verdicts[s].id, "pass") for s in names} | changes
     return {s: SiteFacts(serving=SOURCE, candidate=c, tags=tags[s > "s2"]) for s, c in made.items()}
 
@@ -35,7 +35,7 @@ def facts(ledger, names=("s0", "s1", "s2", "s3", "s4"), **changes):
 def store(ledger, name, sites, **named):
     draft = ro.plan(name, sites, 1, RolloutConfig(waves=(0.4, 1.0), night="22:00-05:00"), **named)
     r = ro.start(draft.plan, T0)
-    ledger.save_rollout(
+    ledger.plans.save(
         name,
         plan_hash=r.plan_hash,
         status=r.status,
@@ -50,69 +50,77 @@ def store(ledger, name, sites, **named):
 
 def promote(ledger, wave, *, zones=None, without=(), rollout="r1", revision=1, now=T0):
     action = ro.Promote(wave=wave, zones=zones)
-    return ledger.carry_out(rollout, [action], without=without, reason="x", revision=revision, now=now)
+    return ledger.releases.carry_out(
+        rollout, [action], without=without, reason="x", revision=revision, now=now
+    )
 
 
 def back(ledger, only=None, *, rollout="r1", revision=1):
     action = ro.Rollback(sites=None if only is None else tuple(only))
-    return ledger.carry_out(rollout, [action], without=(), reason="x", revision=revision, now=T0)
+    return ledger.releases.carry_out(rollout, [action], without=(), reason="x", revision=revision, now=T0)
 
 
 def wave_of(ledger, wave):
-    return sorted(s for s, t in ledger.targets("r1").items() if t.wave == wave)
+    return sorted(s for s, t in ledger.plans.targets("r1").items() if t.wave == wave)
 
 
 def test_a_plan_is_read_as_it_was_stored(planned):
     sites = facts(planned, s1=Candidate(Pointer("x", 1), "v", "fail", "apcer"))
     draft = store(planned, "r2", sites)
-    assert planned.targets("r2") == draft.targets
-    assert planned.targets("r2", ["s0", "s1", "nobody"]) == {"s0": draft.targets["s0"]}
-    assert planned.excluded("r2") == draft.excluded == {"s1": ro.Excluded("verdict fail: apcer", "v")}
-    assert planned.rollout_sites("r2") == set(sites)
-    assert ro.roster(planned.targets("r2"), planned.excluded("r2")) == draft.plan.roster
+    assert planned.plans.targets("r2") == draft.targets
+    assert planned.plans.targets("r2", ["s0", "s1", "nobody"]) == {"s0": draft.targets["s0"]}
+    assert planned.plans.excluded("r2") == draft.excluded == {"s1": ro.Excluded("verdict fail: apcer", "v")}
+    assert planned.plans.sites("r2") == set(sites)
+    assert ro.roster(planned.plans.targets("r2"), planned.plans.excluded("r2")) == draft.plan.roster
 
 
 def test_a_wave_moves_once_and_goes_back_once(planned):
     first, second = wave_of(planned, 0), wave_of(planned, 1)
     assert (len(first), len(second)) == (2, 3)
     assert [promote(planned, 0), promote(planned, 0)] == [2, 0]
-    assert set(planned.serving()) == set(first)
-    assert {s: (r.state, r.counter, r.wave, r.kind) for s, r in planned.serving().items()} == {
-        s: (planned.targets("r1")[s].to.state_id, 1, 1, "promote") for s in first
+    assert set(planned.releases.serving()) == set(first)
+    assert {s: (r.state, r.counter, r.wave, r.kind) for s, r in planned.releases.serving().items()} == {
+        s: (planned.plans.targets("r1")[s].to.state_id, 1, 1, "promote") for s in first
     }
     assert promote(planned, 1, without=[second[0]]) == 2
-    assert planned.returnable("r1") == 4
-    assert planned.returnable("r1", [first[0], second[0]]) == 1
+    assert planned.plans.returnable("r1") == 4
+    assert planned.plans.returnable("r1", [first[0], second[0]]) == 1
     assert back(planned, [first[0], second[0]]) == 1
     assert [back(planned), back(planned)] == [3, 0]
-    assert {(r.state, r.source_version, r.kind) for r in planned.serving().values()} == {
+    assert {(r.state, r.source_version, r.kind) for r in planned.releases.serving().values()} == {
         (None, 1, "rollback")
     }
-    assert (planned.returnable("r1"), planned.verify_served(), planned.broken_audit()) == (0, [], None)
-    assert len(planned.audit()) == len({seq for seq, *_ in planned.audit()})
+    assert (planned.plans.returnable("r1"), planned.releases.verify(), planned.audit.first_broken()) == (
+        0,
+        [],
+        None,
+    )
+    assert len(planned.audit.rows()) == len({seq for seq, *_ in planned.audit.rows()})
 
 
 def test_a_wave_moves_zone_by_zone(planned):
-    in_tokyo = {s for s, t in planned.targets("r1").items() if t.zone == "Asia/Tokyo"}
+    in_tokyo = {s for s, t in planned.plans.targets("r1").items() if t.zone == "Asia/Tokyo"}
     assert in_tokyo == {"s3", "s4"}
     done = sum(promote(planned, w, zones=("Asia/Tokyo",)) for w in (0, 1))
-    assert (done, set(planned.serving())) == (2, in_tokyo)
+    assert (done, set(planned.releases.serving())) == (2, in_tokyo)
     assert promote(planned, 0, zones=()) == 0
-    late = {z: n for w in (0, 1) for z, n in planned.wave_seen("r1", w, without=()).not_serving.items()}
+    late = {
+        z: n for w in (0, 1) for z, n in planned.plans.observe_wave("r1", w, without=()).not_serving.items()
+    }
     assert set(late) == {"UTC"}
 
 
 def test_a_wave_is_seen_without_failed_and_retired_sites(planned):
     last = wave_of(planned, 1)
-    seen = planned.wave_seen("r1", 1, without=())
+    seen = planned.plans.observe_wave("r1", 1, without=())
     assert (seen.sites, sum(seen.not_serving.values()), seen.first_not_serving) == (3, 3, last[0])
-    planned.set_retired(last[0], retired=True, reason="sold", now=T0)
-    assert planned.wave_seen("r1", 1, without=[last[1]]).sites == 1
+    planned.streams.set_retired(last[0], retired=True, reason="sold", now=T0)
+    assert planned.plans.observe_wave("r1", 1, without=[last[1]]).sites == 1
     assert promote(planned, 1) == 2
-    assert last[0] not in planned.serving()
-    assert planned.wave_seen("r1", 1, without=()) == ro.WaveObservation(sites=2)
-    planned.set_retired(last[1], retired=True, reason="sold", now=T0)
-    assert [p.site for p in planned.promoted("r1", upto=1, names=last)] == last[2:]
+    assert last[0] not in planned.releases.serving()
+    assert planned.plans.observe_wave("r1", 1, without=()) == ro.WaveObservation(sites=2)
+    planned.streams.set_retired(last[1], retired=True, reason="sold", now=T0)
+    assert [p.site for p in planned.plans.promoted("r1", upto=1, names=last)] == last[2:]
     assert back(planned) == 2, "a retired site goes back with the others"
 
 
@@ -120,26 +128,26 @@ def test_what_is_promoted_and_what_is_silent(planned):
     promote(planned, 0)
     promote(planned, 1)
     (a, b), names = wave_of(planned, 0), [f"s{i}" for i in range(5)]
-    got = planned.promoted("r1", upto=0, names=[*names, *(f"x{i}" for i in range(3000))])
+    got = planned.plans.promoted("r1", upto=0, names=[*names, *(f"x{i}" for i in range(3000))])
     assert [(p.site, p.wave, p.back) for p in got] == [(a, 0, SOURCE), (b, 0, SOURCE)]
-    assert planned.promoted("r1", upto=1, names=[a]) == got[:1]
-    assert planned.silent("r1", upto=0, samples=5, without=()) == {0: (2, a)}
-    assert planned.silent("r1", upto=1, samples=0, without=()) == {}
+    assert planned.plans.promoted("r1", upto=1, names=[a]) == got[:1]
+    assert planned.plans.silent("r1", upto=0, samples=5, without=()) == {0: (2, a)}
+    assert planned.plans.silent("r1", upto=1, samples=0, without=()) == {}
     cycle = begin(planned, dead=lambda _: True)
-    planned.commit_ingest(cycle, [segment(a, "old", 0)], [], now=T0)  # not after the promotion
-    planned.commit_ingest(cycle, [segment(b, "new", 0)], [], now=T0 + HOUR)
-    assert planned.silent("r1", upto=0, samples=9, without=()) == {0: (1, a)}
-    assert planned.silent("r1", upto=0, samples=10, without=()) == {0: (2, a)}
-    assert planned.silent("r1", upto=1, samples=9, without=[a])[1][0] == 3
-    assert 0 not in planned.silent("r1", upto=1, samples=9, without=[a])
+    planned.streams.commit(cycle, [segment(a, "old", 0)], [], now=T0)  # not after the promotion
+    planned.streams.commit(cycle, [segment(b, "new", 0)], [], now=T0 + HOUR)
+    assert planned.plans.silent("r1", upto=0, samples=9, without=()) == {0: (1, a)}
+    assert planned.plans.silent("r1", upto=0, samples=10, without=()) == {0: (2, a)}
+    assert planned.plans.silent("r1", upto=1, samples=9, without=[a])[1][0] == 3
+    assert 0 not in planned.plans.silent("r1", upto=1, samples=9, without=[a])
 
 
 def test_somebody_who_was_moved_later_is_not_overruled(planned):
     promote(planned, 0)
     a, b = wave_of(planned, 0)
-    planned.serve({a: (None, 1)}, rollout="hand", wave=0, kind="rollback", reason="", now=T0)
+    planned.releases.serve({a: (None, 1)}, rollout="hand", wave=0, kind="rollback", reason="", now=T0)
     assert back(planned) == 1
-    assert planned.serving()[a].rollout == "hand"
+    assert planned.releases.serving()[a].rollout == "hand"
 
 
 def test_nothing_moves_without_every_verdict(planned):
@@ -148,22 +156,22 @@ def test_nothing_moves_without_every_verdict(planned):
         "update verdicts set outcome = 'pass', state = 'other' where site = 's0'",
         "delete from verdicts where site = 's0'",
     ):
-        with planned.engine.begin() as c:
+        with planned.store.engine.begin() as c:
             c.exec_driver_sql(statement)
-        wave = planned.targets("r1")["s0"].wave
+        wave = planned.plans.targets("r1")["s0"].wave
         with pytest.raises(LedgerError, match="site s0: no stored verdict passes"):
             promote(planned, wave)
-    assert planned.serving() == {}
+    assert planned.releases.serving() == {}
     assert promote(planned, wave, without=["s0"]) == len(wave_of(planned, wave)) - 1
 
 
 @pytest.mark.parametrize("evidence, version, moves", [(None, 2, 5), (BAD, 2, 0), (None, 1, 0)])
 def test_a_bare_source_model_needs_the_fleets_verdict_on_that_version(planned, evidence, version, moves):
     row = shard("s0", evidence=evidence) if evidence else shard("s0")
-    judged = planned.judge_source(version, row.verdict, row.evidence, now=T0)
+    judged = planned.sources.judge(version, row.verdict, row.evidence, now=T0)
     sites = facts(planned, **{f"s{i}": Candidate(Pointer(None, 2), judged, "pass") for i in range(5)})
     made = ro.plan("r2", sites, 2, RolloutConfig(waves=(1.0,)), source_before=1)
-    planned.save_rollout(
+    planned.plans.save(
         "r2", plan_hash="h", status="staging", body="{}", revision=0, event={}, now=T0, draft=made
     )
     if not moves:
@@ -171,22 +179,22 @@ def test_a_bare_source_model_needs_the_fleets_verdict_on_that_version(planned, e
             promote(planned, 0, rollout="r2")
         return
     assert promote(planned, 0, rollout="r2") == moves
-    assert {(r.state, r.source_version) for r in planned.serving().values()} == {(None, 2)}
-    planned.set_champion(2, now=T0)  # what has no row of its own serves it now
+    assert {(r.state, r.source_version) for r in planned.releases.serving().values()} == {(None, 2)}
+    planned.sources.set_champion(2, now=T0)  # what has no row of its own serves it now
     assert back(planned, rollout="r2") == moves
-    assert {(r.state, r.source_version) for r in planned.serving().values()} == {(None, 1)}
+    assert {(r.state, r.source_version) for r in planned.releases.serving().values()} == {(None, 1)}
 
 
 def test_a_driver_that_was_overtaken_moves_nothing(planned):
     promote(planned, 0)
-    row = planned.rollout("r1")
-    planned.save_rollout("r1", plan_hash="h", status="aborting", body=row.body, revision=1, event={}, now=T0)
-    before = planned.audit()
+    row = planned.plans.rollout("r1")
+    planned.plans.save("r1", plan_hash="h", status="aborting", body=row.body, revision=1, event={}, now=T0)
+    before = planned.audit.rows()
     for work in (lambda: promote(planned, 1), lambda: back(planned)):
         with pytest.raises(StaleGeneration, match="r1: somebody else moved it on"):
             work()
     with pytest.raises(StaleGeneration):
-        planned.save_rollout(
+        planned.plans.save(
             "r1",
             plan_hash="h",
             status="completed",
@@ -196,13 +204,13 @@ def test_a_driver_that_was_overtaken_moves_nothing(planned):
             now=T0,
             roles={"champion": 2},
         )
-    assert (planned.audit(), planned.source().version) == (before, 1)
+    assert (planned.audit.rows(), planned.sources.champion().version) == (before, 1)
     assert back(planned, revision=2) == 2
 
 
 def test_the_end_of_a_source_release_and_its_champion_are_one_step(planned):
-    planned.set_challenger(2, now=T0)
-    planned.save_rollout(
+    planned.sources.set_challenger(2, now=T0)
+    planned.plans.save(
         "r1",
         plan_hash="h",
         status="completed",
@@ -212,17 +220,21 @@ def test_the_end_of_a_source_release_and_its_champion_are_one_step(planned):
         now=T0,
         roles={"champion": 2, "challenger": None},
     )
-    assert (planned.source().version, planned.challenger(), planned.broken_audit()) == (2, None, None)
+    assert (
+        planned.sources.champion().version,
+        planned.sources.challenger(),
+        planned.audit.first_broken(),
+    ) == (2, None, None)
 
 
 def test_joined_sites_are_rows_of_the_last_wave(planned):
-    planned.register_sites({"t0": {}, "s4": {}}, now=T0)
+    planned.streams.register({"t0": {}, "s4": {}}, now=T0)
     cycle = begin(planned, fingerprint="later", dead=lambda _: True)
-    planned.commit_shard(cycle, [shard("t0", blob="e" * 64)], now=T0)
+    planned.verdicts.commit(cycle, [shard("t0", blob="e" * 64)], now=T0)
     made = facts(planned, ["t0"])
     joined = {s: t._replace(wave=1) for s, t in ro.plan("r1", made, 1, RolloutConfig()).targets.items()}
-    row = planned.rollout("r1")
-    planned.save_rollout(
+    row = planned.plans.rollout("r1")
+    planned.plans.save(
         "r1",
         plan_hash=row.plan_hash,
         status=row.status,
@@ -232,10 +244,10 @@ def test_joined_sites_are_rows_of_the_last_wave(planned):
         now=T0,
         joined=joined,
     )
-    assert planned.targets("r1")["t0"] == joined["t0"]
-    assert len(planned.rollout_sites("r1")) == 6
+    assert planned.plans.targets("r1")["t0"] == joined["t0"]
+    assert len(planned.plans.sites("r1")) == 6
     assert promote(planned, 1, revision=2) == 4
-    assert planned.serving()["t0"].state == joined["t0"].to.state_id
+    assert planned.releases.serving()["t0"].state == joined["t0"].to.state_id
 
 
 @pytest.mark.parametrize(
@@ -261,20 +273,20 @@ def test_a_record_that_was_changed_is_found(planned, harm):
     for w in (0, 1):
         promote(planned, w)
     back(planned)
-    assert planned.verify_served() == []
-    with planned.engine.begin() as c:
+    assert planned.releases.verify() == []
+    with planned.store.engine.begin() as c:
         c.exec_driver_sql(harm)
-    assert planned.verify_served() != []
+    assert planned.releases.verify() != []
 
 
 def test_only_a_passing_state_of_that_site_is_promoted(ledger):
-    ledger.commit_shard(
+    ledger.verdicts.commit(
         begin(ledger), [shard(), shard("s1", evidence=HELD, slot=1), shard("s2", slot=2)], now=T0
     )
-    ids = {s.site: s.learner for s in ledger.sites()}
+    ids = {s.site: s.learner for s in ledger.streams.sites()}
     for site, state in (("s1", ids["s1"]), ("s0", ids["s2"]), ("s0", "made-up"), ("s0", None)):
         with pytest.raises(LedgerError, match=f"site {site}: no stored verdict passes"):
-            ledger.serve(
+            ledger.releases.serve(
                 {"s2": (ids["s2"], 1), site: (state, 1)},
                 rollout="r1",
                 wave=1,
@@ -282,26 +294,26 @@ def test_only_a_passing_state_of_that_site_is_promoted(ledger):
                 reason="",
                 now=T0,
             )
-    assert ledger.serving() == {}
+    assert ledger.releases.serving() == {}
 
 
 def test_the_release_counter_only_grows(ledger):
-    ledger.commit_shard(begin(ledger), [shard()], now=T0)
-    state = ledger.site("s0").learner
+    ledger.verdicts.commit(begin(ledger), [shard()], now=T0)
+    state = ledger.streams.site("s0").learner
     for kind, to in (("promote", state), ("rollback", None), ("promote", state)):
-        ledger.serve({"s0": (to, 1)}, rollout="r1", wave=1, kind=kind, reason="x", now=T0)
-    assert [(s.counter, s.kind, s.state) for s in ledger.served("s0")] == [
+        ledger.releases.serve({"s0": (to, 1)}, rollout="r1", wave=1, kind=kind, reason="x", now=T0)
+    assert [(s.counter, s.kind, s.state) for s in ledger.releases.history("s0")] == [
         (1, "promote", state),
         (2, "rollback", None),
         (3, "promote", state),
     ]
-    assert ledger.serving(["s0", "s1"]) == {"s0": ledger.served("s0")[-1]}
-    assert ledger.serving(["s1"] * 3000) == {}
+    assert ledger.releases.serving(["s0", "s1"]) == {"s0": ledger.releases.history("s0")[-1]}
+    assert ledger.releases.serving(["s1"] * 3000) == {}
 
 
 def test_the_newest_promotion_under_some_rollouts(ledger):
-    ledger.commit_shard(begin(ledger), [shard(), shard("s1", slot=1), shard("s2", slot=2)], now=T0)
-    learner = {s.site: s.learner for s in ledger.sites()}
+    ledger.verdicts.commit(begin(ledger), [shard(), shard("s1", slot=1), shard("s2", slot=2)], now=T0)
+    learner = {s.site: s.learner for s in ledger.streams.sites()}
     for rollout, kind, names in (
         ("r1", "promote", ["s0", "s1"]),
         ("r2", "promote", ["s0"]),
@@ -309,24 +321,24 @@ def test_the_newest_promotion_under_some_rollouts(ledger):
         ("r3", "promote", ["s0", "s2"]),
     ):
         changes = {s: (learner[s] if kind == "promote" else None, 1) for s in names}
-        ledger.serve(changes, rollout=rollout, wave=1, kind=kind, reason="", now=T0)
-    assert {s: (r.rollout, r.counter) for s, r in ledger.served_by({"r1", "r2"}).items()} == {
+        ledger.releases.serve(changes, rollout=rollout, wave=1, kind=kind, reason="", now=T0)
+    assert {s: (r.rollout, r.counter) for s, r in ledger.releases.promoted_by({"r1", "r2"}).items()} == {
         "s0": ("r2", 2),
         "s1": ("r1", 1),
     }
-    assert ledger.served_by(["r1"])["s0"] == ledger.served("s0")[0]
-    assert ledger.served_by([]) == {}
+    assert ledger.releases.promoted_by(["r1"])["s0"] == ledger.releases.history("s0")[0]
+    assert ledger.releases.promoted_by([]) == {}
 
 
 def test_a_rollout_is_saved_by_one_writer_and_the_newest_is_the_one_made_last(ledger):
     def save(revision, name="r1", now=T0):
-        return ledger.save_rollout(
+        return ledger.plans.save(
             name, plan_hash="h", status="planned", body="{}", revision=revision, event={}, now=now
         )
 
     assert save(save(0)) == 2
     with pytest.raises(StaleGeneration, match="somebody else moved it on"):
         save(1)
-    assert [(r.id, r.revision, r.created_at) for r in ledger.rollouts()] == [("r1", 2, T0)]
+    assert [(r.id, r.revision, r.created_at) for r in ledger.plans.rollouts()] == [("r1", 2, T0)]
     save(0, "a-later-one", now=T0 - timedelta(days=9))  # the clock was set back
-    assert [r.id for r in ledger.rollouts()] == ["a-later-one", "r1"]
+    assert [r.id for r in ledger.plans.rollouts()] == ["a-later-one", "r1"]

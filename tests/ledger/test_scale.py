@@ -32,8 +32,10 @@ class Watched:
 
     def __init__(self, url):
         self.ledger, self.steps, self.statements = Ledger.open(url), 0, []
-        event.listen(self.ledger.engine, "before_cursor_execute", self._saw)
-        event.listen(self.ledger.engine, "connect", lambda c, _: c.set_progress_handler(self._tick, EVERY))
+        event.listen(self.ledger.store.engine, "before_cursor_execute", self._saw)
+        event.listen(
+            self.ledger.store.engine, "connect", lambda c, _: c.set_progress_handler(self._tick, EVERY)
+        )
         self.ledger.close()
 
     def _tick(self):
@@ -53,42 +55,44 @@ def grown(path, sites, windows):
     """A fleet in the middle of a cycle that has ``windows`` behind it; the last CHUNK sites have not been adapted yet."""
     w = Watched(f"sqlite:///{path}")
     names = [f"site-{i:05d}" for i in range(sites)]
-    w.ledger.register_sites({s: {} for s in names}, now=T0)
+    w.ledger.streams.register({s: {} for s in names}, now=T0)
     for k in range(windows + 1):
         cycle = begin(w.ledger, now=T0 + timedelta(days=k))
         rows = [segment(s, f"segment-{k:03d}.parquet", 10 * k) for s in names]
-        w.ledger.commit_ingest(cycle, rows, [], now=T0 + timedelta(days=k))
+        w.ledger.streams.commit(cycle, rows, [], now=T0 + timedelta(days=k))
         who = names if k < windows else names[:-CHUNK]
         made = [shard(s, 10 * k, 10 * k + 10, evidence=HELD, slot=i) for i, s in enumerate(who)]
-        w.ledger.commit_shard(cycle, made, now=T0 + timedelta(days=k))
+        w.ledger.verdicts.commit(cycle, made, now=T0 + timedelta(days=k))
         if k < windows:
-            w.ledger.finish_cycle(cycle, summary={}, now=T0)
+            w.ledger.cycles.finish(cycle, summary={}, now=T0)
             changes = dict.fromkeys(names, (None, 1))
-            w.ledger.serve(changes, rollout=f"r{k}", wave=1, kind="rollback", reason="", now=T0)
+            w.ledger.releases.serve(changes, rollout=f"r{k}", wave=1, kind="rollback", reason="", now=T0)
     return w, cycle, names[-CHUNK:], 10 * windows
 
 
 def hot_path(w, cycle, part, at):
     """What a chunk of sites needs in a cycle, by name."""
     ledger, more = w.ledger, at + 10
-    learners = [s.learner for s in ledger.sites_named(part)]
+    learners = [s.learner for s in ledger.streams.named(part)]
     return {
-        "sites_named": lambda: ledger.sites_named(part),
-        "serving": lambda: ledger.serving(part),
-        "pending": lambda: ledger.pending(part),
-        "states": lambda: ledger.states(learners),
-        "commit_shard": lambda: ledger.commit_shard(cycle, [shard(s, at, more) for s in part], now=T0),
-        "commit_shard again": lambda: ledger.commit_shard(cycle, [shard(s, at, more) for s in part], now=T0),
-        "commit_ingest": lambda: ledger.commit_ingest(
+        "sites_named": lambda: ledger.streams.named(part),
+        "serving": lambda: ledger.releases.serving(part),
+        "pending": lambda: ledger.streams.pending(part),
+        "states": lambda: ledger.verdicts.states(learners),
+        "commit_shard": lambda: ledger.verdicts.commit(cycle, [shard(s, at, more) for s in part], now=T0),
+        "commit_shard again": lambda: ledger.verdicts.commit(
+            cycle, [shard(s, at, more) for s in part], now=T0
+        ),
+        "commit_ingest": lambda: ledger.streams.commit(
             cycle, [segment(s, "new.parquet", more) for s in part], [], now=T0
         ),
-        "commit_ingest again": lambda: ledger.commit_ingest(
+        "commit_ingest again": lambda: ledger.streams.commit(
             cycle, [segment(s, "new.parquet", more) for s in part], [], now=T0
         ),
-        "set_status": lambda: ledger.set_status(dict.fromkeys(part, "torn")),
-        "register_sites": lambda: ledger.register_sites({s: {} for s in part}, now=T0),
-        "renew": lambda: ledger.renew(cycle, now=T0),
-        "serve": lambda: ledger.serve(
+        "set_status": lambda: ledger.streams.set_status(dict.fromkeys(part, "torn")),
+        "register_sites": lambda: ledger.streams.register({s: {} for s in part}, now=T0),
+        "renew": lambda: ledger.cycles.renew(cycle, now=T0),
+        "serve": lambda: ledger.releases.serve(
             dict.fromkeys(part, (None, 1)), rollout="x", wave=1, kind="rollback", reason="", now=T0
         ),
     }
@@ -116,7 +120,7 @@ def test_no_statement_on_the_hot_path_reads_a_whole_table(fleets):
         w.cost(do)
         for statement, parameters in list(w.statements):
             if statement.startswith(("SELECT", "UPDATE", "INSERT")):
-                with w.ledger.engine.connect() as c:
+                with w.ledger.store.engine.connect() as c:
                     plan = c.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
                 read = {str(r[-1]).split()[1] for r in plan if str(r[-1]).startswith("SCAN")}
                 assert not read & TABLES, (name, statement, plan)

@@ -55,12 +55,12 @@ def test_an_old_ledger_becomes_like_a_new_one_and_keeps_everything(old, url):
     assert after == {**before, "notices": []}
     assert execute(old, "select value from meta where key = 'schema'") == [(str(SCHEMA),)]
     assert execute(old, f"select * from audit where seq <= {len(chain)} order by seq") == chain
-    added = ledger.audit()[len(chain) :]
+    added = ledger.audit.rows()[len(chain) :]
     assert [(kind, payload) for _, _, kind, payload in added] == [
         ("schema", {"from": v - 1, "to": v}) for v in range(2, SCHEMA + 1)
     ]
     assert abs(added[0][1] - datetime.now(UTC)) < timedelta(minutes=5)
-    assert ledger.broken_audit() is None
+    assert ledger.audit.first_broken() is None
     upgraded = shape(old)
     tables = ", ".join(f'"{t}"' for t in upgraded)
     ledger.close()
@@ -127,7 +127,7 @@ def test_a_rollout_of_an_older_version_goes_on(old):
     values = f"'release-00002', '{'4' * 64}', 'baking', '{json.dumps(body_2(T0.isoformat()))}', 7, '2026-01-02', '2026-01-02'"
     execute(old, f"insert into rollouts values ({values})")
     ledger = Ledger.open(old)
-    row = ledger.rollout("release-00002")
+    row = ledger.plans.rollout("release-00002")
     r = Rollout.model_validate_json(row.body)
     assert (r.status, r.wave, r.failed, approvers(r), r.plan_hash) == (
         "baking",
@@ -138,16 +138,19 @@ def test_a_rollout_of_an_older_version_goes_on(old):
     )
     assert [(w.sites, w.share, w.abort_at) for w in r.plan.waves] == [(1, 0.5, 1), (2, 1.0, 2)]
     assert (r.plan.config.bake_seconds, r.plan.config.strata) == (90, ("rig",))
-    assert ledger.targets(row.id) == {
+    assert ledger.plans.targets(row.id) == {
         s: Target(w, Pointer(f"{s}-state", 3), Pointer(None, 3), f"{s}-state")
         for s, w in (("a", 1), ("b", 0), ("c", 1))
     }
-    assert ledger.excluded(row.id) == {"d": Excluded("verdict hold: n", "v0"), "e": Excluded("no candidate")}
+    assert ledger.plans.excluded(row.id) == {
+        "d": Excluded("verdict hold: n", "v0"),
+        "e": Excluded("no candidate"),
+    }
     seen, later = Observation(waves=(WaveObservation(sites=0),)), T0 + timedelta(seconds=90)
     assert advance(r, seen, later)[0].reason == "1 of 1 sites of wave 1 fail; 1 abort"
     after, actions = advance(r.model_copy(update={"failed": {}}), seen, later)
     assert (after.wave, after.status, [a.kind for a in actions]) == (1, "staging", ["promote"])
-    assert ledger.verify_served() == []
+    assert ledger.releases.verify() == []
     ledger.close()
 
 
@@ -161,27 +164,27 @@ def test_a_rollout_of_an_older_version_goes_on(old):
 )
 def test_what_an_older_version_recorded_stays_covered(old, harm):
     ledger = Ledger.open(old)
-    assert ledger.verify_served() == []
+    assert ledger.releases.verify() == []
     execute(old, harm)
-    assert ledger.verify_served() != []
+    assert ledger.releases.verify() != []
     ledger.close()
 
 
 def test_an_upgraded_ledger_goes_on(old):
     ledger = Ledger.open(old)
-    assert [s.site for s in ledger.sites()] == ["Zeta", "alpha"]
-    assert ledger.pending(["Zeta", "alpha"]) == {
+    assert [s.site for s in ledger.streams.sites()] == ["Zeta", "alpha"]
+    assert ledger.streams.pending(["Zeta", "alpha"]) == {
         "Zeta": (0, T0 + timedelta(days=1)),
         "alpha": (9, T0 + timedelta(days=1)),
     }
-    assert ledger.outcomes() == {"Zeta": "pass", "alpha": "hold"}
-    assert ledger.latest_verdicts()["Zeta"].verdict.outcome == "pass"
+    assert ledger.verdicts.outcomes() == {"Zeta": "pass", "alpha": "hold"}
+    assert ledger.verdicts.latest()["Zeta"].verdict.outcome == "pass"
     cycle = begin(ledger, now=T0 + timedelta(days=2))
     assert (cycle.id, cycle.resumed) == ("cycle-00002", True)
-    assert ledger.commit_shard(cycle, [shard("alpha", 10, 20), shard("Zeta", 20, 20)], now=T0) == ["Zeta"]
-    ledger.commit_ingest(cycle, [segment("alpha", "segment-3.parquet", 20)], [], now=T0)
-    ledger.finish_cycle(cycle, summary={}, now=T0)
-    assert ledger.broken_audit() is None
+    assert ledger.verdicts.commit(cycle, [shard("alpha", 10, 20), shard("Zeta", 20, 20)], now=T0) == ["Zeta"]
+    ledger.streams.commit(cycle, [segment("alpha", "segment-3.parquet", 20)], [], now=T0)
+    ledger.cycles.finish(cycle, summary={}, now=T0)
+    assert ledger.audit.first_broken() is None
     ledger.close()
 
 
@@ -199,7 +202,7 @@ def test_an_upgrade_that_dies_leaves_the_old_version_whole(old, monkeypatch):
     assert execute(old, "select value from meta where key = 'schema'") == [("1",)]
     monkeypatch.undo()
     ledger = Ledger.open(old)
-    assert ledger.broken_audit() is None
+    assert ledger.audit.first_broken() is None
     ledger.close()
 
 

@@ -20,15 +20,15 @@ from tests.support.ledgers import T0, execute
 )
 def test_the_audit_chain_shows_tampering(ledger, url, damage, broken):
     for i in range(3):
-        ledger.append_audit("test", {"i": i}, now=T0)
-    assert ledger.broken_audit() is None
-    assert [payload for _, _, kind, payload in ledger.audit() if kind == "test"] == [
+        ledger.audit.append("test", {"i": i}, now=T0)
+    assert ledger.audit.first_broken() is None
+    assert [payload for _, _, kind, payload in ledger.audit.rows() if kind == "test"] == [
         {"i": 0},
         {"i": 1},
         {"i": 2},
     ]
     execute(url, damage)
-    assert ledger.broken_audit() == broken
+    assert ledger.audit.first_broken() == broken
 
 
 def test_bad_urls_and_files_are_refused(tmp_path):
@@ -53,16 +53,16 @@ def test_an_empty_database_is_no_ledger_until_somebody_may_create_it(url):
 
 
 def test_a_transaction_that_fails_leaves_no_gap_in_the_chain(ledger, monkeypatch):
-    ledger.append_audit("test", {"i": 0}, now=T0)
-    real = ledger._append
+    ledger.audit.append("test", {"i": 0}, now=T0)
+    real = ledger.store.append
 
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ledger, "_append", lambda *a: crash(real(*a)))
+    monkeypatch.setattr(ledger.store, "append", lambda *a: crash(real(*a)))
     with pytest.raises(KeyboardInterrupt):
-        ledger.append_audit("test", {"i": 1}, now=T0)
+        ledger.audit.append("test", {"i": 1}, now=T0)
     monkeypatch.undo()
-    ledger.append_audit("test", {"i": 2}, now=T0)
-    assert [seq for seq, *_ in ledger.audit()] == [1, 2]
-    assert ledger.broken_audit() is None
+    ledger.audit.append("test", {"i": 2}, now=T0)
+    assert [seq for seq, *_ in ledger.audit.rows()] == [1, 2]
+    assert ledger.audit.first_broken() is None

@@ -12,45 +12,48 @@ from tests.support.ledgers import BAD, GOOD, HELD, T0, begin, shard
 
 
 def test_a_failed_site_is_marked_until_it_commits(ledger):
-    ledger.set_status({"s0": "its segment is torn"})
-    assert (ledger.site("s0").status, ledger.site("s0").reason) == ("failed", "its segment is torn")
-    ledger.commit_shard(begin(ledger), [shard()], now=T0)
-    assert ledger.site("s0").status == "active"
+    ledger.streams.set_status({"s0": "its segment is torn"})
+    assert (ledger.streams.site("s0").status, ledger.streams.site("s0").reason) == (
+        "failed",
+        "its segment is torn",
+    )
+    ledger.verdicts.commit(begin(ledger), [shard()], now=T0)
+    assert ledger.streams.site("s0").status == "active"
 
 
 def test_a_shard_commits_state_cursor_verdict_and_counters_together(ledger):
     cycle = begin(ledger)
-    assert ledger.commit_shard(cycle, [shard(), shard("s1", evidence=HELD, slot=1)], now=T0) == []
-    row, held = ledger.sites_named(["s0", "s1"])
+    assert ledger.verdicts.commit(cycle, [shard(), shard("s1", evidence=HELD, slot=1)], now=T0) == []
+    row, held = ledger.streams.named(["s0", "s1"])
     assert (row.learned, row.holds, held.holds) == (10, 0, 1)
-    state = ledger.states([row.learner, None])[row.learner]
+    state = ledger.verdicts.states([row.learner, None])[row.learner]
     assert (state.blob, state.slot, state.offset_from, state.offset_to) == ("b" * 64, 0, 0, 10)
-    verdict = ledger.verdicts(cycle=cycle.id, site="s0")[0]
+    verdict = ledger.verdicts.find(cycle=cycle.id, site="s0")[0]
     assert (verdict.state, verdict.evidence, verdict.counters) == (state.id, GOOD, shard().counters)
     assert assess(GuardsConfig(), verdict.evidence) == verdict.verdict
-    assert ledger.latest_verdicts()["s1"].verdict.outcome == "hold"
+    assert ledger.verdicts.latest()["s1"].verdict.outcome == "hold"
 
 
 def test_a_repeated_commit_has_no_second_effect(ledger):
     cycle = begin(ledger)
     rows = [shard(), shard("s1", slot=1)]
-    ledger.commit_shard(cycle, rows, now=T0)
-    before = ledger.sites()
-    assert ledger.commit_shard(cycle, rows, now=T0) == ["s0", "s1"]
-    assert ledger.commit_shard(cycle, [shard("s2", start=5)], now=T0) == ["s2"]  # a hole in the stream
-    assert ledger.sites() == before
-    assert len(ledger.verdicts()) == 2
+    ledger.verdicts.commit(cycle, rows, now=T0)
+    before = ledger.streams.sites()
+    assert ledger.verdicts.commit(cycle, rows, now=T0) == ["s0", "s1"]
+    assert ledger.verdicts.commit(cycle, [shard("s2", start=5)], now=T0) == ["s2"]  # a hole in the stream
+    assert ledger.streams.sites() == before
+    assert len(ledger.verdicts.find()) == 2
 
 
 def test_a_failed_candidate_is_kept_but_not_learned_from(ledger):
-    ledger.commit_shard(begin(ledger), [shard()], now=T0)
-    good = ledger.site("s0").learner
-    ledger.serve({"s0": (good, 1)}, rollout="r1", wave=1, kind="promote", reason="", now=T0)
+    ledger.verdicts.commit(begin(ledger), [shard()], now=T0)
+    good = ledger.streams.site("s0").learner
+    ledger.releases.serve({"s0": (good, 1)}, rollout="r1", wave=1, kind="promote", reason="", now=T0)
     second = begin(ledger, now=T0 + timedelta(days=1), fingerprint="g")
-    ledger.commit_shard(second, [shard(start=10, end=20, evidence=BAD)], now=T0)
-    assert ledger.site("s0").learner == good
-    assert ledger.site("s0").learned == 20
-    assert ledger.latest_verdicts()["s0"].verdict.outcome == "fail"
+    ledger.verdicts.commit(second, [shard(start=10, end=20, evidence=BAD)], now=T0)
+    assert ledger.streams.site("s0").learner == good
+    assert ledger.streams.site("s0").learned == 20
+    assert ledger.verdicts.latest()["s0"].verdict.outcome == "fail"
 
 
 @pytest.mark.parametrize("broken", ["_moved", "_verdict_values"])
@@ -65,73 +68,73 @@ def test_a_crash_before_the_commit_leaves_nothing(ledger, monkeypatch, broken):
 
     monkeypatch.setattr(verdicts, broken, crash)
     with pytest.raises(KeyboardInterrupt):
-        ledger.commit_shard(cycle, [shard(), shard("s1", slot=1)], now=T0)
+        ledger.verdicts.commit(cycle, [shard(), shard("s1", slot=1)], now=T0)
     monkeypatch.undo()
-    assert ledger.site("s0").learned == 0
-    assert ledger.verdicts() == []
-    assert ledger.states([state_id(cycle.id, "s0")]) == {}
-    assert ledger.commit_shard(cycle, [shard(), shard("s1", slot=1)], now=T0) == []
+    assert ledger.streams.site("s0").learned == 0
+    assert ledger.verdicts.find() == []
+    assert ledger.verdicts.states([state_id(cycle.id, "s0")]) == {}
+    assert ledger.verdicts.commit(cycle, [shard(), shard("s1", slot=1)], now=T0) == []
 
 
 def test_outcomes_of_a_cycle_and_the_newest_of_every_site(ledger):
     first = begin(ledger)
-    ledger.commit_shard(first, [shard(), shard("s1", evidence=HELD, slot=1)], now=T0)
+    ledger.verdicts.commit(first, [shard(), shard("s1", evidence=HELD, slot=1)], now=T0)
     second = begin(ledger, now=T0 + timedelta(days=1), fingerprint="g")
-    ledger.commit_shard(
+    ledger.verdicts.commit(
         second, [shard(start=10, end=20, evidence=BAD)], now=T0 - timedelta(days=1)
     )  # the clock went back
-    assert ledger.outcomes(first.id) == {"s0": "pass", "s1": "hold"}
-    assert ledger.outcomes(second.id) == {"s0": "fail"}
-    assert ledger.outcomes() == {"s0": "fail", "s1": "hold"}
-    assert {s: v.outcome for s, v in ledger.latest_verdicts().items()} == ledger.outcomes()
-    assert ledger.outcomes("no such cycle") == {}
+    assert ledger.verdicts.outcomes(first.id) == {"s0": "pass", "s1": "hold"}
+    assert ledger.verdicts.outcomes(second.id) == {"s0": "fail"}
+    assert ledger.verdicts.outcomes() == {"s0": "fail", "s1": "hold"}
+    assert {s: v.outcome for s, v in ledger.verdicts.latest().items()} == ledger.verdicts.outcomes()
+    assert ledger.verdicts.outcomes("no such cycle") == {}
 
 
 def test_an_empty_window_leaves_the_learner_and_is_the_newest_verdict(ledger):
-    ledger.commit_shard(begin(ledger), [shard()], now=T0)
-    learner, later = ledger.site("s0").learner, T0 + timedelta(days=1)
+    ledger.verdicts.commit(begin(ledger), [shard()], now=T0)
+    learner, later = ledger.streams.site("s0").learner, T0 + timedelta(days=1)
     second = begin(ledger, now=later, fingerprint="g")
-    assert ledger.commit_shard(second, [shard(start=10, blob=None, evidence=HELD)], now=later) == []
-    assert ledger.commit_shard(second, [shard(start=10, blob=None, evidence=HELD)], now=later) == ["s0"]
-    assert (ledger.site("s0").learner, ledger.site("s0").holds) == (learner, 1)
-    assert (ledger.latest_verdicts()["s0"].cycle, ledger.latest_verdicts()["s0"].state) == (second.id, None)
+    assert ledger.verdicts.commit(second, [shard(start=10, blob=None, evidence=HELD)], now=later) == []
+    assert ledger.verdicts.commit(second, [shard(start=10, blob=None, evidence=HELD)], now=later) == ["s0"]
+    assert (ledger.streams.site("s0").learner, ledger.streams.site("s0").holds) == (learner, 1)
+    assert (ledger.verdicts.latest()["s0"].cycle, ledger.verdicts.latest()["s0"].state) == (second.id, None)
 
 
 def test_verdicts_by_id_are_oldest_first_however_many(ledger):
     first = begin(ledger)
-    ledger.commit_shard(first, [shard()], now=T0 + timedelta(seconds=1))
+    ledger.verdicts.commit(first, [shard()], now=T0 + timedelta(seconds=1))
     second = begin(ledger, now=T0 + timedelta(days=1), fingerprint="g")
-    ledger.commit_shard(second, [shard(start=10, end=20)], now=T0 + timedelta(seconds=2))
+    ledger.verdicts.commit(second, [shard(start=10, end=20)], now=T0 + timedelta(seconds=2))
     ids = [state_id(second.id, "s0"), *(f"x{i}" for i in range(2000)), state_id(first.id, "s0")]
-    assert [v.cycle for v in ledger.verdicts(ids=ids)] == [first.id, second.id]
+    assert [v.cycle for v in ledger.verdicts.find(ids=ids)] == [first.id, second.id]
 
 
 def test_sources_and_anchors(ledger):
     with pytest.raises(LedgerError, match="run `palisade train` first"):
-        ledger.source()
+        ledger.sources.champion()
     add = {"trunk": "t", "path": "p", "manifest": {"a": 1}, "lineage": "run", "now": T0}
-    assert [ledger.add_source(d, **add) for d in ("d1", "d2", "d1")] == [1, 2, 1]
-    assert ledger.source().version == 1
-    ledger.set_champion(2, now=T0)
-    assert (ledger.source().digest, ledger.source().manifest) == ("d2", {"a": 1})
+    assert [ledger.sources.add(d, **add) for d in ("d1", "d2", "d1")] == [1, 2, 1]
+    assert ledger.sources.champion().version == 1
+    ledger.sources.set_champion(2, now=T0)
+    assert (ledger.sources.champion().digest, ledger.sources.champion().manifest) == ("d2", {"a": 1})
     with pytest.raises(LedgerError, match="versions: 1, 2"):
-        ledger.source(7)
+        ledger.sources.get(7)
     with pytest.raises(LedgerError, match="no anchor set"):
-        ledger.anchor("t")
-    ledger.pin_anchor("x", trunk="t", summary={}, now=T0)
-    ledger.pin_anchor("y", trunk="t", summary={}, now=T0 + timedelta(seconds=1))
-    assert ledger.anchor("t") == "y"
+        ledger.verdicts.anchor("t")
+    ledger.verdicts.pin_anchor("x", trunk="t", summary={}, now=T0)
+    ledger.verdicts.pin_anchor("y", trunk="t", summary={}, now=T0 + timedelta(seconds=1))
+    assert ledger.verdicts.anchor("t") == "y"
 
 
 def test_a_thousand_sites_in_one_transaction(url):
     ledger = Ledger.open(url)
     names = [f"n{i}" for i in range(2500)]
-    ledger.register_sites({s: {} for s in names}, now=T0)
+    ledger.streams.register({s: {} for s in names}, now=T0)
     rows = [shard(s, slot=i) for i, s in enumerate(names)]
-    assert ledger.commit_shard(begin(ledger), rows, now=T0) == []
-    learners = [s.learner for s in ledger.sites_named(names)]
-    assert len(ledger.states(learners)) == 2500
+    assert ledger.verdicts.commit(begin(ledger), rows, now=T0) == []
+    learners = [s.learner for s in ledger.streams.named(names)]
+    assert len(ledger.verdicts.states(learners)) == 2500
     changes = {s: (x, 1) for s, x in zip(names, learners, strict=True)}
-    ledger.serve(changes, rollout="r", wave=1, kind="promote", reason="", now=T0)
-    assert len(ledger.serving(names)) == 2500
+    ledger.releases.serve(changes, rollout="r", wave=1, kind="promote", reason="", now=T0)
+    assert len(ledger.releases.serving(names)) == 2500
     ledger.close()

@@ -71,12 +71,14 @@ class Fleet:
         self.captures = place(config.data.captures)
 
     def find(self, **bounds: object) -> ingest.IngestListing:
-        offsets = {row.site: row.ingested for row in self.ledger.sites()}
-        return find(self.config.data, self.ledger.known_segments(), lambda s: offsets.get(s, 0), **bounds)  # pyright: ignore
+        offsets = {row.site: row.ingested for row in self.ledger.streams.sites()}
+        return find(
+            self.config.data, self.ledger.streams.segment_names(), lambda s: offsets.get(s, 0), **bounds
+        )  # pyright: ignore
 
     def round(self, **bounds: object) -> ingest.Ingested:
         found = self.find(**bounds)
-        self.ledger.register_sites({s: {} for s in found.sites}, now=now())
+        self.ledger.streams.register({s: {} for s in found.sites}, now=now())
         done: list[SegmentResult] = []
         for b in found.new:
             done += ingest.ingest_site(
@@ -86,11 +88,12 @@ class Fleet:
                 self.config.place("features"),
             )
         history = {
-            b.site: {s.sha256: s.name for s, _ in self.ledger.segments(b.site) if s.rows} for b in found.new
+            b.site: {s.sha256: s.name for s, _ in self.ledger.streams.segments(b.site) if s.rows}
+            for b in found.new
         }
         result = collect(found.new, done, history)
         ingest.forget_orphans(self.config, [m.manifest.trunk_digest for m in self.models.values()], result)
-        self.ledger.commit_ingest(self.begin(), result.segments, result.quarantined, now=now())
+        self.ledger.streams.commit(self.begin(), result.segments, result.quarantined, now=now())
         return result
 
     def begin(self) -> Cycle:
@@ -98,9 +101,9 @@ class Fleet:
 
     def stored(self, site: str, model: str = "m") -> dict[str, int]:
         """Offset by sample id of the features that can be read."""
-        end, trunk = self.ledger.site(site).ingested, self.models[model].manifest.trunk_digest
+        end, trunk = self.ledger.streams.site(site).ingested, self.models[model].manifest.trunk_digest
         block = read_features(self.config.place("features"), trunk, site, start=0, end=end, features=8)
         return dict(zip(block.sample_id.tolist(), block.offset.tolist()))
 
     def refused(self, site: str) -> list[tuple[str, int, str]]:
-        return [(q.segment, q.row, q.reason) for q in self.ledger.quarantined(site)]
+        return [(q.segment, q.row, q.reason) for q in self.ledger.streams.quarantined(site)]

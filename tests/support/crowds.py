@@ -23,6 +23,7 @@ from pipeline.data import blobs
 from pipeline.data.anchor import AnchorSet, seal
 from pipeline.data.features import FeatureBlock, write_features
 from pipeline.ledger import Cycle, Ledger, StaleGeneration
+from pipeline.ledger.verdicts import Verdicts
 from pipeline.models import checkpoint
 from pipeline.simulate.cloned_sites import names
 from tests.support.artifacts import source
@@ -77,9 +78,9 @@ INSTANTS = {  # what is called there, whether it is before that; each occurs at 
     "before a blob": (blobs, "put", True),
     "a blob under its temporary name": (Path, "replace", True),
     "after a blob": (blobs, "put", False),
-    "before a commit": (Ledger, "commit_shard", True),
+    "before a commit": (Verdicts, "commit", True),
     "within a commit": (DefaultDialect, "do_commit", True),
-    "after a commit": (Ledger, "commit_shard", False),
+    "after a commit": (Verdicts, "commit", False),
 }
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
@@ -100,8 +101,8 @@ class Crowd:
             rows = [
                 segment(site, f"segment-{day:04d}.parquet", day * n, n, good=n) for site, n in LENGTH.items()
             ]
-            self.ledger.commit_ingest(cycle, rows, [], now=now())
-            self.ledger.finish_cycle(cycle, summary={}, now=now())
+            self.ledger.streams.commit(cycle, rows, [], now=now())
+            self.ledger.cycles.finish(cycle, summary={}, now=now())
 
     def begin(self) -> Cycle:
         """Take the lease from whoever has it: an unfinished cycle goes on under a new generation."""
@@ -125,25 +126,33 @@ class Crowd:
 
     def job(self, cycle: Cycle) -> ShardJob:
         """What a shard of ``cycle`` is given."""
-        source, config = self.ledger.source(), self.d.config
+        source, config = self.ledger.sources.champion(), self.d.config
         return ShardJob(
-            config.model_dump_json(), source.path, source.version, self.ledger.anchor(source.trunk), cycle
+            config.model_dump_json(),
+            source.path,
+            source.version,
+            self.ledger.verdicts.anchor(source.trunk),
+            cycle,
         )
 
     def newest(self) -> Cycle:
         """The cycle of the last day, in the generation that has it."""
-        row = self.ledger.cycles(kinds=["adapt"])[0]
+        row = self.ledger.cycles.history(kinds=["adapt"])[0]
         return Cycle(row.id, row.generation, resumed=True)
 
     def finish(self, cycle: Cycle) -> None:
         """Every site is done: the cycle ends, and the audit chain is whole (I6)."""
         assert self.check(cycle) == set(SITES)
-        self.ledger.finish_cycle(cycle, summary={}, now=now())
-        assert self.ledger.broken_audit() is None
+        self.ledger.cycles.finish(cycle, summary={}, now=now())
+        assert self.ledger.audit.first_broken() is None
 
     def check(self, cycle: Cycle | None = None) -> set[str]:
         """I1 and I2, also while others write → the sites that are done in ``cycle`` (default: the newest)."""
-        last = cycle.id if cycle else next((c.id for c in self.ledger.cycles(kinds=["adapt", "cycle"])), "")
+        last = (
+            cycle.id
+            if cycle
+            else next((c.id for c in self.ledger.cycles.history(kinds=["adapt", "cycle"])), "")
+        )
         rows, verdicts = self._snapshot()
         for row in rows:
             own = sorted((v for v in verdicts if v.site == row.site), key=lambda v: v.offset_to)
@@ -158,22 +167,22 @@ class Crowd:
 
     def states(self) -> States:
         """Every state that was ever committed."""
-        kept = self.ledger.states([v.state for v in self.ledger.verdicts()]).values()
+        kept = self.ledger.verdicts.states([v.state for v in self.ledger.verdicts.find()]).values()
         held = {b: blobs.get(self.d.config.place("states"), b) for b in {s.blob for s in kept}}
         return {(s.site, s.offset_to): {k: t[s.slot] for k, t in held[s.blob].items()} for s in kept}
 
     def _snapshot(self) -> tuple[list[SiteRow], list[VerdictRow]]:
         """Sites and verdicts of one moment."""
-        rows = self.ledger.sites()
+        rows = self.ledger.streams.sites()
         while True:
-            verdicts, again = self.ledger.verdicts(), self.ledger.sites()
+            verdicts, again = self.ledger.verdicts.find(), self.ledger.streams.sites()
             if rows == again:
                 return rows, verdicts
             rows = again
 
     def _verify(self, rows: Sequence[SiteRow], verdicts: Sequence[VerdictRow]) -> None:
         """Every pointer names a blob whose digest verifies and which holds what it is said to hold."""
-        stored = self.ledger.states([v.state for v in verdicts] + [r.learner for r in rows])
+        stored = self.ledger.verdicts.states([v.state for v in verdicts] + [r.learner for r in rows])
         assert {v.state for v in verdicts} | {r.learner for r in rows if r.learner} <= stored.keys()
         states, outcomes = self.d.config.place("states"), self.d.config.place("outcomes")
         slots = {b: len(next(iter(blobs.get(states, b).values()))) for b in {s.blob for s in stored.values()}}
@@ -198,9 +207,9 @@ def new_crowd(root: Path, settings: Settings = CROWD, *, days: int = DAYS, hosti
     species = tuple("bona_fide" if y else "print" for y in label.tolist())
     z, present = torch.randn(ANCHORS, 3, FEATURES, generator=random), torch.ones(ANCHORS, 3, dtype=torch.bool)
     anchor = seal(config.place("anchors"), AnchorSet(z, present, label.to(torch.int8), species))
-    ledger.pin_anchor(anchor, trunk=trunk, summary={}, now=now())
+    ledger.verdicts.pin_anchor(anchor, trunk=trunk, summary={}, now=now())
     if days:
-        ledger.register_sites({site: {} for site in SITES}, now=now())
+        ledger.streams.register({site: {} for site in SITES}, now=now())
     for k, (site, n) in enumerate(LENGTH.items()):
         for day in range(days):
             write_features(config.place("features"), trunk, site, _sent(k, day, n, hostile=hostile))

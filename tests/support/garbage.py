@@ -41,14 +41,14 @@ class Fleet:
         cycle = begin(self.ledger, fingerprint=f"day {self.day}", dead=lambda _: True, now=self.now)
         rows = []
         for site in sites:
-            base = self.ledger.site(site).ingested
+            base = self.ledger.streams.site(site).ingested
             features = block(WINDOW, start=base)
             self.aged(write_features(self.config.place("features"), TRUNK, site, features))
             arrived = segment(site, f"segment-{base}.parquet", base, WINDOW, good=WINDOW)
-            self.ledger.commit_ingest(cycle, [arrived], [], now=self.now)
+            self.ledger.streams.commit(cycle, [arrived], [], now=self.now)
         state = self.blob("states", {"w": torch.full((len(sites),), float(self.day))})
         for k, site in enumerate(sites):
-            row = self.ledger.site(site)
+            row = self.ledger.streams.site(site)
             outcomes = self.blob("outcomes", {"score": torch.full((2,), self.day + 0.1 * k)})
             learned = {
                 "evidence": evidence,
@@ -59,17 +59,17 @@ class Fleet:
             }
             rows.append(shard(site, row.learned, row.ingested, **learned))
         if commit:
-            assert self.ledger.commit_shard(cycle, rows, now=self.now) == []
-        self.ledger.finish_cycle(cycle, summary={}, now=self.now)
+            assert self.ledger.verdicts.commit(cycle, rows, now=self.now) == []
+        self.ledger.cycles.finish(cycle, summary={}, now=self.now)
 
     def promote(self, site: str) -> None:
         """The newest passing state of ``site`` by a completed rollout of one site."""
-        passed = [v for v in self.ledger.verdicts(site=site) if v.verdict.outcome == "pass"]
+        passed = [v for v in self.ledger.verdicts.find(site=site) if v.verdict.outcome == "pass"]
         if passed:
             name = f"release-{self.day}-{site}"
             target = Target(0, Pointer(passed[-1].state, 1), Pointer(None, 1), passed[-1].id)
             draft = Draft(plan(name, {}, 1, RolloutConfig()).plan, {site: target}, {}, ())
-            self.ledger.save_rollout(
+            self.ledger.plans.save(
                 name,
                 plan_hash="h",
                 status="completed",
@@ -79,7 +79,7 @@ class Fleet:
                 now=self.now,
                 draft=draft,
             )
-            self.ledger.serve(
+            self.ledger.releases.serve(
                 {site: (passed[-1].state, 1)}, rollout=name, wave=1, kind="promote", reason="", now=self.now
             )
 
@@ -104,20 +104,22 @@ class Fleet:
 def begun(root: Path) -> Fleet:
     config = load(None, [f"ledger.url=sqlite:///{root}/ledger.db", f"ledger.artifacts={root}/artifacts"])
     ledger = Ledger.open(config.ledger.url)
-    ledger.register_sites({s: {} for s in SITES}, now=T0)
-    ledger.add_source("s" * 64, trunk=TRUNK, path=str(root / "m"), manifest={}, lineage="", now=T0)
+    ledger.streams.register({s: {} for s in SITES}, now=T0)
+    ledger.sources.add("s" * 64, trunk=TRUNK, path=str(root / "m"), manifest={}, lineage="", now=T0)
     return Fleet(config, ledger)
 
 
 def verify(f: Fleet, *, keep: int) -> None:
     """Everything that a shard, a rollback, a report of the last ``keep`` days or a rollout reads."""
     ledger, since = f.ledger, f.now - timedelta(days=keep)
-    needed = {s.learner for s in ledger.sites()} | {s.state for s in ledger.serving().values()}
+    needed = {s.learner for s in ledger.streams.sites()} | {
+        s.state for s in ledger.releases.serving().values()
+    }
     for site in SITES:
-        promoted = [r.state for r in ledger.served(site) if r.kind == "promote"]
+        promoted = [r.state for r in ledger.releases.history(site) if r.kind == "promote"]
         needed |= set(promoted[-1:])
-        row = ledger.site(site)
-        recent = [v for v in ledger.verdicts(site=site) if v.at >= since]
+        row = ledger.streams.site(site)
+        recent = [v for v in ledger.verdicts.find(site=site) if v.at >= since]
         for v in recent:
             blobs.get(f.config.place("outcomes"), str(v.counters["outcomes"]))
             needed.add(v.state)
@@ -126,5 +128,5 @@ def verify(f: Fleet, *, keep: int) -> None:
             f.config.place("features"), TRUNK, site, start=start, end=row.ingested, features=F
         )
         assert kept.offset.tolist() == list(range(start, row.ingested))
-    for state in ledger.states(sorted(needed - {None})).values():
+    for state in ledger.verdicts.states(sorted(needed - {None})).values():
         assert blobs.get(f.config.place("states"), state.blob)["w"].shape[0] > state.slot

@@ -31,7 +31,7 @@ def execute(url: str, *statements: str) -> list[tuple[object, ...]]:
 
 
 def begin(ledger, *, holder="a", now=T0, dead=lambda holder: False, fingerprint="f", kind="cycle"):
-    return ledger.begin_cycle(kind, fingerprint, "{}", holder=holder, dead=dead, now=now)
+    return ledger.cycles.begin(kind, fingerprint, "{}", holder=holder, dead=dead, now=now)
 
 
 def shard(
@@ -72,7 +72,7 @@ def segment(site="s0", name="segment-1.parquet", base=0, rows=10, *, good=None):
 def register_source(ledger, path, *, now=T0) -> int:
     """Registers the checkpoint at ``path`` as the next source model and returns its version."""
     manifest = checkpoint.read_manifest(path)
-    return ledger.add_source(
+    return ledger.sources.add(
         manifest.digest,
         trunk=manifest.trunk_digest,
         path=str(path),

@@ -26,7 +26,7 @@ SIGNING = {
 
 def learned(crowd) -> list[ShardRow]:
     """A state for every site, three in each blob; the verdicts pass."""
-    model, rows = checkpoint.load(crowd.ledger.source().path), []
+    model, rows = checkpoint.load(crowd.ledger.sources.champion().path), []
     random = torch.Generator().manual_seed(1)
     for first in range(0, len(SITES), 3):
         states = [crowd.d.config.site.init(model.tail) for _ in range(3)]
@@ -36,13 +36,13 @@ def learned(crowd) -> list[ShardRow]:
         ]
         blob = blobs.put(crowd.d.config.place("states"), bank.stack(moved))
         for slot, site in enumerate(SITES[first : first + 3]):
-            rows.append(shard(site, 0, crowd.ledger.site(site).ingested, blob=blob, slot=slot))
+            rows.append(shard(site, 0, crowd.ledger.streams.site(site).ingested, blob=blob, slot=slot))
     return rows
 
 
 def serve(crowd, kind, changes):
     changes = {s: (state, 1) for s, state in changes.items()}
-    crowd.ledger.serve(changes, rollout="release-00001", wave=1, kind=kind, reason="test", now=now())
+    crowd.ledger.releases.serve(changes, rollout="release-00001", wave=1, kind=kind, reason="test", now=now())
 
 
 def released(root: Path) -> Crowd:
@@ -50,9 +50,9 @@ def released(root: Path) -> Crowd:
     crowd = new_crowd(root, SIGNING, days=1)
     crowd.arrive(0)
     cycle = crowd.begin()
-    crowd.ledger.commit_shard(cycle, learned(crowd), now=now())
-    crowd.ledger.finish_cycle(cycle, summary={}, now=now())
-    serve(crowd, "promote", {s: crowd.ledger.site(s).learner for s in (SITE, OTHER)})
+    crowd.ledger.verdicts.commit(cycle, learned(crowd), now=now())
+    crowd.ledger.cycles.finish(cycle, summary={}, now=now())
+    serve(crowd, "promote", {s: crowd.ledger.streams.site(s).learner for s in (SITE, OTHER)})
     assert main(["audit", "keygen", "--out", str(root / "release.pem")]) == 0
     crowd.ledger.close()
     return crowd

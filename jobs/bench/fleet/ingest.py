@@ -55,7 +55,7 @@ def _ingested(config: Config, terminal: Terminal) -> float:
         began = time.perf_counter()
         taken = ingest_step(config, ledger, held, terminal)
         seconds = time.perf_counter() - began
-        ledger.finish_cycle(held, summary=taken, now=now())
+        ledger.cycles.finish(held, summary=taken, now=now())
     return int(str(taken["samples"])) / seconds
 
 
@@ -70,7 +70,7 @@ def _decode_only(config: Config, paths: list[Path]) -> float:
 
 def _loaded(config: Config, paths: list[Path]) -> float:
     """Captures per second of a DataLoader that decodes in two workers, with the trunk in this process."""
-    model = checkpoint.load(open_ledger(config).source().path)
+    model = checkpoint.load(open_ledger(config).sources.champion().path)
     loader = DataLoader(
         _Segments(config, paths),
         batch_size=None,
@@ -92,7 +92,7 @@ def _loaded(config: Config, paths: list[Path]) -> float:
 def _with_smallest_trunk(ground: Ground, name: str, *, sites: int, captures: int) -> Config:
     config = ground.crowd(name, sites=sites, captures=captures)
     ledger, random = open_ledger(config), torch.Generator().manual_seed(0)
-    source = checkpoint.load(ledger.source().path)
+    source = checkpoint.load(ledger.sources.champion().path)
     shape = source.manifest.config.model_copy(update={"trunk": SMALLEST})
     made = checkpoint.seal(
         trunk.fold(trunk.build_trunk(SMALLEST, config.data.size)),
@@ -101,7 +101,7 @@ def _with_smallest_trunk(ground: Ground, name: str, *, sites: int, captures: int
     )
     path = config.place("models", "smallest")
     digest = checkpoint.save(path, made)
-    version = ledger.add_source(
+    version = ledger.sources.add(
         digest,
         trunk=made.manifest.trunk_digest,
         path=str(path),
@@ -109,7 +109,7 @@ def _with_smallest_trunk(ground: Ground, name: str, *, sites: int, captures: int
         manifest=made.manifest.model_dump(mode="json"),
         now=now(),
     )
-    ledger.set_champion(version, now=now())
+    ledger.sources.set_champion(version, now=now())
     return config
 
 

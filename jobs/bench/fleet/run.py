@@ -171,7 +171,10 @@ def _ingest(ground: runs.Ground, size: Size, terminal: Terminal) -> dict[str, fl
 
 def _steps(ground: runs.Ground, _: Size, terminal: Terminal) -> dict[str, float | None]:
     terminal.say("bench fleet: steps of a bank")
-    model, batch = checkpoint.load(open_ledger(ground.config).source().path), ground.config.bank.batch
+    model, batch = (
+        checkpoint.load(open_ledger(ground.config).sources.champion().path),
+        ground.config.bank.batch,
+    )
     quiet = Danet()
     methods: dict[str, SiteMethod] = {"learns": LEARNS, "quiet": quiet}
     here = speed.adaptation(model, methods, batch=batch)
@@ -204,7 +207,7 @@ def _production(model: SourceModel) -> SourceModel:
 def _registered(ground: runs.Ground, size: Size, terminal: Terminal) -> dict[str, float | None]:
     terminal.say(f"bench fleet: {size.registered} registered sites")
     config = ground.deployment("registered")
-    open_ledger(config).register_sites({site: {} for site in crowd.names(size.registered)}, now=now())
+    open_ledger(config).streams.register({site: {} for site in crowd.names(size.registered)}, now=now())
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return {"resident": pool.apply(runs.resident, (config.ledger.url,))}
 

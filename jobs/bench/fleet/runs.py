@@ -75,8 +75,8 @@ class Ground:
         shutil.rmtree(self.root / name, ignore_errors=True)
         config = self.named(name)
         mine, theirs = open_ledger(config), open_ledger(self.config)
-        source = theirs.source()
-        mine.add_source(
+        source = theirs.sources.champion()
+        mine.sources.add(
             source.digest,
             trunk=source.trunk,
             path=source.path,
@@ -84,8 +84,8 @@ class Ground:
             lineage=source.lineage,
             now=now(),
         )
-        digest = theirs.anchor(source.trunk)
-        mine.pin_anchor(digest, trunk=source.trunk, summary={}, now=now())
+        digest = theirs.verdicts.anchor(source.trunk)
+        mine.verdicts.pin_anchor(digest, trunk=source.trunk, summary={}, now=now())
         shutil.copytree(str(self.config.place("anchors")), str(config.place("anchors")))
         return config
 
@@ -101,11 +101,11 @@ class Ground:
         ledger = open_ledger(config)
         source, names = source_model(ledger), crowd.names(sites)
         crowd.store_features(config.place("features"), source.trunk, seen, sites=sites, samples=samples)
-        ledger.register_sites({site: {} for site in names}, now=now())
+        ledger.streams.register({site: {} for site in names}, now=now())
         with lease(config, ledger, "ingest") as held:
             rows = [SegmentRow(site, "segment-0001.parquet", "", samples, 0, samples, 0) for site in names]
-            ledger.commit_ingest(held, rows, [], now=now())
-            ledger.finish_cycle(held, summary={}, now=now())
+            ledger.streams.commit(held, rows, [], now=now())
+            ledger.cycles.finish(held, summary={}, now=now())
         return config
 
 
@@ -123,11 +123,13 @@ def cycle(config: Config, terminal: Terminal) -> Timed:
         taken = ingest_step(config, ledger, held, terminal)
         ingested = time.perf_counter()
         summary = {**taken, **adapt_step(config, ledger, held, terminal)}
-        ledger.finish_cycle(held, summary=summary, now=now())
+        ledger.cycles.finish(held, summary=summary, now=now())
         adapted = time.perf_counter()
     record(config, ledger, held, summary)
     _check(ledger)
-    return Timed(ingested - began, adapted - ingested, time.perf_counter() - adapted, len(ledger.sites()))
+    return Timed(
+        ingested - began, adapted - ingested, time.perf_counter() - adapted, len(ledger.streams.sites())
+    )
 
 
 def plain(config: Config) -> Timed:
@@ -138,18 +140,18 @@ def plain(config: Config) -> Timed:
     with lease(config, ledger, "cycle") as held:
         began = time.perf_counter()
         found = cluster_ingest.find(config.data, {}, lambda _: 0)
-        ledger.register_sites({site: {} for site in found.sites}, now=now())
+        ledger.streams.register({site: {} for site in found.sites}, now=now())
         place = config.place("features")
         done = [
             d for b in found.new for d in cluster_ingest.ingest_site(b, config.data, [source.path], place)
         ]
         taken = cluster_ingest.collect(found.new, done, {})
-        ledger.commit_ingest(held, taken.segments, taken.quarantined, now=now())
+        ledger.streams.commit(held, taken.segments, taken.quarantined, now=now())
         ingested = time.perf_counter()
-        pending = {r.site: r.ingested - r.learned for r in ledger.sites()}
+        pending = {r.site: r.ingested - r.learned for r in ledger.streams.sites()}
         for call in assign.group_calls(pending, slots=config.bank.sites):
             adapt_sites(shard_job(config, ledger, held), call)
-        ledger.finish_cycle(held, summary={}, now=now())
+        ledger.cycles.finish(held, summary={}, now=now())
         adapted = time.perf_counter()
     _check(ledger)
     return Timed(ingested - began, adapted - ingested, 0.0, len(pending))
@@ -158,7 +160,7 @@ def plain(config: Config) -> Timed:
 def seen(config: Config) -> FeatureBlock:
     """Features of a site that a cycle has ingested."""
     ledger = open_ledger(config)
-    source, row = source_model(ledger), ledger.sites()[0]
+    source, row = source_model(ledger), ledger.streams.sites()[0]
     width = int(config.model.trunk.features)
     return read_features(
         config.place("features"), source.trunk, row.site, start=0, end=row.ingested, features=width
@@ -173,7 +175,7 @@ def adapted(
     alive: list[int] = []
     killed: list[int] = []
     with lease(config, ledger, "adapt") as held, _killing(alive, killed, kill_every, most):
-        pending = {r.site: r.ingested - r.learned for r in ledger.sites()}
+        pending = {r.site: r.ingested - r.learned for r in ledger.streams.sites()}
         began = time.perf_counter()
         with terminal.progress("bench fleet, adapt", "sites") as advance:
             failed = fleet.run_fleet(
@@ -184,7 +186,7 @@ def adapted(
                 on_shard=alive.append,
             )
         seconds = time.perf_counter() - began
-        ledger.finish_cycle(held, summary={}, now=now())
+        ledger.cycles.finish(held, summary={}, now=now())
     if failed:
         raise RuntimeError(f"{len(failed)} sites were not adapted, first {next(iter(failed.items()))}")
     _check(ledger)
@@ -198,14 +200,14 @@ def resumed(config: Config, terminal: Terminal) -> tuple[float, int]:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = [sys.executable, "-m", "jobs", "adapt", "--config", str(path)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    sites = len(ledger.sites())
+    sites = len(ledger.streams.sites())
     try:
-        while driver.poll() is None and len(ledger.outcomes()) < STARTED_SHARE * sites:
+        while driver.poll() is None and len(ledger.verdicts.outcomes()) < STARTED_SHARE * sites:
             time.sleep(0.05)
     finally:
         driver.kill()
         driver.wait()
-    before = len(ledger.outcomes())
+    before = len(ledger.verdicts.outcomes())
     first: list[float] = []
     began = time.perf_counter()
 
@@ -215,11 +217,11 @@ def resumed(config: Config, terminal: Terminal) -> tuple[float, int]:
 
     with lease(config, ledger, "adapt") as held:
         assert held.resumed, "the killed driver's cycle is the one that goes on"
-        pending = {r.site: r.ingested - r.learned for r in ledger.sites() if r.learned < r.ingested}
+        pending = {r.site: r.ingested - r.learned for r in ledger.streams.sites() if r.learned < r.ingested}
         fleet.run_fleet(
             shard_job(config, ledger, held), pending, placement=fleet.placement(config), on_progress=committed
         )
-        ledger.finish_cycle(held, summary={}, now=now())
+        ledger.cycles.finish(held, summary={}, now=now())
     _check(ledger)
     terminal.say(f"resumed with {sites - before} of {sites} sites left")
     return (first[0] if first else float("nan")), sites - before
@@ -230,9 +232,9 @@ def resident(url: str) -> float:
     from pipeline.ledger import Ledger
 
     ledger = Ledger.open(url)
-    pending = {r.site: r.ingested - r.learned for r in ledger.sites()}
-    ledger.outcomes()
-    ledger.serving()
+    pending = {r.site: r.ingested - r.learned for r in ledger.streams.sites()}
+    ledger.verdicts.outcomes()
+    ledger.releases.serving()
     assign.home_shards(list(pending), 28)
     assign.group_calls(pending, slots=256)
     return psutil.Process().memory_info().rss / 2**30
@@ -240,7 +242,7 @@ def resident(url: str) -> float:
 
 def _check(ledger: Ledger) -> None:
     """A run that did not do its work has no time."""
-    rows, judged = ledger.sites(), ledger.outcomes()
+    rows, judged = ledger.streams.sites(), ledger.verdicts.outcomes()
     left = [r.site for r in rows if r.learned != r.ingested or r.site not in judged]
     if left or not rows:
         raise RuntimeError(f"{len(left)} of {len(rows)} sites are not adapted, first {left[:1]}")

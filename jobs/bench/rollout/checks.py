@@ -65,14 +65,14 @@ class Checks:
 
     def daily(self, ledger: Ledger) -> None:
         """I6: the chain has no gap."""
-        if (at := ledger.broken_audit()) is not None:
+        if (at := ledger.audit.first_broken()) is not None:
             self.found.append(f"I6: the audit chain is broken at {at}")
 
     def ended(self, ledger: Ledger) -> None:
         """The ledger's own audit of the month."""
         self.daily(ledger)
-        self.found += [f"I4/I5: {line}" for line in ledger.served_without_verdict()]
-        self.found += [f"I6: {line}" for line in ledger.verify_served()]
+        self.found += [f"I4/I5: {line}" for line in ledger.releases.served_without_verdict()]
+        self.found += [f"I6: {line}" for line in ledger.releases.verify()]
 
     def _site(self, site: str, old: ServingRow | None, new: ServingRow, at: datetime) -> None:
         """I4: promoted only with its own pass. I5: the counter grows, and back goes only a rollback. Nights, for promotions."""

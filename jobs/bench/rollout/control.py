@@ -93,7 +93,7 @@ def healthy(ledger: Ledger, rollout: str, r: Rollout) -> Observation:
         return Observation()
     last = min(r.wave, len(r.plan.waves) - 1)
     earlier = (WaveObservation(w.sites) for w in r.plan.waves[:last])
-    return Observation(waves=(*earlier, ledger.wave_seen(rollout, last, without=())))
+    return Observation(waves=(*earlier, ledger.plans.observe_wave(rollout, last, without=())))
 
 
 def _ground(folder: Path, sites: int) -> tuple[Path, dict[str, Candidate]]:
@@ -112,7 +112,7 @@ def _run(config: RolloutConfig, ledger: Ledger, candidates: dict[str, Candidate]
     clock = Clock()
     fleet.planned(ledger, "release-00001", facts, config, START)
     plan = clock.read()
-    row = ledger.rollout("release-00001")
+    row = ledger.plans.rollout("release-00001")
     row = save(ledger, row, fleet.approved(load(row), row, START), "approved", at=START)
     clock = Clock()
     row, at = carry(ledger, row, START)
@@ -132,7 +132,7 @@ def _one_by_one(ledger: Ledger, candidates: dict[str, Candidate]) -> float:
     names = list(candidates)[:SINGLE]
     started = time.perf_counter()
     for site in names:
-        ledger.serve(
+        ledger.releases.serve(
             {site: candidates[site].to}, rollout="single", wave=1, kind="promote", reason="", now=START
         )
     return (time.perf_counter() - started) / len(names)
@@ -141,8 +141,8 @@ def _one_by_one(ledger: Ledger, candidates: dict[str, Candidate]) -> float:
 def _check(ledger: Ledger, row: RolloutRow, status: Status, on: int) -> None:
     """A figure counts only for a run that did its work, and that the audit chain covers."""
     r: Rollout = load(row)
-    serving = sum(s.state is not None for s in ledger.serving().values())
-    if r.status != status or serving != on or ledger.broken_audit() is not None:
+    serving = sum(s.state is not None for s in ledger.releases.serving().values())
+    if r.status != status or serving != on or ledger.audit.first_broken() is not None:
         raise AssertionError(f"{row.id} is {r.status}, {serving} sites serve it: {r.reason}")
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pipeline import rollout as machine
 from pipeline.guards import Cell, Evidence, GuardsConfig, assess
-from pipeline.ledger import Ledger, SegmentRow, ShardRow, state_id
+from pipeline.ledger import Ledger, SegmentRow, ShardRow, Store, state_id
 from pipeline.rollout import Candidate, Pointer, Rollout, SiteFacts
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ class Crash(Exception):
     """The driver died."""
 
 
-class Mortal(Ledger):
-    """A ledger whose user dies now and then: within a transaction, so that nothing of it is there but all before it."""
+class MortalStore(Store):
+    """Dies now and then within a transaction, so that nothing of that one is stored but all before it."""
 
     left = -1  # audited writes until it dies; negative: it does not
 
-    def _append(self, c, kind, payload, now) -> None:  # pyright: ignore
-        super()._append(c, kind, payload, now)
+    def append(self, c, kind, payload, now) -> None:  # pyright: ignore
+        super().append(c, kind, payload, now)
         if self.left == 0:
             self.left = -1
             raise Crash
@@ -49,14 +49,14 @@ class Mortal(Ledger):
 def found(path: Path, tags: Mapping[str, Mapping[str, str]], at: datetime) -> Ledger:
     """A new ledger with a source model and these sites."""
     ledger = Ledger.open(f"sqlite:///{path}")
-    ledger.add_source("d" * 64, trunk="t" * 64, path="source", manifest={}, lineage="", now=at)
-    ledger.register_sites(tags, now=at)
+    ledger.sources.add("d" * 64, trunk="t" * 64, path="source", manifest={}, lineage="", now=at)
+    ledger.streams.register(tags, now=at)
     return ledger
 
 
 def begin(ledger: Ledger, at: datetime) -> Cycle:
     """The next cycle; nobody else is there."""
-    return ledger.begin_cycle("cycle", "bench", "{}", holder="bench", dead=lambda _: True, now=at)
+    return ledger.cycles.begin("cycle", "bench", "{}", holder="bench", dead=lambda _: True, now=at)
 
 
 def learn(
@@ -87,8 +87,8 @@ def learn(
             )
             own = state_id(cycle.id, s)
             made[s] = Candidate(Pointer(own, 1), own, judged[evidence].outcome, judged[evidence].decisive)
-        ledger.commit_shard(cycle, rows, now=at)
-    ledger.finish_cycle(cycle, summary={}, now=at)
+        ledger.verdicts.commit(cycle, rows, now=at)
+    ledger.cycles.finish(cycle, summary={}, now=at)
     return made
 
 
@@ -97,8 +97,8 @@ def report(ledger: Ledger, segments: Sequence[tuple[str, str, int]], at: datetim
     cycle, again = begin(ledger, at), 0
     for part in _parts(segments):
         rows = [SegmentRow(site, name, "d" * 64, SAMPLES, base, SAMPLES, 0) for site, name, base in part]
-        again += len(ledger.commit_ingest(cycle, rows, [], now=at))
-    ledger.finish_cycle(cycle, summary={}, now=at)
+        again += len(ledger.streams.commit(cycle, rows, [], now=at))
+    ledger.cycles.finish(cycle, summary={}, now=at)
     return again
 
 
@@ -108,7 +108,7 @@ def planned(
     """Plan a release and store it."""
     draft = machine.plan(release, facts, SOURCE.source_version, config)
     r = machine.start(draft.plan, at)
-    ledger.save_rollout(
+    ledger.plans.save(
         release,
         plan_hash=r.plan_hash,
         status=r.status,

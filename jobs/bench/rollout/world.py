@@ -15,7 +15,7 @@ from pipeline import rollout as machine
 from pipeline.control.health import observe_rollback
 from pipeline.control.rollout import load, save, step
 from pipeline.guards import GuardsConfig, judge_promoted
-from pipeline.ledger import StaleGeneration
+from pipeline.ledger import Ledger, StaleGeneration
 from pipeline.rollout import (
     IN_PROGRESS,
     IN_ROLLBACK,
@@ -75,7 +75,8 @@ class World:
         self.retiring = [str(s) for s in self.random.choice(here, int(GONE * sites), replace=False)]
         self.url = f"sqlite:///{path}"
         fleet.found(path, {s: self.tags[s] for s in here}, START).close()
-        self.ledger = fleet.Mortal.open(self.url)
+        self.store = fleet.MortalStore.open(self.url)
+        self.ledger = Ledger(self.store)
         self.checks = Checks(self.tags)
         self.living = dict.fromkeys(here, 0)  # site → how far it has learned
         self.candidates: dict[str, machine.Candidate] = {}
@@ -105,7 +106,7 @@ class World:
         return self.row is not None and Status(self.row.status) not in TERMINAL
 
     def report(self) -> Month:
-        rows = self.ledger.rollouts()
+        rows = self.ledger.plans.rollouts()
         self.month.violations = self.checks.found
         self.month.rollouts = len(rows)
         self.month.unfinished = sum(Status(r.status) not in TERMINAL for r in rows)
@@ -132,12 +133,12 @@ class World:
             self.month.events["clock_jumps"] += 1
             at += timedelta(hours=float(self.random.choice([-30, -5, 7, 30])))
         if self.random.random() < CRASH:
-            self.ledger.left = int(self.random.integers(3))
+            self.store.left = int(self.random.integers(3))
         self._alive(lambda: self._people(at, last=last))
         if tick % TICKS == 0:
             self._alive(lambda: self._join(at))
         self._alive(lambda: self._drive(at))
-        self.ledger.left = -1
+        self.store.left = -1
         if not self.open():
             self.rest = EVERY
 
@@ -155,8 +156,9 @@ class World:
         except fleet.Crash:
             self.month.events["crashes"] += 1
             self.ledger.close()
-            self.ledger = fleet.Mortal.open(self.url)
-            self.row = self.ledger.rollout(self._row().id)
+            self.store = fleet.MortalStore.open(self.url)
+            self.ledger = Ledger(self.store)
+            self.row = self.ledger.plans.rollout(self._row().id)
 
     def _come_and_go(self, day: int, at: datetime) -> None:
         """Sites join and retire, evenly over the month."""
@@ -164,13 +166,13 @@ class World:
         joined = self.joining[: len(self.joining) // left]
         if joined:
             self.joining = self.joining[len(joined) :]
-            self.ledger.register_sites({s: self.tags[s] for s in joined}, now=at)
+            self.ledger.streams.register({s: self.tags[s] for s in joined}, now=at)
             self.candidates |= self._learned(dict.fromkeys(joined, 0), at)
             self.living |= dict.fromkeys(joined, 1)
             self.month.events["sites_joined"] += len(joined)
         for site in self.retiring[: len(self.retiring) // left]:
             self.retiring.remove(site)
-            self.ledger.set_retired(site, retired=True, reason="closed", now=at)
+            self.ledger.streams.set_retired(site, retired=True, reason="closed", now=at)
             self.living.pop(site)
             self.month.events["sites_retired"] += 1
 
@@ -184,7 +186,7 @@ class World:
 
     def _release(self, at: datetime) -> None:
         """Everybody learned something; now it is planned."""
-        number = len(self.ledger.rollouts()) + 1
+        number = len(self.ledger.plans.rollouts()) + 1
         self.candidates = self._learned(self.living, at)
         self.living = {s: n + 1 for s, n in self.living.items()}
         if self.random.random() < BAD:
@@ -194,11 +196,11 @@ class World:
             }
         release = f"release-{number:05d}"
         draft = fleet.planned(self.ledger, release, self._facts(list(self.living)), self.config, at)
-        self.row, self.checks.targets = self.ledger.rollout(release), dict(draft.targets)
+        self.row, self.checks.targets = self.ledger.plans.rollout(release), dict(draft.targets)
 
     def _facts(self, names: list[str]) -> dict[str, SiteFacts]:
-        completed = [r.id for r in self.ledger.rollouts() if r.status == Status.COMPLETED]
-        serving, good = self.ledger.serving(names), self.ledger.served_by(completed)
+        completed = [r.id for r in self.ledger.plans.rollouts() if r.status == Status.COMPLETED]
+        serving, good = self.ledger.releases.serving(names), self.ledger.releases.promoted_by(completed)
         controls = set(machine.choose_controls({s: self.tags[s] for s in self.living}, self.config))
         return {
             s: SiteFacts(
@@ -236,7 +238,7 @@ class World:
     def _join(self, at: datetime) -> None:
         """Sites that came after the plan go with its last wave."""
         row = self._row()
-        r, known = load(row), self.ledger.rollout_sites(row.id)
+        r, known = load(row), self.ledger.plans.sites(row.id)
         new = sorted(s for s in self.living if s not in known and s in self.candidates)
         if not new or not machine.open_to_joiners(r):
             return
@@ -264,7 +266,7 @@ class World:
                 self.row, moved = step(self.ledger, row, seen, at)
             finally:
                 if moved:  # also when it died in between
-                    self.serving = self.ledger.serving()
+                    self.serving = self.ledger.releases.serving()
                     self.checks.moved(self.serving, row, decided, at)
             if decided.status != before.status and decided.status in {Status.HOLD, Status.PAUSED}:
                 self.month.events[f"times_{decided.status}"] += 1
@@ -295,11 +297,11 @@ class World:
         if r.status not in IN_PROGRESS | {Status.PAUSED} or r.wave < 0:
             return Observation()
         last, out = min(r.wave, len(r.plan.waves) - 1), list(r.failed)
-        silent = ledger.silent(rollout, upto=last, samples=r.plan.config.health_samples, without=out)
+        silent = ledger.plans.silent(rollout, upto=last, samples=r.plan.config.health_samples, without=out)
         failed = Counter(r.failed.values())
         waves = [WaveObservation(sites=w.sites - failed[i]) for i, w in enumerate(r.plan.waves[:last])]
-        waves.append(ledger.wave_seen(rollout, last, without=out))
-        promoted = ledger.promoted(rollout, upto=last, names=self.way.labelled)
+        waves.append(ledger.plans.observe_wave(rollout, last, without=out))
+        promoted = ledger.plans.promoted(rollout, upto=last, names=self.way.labelled)
         standing = self.way.standing(promoted, self.serving)
         found, wave_of = judge_promoted(LIMITS, standing), {p.site: p.wave for p in promoted}
         shown = Counter[int]()
@@ -316,7 +318,7 @@ class World:
                 )
                 for i, w in enumerate(waves)
             ),
-            failed_returnable=ledger.returnable(rollout, out) if out else 0,
+            failed_returnable=ledger.plans.returnable(rollout, out) if out else 0,
             failing={s: FailingSite(wave_of[s], why[0].text) for s, why in found.failing.items()},
             breach=tuple(b.text for b in found.breach),
         )

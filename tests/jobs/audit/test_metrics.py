@@ -23,20 +23,20 @@ SITES = [f"s{i:02d}" for i in range(20)]
 def fleet(tmp_path):
     """20 sites with verdicts; the first wave of a release is out."""
     ledger = Ledger.open(f"sqlite:///{tmp_path}/ledger.db")
-    ledger.register_sites({s: {} for s in SITES}, now=T0)
+    ledger.streams.register({s: {} for s in SITES}, now=T0)
     evidence = {SITES[0]: HELD, SITES[1]: BAD}
     rows = [
         shard(s, slot=i, **({"evidence": evidence[s]} if s in evidence else {})) for i, s in enumerate(SITES)
     ]
     cycle = begin(ledger)
-    ledger.commit_shard(cycle, rows, now=T0)
-    ledger.finish_cycle(cycle, summary={}, now=T0)
+    ledger.verdicts.commit(cycle, rows, now=T0)
+    ledger.cycles.finish(cycle, summary={}, now=T0)
     yield ledger
     ledger.close()
 
 
 def released(ledger):
-    verdicts = ledger.latest_verdicts()
+    verdicts = ledger.verdicts.latest()
     facts = {
         s: SiteFacts(serving=None, candidate=Made(Pointer(v.state, 1), v.id, v.outcome))
         for s, v in verdicts.items()
@@ -45,7 +45,7 @@ def released(ledger):
     r = approve(start(draft.plan, T0), hash=start(draft.plan, T0).plan_hash, who="ann", now=T0)
     first, second = draft.wave(0)[:2]
     r = r.model_copy(update={"wave": 0, "status": "staging", "failed": {first: 0}})
-    ledger.save_rollout(
+    ledger.plans.save(
         "release-00001",
         plan_hash=r.plan_hash,
         status=r.status,
@@ -56,8 +56,10 @@ def released(ledger):
         draft=draft,
     )
     changes = {s: (verdicts[s].state, 1) for s in draft.wave(0) if s != first}
-    ledger.serve(changes, rollout="release-00001", wave=1, kind="promote", reason="", now=T0 + SECOND)
-    ledger.commit_ingest(begin(ledger, kind="ingest"), [segment(second)], [], now=T0 + 2 * SECOND)
+    ledger.releases.serve(
+        changes, rollout="release-00001", wave=1, kind="promote", reason="", now=T0 + SECOND
+    )
+    ledger.streams.commit(begin(ledger, kind="ingest"), [segment(second)], [], now=T0 + 2 * SECOND)
     return draft
 
 
@@ -78,7 +80,7 @@ def test_figures_of_a_fleet_without_a_rollout(fleet, tmp_path, capsys):
     assert found["palisade_guard_findings", "fail", "trust"] == 1
     assert found["palisade_guard_findings", "hold", "no_data"] == 1
     assert found["palisade_verdict_newest_timestamp_seconds",] == T0.timestamp()
-    assert found["palisade_audit_head_sequence",] == fleet.audit_head()[0] > 0
+    assert found["palisade_audit_head_sequence",] == fleet.audit.head()[0] > 0
     assert not any(name[0].startswith("palisade_rollout") for name in found)
 
 
@@ -114,8 +116,8 @@ def test_a_file_for_the_collector_is_whole(fleet, tmp_path, capsys):
 
 
 def test_labels_are_escaped(fleet):
-    fleet.register_sites({"odd": {}}, now=T0)
-    with fleet.engine.begin() as c:
+    fleet.streams.register({"odd": {}}, now=T0)
+    with fleet.store.engine.begin() as c:
         c.exec_driver_sql("update sites set status = 'a\"b\\c\nd' where site = 'odd'")
     from prometheus_client import generate_latest
 

@@ -26,8 +26,8 @@ def test_an_honest_record_holds(crowd: Crowd, capsys):
     serve(crowd, "rollback", {SITE: None})
     code, found = audit(crowd, capsys, "verify")
     assert (code, found["findings"]) == (0, [])
-    assert (found["rows"], found["head"]) == crowd.ledger.audit_head()
-    crowd.ledger.append_audit("remark", {}, now=crowd.ledger.audit()[-1][1])
+    assert (found["rows"], found["head"]) == crowd.ledger.audit.head()
+    crowd.ledger.audit.append("remark", {}, now=crowd.ledger.audit.rows()[-1][1])
     assert audit(crowd, capsys, "verify", "--head", found["head"])[0] == 0, "the chain has grown since"
 
 
@@ -71,7 +71,7 @@ def test_a_damaged_artifact_is_found(crowd, capsys, kind):
 
 
 def test_a_damaged_source_model_is_found(crowd, capsys, tmp_path):
-    source = crowd.ledger.source()
+    source = crowd.ledger.sources.champion()
     copy = tmp_path / "model"
     shutil.copytree(source.path, copy)
     execute(crowd.d.config.ledger.url, f"update sources set path = '{copy}'")
@@ -129,20 +129,20 @@ def test_a_key_is_private_and_never_overwritten(tmp_path, capsys):
 
 def test_tags_of_one_site_and_of_a_file(crowd, tmp_path, capsys):
     assert crowd.d.run("site", "tag", SITE, "region=north", "tz=Europe/Berlin", "rig=rgb+ir") == 0
-    assert crowd.ledger.site(SITE).tags == {"region": "north", "tz": "Europe/Berlin", "rig": "rgb+ir"}
+    assert crowd.ledger.streams.site(SITE).tags == {"region": "north", "tz": "Europe/Berlin", "rig": "rgb+ir"}
     file = tmp_path / "tags.csv"
     file.write_text(f"site,region,tenant\n{SITE},,bank\n{OTHER},south,\n")
     assert crowd.d.run("site", "tag", "--from", str(file)) == 0
-    assert crowd.ledger.site(SITE).tags == {
+    assert crowd.ledger.streams.site(SITE).tags == {
         "region": "north",
         "tz": "Europe/Berlin",
         "rig": "rgb+ir",
         "tenant": "bank",
     }
-    assert crowd.ledger.site(OTHER).tags == {"region": "south"}
+    assert crowd.ledger.streams.site(OTHER).tags == {"region": "south"}
     assert crowd.d.run("site", "tag", SITE, "region=") == 0
-    assert "region" not in crowd.ledger.site(SITE).tags
-    assert crowd.ledger.broken_audit() is None
+    assert "region" not in crowd.ledger.streams.site(SITE).tags
+    assert crowd.ledger.audit.first_broken() is None
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_tag_that_cannot_be_is_refused(crowd, words, said, capsys):
     assert crowd.d.run("site", "tag", *words) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
-    assert crowd.ledger.site(SITE).tags == {}
+    assert crowd.ledger.streams.site(SITE).tags == {}
 
 
 @pytest.mark.parametrize(
@@ -182,14 +182,14 @@ def test_a_file_of_tags_changes_everything_or_nothing(crowd, tmp_path, text, sai
     file.write_text(text)
     assert crowd.d.run("site", "tag", "--from", str(file)) == 2
     assert re.search(said, capsys.readouterr().err)
-    assert crowd.ledger.site(SITE).tags == {}
+    assert crowd.ledger.streams.site(SITE).tags == {}
 
 
 def test_a_site_is_retired_and_restored(crowd, capsys):
     site = SITES[4]
     assert crowd.d.run("site", "retire", site, "--reason", "torn down") == 0
-    row = crowd.ledger.site(site)
+    row = crowd.ledger.streams.site(site)
     assert row.status == "retired" and row.reason.endswith(": torn down")
     assert crowd.d.run("site", "restore", site, "--reason", " ") == 2
     assert crowd.d.run("site", "restore", site, "--reason", "rebuilt") == 0
-    assert crowd.ledger.site(site).status == "active"
+    assert crowd.ledger.streams.site(site).status == "active"

@@ -29,7 +29,7 @@ def ground(trained, tmp_path_factory: pytest.TempPathFactory) -> bench_fleet_run
 
 def states(config) -> dict[str, dict[str, torch.Tensor]]:
     ledger = open_ledger(config)
-    found = ledger.states([v.state for v in ledger.verdicts()]).values()
+    found = ledger.verdicts.states([v.state for v in ledger.verdicts.find()]).values()
     return {
         s.site: {k: t[s.slot] for k, t in blobs.get(config.place("states"), s.blob).items()} for s in found
     }

@@ -19,6 +19,7 @@ from jobs.bench.rollout import world as bench_rollout_world
 from jobs.bench.rollout.checks import Checks
 from jobs.terminal import Terminal
 from pipeline.guards import GuardsConfig
+from pipeline.ledger import Ledger
 from pipeline.rollout import Rollout, RolloutConfig
 
 SITES, T0 = 120, bench_rollout_world.START
@@ -78,7 +79,7 @@ def test_the_way_counts_each_report_once(tmp_path):
     assert not any(wrong)
     e = way.events
     assert min(e["messages_lost"], e["messages_doubled"], e["messages_delayed"], e["duplicates_refused"]) > 0
-    arrived = sum(s.ingested for s in ledger.sites()) / bench_rollout_fleet.SAMPLES
+    arrived = sum(s.ingested for s in ledger.streams.sites()) / bench_rollout_fleet.SAMPLES
     assert e["messages"] - e["messages_lost"] <= arrived <= e["messages"]
     ledger.close()
 
@@ -93,13 +94,14 @@ def test_a_month_is_its_seed(tmp_path):
 
 def test_who_dies_within_a_transaction_leaves_nothing_of_it(tmp_path):
     bench_rollout_fleet.found(tmp_path / "l.db", {"s0": {}}, T0).close()
-    ledger = bench_rollout_fleet.Mortal.open(f"sqlite:///{tmp_path}/l.db")
-    before, ledger.left = ledger.audit(), 1
-    ledger.append_audit("one", {}, now=T0)
+    store = bench_rollout_fleet.MortalStore.open(f"sqlite:///{tmp_path}/l.db")
+    ledger = Ledger(store)
+    before, store.left = ledger.audit.rows(), 1
+    ledger.audit.append("one", {}, now=T0)
     with pytest.raises(bench_rollout_fleet.Crash):
-        ledger.append_audit("two", {}, now=T0)
-    ledger.append_audit("three", {}, now=T0)
-    assert [kind for _, _, kind, _ in ledger.audit()[len(before) :]] == ["one", "three"]
+        ledger.audit.append("two", {}, now=T0)
+    ledger.audit.append("three", {}, now=T0)
+    assert [kind for _, _, kind, _ in ledger.audit.rows()[len(before) :]] == ["one", "three"]
     ledger.close()
 
 
@@ -113,16 +115,16 @@ def test_the_checks_see_a_wave_that_was_not_begun_and_a_site_that_never_passed(t
     }
     config = RolloutConfig(waves=(0.5, 1.0))
     draft = bench_rollout_fleet.planned(ledger, "r1", facts, config, T0)
-    row = ledger.rollout("r1")
+    row = ledger.plans.rollout("r1")
     night = T0 + timedelta(hours=12)
     for wave in (1, 2):
         names = draft.wave(wave - 1)
         changes = {s: tuple(made[s].to) for s in names}
-        ledger.serve(changes, rollout="r1", wave=wave, kind="promote", reason="", now=night)
+        ledger.releases.serve(changes, rollout="r1", wave=wave, kind="promote", reason="", now=night)
     checks = Checks(tags)
     checks.targets = dict(draft.targets)
     r = Rollout.model_validate_json(row.body).model_copy(update={"wave": 0})
-    checks.moved(ledger.serving(), row, r, night)
+    checks.moved(ledger.releases.serving(), row, r, night)
     kinds = Counter(line.split(":")[0] for line in checks.found)
     assert kinds == {"I4": 10, "night": 10, "I3": 1, "approvals": 1}
     ledger.close()

@@ -54,9 +54,9 @@ def lived(tmp_path_factory) -> Crowd:
     """Two days; on the second the fleet serves what passed on the first."""
     crowd = new_crowd(tmp_path_factory.mktemp("lived"), LOOSE)
     day(crowd, 0)
-    passed = {v.site: (v.state, 1) for v in crowd.ledger.verdicts() if v.outcome == "pass"}
+    passed = {v.site: (v.state, 1) for v in crowd.ledger.verdicts.find() if v.outcome == "pass"}
     assert passed
-    crowd.ledger.serve(passed, rollout="r", wave=1, kind="promote", reason="", now=now())
+    crowd.ledger.releases.serve(passed, rollout="r", wave=1, kind="promote", reason="", now=now())
     day(crowd, 1)
     return crowd
 
@@ -66,8 +66,8 @@ def day(crowd: Crowd, number: int) -> None:
     config = crowd.d.config
     with lease(config, crowd.ledger, "adapt") as cycle:
         assert adapt_sites(shard_job(config, crowd.ledger, cycle), SITES) == {}
-        crowd.ledger.finish_cycle(
-            cycle, summary={"evidence": crowd.ledger.evidence_digest(cycle.id)}, now=now()
+        crowd.ledger.cycles.finish(
+            cycle, summary={"evidence": crowd.ledger.verdicts.evidence_digest(cycle.id)}, now=now()
         )
 
 
@@ -87,7 +87,7 @@ def test_every_verdict_is_the_same_again_and_its_anchor_counts_too(lived, capsys
     found = printed(capsys)
     assert (found["verdicts"], found["same"], found["older"]) == (2 * len(SITES), 2 * len(SITES), 0)
     assert found["recounted"] == 2 * len(SITES) and found["different"] == [] == list(found["not_recounted"])
-    one = lived.ledger.verdicts()[-1]
+    one = lived.ledger.verdicts.find()[-1]
     assert lived.d.run("guard", "replay", "--cycle", one.cycle, "--json") == 0
     assert printed(capsys)["verdicts"] == len(SITES)
     assert lived.d.run("guard", "replay", one.site, "--recount", "--json") == 0
@@ -102,9 +102,9 @@ def test_every_verdict_is_the_same_again_and_its_anchor_counts_too(lived, capsys
 
 def test_what_a_verdict_was_counted_on_is_kept_with_it_and_else_found_by_time(lived):
     ledger = lived.ledger
-    served = {s: r.state for s, r in ledger.serving().items()}
+    served = {s: r.state for s, r in ledger.releases.serving().items()}
     assert served
-    for v in ledger.verdicts():
+    for v in ledger.verdicts.find():
         kept = verdict_basis(ledger, v)
         second = v.offset_from > 0
         assert kept.recorded and kept.champion_state == (served.get(v.site) if second else None)
@@ -114,7 +114,7 @@ def test_what_a_verdict_was_counted_on_is_kept_with_it_and_else_found_by_time(li
 
 
 def test_a_changed_count_is_found(crowd, capsys):
-    one = next(v for v in crowd.ledger.verdicts() if v.outcome == "pass" and v.evidence.cells[0].errors)
+    one = next(v for v in crowd.ledger.verdicts.find() if v.outcome == "pass" and v.evidence.cells[0].errors)
     first = one.evidence.cells[0]
     forged = one.evidence.model_copy(
         update={"cells": (first.model_copy(update={"errors": 0}), *one.evidence.cells[1:])}
@@ -141,7 +141,7 @@ def test_a_changed_count_is_found(crowd, capsys):
 
 
 def test_a_changed_verdict_or_outcome_or_configuration_is_found(crowd, capsys):
-    one, two, three = crowd.ledger.verdicts()[-3:]
+    one, two, three = crowd.ledger.verdicts.find()[-3:]
     spoil(
         crowd,
         "update verdicts set verdict = replace(verdict, ?, ?) where id = ?",
@@ -176,14 +176,14 @@ def test_a_changed_verdict_or_outcome_or_configuration_is_found(crowd, capsys):
         '"margin":50.0',
         '"margin":51.0',
     )
-    first = crowd.ledger.verdicts()[0]
+    first = crowd.ledger.verdicts.find()[0]
     assert crowd.d.run("guard", "replay", first.id) == 4
     assert "not the one that it began with" in capsys.readouterr().out
 
 
 def test_a_damaged_state_differs_and_a_deleted_one_is_left_out(crowd, capsys):
-    rows = crowd.ledger.verdicts()
-    blobs = {s.id: s.blob for s in crowd.ledger.states([v.state for v in rows]).values()}
+    rows = crowd.ledger.verdicts.find()
+    blobs = {s.id: s.blob for s in crowd.ledger.verdicts.states([v.state for v in rows]).values()}
     own = next(v for v in rows if v.offset_from > 0)
     path = crowd.d.config.place("states") / blobs[own.state][:2] / f"{blobs[own.state]}.safetensors"
     data = path.read_bytes()
@@ -198,7 +198,7 @@ def test_a_damaged_state_differs_and_a_deleted_one_is_left_out(crowd, capsys):
 
 
 def test_verdicts_of_an_earlier_version_lack_fields_and_are_the_same(crowd, capsys):
-    one = crowd.ledger.verdicts()[-1]
+    one = crowd.ledger.verdicts.find()[-1]
     spoil(
         crowd,
         "update verdicts set verdict = replace(verdict, ?, '') where id = ?",
@@ -241,7 +241,7 @@ def test_nothing_on_record(tmp_path, capsys):
 
 
 def test_explain_says_what_decided_and_what_it_rests_on(lived, capsys):
-    for v in lived.ledger.latest_verdicts().values():
+    for v in lived.ledger.verdicts.latest().values():
         assert lived.d.run("guard", "explain", v.site, "--json") == 0
         found = printed(capsys)
         assert (found["verdict"], found["outcome"]) == (v.id, v.outcome)
@@ -286,7 +286,7 @@ def test_what_decided_stands_first_and_advice_last():
 
 def test_limits_are_those_of_the_cycle_and_their_fingerprint_is_checked(lived):
     config = lived.d.config
-    row = lived.ledger.cycles(kinds=["adapt"])[0]
+    row = lived.ledger.cycles.history(kinds=["adapt"])[0]
     found = limits_of(lived.ledger, row.id)
     assert found.sound and found.guards == config.guards
     assert fingerprint(json.loads(row.config)) == config.fingerprint()
@@ -410,7 +410,7 @@ def test_the_policy_of_the_record_decides_as_recorded(lived, tmp_path, capsys):
 
 
 def test_a_stricter_policy_stops_and_a_looser_one_says_so(lived, tmp_path, capsys):
-    recorded = {v.id: v.outcome for v in lived.ledger.verdicts()}
+    recorded = {v.id: v.outcome for v in lived.ledger.verdicts.find()}
     assert {"pass", "hold"} <= set(recorded.values())
     out = tmp_path / "d.json"
     assert (
@@ -430,7 +430,7 @@ def test_a_looser_policy_exits_4(tmp_path, capsys):
     (tmp_path / "d").mkdir()
     crowd = new_crowd(tmp_path / "d", STRICT)
     day(crowd, 0)
-    failed = [v for v in crowd.ledger.verdicts() if v.outcome == "fail"]
+    failed = [v for v in crowd.ledger.verdicts.find() if v.outcome == "fail"]
     assert failed
     assert crowd.d.run("guard", "simulate", "--with", "guards.trust.margin=50.0", "--json") == 4
     assert {v.id for v in failed} <= set(printed(capsys)["looser"])

@@ -48,7 +48,10 @@ def again(crowd, box, **changes):
 
 def test_a_box_gets_what_its_site_serves(crowd, box):
     assert pull(crowd, box) == 0 and verify(crowd, box, "--site", SITE) == 0
-    source, state = crowd.ledger.source(), crowd.ledger.state(crowd.ledger.site(SITE).learner)
+    source, state = (
+        crowd.ledger.sources.champion(),
+        crowd.ledger.verdicts.state(crowd.ledger.streams.site(SITE).learner),
+    )
     (folder,) = (box / "models").iterdir()
     model = checkpoint.load(folder)
     assert model.manifest.digest == source.digest == folder.name
@@ -71,7 +74,7 @@ def test_the_model_is_written_once(crowd, box, monkeypatch):
     monkeypatch.setattr(job, "write_atomic", lambda path, data: written.append(path.name) or real(path, data))
     assert pull(crowd, box) == 0
     assert written == ["release.json"]
-    (box / "models" / crowd.ledger.source().digest / "model.safetensors").write_bytes(b"torn")
+    (box / "models" / crowd.ledger.sources.champion().digest / "model.safetensors").write_bytes(b"torn")
     assert pull(crowd, box) == 0
     assert written == ["release.json", "model.safetensors", "release.json"]
 
@@ -103,7 +106,7 @@ def test_a_ledger_that_lost_releases_cannot_take_a_box_back(crowd, box, tmp_path
     assert pull(crowd, box) == 0  # not accepted yet, and yet never undone
     assert pull(before, box) == 4
     assert "replayed: release 1, but 2 was accepted before" in capsys.readouterr().err
-    serve(before, "rollback", {SITE: crowd.ledger.site(SITE).learner})
+    serve(before, "rollback", {SITE: crowd.ledger.streams.site(SITE).learner})
     assert pull(before, box) == 4
     assert "two different releases have the counter 2" in capsys.readouterr().err
 
@@ -163,7 +166,7 @@ def test_a_damaged_artifact_is_not_pulled(crowd, box, kind, capsys):
     for path in files:
         flip(path, at=1)
     if kind == "models":
-        with crowd.ledger.engine.begin() as c:
+        with crowd.ledger.store.engine.begin() as c:
             c.exec_driver_sql("update sources set path = ?", (str(files[0].parent),))
     assert pull(crowd, box) != 0
     assert "changed or torn" in capsys.readouterr().err
@@ -190,13 +193,13 @@ def test_neither_mlflow_nor_ray_is_asked(crowd, box):
 
 def test_after_a_rollback_the_box_goes_back_while_everything_else_is_out_of_reach(crowd, box, capsys):
     ledger = crowd.ledger
-    ids = {s: ledger.site(s).learner for s in SITES[2:6]}
+    ids = {s: ledger.streams.site(s).learner for s in SITES[2:6]}
     facts = {
         s: SiteFacts(serving=None, candidate=Candidate(Pointer(i, 1), i, "pass")) for s, i in ids.items()
     }
     draft = plan("release-00002", facts, 1, RolloutConfig(waves=(1.0,)))
     r = start(draft.plan, now()).model_copy(update={"status": Status.BAKING, "wave": 0})
-    revision = ledger.save_rollout(
+    revision = ledger.plans.save(
         "release-00002",
         plan_hash=r.plan_hash,
         status=r.status,
@@ -207,7 +210,7 @@ def test_after_a_rollback_the_box_goes_back_while_everything_else_is_out_of_reac
         draft=draft,
     )
     assert (
-        ledger.carry_out(
+        ledger.releases.carry_out(
             "release-00002", [Promote(wave=0)], without=(), reason="", revision=revision, now=now()
         )
         == 4
