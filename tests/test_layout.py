@@ -1,115 +1,150 @@
-"""The repository's own rules: files are short, no test imports another, nothing unpickles, config stays light."""
+"""The rules of the repository's layout hold, and each is shown to see a violation."""
 
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
 from pipeline.config import load
+from tests.support import layout
+from tests.support.layout import CODE, REPO, modules
 
-REPO = Path(__file__).resolve().parents[1]
-SOURCES = ("pipeline", "jobs", "conf", "infra")
-LINES = 400
-VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
-PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+PYTHON = modules(*CODE, "tests")
 
 
-def tracked() -> list[Path]:
-    """Files of the repository, relative; those that are new and not ignored count already."""
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    try:
-        done = subprocess.run(listed, cwd=REPO, capture_output=True, text=True, check=True)
-        names = [Path(line) for line in done.stdout.splitlines()]
-    except (OSError, subprocess.CalledProcessError):  # an unpacked archive
-        names = [
-            p.relative_to(REPO) for top in (*SOURCES, "tests") for p in (REPO / top).rglob("*") if p.is_file()
-        ]
-    hidden = ("__pycache__", ".egg-info")
-    return sorted(
-        p for p in names if (REPO / p).is_file() and not any(h in part for part in p.parts for h in hidden)
-    )
+def read(path: Path) -> str:
+    return (REPO / path).read_text()
 
 
-def python_sources() -> list[Path]:
-    return [p for p in tracked() if p.suffix == ".py" and p.parts[0] in ("pipeline", "jobs")]
+@pytest.mark.parametrize("path", modules(*CODE), ids=str)
+def test_code(path: Path) -> None:
+    text = read(path)
+    tree = ast.parse(text)
+    assert layout.nameless(path, text) == []
+    assert layout.unsafe(tree) == []
+    assert layout.ray_out_of_place(path, tree) == []
 
 
-@pytest.mark.parametrize("path", python_sources(), ids=str)
-def test_source_file(path: Path) -> None:
-    text = (REPO / path).read_text()
-    lines = len(text.splitlines())
-    assert lines <= LINES, f"{path}: {lines} lines; the limit is {LINES}, split it by subject"
-    assert path.stem not in VAGUE, f"{path}: the name says nothing about the content"
-    if text.strip():
-        assert ast.get_docstring(ast.parse(text)), f"{path}: starts with a docstring"
+@pytest.mark.parametrize("path", modules("tests"), ids=str)
+def test_no_test_imports_another(path: Path) -> None:
+    assert layout.test_imports(ast.parse(read(path))) == [], "what two tests share stands in tests/support/"
 
 
-@pytest.mark.parametrize("path", python_sources(), ids=str)
-def test_nothing_is_unpickled(path: Path) -> None:
-    assert unsafe(ast.parse((REPO / path).read_text())) == []
+def test_the_root_of_the_pipeline_has_few_modules() -> None:
+    modules_ = [p.name for p in modules("pipeline") if len(p.parts) == 2 and p.name != "__init__.py"]
+    assert len(modules_) <= layout.ROOT_MODULES, modules_
 
 
-def unsafe(tree: ast.AST) -> list[str]:
-    """Imports of pickling modules and calls of torch.load / np.load(allow_pickle=…), as 'line: what'."""
-    found: list[str] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found += [
-                f"{node.lineno}: import {a.name}" for a in node.names if a.name.split(".")[0] in PICKLES
-            ]
-        elif isinstance(node, ast.ImportFrom):
-            bad = (node.module or "").split(".")[0] in PICKLES
-            bad = bad or (node.module == "torch" and any(a.name == "load" for a in node.names))
-            found += [f"{node.lineno}: from {node.module}"] if bad else []
-        elif isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            risky = any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords)
-            if called == "torch.load" or risky:
-                found.append(f"{node.lineno}: {called}")
-    return found
+def test_the_formatter_is_rarely_switched_off() -> None:
+    skips = sum(read(p).count("# fmt: " + "skip") for p in PYTHON)
+    assert skips <= layout.SKIPS
+
+
+PLANTED = [
+    (layout.unsafe, "import pickle"),
+    (layout.unsafe, "import joblib.numpy_pickle as x"),
+    (layout.unsafe, "from cloudpickle import loads"),
+    (layout.unsafe, "from torch import load"),
+    (layout.unsafe, "torch.load(f)"),
+    (layout.unsafe, "np.load(f, allow_pickle=True)"),
+    (layout.test_imports, "from tests" + ".a.test_b import c"),
+    (layout.test_imports, "import tests" + ".conftest"),
+    (layout.test_imports, "run('from tests" + ".x import y')"),
+]
+
+
+@pytest.mark.parametrize("rule, code", PLANTED)
+def test_planted_code_is_seen(rule, code: str) -> None:
+    assert rule(ast.parse(code))
+    assert not rule(ast.parse("import torch\nfrom tests.support.layout import REPO\nnp.load(f)\n"))
 
 
 @pytest.mark.parametrize(
-    "code",
+    "path, code",
     [
-        "import pickle",
-        "import joblib.numpy_pickle as x",
-        "from cloudpickle import loads",
-        "from torch import load",
-        "torch.load(f)",
-        "np.load(f, allow_pickle=True)",
+        ("pipeline/cluster/x.py", "import torch"),
+        ("pipeline/control/x.py", "def f():\n    import ray.data"),
+        ("jobs/x.py", "from ray import train"),
     ],
 )
-def test_unpickling_is_seen(code: str) -> None:
-    assert unsafe(ast.parse(code))
-
-
-def foreign(tree: ast.AST) -> list[str]:
-    """Modules of tests/ outside support/ that are imported, also within code that a test hands to a process."""
-    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    found = re.findall(r"\b(?:from|import) (tests\.[\w.]+)", "\n".join([ast.unparse(tree), *texts]))
-    return sorted({name for name in found if not name.startswith("tests.support.")})
-
-
-@pytest.mark.parametrize(
-    "path", [p for p in tracked() if p.parts[0] == "tests" and p.suffix == ".py"], ids=str
-)
-def test_no_test_imports_another(path: Path) -> None:
-    assert foreign(ast.parse((REPO / path).read_text())) == [], (
-        "what two tests share belongs into tests/support/"
+def test_ray_out_of_place_is_seen(path: str, code: str) -> None:
+    assert layout.ray_out_of_place(PurePosixPath(path), ast.parse(code))
+    assert not layout.ray_out_of_place(
+        PurePosixPath("pipeline/cluster/x.py"), ast.parse("from ray import data")
     )
 
 
 @pytest.mark.parametrize(
-    "code", ["from {}.a.test_b import c", "import {}.conftest", "run('from {}.x import y')"]
+    "text",
+    [
+        "x = 1\n" * 401,
+        "def f():\n" + "    x = 1\n" * 50,
+        "class A:\n    async def f(self):\n" + "        x = 1\n" * 50,
+        f"x = '{'a' * 106}'\n",
+    ],
 )
-def test_an_import_of_a_test_is_seen(code: str) -> None:
-    assert foreign(ast.parse(code.format("tests")))
+def test_what_is_too_long_is_seen(text: str) -> None:
+    assert len(layout.too_long(text)) == 1
+    fitting = "x = 1\n" * 349 + "def f():\n" + "    x = 1\n" * 49 + f"# {'a' * 108}"
+    assert layout.too_long(fitting) == []
+
+
+@pytest.mark.parametrize("path, text", [("pipeline/utils.py", '"""Words."""'), ("pipeline/a.py", "x = 1")])
+def test_a_file_that_says_nothing_is_seen(path: str, text: str) -> None:
+    assert layout.nameless(PurePosixPath(path), text)
+    assert not layout.nameless(PurePosixPath("pipeline/a.py"), '"""Words."""')
+
+
+@pytest.mark.parametrize(
+    "text", ["n = int(str(x))", "float(str(x))", "t.__name__ in N", "t.__module__.startswith('a')"]
+)
+def test_a_type_by_its_text_is_seen(text: str) -> None:
+    assert layout.types_by_text(text)
+
+
+@pytest.mark.parametrize(
+    "text", ['"""See methods.md."""', "x = 1  # as in b/a.py", 'def f():\n    """Of docs/other.yaml."""']
+)
+def test_a_citation_of_a_missing_file_is_seen(text: str) -> None:
+    files = ["pipeline/a.py", "conf/other.yaml", "README.md"]
+    assert len(layout.cites_missing(text, files)) == 1
+    for cited in ("pipeline/a.py", "a.py", "conf/other.yaml", "../README.md"):
+        assert not layout.cites_missing(f'"""See ``{cited}``."""', files)
+    assert not layout.cites_missing("x = 'methods.md'", files), "a text is no comment"
+
+
+def test_a_file_that_its_readme_leaves_out_is_seen() -> None:
+    files = [
+        Path(f)
+        for f in ("pipeline/a.py", "pipeline/b/c.py", "pipeline/b/__init__.py", "README.md", "Makefile")
+    ]
+    folders = layout.content(files)
+    assert folders == {Path("pipeline"): {"a.py", "b/"}, Path("pipeline/b"): {"c.py"}}
+    assert layout.undocumented("| `a.py` | does |\n| [`b/`](b/) | is |", folders[Path("pipeline")]) == []
+    assert layout.undocumented("aa.py and b", folders[Path("pipeline")]) == ["a.py", "b/"]
+
+
+def test_folders_of_a_drawn_tree() -> None:
+    drawn = (
+        "```\npipeline/     code\n├── types.py  nouns\n└── data/     bytes\n    └── parquet/\nconf/\n```\n"
+    )
+    assert layout.tree_folders(drawn) == ["pipeline/", "pipeline/data/", "pipeline/data/parquet/", "conf/"]
+    assert layout.tree_folders("```\nother\n```\n") == []
+
+
+def test_an_option_that_is_declared_twice_is_seen() -> None:
+    first = "def f(site: Annotated[str, typer.Option(help='a')]): ..."
+    named = "def g(x: Annotated[str, typer.Option('--site', help='b')]): ..."
+    alias = "Site = Annotated[str, typer.Option(help='c')]"
+    for second in (first, named, alias):
+        assert layout.declared_twice({"a.py": ast.parse(first), "b.py": ast.parse(second)}) == [
+            "--site: a.py:1, b.py:1"
+        ]
+    assert layout.declared_twice({"a.py": ast.parse(first.replace("site", "sites") + "\n" + named)}) == []
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "conf").glob("*.yaml")), ids=lambda p: p.name)
@@ -128,9 +163,11 @@ def test_a_submodule_may_be_the_first_that_asks_for_torch() -> None:
 
 def test_config_is_light() -> None:
     """A mistake in a YAML is told in a second: nothing heavy runs before a job asks for it."""
+    heavy = ("torch._C", "ray", "mlflow", "sqlalchemy", "cv2", "pyarrow", "scipy")
     code = (
-        "import sys; from jobs.__main__ import lazy; lazy('torch'); from pipeline.config import load; load(None)\n"
-        "print([m for m in ('torch._C', 'ray', 'mlflow', 'sqlalchemy', 'cv2', 'pyarrow', 'scipy') if m in sys.modules])"
+        "import sys; from jobs.__main__ import lazy; lazy('torch')\n"
+        "from pipeline.config import load; load(None)\n"
+        f"print([m for m in {heavy} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n", f"loading a configuration imports {done.stdout}"
