@@ -1,7 +1,7 @@
 """Computes a short fit, a bank step, a verdict and a plan from fixed seeds and prints them as JSON.
 
-``test_golden`` runs it in a process of its own, with every source of differing float arithmetic switched off, and
-compares the result bit for bit with ``golden.json``. Moving or renaming code must never change what it computes.
+``test_golden`` runs it in a process of its own, with every source of differing float arithmetic switched off,
+and compares the result bit for bit with ``golden.json``. Moving or renaming code never changes what it computes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODEL = ModelConfig(trunk=TinyConfig(width=4, features=8), tail=TailConfig(width
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """sha256 of each tensor's bytes, and the sum as a readable hint of how far a difference goes."""
+    """Returns the sha256 of each tensor's bytes, and its sum as a hint of how far a difference goes."""
     return {
         name: f"{hashlib.sha256(t.detach().contiguous().numpy().tobytes()).hexdigest()[:16]} {t.double().sum():.9g}"
         for name, t in sorted(tensors.items())
@@ -38,7 +38,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
 
 
 def corpus(name: str, count: int, seed: int, bona_fide: float) -> SimpleNamespace:
-    """Frames whose depth and infrared hold a bright square for bona fide samples."""
+    """Returns frames whose depth and infrared hold a bright square for bona fide samples."""
     random = np.random.default_rng(seed)
     label = (np.arange(count) % 10 < 10 * bona_fide).astype(np.int8)
     frame = random.integers(60, 120, (count, 5, SIZE, SIZE)).astype(np.uint8)
@@ -55,7 +55,7 @@ def fitted(config: object) -> fits.SourceModel:
 
 
 def streams(model: fits.SourceModel, sites: int, samples: int) -> list[Features]:
-    """One shifted stream per site through the model's own trunk."""
+    """Returns one shifted stream per site, seen by the model's own trunk."""
     made = []
     for k in range(sites):
         c = corpus(f"site{k}", samples, 10 + k, 0.7)
@@ -76,7 +76,7 @@ def bank_steps(model: fits.SourceModel, method: object) -> dict[str, str]:
 
 
 def verdicts() -> dict[str, str]:
-    """Canonical JSON of a pass, a hold and a fail."""
+    """Returns the canonical JSON of a pass, a hold and a fail."""
 
     def cell(species: str, **counts: int) -> Cell:
         return Cell(

@@ -1,4 +1,4 @@
-"""A short fit, bank steps, verdicts and a plan equal, bit for bit, what the code computed when ``golden.json`` was made."""
+"""A short fit, bank steps, verdicts and a plan equal, bit for bit, the results stored in ``golden.json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
-PORTABLE = {  # the same float arithmetic on every x86 processor: no vector width, thread count or kernel choice
+# the same float arithmetic on every x86 processor: vector width, threads and kernels are pinned
+PORTABLE = {
     "MKL_CBWR": "COMPATIBLE",
     "ATEN_CPU_CAPABILITY": "default",
     "OMP_NUM_THREADS": "1",
