@@ -1,1 +1,1 @@
-"""KubeRay manifests from the typed configuration."""
+"""KubeRay manifests of a deployment, generated from its typed configuration and checked."""

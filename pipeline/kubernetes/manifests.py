@@ -1,7 +1,8 @@
-"""Kubernetes manifests of a deployment, generated from its Config.
+"""Generates the Kubernetes manifests of a deployment from its Config.
 
-Short, frequent cycles run on a standing RayCluster (CronJob → Jobs API); training brings its own (RayJob, RayCronJob).
-Postgres and MLflow are part of it when their URLs name a service of its namespace, else they are somebody else's.
+Short, frequent cycles run on a standing RayCluster (CronJob → Jobs API); training brings its own (RayJob,
+RayCronJob). Postgres and MLflow are part of the deployment if their URLs name a service of its namespace;
+else somebody else runs them.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import yaml
 from pipeline.kubernetes.rules import check, check_fleet
 from pipeline.kubernetes.services import (
     NAME,
-    QUIET_POD,
+    POD_DEFAULTS,
     USER,
     Doc,
     config_map,
+    container_security,
     doc,
     labels,
-    locked,
     mlflow,
-    nobody,
     own_service,
+    pod_security,
     postgres,
     secret,
 )
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
 RAY_VERSION = "2.60.0"
 MOUNTED = "/etc/palisade/deployment.yaml"
 DASHBOARD, CLIENT, GCS = 8265, 10001, 6379
-RETRAIN = "0 1 * * 0"
-FINISHED_KEPT_S, TRAIN_LIMIT_S, CYCLE_LIMIT_S, START_LIMIT_S = 3600, 12 * 3600, 6 * 3600, 900
+RETRAIN = "0 1 * * 0"  # schedule: Sundays at 01:00
+FINISHED_KEPT_S, START_LIMIT_S = 3600, 900
+TRAIN_LIMIT_S, CYCLE_LIMIT_S = 12 * 3600, 6 * 3600
 SECRETS = {
     "postgres": "# Reads Secret postgres: key password.",
     "mlflow": "# Reads Secret mlflow: keys password (12 characters or more), flask-secret-key.",
@@ -45,16 +47,18 @@ SECRETS = {
 
 
 def render(config: Config) -> dict[str, str]:
-    """YAML text by file name, in the order in which ``kubectl apply -f FOLDER`` takes them. Raises ManifestError."""
+    """Returns YAML text by file name, in the order of ``kubectl apply -f FOLDER``.
+
+    Raises ManifestError if the deployment cannot work on Kubernetes.
+    """
     check_fleet(config)
+    retrain = doc("ray.io/v1", "RayCronJob", f"{NAME}-retrain", config, spec=_retrain(config))
     files: dict[str, list[Doc]] = {
         "00-base.yaml": [_namespace(config), _deployment_yaml(config), _volume(config)],
         "40-raycluster.yaml": [doc("ray.io/v1", "RayCluster", NAME, config, spec=_cluster(config))],
         "50-cycle-cronjob.yaml": [doc("batch/v1", "CronJob", f"{NAME}-cycle", config, spec=_cycle(config))],
         "60-train-rayjob.yaml": [doc("ray.io/v1", "RayJob", f"{NAME}-train", config, spec=_train(config))],
-        "61-retrain-raycronjob.yaml": [
-            doc("ray.io/v1", "RayCronJob", f"{NAME}-retrain", config, spec=_retrain(config))
-        ],
+        "61-retrain-raycronjob.yaml": [retrain],
     }
     if service := own_service(config.ledger.url, config):
         files["20-postgres.yaml"] = postgres(config, service)
@@ -67,7 +71,7 @@ def render(config: Config) -> dict[str, str]:
 
 
 def write(config: Config, folder: Path) -> list[Path]:
-    """Render into ``folder`` and return the files written; files that are no longer part of it are removed."""
+    """Writes the manifests into ``folder``, removes manifests that are not among them, returns the paths."""
     files = render(config)
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("[0-9][0-9]-*.yaml"):
@@ -79,25 +83,18 @@ def write(config: Config, folder: Path) -> list[Path]:
 
 
 def jobs_url(config: Config) -> str:
-    """Where the standing cluster takes jobs, seen from a pod."""
+    """Returns the URL at which a pod submits jobs to the standing cluster."""
     return f"http://{NAME}-head-svc.{config.cluster.namespace}.svc:{DASHBOARD}"
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML as people write it: indented lists, block text, no anchors."""
+    """Writes YAML as people do: indented lists, text of several lines as a block, no anchors."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
 
     def ignore_aliases(self, data: object) -> bool:
         return True
-
-
-def _block_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _block_text)
 
 
 def _text(name: str, docs: Sequence[Doc]) -> str:
@@ -107,16 +104,23 @@ def _text(name: str, docs: Sequence[Doc]) -> str:
     )
     head += [SECRETS[s] for s in SECRETS if f"name: {s}\n" in body and "secretKeyRef" in body]
     if "RayCronJob" in body:
-        head.append(
-            "# Needs KubeRay 1.6 or later with featureGates: [{name: RayCronJob, enabled: true}] (alpha)."
-        )
+        gate = "featureGates: [{name: RayCronJob, enabled: true}]"
+        head.append(f"# Needs KubeRay 1.6 or later with {gate} (alpha).")
     return "\n".join(head) + "\n" + body
 
 
+def _block_text(_: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return yaml.ScalarNode("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _block_text)
+
+
 def _namespace(config: Config) -> Doc:
-    # every pod of ours fits "restricted"; the pod by which the operator submits a RayJob does not
-    security = {
-        f"pod-security.kubernetes.io/{k}": v for k, v in (("enforce", "baseline"), ("warn", "restricted"))
+    # every pod below meets "restricted"; the pod with which the operator submits a RayJob does not
+    security: Doc = {
+        "pod-security.kubernetes.io/enforce": "baseline",
+        "pod-security.kubernetes.io/warn": "restricted",
     }
     meta = {"name": config.cluster.namespace, "labels": labels(NAME) | security}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": meta}
@@ -129,18 +133,17 @@ def _deployment_yaml(config: Config) -> Doc:
 
 
 def _volume(config: Config) -> Doc:
-    spec = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "500Gi"}}}
+    spec: Doc = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "500Gi"}}}
     return doc("v1", "PersistentVolumeClaim", f"{NAME}-data", config, spec=spec)
 
 
 def _cluster(config: Config) -> Doc:
     c = config.cluster
-    head = _pod(config, "ray-head", cpu=2, memory_gb=8, gpus=0)
     ports = [("gcs", GCS), ("dashboard", DASHBOARD), ("client", CLIENT)]
-    _container(head)["ports"] = [{"name": name, "containerPort": port} for name, port in ports]
-    worker = _pod(
-        config, "ray-worker", cpu=c.worker_cpu, memory_gb=c.worker_memory_gb, gpus=c.gpus_per_worker
-    )
+    head = _container(config, "ray-head", cpu=2, memory_gb=8, gpus=0)
+    head["ports"] = [{"name": name, "containerPort": port} for name, port in ports]
+    size = {"cpu": c.worker_cpu, "memory_gb": c.worker_memory_gb, "gpus": c.gpus_per_worker}
+    worker = _container(config, "ray-worker", **size)
     start = {"num-cpus": str(c.worker_cpu), "object-store-memory": str(c.object_store_mb * 2**20)}
     if c.gpus_per_worker:
         start["num-gpus"] = str(c.gpus_per_worker)
@@ -150,38 +153,26 @@ def _cluster(config: Config) -> Doc:
         "minReplicas": c.workers,
         "maxReplicas": c.workers,
         "rayStartParams": start,
-        "template": {"spec": worker},
+        "template": {"spec": _pod(worker)},
     }
     return {
         "rayVersion": RAY_VERSION,
-        "authOptions": {
-            "mode": "token"
-        },  # the operator makes the token: Secret of the cluster's name, key auth_token
+        # the operator makes the token: the Secret has the cluster's name, the key is auth_token
+        "authOptions": {"mode": "token"},
         "headGroupSpec": {
-            "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},  # the head drives, workers work
-            "template": {"spec": head},
+            # the head drives, the workers work
+            "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
+            "template": {"spec": _pod(head)},
         },
         "workerGroupSpecs": [group],
     }
 
 
 def _cycle(config: Config) -> Doc:
-    """A tick has one Job name; it is the submission id, so that a retried pod finds its own job again."""
-    pod = _pod(config, "submit", cpu=1, memory_gb=1, gpus=0)
-    told = [
-        "palisade",
-        "--config",
-        MOUNTED,
-        "submit",
-        "--wait",
-        "--address",
-        jobs_url(config),
-        "--id",
-        "$(TICK)",
-        "cycle",
-    ]
-    container = _container(pod)
-    container["command"] = told
+    """The name of a run's Job is its submission id, so that a retried pod finds its own job again."""
+    submit = ["submit", "--wait", "--address", jobs_url(config), "--id", "$(TICK)", "cycle"]
+    container = _container(config, "submit", cpu=1, memory_gb=1, gpus=0)
+    container["command"] = ["palisade", "--config", MOUNTED, *submit]
     label = "metadata.labels['batch.kubernetes.io/job-name']"
     container["env"] = [
         *_environment(config),
@@ -189,14 +180,14 @@ def _cycle(config: Config) -> Doc:
         {"name": "RAY_AUTH_MODE", "value": "token"},
         secret("RAY_AUTH_TOKEN", NAME, "auth_token"),
     ]
-    # 2 config, 3 hold, 4 guard failed: a repetition would say the same
+    # exit codes 2 config, 3 hold, 4 guard failed: another try would end the same
     final = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2, 3, 4]}}
     job = {
         "backoffLimit": 3,
         "activeDeadlineSeconds": CYCLE_LIMIT_S,
         "ttlSecondsAfterFinished": FINISHED_KEPT_S,
         "podFailurePolicy": {"rules": [final]},
-        "template": {"spec": pod | {"restartPolicy": "Never"}},
+        "template": {"spec": _pod(container) | {"restartPolicy": "Never"}},
     }
     return {
         "schedule": config.cluster.schedule,
@@ -215,7 +206,7 @@ def _train(config: Config) -> Doc:
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": FINISHED_KEPT_S,
         "activeDeadlineSeconds": TRAIN_LIMIT_S,
-        "backoffLimit": 2,  # each retry is a new cluster; training goes on from its last checkpoint
+        "backoffLimit": 2,  # each retry is a new cluster; training resumes from its last checkpoint
         "rayClusterSpec": _cluster(config),
     }
 
@@ -224,39 +215,40 @@ def _retrain(config: Config) -> Doc:
     return {"schedule": RETRAIN, "timeZone": config.cluster.time_zone, "jobTemplate": _train(config)}
 
 
-def _pod(config: Config, name: str, *, cpu: int, memory_gb: int, gpus: int) -> Doc:
+def _container(config: Config, name: str, *, cpu: int, memory_gb: int, gpus: int) -> Doc:
     size: Doc = {"cpu": str(cpu), "memory": f"{memory_gb}Gi"}
     if gpus:
         size["nvidia.com/gpu"] = str(gpus)
-    container = {
+    return {
         "name": name,
         "image": config.cluster.image,
         "env": _environment(config),
         "resources": {"requests": size, "limits": size},
-        "securityContext": locked(),
+        "securityContext": container_security(),
         "volumeMounts": [
             {"name": "config", "mountPath": MOUNTED.rpartition("/")[0], "readOnly": True},
             {"name": "data", "mountPath": "/data"},
         ],
     }
+
+
+def _pod(container: Doc) -> Doc:
     volumes = [
         {"name": "config", "configMap": {"name": NAME}},
         {"name": "data", "persistentVolumeClaim": {"claimName": f"{NAME}-data"}},
     ]
-    return {**QUIET_POD, "securityContext": nobody(USER), "containers": [container], "volumes": volumes}
+    return {
+        **POD_DEFAULTS,
+        "securityContext": pod_security(USER),
+        "containers": [container],
+        "volumes": volumes,
+    }
 
 
 def _environment(config: Config) -> list[Doc]:
-    env: list[Doc] = [
-        secret("PGPASSWORD", "postgres", "password")
-    ]  # libpq reads it, so no URL holds a password
+    # libpq reads PGPASSWORD, so no URL holds a password
+    env: list[Doc] = [secret("PGPASSWORD", "postgres", "password")]
     if config.lineage.uri.startswith("http"):
         env.append({"name": "MLFLOW_TRACKING_USERNAME", "value": NAME})
         env.append(secret("MLFLOW_TRACKING_PASSWORD", "mlflow", "password"))
     return env
-
-
-def _container(pod: Doc) -> Doc:
-    containers = pod["containers"]
-    assert isinstance(containers, list)
-    return containers[0]

@@ -107,7 +107,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     env.filters |= {"percent": plots.percent, "number": plots.number, "when": _when, "digest": _digest}
-    env.globals |= {"plots": plots}
+    env.globals["plots"] = plots  # pyright: ignore[reportArgumentType]  # jinja types only its own globals
     return env
 
 
@@ -225,7 +225,7 @@ def _bells(
     rows: Sequence[Row], ceiling: float | None
 ) -> list[tuple[str, list[str], list[tuple[Row, Change, Markup]]]]:
     """Returns per metric its name, the axis labels, and a before → after chart for each site."""
-    panels = []
+    panels: list[tuple[str, list[str], list[tuple[Row, Change, Markup]]]] = []
     for i, (_, name) in enumerate(METRICS[:2] if rows else ()):
         changes = [(r, r.changes[i]) for r in rows]
         limit = ceiling if name == "max APCER" else None
@@ -241,7 +241,8 @@ def _bells(
 
 def _by_reason(report: CycleReport) -> list[tuple[str, int, int]]:
     """Returns (reason, rows, sites) of all that is quarantined, most rows first."""
-    rows, sites = Counter(), {}
+    rows: Counter[str] = Counter()
+    sites: dict[str, set[str]] = {}
     for q in report.quarantine:
         rows[q.reason] += q.count
         sites.setdefault(q.reason, set()).add(q.site)

@@ -249,7 +249,8 @@ def _bins(values: np.ndarray, n: int, *, peaks: bool = False) -> np.ndarray:
 
 def _path(values: np.ndarray, top: float) -> Markup:
     """Draws a line through the finite values, with a gap for missing ones and a dot for a single one."""
-    d, pen_down = [], False
+    d: list[str] = []
+    pen_down = False
     x = np.linspace(0, 100, len(values)) if len(values) > 1 else np.full(len(values), 50.0)
     y = 100 - 100 * np.clip(values / top, 0, 1)
     for xi, yi in zip(x.tolist(), y.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""The generated manifests: golden files, KubeRay's schemas, Kubernetes' rules, and every rule seen to refuse."""
+"""Tests of the generated manifests: golden files, KubeRay's schemas, Kubernetes' rules, each refusal."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def fleet() -> Config:
 
 @pytest.fixture(scope="module")
 def docs(fleet: Config) -> dict[str, dict]:
-    found = [doc for text in render(fleet).values() for doc in yaml.safe_load_all(text)]
-    return {f"{doc['kind']}/{doc['metadata']['name']}": doc for doc in found}
+    loaded = [doc for text in render(fleet).values() for doc in yaml.safe_load_all(text)]
+    return {f"{doc['kind']}/{doc['metadata']['name']}": doc for doc in loaded}
 
 
 def changed(config: Config, *overrides: str) -> Config:
     raw = config.model_dump(mode="json")
-    for item in overrides:
-        name, _, value = item.partition("=")
+    for override in overrides:
+        name, _, value = override.partition("=")
         section, key = name.split(".")
         raw[section][key] = yaml.safe_load(value)
     return parse(yaml.safe_dump(raw), "test")
@@ -43,8 +43,8 @@ def pods(node: object) -> list[dict]:
     if isinstance(node, list):
         return [pod for item in node for pod in pods(item)]
     if isinstance(node, dict):
-        own = [node] if "containers" in node else []
-        return own + [pod for value in node.values() for pod in pods(value)]
+        itself = [node] if "containers" in node else []
+        return itself + [pod for value in node.values() for pod in pods(value)]
     return []
 
 
@@ -114,9 +114,9 @@ def test_pods_read_the_deployment_and_run_attached_to_their_cluster(
 
 
 def test_every_pod_is_unprivileged_and_every_object_is_in_the_namespace(docs: dict[str, dict]) -> None:
-    found = pods(list(docs.values()))
-    assert len(found) == 2 * 3 + 3  # head and worker of three cluster specs; cycle, mlflow, postgres
-    for pod in found:
+    every = pods(list(docs.values()))
+    assert len(every) == 2 * 3 + 3  # head and worker of three cluster specs; cycle, mlflow, postgres
+    for pod in every:
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["automountServiceAccountToken"] is False
         assert pod["enableServiceLinks"] is False
