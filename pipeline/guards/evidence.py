@@ -35,7 +35,7 @@ class Cell(Section):
 
 
 class Evidence(Section):
-    """Holds all that ``assess`` decides on; stored with the verdict, so field names are part of the record."""
+    """Holds all that ``assess`` decides on; stored with the verdict, so its field names are on record."""
 
     cells: tuple[Cell, ...]
     trust_ratio: Measured  # distance of the candidate from the source state over the source state's norm

@@ -1,6 +1,6 @@
-"""How a release travels over the fleet: a plan with explicit site ids, and a state machine that is asked repeatedly.
+"""Moves a release over the fleet: a plan with explicit site ids, and the state machine that carries it out.
 
-Pure: no clock, file, network or chance.
+Pure: no clock, file, network or chance. README.md draws the states and says what people may do in each.
 """
 
 from __future__ import annotations

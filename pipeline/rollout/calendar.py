@@ -1,4 +1,4 @@
-"""When sites may be promoted: their own nights, and no freeze window. A rollback asks neither."""
+"""Says when sites may be promoted: in their own nights, outside freeze windows; a rollback asks neither."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DAY = timedelta(days=1)
 
 
 class Freeze(Section):
-    """Nothing is promoted from ``start`` until before ``end``."""
+    """A window without promotions: from ``start`` until before ``end``."""
 
     start: AwareDatetime
     end: AwareDatetime
@@ -34,19 +34,19 @@ class Freeze(Section):
 
 
 def check_night(night: str | None) -> str | None:
-    """``night`` if it is HH:MM-HH:MM, else ValueError."""
+    """Returns ``night`` if it is HH:MM-HH:MM; raises ValueError otherwise."""
     if night is not None and not NIGHT.fullmatch(night):
         raise ValueError(f"{night!r}: write HH:MM-HH:MM in the site's own time, e.g. 22:00-05:00")
     return night
 
 
 def is_time_zone(name: str) -> bool:
-    """Whether ``name`` is an IANA time zone."""
+    """Returns whether ``name`` is an IANA time zone."""
     return _zone(name) is not None
 
 
 def zones_at_night(night: str | None, zones: Iterable[str], now: datetime) -> tuple[str, ...] | None:
-    """Of ``zones`` those in which it is night; None = everywhere, where ``night`` is None."""
+    """Returns the time zones in which it is night now, or None (everywhere) where ``night`` is None."""
     if night is None:
         return None
     begin, end = (time.fromisoformat(part) for part in night.split("-"))
@@ -54,12 +54,12 @@ def zones_at_night(night: str | None, zones: Iterable[str], now: datetime) -> tu
 
 
 def active_freeze(windows: Sequence[Freeze], now: datetime) -> Freeze | None:
-    """The window that ``now`` is in; of several the one that ends last."""
+    """Returns the window that ``now`` is in, of several the one that ends last, or None."""
     return max((f for f in windows if f.start <= now < f.end), key=lambda f: f.end, default=None)
 
 
 def waiting_since(windows: Sequence[Freeze], since: datetime, now: datetime) -> datetime:
-    """When waiting that began at ``since`` counts from: the end of the last freeze that has passed meanwhile."""
+    """Returns the start of a hold's deadline: ``since``, or the end of a freeze that ended after it."""
     return max([since, *(f.end for f in windows if since < f.end <= now)])
 
 

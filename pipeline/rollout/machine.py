@@ -1,15 +1,15 @@
-"""The state machine that carries a plan out. It is asked repeatedly.
+"""Carries a plan out: one pure function from the stored rollout and an observation to the next step.
 
-planned → approved → staging(w) → baking(w) → staging(w+1) … → completed; hold and paused between; aborting →
-rolling_back → rolled_back; superseded, expired. ``advance`` is level-triggered: from the stored Rollout and what is observation of
-the sites now it derives what to do now, so a repeated or crashed tick changes nothing.
+``advance`` is level-triggered: it derives the actions from the stored Rollout and the present observation of
+the sites, not from events, so a repeated or crashed reconcile changes nothing. README.md of this folder draws
+the states.
 
-A site that fails is rolled back by itself and stays out (``failed``). More than ``abort_share`` of a wave failing
-aborts when they are ``abort_min_sites`` or the whole wave, else it holds; a breach always aborts. A wave begins only with
-the approvals that its share needs, outside of freeze windows and within the sites' nights, and ends only with data from its
-sites; silence holds, and a hold past its deadline waits for a person. Two people may override a hold for a while, never an
-approval or a breach. Rollback needs no report and no approval; it goes to what the site served last under a completed
-release, else to the source model.
+A failing site is rolled back alone and stays out (``failed``). More than ``abort_share`` of a wave failing
+aborts if they are ``abort_min_sites`` or the whole wave, else it holds; a breach always aborts. A wave begins
+only with the approvals that its share needs, outside freeze windows and within the sites' nights. It ends
+only with data from its sites: without data it holds, and a hold past its deadline waits for a person. Two
+people may override a hold for a while, never an approval or a breach. A rollback needs no report and no
+approval; a site goes back to what it served last under a completed release, else to the source model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
 
 def advance(r: Rollout, observation: Observation, now: datetime) -> Step:
-    """What to do now; asking again with the same sight gives the same state and the same actions."""
+    """Returns the rollout after this step and the actions to carry out now.
+
+    Idempotent: the same observation gives the same state and actions.
+    """
     if r.status in TERMINAL:
         return r, ()
     if now < r.since:
@@ -58,13 +61,13 @@ def advance(r: Rollout, observation: Observation, now: datetime) -> Step:
         r = _latch(r, observation)
         why = _abort_reason(r, observation)
         if not why:
-            return _fly(r, observation, now)
+            return _promote_waves(r, observation, now)
         r = enter(r, Status.ABORTING, now, reason=why)
     return _roll_back(r, observation, now)
 
 
 def _turned_back(r: Rollout, now: datetime) -> Step:
-    """The clock went back: waiting starts anew, as of now; a wave under way holds for this once and says so."""
+    """Restarts every wait at ``now`` after the clock went back; a wave in progress holds once and says so."""
     gap = (r.since - now).total_seconds()
     r = r.model_copy(update={"since": now, "baked_from": r.baked_from and now})
     if r.status not in IN_PROGRESS:
@@ -73,11 +76,11 @@ def _turned_back(r: Rollout, now: datetime) -> Step:
     return enter(r, Status.HOLD, now, reason=reason), (Notify(status=Status.HOLD, reason=reason),)
 
 
-def _fly(r: Rollout, observation: Observation, now: datetime) -> Step:
+def _promote_waves(r: Rollout, observation: Observation, now: datetime) -> Step:
     p, c = r.plan, r.plan.config
     if r.wave >= len(p.waves):
-        done = sum(w.sites for w in observation.waves)
-        return _end(r, Status.COMPLETED, now, f"{done} of {done + len(r.failed)} sites promoted")
+        promoted = sum(w.sites for w in observation.waves)
+        return _end(r, Status.COMPLETED, now, f"{promoted} of {promoted + len(r.failed)} sites promoted")
     back: tuple[Action, ...] = (
         (Rollback(sites=tuple(sorted(r.failed))),) if _unreturned(r, observation) else ()
     )
@@ -96,7 +99,8 @@ def _fly(r: Rollout, observation: Observation, now: datetime) -> Step:
     )
     if blocked and not (override_active(r, now) and not back):
         return _hold(r, now, blocked, back)
-    return _fly(enter(r, Status.STAGING, now, wave=r.wave + 1, baked_from=None, reason=""), observation, now)
+    next_wave = enter(r, Status.STAGING, now, wave=r.wave + 1, baked_from=None, reason="")
+    return _promote_waves(next_wave, observation, now)
 
 
 def _stage(
@@ -106,13 +110,13 @@ def _stage(
     now: datetime,
     back: tuple[Action, ...],
 ) -> Step:
-    """Sites of the wave that do not serve their target yet are promoted, where and while that is allowed."""
+    """Promotes the sites of the wave that do not serve their target yet, where and while that is allowed."""
     c = r.plan.config
     gate = _gate(r, observation, now)
     if gate:
         return _hold(r, now, gate, back)
     if r.status == Status.HOLD and (wave is None or sum(wave.not_serving.values()) == wave.sites):
-        r = enter(r, Status.STAGING, now, reason="")  # it was the gate that held it
+        r = enter(r, Status.STAGING, now, reason="")  # the gate that held it is open
     zones = zones_at_night(c.night, r.plan.zones, now)
     promote = (Promote(wave=r.wave, zones=zones),) if zones is None or zones else ()
     allowed = c.stage_seconds + (DAY.total_seconds() if c.night else 0)
@@ -128,12 +132,12 @@ def _stage(
 
 
 def _gate(r: Rollout, observation: Observation, now: datetime) -> str:
-    """Why nothing may be promoted now."""
-    share, have = r.plan.waves[r.wave].share, len(approvers(r))
-    if have < (want := approvals_needed(r.plan, r.wave)):
+    """Returns why nothing may be promoted now; empty where it may."""
+    share, approved = r.plan.waves[r.wave].share, len(approvers(r))
+    if approved < (needed := approvals_needed(r.plan, r.wave)):
         return (
-            f"wave {r.wave + 1} reaches {share:.0%} of the fleet: {have} of {want} people approved; somebody else has to "
-            f"say `palisade rollout approve {r.plan_hash[:8]}`"
+            f"wave {r.wave + 1} reaches {share:.0%} of the fleet: {approved} of {needed} people approved; "
+            f"somebody else has to say `palisade rollout approve {r.plan_hash[:8]}`"
         )
     if override_active(r, now):
         return ""
@@ -167,8 +171,8 @@ def _unreturned(r: Rollout, observation: Observation) -> bool:
 
 
 def _latch(r: Rollout, observation: Observation) -> Rollout:
-    """A site that failed once stays out: after its rollback its reports are about something else."""
-    new = {s: f.wave for s, f in observation.failing.items() if s not in r.failed}
+    """Adds newly failing sites to ``failed`` for good: once rolled back, a site reports on another state."""
+    new = {site: f.wave for site, f in observation.failing.items() if site not in r.failed}
     return r.model_copy(update={"failed": {**r.failed, **new}}) if new else r
 
 
@@ -184,19 +188,21 @@ def _abort_reason(r: Rollout, observation: Observation) -> str:
 
 
 def _blocked(r: Rollout, observation: Observation) -> str:
-    """Why the wave cannot end though it has baked."""
+    """Returns why the wave cannot end though it has baked; empty where it can."""
     c = r.plan.config
     for i, count in _failed_per_wave(r):
         if count > c.abort_share * r.plan.waves[i].sites:
             return f"{count} of {r.plan.waves[i].sites} sites of wave {i + 1} fail"
     for i, w in enumerate(observation.waves[: r.wave + 1]):
         if w.without_data > c.missing_share * w.sites:
-            return f"no data from {w.without_data} of {w.sites} sites of wave {i + 1}, first {w.first_without_data}"
+            first = w.first_without_data
+            return f"no data from {w.without_data} of {w.sites} sites of wave {i + 1}, first {first}"
     w = observation.waves[r.wave]
     if w.attack_presentations is not None and w.attack_presentations < c.health_presentations:
         return (
-            f"wave {r.wave + 1} saw {w.attack_presentations} labelled attack presentations, rollout.health_presentations wants "
-            f"{c.health_presentations}; record what the red team presents in data.redteam"
+            f"wave {r.wave + 1} saw {w.attack_presentations} labelled attack presentations, "
+            f"rollout.health_presentations wants {c.health_presentations}; "
+            "record what the red team presents in data.redteam"
         )
     return ""
 

@@ -1,7 +1,8 @@
-"""The signed manifest of what one site is to serve: ed25519 over canonical JSON, with a counter that only grows and an expiry.
+"""Signs and verifies the manifest of what one site is to serve: ed25519 over canonical JSON.
 
-What is signed is small and names everything else by sha256. A site accepts a manifest that was signed with the one key it
-knows, for itself, at a counter not below the last that it accepted, before it expires. Times are UTC; no clock is read.
+The signed manifest is small and names everything else by sha256. A site accepts one that was signed with the
+one key it knows, for this site, at a counter not below the last that it accepted, before it expires. Times
+are UTC; no clock is read.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from pipeline.types import Section, check_site_id
 if TYPE_CHECKING:
     from datetime import datetime
 
-SKEW = timedelta(minutes=5)  # by which two clocks may differ
-LARGEST = 2**16  # bytes of a signed manifest
-TIMES = {"issued_at", "expires_at"}
+SKEW = timedelta(minutes=5)  # the clocks of issuer and site may differ by this much
+LARGEST = 2**16  # bytes of a signed manifest, at most
+TIMES = {"issued_at", "expires_at"}  # differ when the same release is issued again
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9]+)?(/[a-z0-9][a-z0-9_-]*(\.[a-z0-9]+)?){0,3}")
+
+MINUTE = "%Y-%m-%d %H:%M"
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class BadKey(ValueError):
-    """A file that holds no key of the kind that is needed; the message is one line with the next step."""
+    """A file without a key of the needed kind; the message is one line with the next step."""
 
 
 class ManifestError(ValueError):
@@ -43,13 +46,17 @@ class ManifestError(ValueError):
 
 
 def _inside(names: dict[str, Digest]) -> dict[str, Digest]:
+    """Raises ValueError for a name that could lead outside the folder."""
     if odd := next((n for n in names if not NAME.fullmatch(n)), None):
         raise ValueError(f"{odd!r} is not the name of a file inside the folder")
     return names
 
 
 class ReleaseManifest(Section):
-    """What ``site`` is to serve. Counter 0: it was never released to and serves the champion source model as it is."""
+    """Says what ``site`` is to serve.
+
+    Counter 0: the site was never released to and serves the champion source model as it is.
+    """
 
     format: Literal[1] = 1
     site: Annotated[str, AfterValidator(check_site_id)]
@@ -57,27 +64,27 @@ class ReleaseManifest(Section):
     source_version: int
     source_digest: Digest
     trunk_digest: Digest
-    state: str | None  # id in the ledger; None: the source model as it is
-    state_sha256: Digest | None  # of the file with the state's tensors
+    state: str | None  # id of the site state; None: the source model as it is
+    state_sha256: Digest | None  # of the file with the tensors of the state
     rollout: str | None
     plan_hash: str | None
     verdict: str | None
     issued_at: AwareDatetime
     expires_at: AwareDatetime
-    files: Annotated[dict[str, Digest], AfterValidator(_inside)]  # name inside the folder → sha256
+    files: Annotated[dict[str, Digest], AfterValidator(_inside)]  # path inside the folder → sha256
 
 
 class Accepted(Section):
-    """What a site keeps of the last manifest that it accepted."""
+    """Remembers the last manifest that a site accepted; the site stores it."""
 
     site: str
     counter: int
-    content: Digest  # of the manifest without its times: the same release may be issued anew
+    content: Digest  # sha256 of the manifest without its times
     issued_at: AwareDatetime
 
 
 def new_key() -> tuple[bytes, bytes]:
-    """A fresh key pair: (private, public), both PEM."""
+    """Returns a new key pair: (private, public), both PEM."""
     key = Ed25519PrivateKey.generate()
     secret = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -89,7 +96,7 @@ def new_key() -> tuple[bytes, bytes]:
 
 
 def private_key(pem: bytes, where: str) -> Ed25519PrivateKey:
-    """The key in ``pem``, which was read from ``where``. Raises BadKey."""
+    """Returns the key in ``pem``, which was read from the file ``where``. Raises BadKey."""
     try:
         key = serialization.load_pem_private_key(pem, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -102,7 +109,7 @@ def private_key(pem: bytes, where: str) -> Ed25519PrivateKey:
 
 
 def public_key(pem: bytes, where: str) -> Ed25519PublicKey:
-    """The key in ``pem``, which was read from ``where``. Raises BadKey."""
+    """Returns the key in ``pem``, which was read from the file ``where``. Raises BadKey."""
     try:
         key = serialization.load_pem_public_key(pem)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -115,19 +122,19 @@ def public_key(pem: bytes, where: str) -> Ed25519PublicKey:
 
 
 def fingerprint(key: Ed25519PublicKey) -> str:
-    """sha256 of the raw public key."""
+    """Returns the sha256 of the raw public key."""
     return hashlib.sha256(key.public_bytes_raw()).hexdigest()
 
 
 def sign(manifest: ReleaseManifest, key: Ed25519PrivateKey) -> bytes:
-    """The envelope: JSON with the manifest, its signature and the fingerprint of the key."""
+    """Returns the envelope: JSON with the manifest, its signature and the fingerprint of the key."""
     content = manifest.model_dump(mode="json")
     signature = base64.b64encode(key.sign(_canonical(content))).decode()
     return _canonical({"manifest": content, "signature": signature, "key": fingerprint(key.public_key())})
 
 
 def open_envelope(signed: bytes, key: Ed25519PublicKey) -> ReleaseManifest:
-    """The manifest in an envelope that ``key`` signed, of whatever site and age. Raises ManifestError."""
+    """Returns the manifest in an envelope that ``key`` signed, of any site and age. Raises ManifestError."""
     try:
         envelope = cast("object", json.loads(signed)) if len(signed) <= LARGEST else None
     except (ValueError, RecursionError):
@@ -136,11 +143,11 @@ def open_envelope(signed: bytes, key: Ed25519PublicKey) -> ReleaseManifest:
         raise ManifestError(
             "the manifest is torn or was changed: not the bytes that were signed; pull it again"
         )
-    mine = fingerprint(key)
-    if envelope["key"] != mine:
-        theirs = str(envelope["key"])[:12]
+    expected, signer = fingerprint(key), str(envelope["key"])
+    if signer != expected:
         raise ManifestError(
-            f"the manifest was signed with key {theirs}, not with {mine[:12]}; give the public key of the deployment"
+            f"the manifest was signed with key {signer[:12]}, not with {expected[:12]}; "
+            "give the public key of the deployment"
         )
     if not _signed(envelope["manifest"], str(envelope["signature"]), key):
         raise ManifestError("the manifest was changed: its signature does not hold; pull it again")
@@ -156,47 +163,53 @@ def open_envelope(signed: bytes, key: Ed25519PublicKey) -> ReleaseManifest:
 def verify(
     signed: bytes, key: Ed25519PublicKey, *, site: str, last: Accepted | None, now: datetime
 ) -> ReleaseManifest:
-    """The manifest in ``signed``, if ``site`` may accept it now after it accepted ``last``. Raises ManifestError."""
+    """Returns the manifest in ``signed`` if ``site`` may accept it at ``now`` after it accepted ``last``.
+
+    Raises ManifestError for another key, site or clock, for an expired, changed or replayed manifest.
+    """
     m = open_envelope(signed, key)
     if m.site != site or (last and last.site != site):
         raise ManifestError(f"the manifest is for site {m.site}, this is {site}; pull {site}'s own")
     latest = max(m.issued_at, last.issued_at) if last else m.issued_at
     if now + SKEW < latest:
         raise ManifestError(
-            f"the manifest was issued at {latest:%Y-%m-%d %H:%M} UTC, but this clock says {now:%Y-%m-%d %H:%M}; "
+            f"the manifest was issued at {latest:{MINUTE}} UTC, but this clock says {now:{MINUTE}}; "
             "set the clock, then verify again"
         )
     if now >= m.expires_at:
         raise ManifestError(
-            f"the manifest expired at {m.expires_at:%Y-%m-%d %H:%M} UTC, this clock says {now:%Y-%m-%d %H:%M}; pull again"
+            f"the manifest expired at {m.expires_at:{MINUTE}} UTC, this clock says {now:{MINUTE}}; pull again"
         )
     if last:
-        _not_before(m, last)
+        _refuse_replay(m, last)
     return m
 
 
 def acceptance_of(manifest: ReleaseManifest) -> Accepted:
-    """What to keep of a manifest that was accepted."""
+    """Returns what the site stores of a manifest that it accepted."""
     content = hashlib.sha256(_canonical(manifest.model_dump(mode="json", exclude=TIMES))).hexdigest()
     return Accepted(
         site=manifest.site, counter=manifest.counter, content=content, issued_at=manifest.issued_at
     )
 
 
-def _not_before(m: ReleaseManifest, last: Accepted) -> None:
+def _refuse_replay(m: ReleaseManifest, last: Accepted) -> None:
     if m.counter < last.counter:
         raise ManifestError(
-            f"the manifest is replayed: release {m.counter}, but {last.counter} was accepted before; pull again"
+            f"the manifest is replayed: release {m.counter}, but {last.counter} was accepted before; "
+            "pull again"
         )
     if m.counter > last.counter or acceptance_of(m).content == last.content:
         return
     if m.counter > 0:
         raise ManifestError(
-            f"two different releases have the counter {m.counter}; see `palisade audit verify` where they are issued"
+            f"two different releases have the counter {m.counter}; "
+            "see `palisade audit verify` where they are issued"
         )
     if m.issued_at < last.issued_at:  # the champion source model may have changed, but not back
         raise ManifestError(
-            f"the manifest is replayed: issued at {m.issued_at:%Y-%m-%d %H:%M} UTC, a later one was accepted; pull again"
+            f"the manifest is replayed: issued at {m.issued_at:{MINUTE}} UTC, a later one was accepted; "
+            "pull again"
         )
 
 
@@ -206,11 +219,11 @@ def _signed(content: object, signature: str, key: Ed25519PublicKey) -> bool:
         key.verify(raw, _canonical(content))
     except (InvalidSignature, binascii.Error):
         return False
-    return base64.b64encode(raw).decode() == signature  # the last letter has bits that say nothing
+    return base64.b64encode(raw).decode() == signature  # the last letter has bits that decode to nothing
 
 
 def _canonical(content: object) -> bytes:
-    """The bytes that are signed."""
+    """Returns the bytes that are signed."""
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 

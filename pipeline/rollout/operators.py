@@ -1,4 +1,4 @@
-"""What people do to a rollout: start, approve, override, pause, resume, retry, abort, supersede; and sites that join late."""
+"""Applies people's steps to a rollout: start, approve, override, pause, resume, retry, abort, join."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ if TYPE_CHECKING:
 
 
 def start(plan: Plan, now: datetime) -> Rollout:
-    """A planned rollout; it does nothing until it is approved."""
+    """Returns the rollout of a new plan; it does nothing until it is approved."""
     return Rollout(plan=plan, plan_hash=plan_hash(plan), status=Status.PLANNED, since=now)
 
 
 def approve(r: Rollout, *, hash: str, who: str, now: datetime) -> Rollout:
-    """One person's approval; the first lets it start. ``hash`` must be that of the stored plan: what was looked at runs."""
+    """Returns ``r`` with one more person's approval; the first lets it start.
+
+    ``hash`` must be the stored plan's: the plan that somebody looked at is the one that runs. Raises
+    RolloutError.
+    """
     if hash != r.plan_hash:
         raise RolloutError(
             f"plan hash {hash[:12]}: the stored plan is {r.plan_hash[:12]}; plan again and look at it"
@@ -42,63 +46,68 @@ def approve(r: Rollout, *, hash: str, who: str, now: datetime) -> Rollout:
 
 
 def approvers(r: Rollout) -> frozenset[str]:
-    """Who approved."""
+    """Returns the names of the people who approved."""
     return frozenset(a.who for a in r.approvals)
 
 
 def approvals_needed(plan: Plan, wave: int) -> int:
-    """People who must have approved before ``wave`` begins."""
+    """Returns how many people must have approved before the wave with index ``wave`` begins: 1 or 2."""
     from_share, sites = plan.config.two_people_from, [w.sites for w in plan.waves]
     reached = max(plan.waves[wave].share, sum(sites[: wave + 1]) / max(sum(sites), 1))  # few sites round up
     return 2 if from_share is not None and reached >= from_share else 1
 
 
 def override(r: Rollout, *, who: str, reason: str, now: datetime) -> Rollout:
-    """One person's wish to go on in spite of a hold. Approvals, breaches and failed sites cannot be overridden."""
+    """Returns ``r`` with one person's wish to go on in spite of a hold; two people's count.
+
+    It stands in for missing data or presentations, for failed sites that are too few to abort, and for a freeze;
+    never for an approval, a breach or a failed site that is not rolled back yet. Raises RolloutError.
+    """
     if not reason.strip():
         raise RolloutError("an override needs a reason; say why with --reason")
     if r.status not in IN_PROGRESS | {Status.PAUSED}:
         return _refuse(r, "overridden")
-    kept = tuple(o for o in r.overrides if o.who != who and _lasts(r, o, now))
-    return r.model_copy(update={"overrides": (*kept, Override(who=who, reason=reason, at=now))})
+    others = tuple(o for o in r.overrides if o.who != who and _lasts(r, o, now))
+    return r.model_copy(update={"overrides": (*others, Override(who=who, reason=reason, at=now))})
 
 
 def override_active(r: Rollout, now: datetime) -> bool:
-    """Whether two people's overrides last."""
+    """Returns whether the overrides of two people are in force."""
     return len({o.who for o in r.overrides if _lasts(r, o, now)}) >= 2
 
 
 def pause(r: Rollout, *, reason: str, now: datetime) -> Rollout:
-    """Stop promoting; what was promoted stays."""
+    """Stops promoting; promoted sites keep their targets."""
     if r.status == Status.PAUSED:
         return r
     return enter(r, Status.PAUSED, now, reason=reason) if r.status in IN_PROGRESS else _refuse(r, "paused")
 
 
 def resume(r: Rollout, *, now: datetime) -> Rollout:
-    """Go on with the wave that was paused; it bakes anew."""
+    """Goes on with the wave that was paused; it bakes anew."""
     if r.status != Status.PAUSED:
         return _refuse(r, "resumed")
     return enter(r, Status.STAGING, now, baked_from=None, reason="")
 
 
 def retry(r: Rollout, *, now: datetime) -> Rollout:
-    """Give the sites of this wave that failed another try, after a person found why; it bakes anew.
+    """Promotes the failed sites of the present wave again, after a person found the cause; the wave bakes
+    anew.
 
-    Those of earlier waves stay out: their wave is over, and the next release plans them again.
+    Failed sites of earlier waves stay out: their wave is over, and the next release plans them again.
     """
     if r.status not in IN_PROGRESS | {Status.PAUSED}:
         return _refuse(r, "retried")
-    kept = {site: wave for site, wave in r.failed.items() if wave != r.wave}
-    if len(kept) == len(r.failed):
+    earlier = {site: wave for site, wave in r.failed.items() if wave != r.wave}
+    if len(earlier) == len(r.failed):
         raise RolloutError(
             f"no site of wave {r.wave + 1} failed; those of earlier waves wait for the next release"
         )
-    return enter(r, Status.STAGING, now, baked_from=None, failed=kept, reason="")
+    return enter(r, Status.STAGING, now, baked_from=None, failed=earlier, reason="")
 
 
 def abort(r: Rollout, *, reason: str, now: datetime) -> Rollout:
-    """End it and go back. Also takes back a completed rollout; during a rollback it changes nothing."""
+    """Ends the rollout and rolls it back, also a completed one; during a rollback it changes nothing."""
     if r.status in IN_ROLLBACK:
         return r
     if r.status in {Status.SUPERSEDED, Status.EXPIRED}:
@@ -107,19 +116,19 @@ def abort(r: Rollout, *, reason: str, now: datetime) -> Rollout:
 
 
 def supersede(r: Rollout, *, by: str, now: datetime) -> Rollout:
-    """A newer release takes over; promoted sites stay where they are until that one moves them."""
+    """Ends the rollout in favour of a newer release; promoted sites stay until that one moves them."""
     if r.status in TERMINAL | IN_ROLLBACK:
         return _refuse(r, "superseded")
     return enter(r, Status.SUPERSEDED, now, reason=f"superseded by {by}")
 
 
 def open_to_joiners(r: Rollout) -> bool:
-    """Whether sites may still be added: to the last wave, as long as it has not begun."""
+    """Returns whether sites may still join: the last wave takes them until it begins."""
     return (r.status in NOT_STARTED | IN_PROGRESS | {Status.PAUSED}) and r.wave < len(r.plan.waves) - 1
 
 
 def join(r: Rollout, *, count: int) -> Rollout:
-    """``count`` sites were added to the last wave."""
+    """Returns ``r`` with ``count`` more sites in its last wave; raises RolloutError once that began."""
     if not open_to_joiners(r):
         return _refuse(r, "joined any more")
     return r.model_copy(update={"joined": r.joined + count}) if count else r

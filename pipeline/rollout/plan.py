@@ -1,7 +1,7 @@
-"""The plan: which site is promoted to what in which wave, who stays a control, who is left out and why.
+"""Plans a release: which site gets which target in which wave, the controls, and the sites left out.
 
-A Draft is a plan with everything that it says of single sites; stored, its
-sites are rows of the ledger, and the state machine needs the Plan alone, which stays small however large the fleet is.
+A Draft is a plan with every site in it. Stored, its sites are rows of the ledger; the state machine needs the
+Plan alone, which stays small however large the fleet is.
 """
 
 from __future__ import annotations
@@ -21,21 +21,19 @@ from pipeline.types import Section
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-DAY = 86_400.0
-
-
-CONTROL = "control: stays on the source model"
+DAY = 86_400.0  # seconds
+CONTROL = "control: stays on the source model"  # the reason of an Excluded; stored in the ledger
 
 
 class Pointer(NamedTuple):
-    """What a site serves: a state of the ledger, or the bare source model (``state_id`` None)."""
+    """Names what a site serves: a state of the ledger, or the bare source model (``state_id`` None)."""
 
     state_id: str | None
     source_version: int
 
 
 class Candidate(NamedTuple):
-    """What a site may be promoted to, with its stored verdict."""
+    """Names what a site may be promoted to, with its stored verdict."""
 
     to: Pointer
     verdict_id: str | None
@@ -45,61 +43,64 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """What the plan needs of one site. ``last_good`` was served under a release that completed and still passes."""
+    """Holds all that a plan needs to know of one site."""
 
     serving: Pointer | None
-    last_good: Pointer | None = None
+    last_good: Pointer | None = None  # served last under a release that completed
     candidate: Candidate | None = None
-    control: bool = False
-    tags: Mapping[str, str] | None = None
+    control: bool = False  # stays on the source model, for comparison
+    tags: Mapping[str, str] | None = None  # free, but for ``tz`` and ``rig``
 
 
 class Target(NamedTuple):
-    """One planned site."""
+    """Plans one site: its wave, its target and its way back."""
 
     wave: int  # index
     to: Pointer
-    back: Pointer  # where a rollback goes
+    back: Pointer  # what a rollback points the site at
     verdict_id: str
-    zone: str = "UTC"
+    zone: str = "UTC"  # time zone of its nights
 
 
 class Excluded(NamedTuple):
-    """Why a site is in no wave."""
+    """Says why a site is in no wave."""
 
     reason: str
     verdict_id: str | None = None
 
 
 class Wave(Section):
-    """Sites promoted together; ``abort_at`` failing sites abort the rollout."""
+    """Counts the sites promoted together; ``abort_at`` failing ones abort the rollout."""
 
-    share: float
+    share: float  # of the fleet, cumulative
     sites: int
-    abort_at: int
-    detects_days: float | None = None  # see power.days_to_detect
+    abort_at: int  # failing sites
+    detects_days: float | None = None  # see ``power.days_to_detect``
 
 
 class Plan(Section):
-    """What will happen. ``roster`` is the sha256 over what it says of each site, so its own hash covers everything."""
+    """Says what will happen, without the single sites; stored, and hashed for approval.
+
+    ``roster`` is the sha256 over the line of each site, so the hash of the plan covers every site.
+    """
 
     release: str
     kind: Literal["candidates", "source"] = "candidates"
-    source_version: int  # the source model under the targets
-    source_before: int  # the champion source model when it was planned
+    source_version: int  # source model of the targets
+    source_before: int  # champion source model at planning time
     waves: tuple[Wave, ...]
-    zones: tuple[str, ...] = ()
-    controls: int = 0
-    excluded: int = 0
-    duration_seconds: float  # predicted: staging and baking of every wave, and its night
-    rollback_seconds: float
+    zones: tuple[str, ...] = ()  # time zones of its sites
+    controls: int = 0  # sites
+    excluded: int = 0  # sites
+    duration_seconds: float  # predicted: staging, baking and one night per wave
+    rollback_seconds: float  # bound for sites to take a rollback
     roster: str
     config: RolloutConfig
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A plan with its sites."""
+    """Holds a plan with its sites."""
 
     plan: Plan
     targets: dict[str, Target]
@@ -107,12 +108,12 @@ class Draft:
     controls: tuple[str, ...]
 
     def wave(self, index: int) -> tuple[str, ...]:
-        """Sites of one wave, sorted."""
+        """Returns the sites of the wave with this index, sorted."""
         return tuple(sorted(s for s, t in self.targets.items() if t.wave == index))
 
 
 class PlanDiff(Section):
-    """What plan b does otherwise than plan a."""
+    """Lists the differences of plan b from plan a."""
 
     added: tuple[str, ...]
     removed: tuple[str, ...]
@@ -129,11 +130,12 @@ def plan(
     source_before: int | None = None,
     shadow: Shadow | None = None,
 ) -> Draft:
-    """Waves over the sites whose candidate has a passing verdict; the same inputs give the same plan.
+    """Returns waves over the sites whose candidate has a passing verdict; the same inputs give the same plan.
 
-    ``source_version`` is the source model that the candidates adapt; sites without a good earlier version go back to it, or
-    to ``source_before`` where the release brings a new one. Then the controls follow with the last wave. ``shadow`` is the guard
-    that the bakes are watched by, for what each wave can detect.
+    ``source_version`` is the source model that the candidates adapt. A site without an earlier good version
+    goes back to it, or to ``source_before`` where the release brings a new source model; then the controls
+    follow in the last wave. ``shadow`` is the guard that watches the bakes, for the days in which each wave
+    detects harm.
     """
     before = source_version if source_before is None else source_before
     excluded: dict[str, Excluded] = {}
@@ -142,9 +144,9 @@ def plan(
         if facts.control and source_before is None:
             excluded[site] = Excluded(CONTROL)
             continue
-        why = _why_not(facts)
-        if why:
-            excluded[site] = Excluded(why, facts.candidate.verdict_id if facts.candidate else None)
+        reason = _exclusion(facts)
+        if reason:
+            excluded[site] = Excluded(reason, facts.candidate.verdict_id if facts.candidate else None)
         else:
             chosen[site] = facts
     last = sorted(s for s, f in chosen.items() if f.control)
@@ -161,7 +163,7 @@ def plan(
         for share, members in parts
     )
     night = DAY if config.night else 0.0
-    made = Plan(
+    header = Plan(
         release=release,
         kind="candidates" if source_before is None else "source",
         source_version=source_version,
@@ -175,13 +177,14 @@ def plan(
         duration_seconds=len(waves) * (config.stage_seconds + config.bake_seconds + night),
         rollback_seconds=config.rollback_seconds,
     )
-    return Draft(made, targets, excluded, controls)
+    return Draft(header, targets, excluded, controls)
 
 
 def choose_controls(tags: Mapping[str, Mapping[str, str]], config: RolloutConfig) -> tuple[str, ...]:
-    """Control sites: ``control_share`` of every stratum, at least one where it has ``control_min_sites``.
+    """Returns the control sites: ``control_share`` of every stratum, at least one of a large enough stratum.
 
-    Taken in an order that depends on the site id only, so that a growing fleet keeps the controls it has.
+    A stratum is large enough from ``control_min_sites`` sites on. The order of choice depends on the site id
+    alone, so a growing fleet keeps the controls it has.
     """
     chosen: list[str] = []
     for members in _strata(tags, config).values():
@@ -192,7 +195,7 @@ def choose_controls(tags: Mapping[str, Mapping[str, str]], config: RolloutConfig
 
 
 def roster(targets: Mapping[str, Target], excluded: Mapping[str, Excluded]) -> str:
-    """sha256 over one line per site, in order."""
+    """Returns the sha256 over one line per site, in order."""
     lines = [
         f"{s} {t.wave} {t.to[0]} {t.to[1]} {t.back[0]} {t.back[1]} {t.verdict_id} {t.zone}"
         for s, t in sorted(targets.items())
@@ -202,13 +205,13 @@ def roster(targets: Mapping[str, Target], excluded: Mapping[str, Excluded]) -> s
 
 
 def plan_hash(plan: Plan) -> str:
-    """sha256 of the plan as canonical JSON: what ``apply`` must name."""
+    """Returns the sha256 of the plan as canonical JSON, which ``rollout apply`` must name."""
     text = json.dumps(plan.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def diff(a: Mapping[str, Target], b: Mapping[str, Target]) -> PlanDiff:
-    """What the targets ``b`` do otherwise than ``a``."""
+    """Returns the differences of the targets ``b`` from the targets ``a``."""
     both = sorted(a.keys() & b.keys())
     return PlanDiff(
         added=tuple(sorted(b.keys() - a.keys())),
@@ -224,7 +227,8 @@ def _detects(sites: int, config: RolloutConfig, shadow: Shadow) -> float | None:
     return days_to_detect(sites, config.presentations_per_day, apcer=shadow.apcer, alpha=shadow.alpha)
 
 
-def _why_not(facts: SiteFacts) -> str:
+def _exclusion(facts: SiteFacts) -> str:
+    """Returns why a site is left out; empty where it is not. The text is part of the roster."""
     c = facts.candidate
     if c is None:
         return "no candidate"
@@ -249,7 +253,7 @@ def _target(wave: int, facts: SiteFacts, source_version: int) -> Target:
 def _parts(
     release: str, tags: Mapping[str, Mapping[str, str]], config: RolloutConfig, *, late: Sequence[str]
 ) -> list[tuple[float, list[str]]]:
-    """(cumulative share, sites) of every wave that is not empty. What the caps keep out of the last one comes in more."""
+    """Returns (cumulative share, sites) of the waves; what the caps keep out of the last one adds waves."""
     queue = deque(_order(release, tags, config))
     total, parts = len(queue), list[tuple[float, list[str]]]()
     limits = {
@@ -257,10 +261,10 @@ def _parts(
     }
     for share in config.waves:
         end = total if share == 1 else max(1, int(share * total))
-        if members := _taken(queue, end - (total - len(queue)), tags, limits):
+        if members := _take(queue, end - (total - len(queue)), tags, limits):
             parts.append((share, sorted(members)))
     while queue:
-        parts.append((1.0, sorted(_taken(queue, len(queue), tags, limits))))
+        parts.append((1.0, sorted(_take(queue, len(queue), tags, limits))))
     if late:
         share, members = parts.pop() if parts else (1.0, [])
         parts.append((share, sorted([*members, *late])))
@@ -268,7 +272,7 @@ def _parts(
 
 
 def _order(release: str, tags: Mapping[str, Mapping[str, str]], config: RolloutConfig) -> list[str]:
-    """All sites such that every beginning of the list holds about the same share of each stratum."""
+    """Returns all sites in an order in which every prefix holds about the same share of each stratum."""
     placed: list[tuple[float, bytes, str]] = []
     for key, members in _strata(tags, config).items():
         drawn = sorted((_draw(config.seed, release, site), site) for site in members)
@@ -288,26 +292,26 @@ def _limits(sizes: Mapping[str, int], cap: float) -> dict[str, int]:
     return {value: int(cap) if cap >= 1 else max(1, int(cap * n)) for value, n in sizes.items()}
 
 
-def _taken(
+def _take(
     queue: deque[str],
     count: int,
     tags: Mapping[str, Mapping[str, str]],
     limits: Mapping[str, Mapping[str, int]],
 ) -> list[str]:
-    """The first ``count`` of ``queue`` that no cap keeps out; the others stay in it, in order."""
-    taken: list[str] = []
+    """Takes the first ``count`` sites of ``queue`` that no cap keeps out; the others stay, in order."""
+    members: list[str] = []
     used: Counter[tuple[str, str]] = Counter()
-    left: deque[str] = deque()
-    while queue and len(taken) < count:
+    capped: deque[str] = deque()
+    while queue and len(members) < count:
         site = queue.popleft()
-        own = [(tag, tags[site].get(tag, "")) for tag in limits]
-        if any(used[key] >= limits[key[0]][key[1]] for key in own):
-            left.append(site)
+        capped_tags = [(tag, tags[site].get(tag, "")) for tag in limits]
+        if any(used[tag, value] >= limits[tag][value] for tag, value in capped_tags):
+            capped.append(site)
             continue
-        used.update(own)
-        taken.append(site)
-    queue.extendleft(reversed(left))
-    return taken
+        used.update(capped_tags)
+        members.append(site)
+    queue.extendleft(reversed(capped))
+    return members
 
 
 def _abort_at(config: RolloutConfig, sites: int) -> int:

@@ -1,4 +1,4 @@
-"""How releases travel: the section ``rollout``."""
+"""Defines the settings of releases: the section ``rollout``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.types import Section
 
 
 class RolloutConfig(Section):
-    """Section ``rollout``."""
+    """Holds the section ``rollout``; a plan stores it, so later changes do not reach a running release."""
 
     waves: tuple[float, ...] = Field(
         default=(0.01, 0.05, 0.2, 0.5, 1.0), description="cumulative shares of the fleet"

@@ -1,4 +1,4 @@
-"""What the state machine remembers, what it is shown, and what it asks for."""
+"""Defines the memory of the state machine, its input, and its actions."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ TERMINAL = frozenset({Status.COMPLETED, Status.ROLLED_BACK, Status.SUPERSEDED, S
 
 
 class RolloutError(ValueError):
-    """Something the present state of a rollout does not allow."""
+    """A step that the present state of a rollout does not allow; the message is one line."""
 
 
 class Approval(Section):
-    """Somebody looked at the plan and lets it start."""
+    """Records that one person looked at the plan with this hash and lets it start."""
 
     who: str
     at: AwareDatetime
 
 
 class Override(Section):
-    """Somebody wants to go on in spite of a hold; it counts for ``rollout.override_seconds`` once two people want it."""
+    """Records one person's wish to go on in spite of a hold; two people's count, for ``override_seconds``."""
 
     who: str
     reason: str
@@ -61,19 +61,19 @@ class Override(Section):
 
 
 class Rollout(Section):
-    """A plan and how far it got; the whole memory of the state machine."""
+    """Holds a plan and how far it got: the whole memory of the state machine, stored as JSON."""
 
     plan: Plan
     plan_hash: str
     status: Status
-    wave: int = -1  # index of the last wave that was started
-    since: AwareDatetime  # of the status
-    baked_from: AwareDatetime | None = None  # when the whole wave was first seen to serve its target
-    failed: dict[str, int] = Field(default={})  # rolled back one by one: site → wave
+    wave: int = -1  # index of the newest wave that was started
+    since: AwareDatetime  # when it entered the status
+    baked_from: AwareDatetime | None = None  # when the whole wave was first observed to serve its targets
+    failed: dict[str, int] = Field(default={})  # sites that were rolled back alone → index of their wave
     joined: int = 0  # sites that were added to the last wave after the plan was made
     approvals: tuple[Approval, ...] = ()
     overrides: tuple[Override, ...] = ()
-    reason: str = ""
+    reason: str = ""  # why it holds, paused or ended
 
 
 class FailingSite(NamedTuple):
@@ -88,9 +88,8 @@ class WaveObservation:
     """Counts the sites of a started wave, without those that failed and those that were retired."""
 
     sites: int
-    not_serving: Mapping[str, int] = field(
-        default_factory=dict[str, int]
-    )  # time zone → sites without their target
+    # sites that do not serve their target, by time zone
+    not_serving: Mapping[str, int] = field(default_factory=dict[str, int])
     first_not_serving: str = ""  # one of these sites, for messages
     without_data: int = 0  # promoted sites with fewer than ``health_samples`` captures since
     first_without_data: str = ""  # one of these sites, for messages
@@ -101,7 +100,8 @@ class WaveObservation:
 
 @dataclass(frozen=True)
 class Observation:
-    """Holds everything that the state machine decides on: the started waves and the findings of the guards."""
+    """Holds everything that the state machine decides on: the started waves and the findings of the
+    guards."""
 
     waves: tuple[WaveObservation, ...] = ()
     returnable: int | None = None  # sites that a rollback still has to move; None: not counted, so not zero
@@ -112,7 +112,7 @@ class Observation:
 
 
 class Promote(Section):
-    """Let the sites of ``wave`` that do not serve their target serve it, in these time zones (None = all)."""
+    """Points the sites of ``wave`` at their targets, those in the time zones ``zones`` (None: all)."""
 
     kind: Literal["promote"] = "promote"
     wave: int
@@ -120,9 +120,9 @@ class Promote(Section):
 
 
 class Rollback(Section):
-    """Let sites that serve their target serve what the plan says they go back to: these, or all that were promoted (None).
+    """Points sites that serve their target at what they go back to: ``sites``, or all promoted ones (None).
 
-    A site that serves something else was moved by someone later, who is not overruled.
+    A site that serves something else is left alone: a later release or a person moved it.
     """
 
     kind: Literal["rollback"] = "rollback"
@@ -130,7 +130,7 @@ class Rollback(Section):
 
 
 class Notify(Section):
-    """The rollout ended, or waits for data or a person."""
+    """Tells people that the rollout ended, or that it waits for data or for a person."""
 
     kind: Literal["notify"] = "notify"
     status: Status
@@ -141,5 +141,5 @@ Action = Promote | Rollback | Notify
 
 
 def enter(r: Rollout, status: Status, now: datetime, **changes: object) -> Rollout:
-    """``r`` in another status as of ``now``, with other changes to what it remembers."""
+    """Returns ``r`` in ``status`` since ``now``, with ``changes`` to its other fields."""
     return r.model_copy(update={"status": status, "since": now, **changes})
