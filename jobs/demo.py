@@ -120,10 +120,10 @@ def _fresh(out: Path) -> None:
 
 def _render(config: Config, out: Path, terminal: Terminal) -> None:
     with terminal.progress("render corpora", "samples") as advance:
-        synth.write(Path(config.data.corpora), size=config.data.size, samples=SAMPLES, progress=advance)
+        synth.write(Path(config.data.corpora), size=config.data.frame_px, samples=SAMPLES, progress=advance)
     with terminal.progress("render anchor set", "samples") as advance:
-        rows = synth.anchor(size=config.data.size, progress=advance)
-        write_corpus(rows, out / "anchor", domain="anchor", kind="synth", size=config.data.size)
+        rows = synth.anchor(size=config.data.frame_px, progress=advance)
+        write_corpus(rows, out / "anchor", domain="anchor", kind="synth", size=config.data.frame_px)
     with terminal.progress("render day 1", "captures") as advance:
         simulate(out, demo_fleet(), phase=1, progress=advance)
 

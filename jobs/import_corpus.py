@@ -65,7 +65,7 @@ def import_into(
     """Import ``root`` as the domain ``name`` with a progress bar."""
     out = Path(config.data.corpora) / name
     with terminal.progress(f"import {name}", "items") as advance:
-        return read_into(kind, root, out, domain=name, size=config.data.size, progress=advance)
+        return read_into(kind, root, out, domain=name, size=config.data.frame_px, progress=advance)
 
 
 def kinds() -> dict[str, str]:

@@ -41,21 +41,21 @@ def pretrained(config: Config, terminal: Terminal) -> Path:
     folder = Path(config.data.corpora) / DOMAIN
     if not (folder / "manifest.json").exists():
         import_into(config, terminal, kind="rendered", root=None, name=DOMAIN)
-    if (size := read_manifest(folder).size) != config.data.size:
+    if (size := read_manifest(folder).size) != config.data.frame_px:
         raise ValueError(
-            f"data.size: {config.data.size}, but {folder} was imported at {size}; remove it to render anew"
+            f"data.frame_px: {config.data.frame_px}, but {folder} was imported at {size}; remove it to render anew"
         )
     shared = {k: v for k, v in config.source.model_dump().items() if k in Schedule.model_fields}
     method = method_config("source", "erm").model_validate(
         {**shared, "kind": "erm", "steps": STEPS, "seed": 0, "start": None}
     )
     model = config.model.model_copy(update={"tail": config.model.tail.model_copy(update={"head": "radial"})})
-    given = [method.model_dump(), model.model_dump(), config.data.size, read_manifest(folder).digest]
+    given = [method.model_dump(), model.model_dump(), config.data.frame_px, read_manifest(folder).digest]
     out = config.folder("starts", hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16])
     if out.exists():
         return out
     corpus = read_corpus(folder, ("train",))
-    task = fits.Task(method, model, config.data.size)  # pyright: ignore[reportArgumentType]  # method files are found by name
+    task = fits.Task(method, model, config.data.frame_px)  # pyright: ignore[reportArgumentType]  # method files are found by name
     with threads(config.cluster.cpus), terminal.progress("pretrain", "steps") as advance:
         state = fits.begin(task, domains=1)
         fits.advance(state, [corpus], until=STEPS, every=EVERY, report=lambda s, _: advance(s.step, STEPS))

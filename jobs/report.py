@@ -14,6 +14,7 @@ from jobs.site.show import serving_name
 from jobs.terminal import Exit
 from pipeline.config import parse
 from pipeline.control.deployment import open_ledger
+from pipeline.control.rollout import load
 from pipeline.control.scoring import ScoredStream, join_labels
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment
@@ -33,7 +34,6 @@ from pipeline.report.content import (
 )
 from pipeline.report.page import write
 from pipeline.revision import code_revision
-from pipeline.rollout import Rollout
 from pipeline.stats.metrics import det_curve, far_frr
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.ledger import Ledger, ServingRow, SiteRow, SourceRow, VerdictRow
     from pipeline.ledger import QuarantineRow as Refused
+    from pipeline.rollout import Rollout
 
 BINS = 48  # of the availability strip
 STEPS = 200  # points of a curve over time
@@ -280,7 +281,7 @@ def _release(ledger: Ledger, verdicts: dict[str, VerdictRow]) -> Rollout | None:
     ids = {v.id for v in verdicts.values()}
     for row in ledger.plans.rollouts():
         if any(t.verdict_id in ids for t in ledger.plans.targets(row.id).values()):
-            return Rollout.model_validate_json(row.body)
+            return load(row)
     return None
 
 

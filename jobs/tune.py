@@ -116,7 +116,11 @@ def _on(config: Config, what: str) -> list[str]:
 
 
 def _check(config: Config, what: str) -> None:
-    space, key = (config.search.source, "source") if what == "source" else (config.search.space, "space")
+    space, key = (
+        (config.search.source_space, "source_space")
+        if what == "source"
+        else (config.search.site_space, "site_space")
+    )
     if not space:
         raise ValueError(
             f"search.{key}: empty; declare dimensions, e.g. search: {{{key}: {{lr: {{loguniform: [1e-4, 1e-2]}}}}}}"

@@ -143,7 +143,7 @@ def _compared(
             model.tail
         )  # a method that cannot start says so before anything is computed
     total, done = 2 * sum(s.good for r in rows for s, _ in ledger.streams.segments(r.site)), 0
-    size = max(config.bank.sites, what_if.bank.sites)
+    size = max(config.bank.slots, what_if.bank.slots)
     found: list[whatif.Difference] = []
     failed: dict[str, str] = {}
 
@@ -212,13 +212,13 @@ def _replayed(
     slots: int,
     on_samples: Callable[[int], None],
 ) -> list[whatif.ReplayedSite]:
-    """Every recording from the source model's own state, ``bank.sites`` at a time; at most ``slots`` are needed."""
+    """Every recording from the source model's own state, ``bank.slots`` at a time; at most ``slots`` are needed."""
     method = cast("SiteMethod", config.site)
     fresh = method.init(model.tail)
     found: list[whatif.ReplayedSite] = []
-    for start in range(0, len(recordings), config.bank.sites):
-        part = recordings[start : start + config.bank.sites]
-        states, traces = _run(config, model, fresh, part, min(config.bank.sites, slots), on_samples)
+    for start in range(0, len(recordings), config.bank.slots):
+        part = recordings[start : start + config.bank.slots]
+        states, traces = _run(config, model, fresh, part, min(config.bank.slots, slots), on_samples)
         windows = [Window(r.row, r.block, fresh, fresh, None, None, 0.0) for r in part]
         judged = _judged(config, model, anchor, windows, states, traces) if anchor else []
         verdicts = [verdict for _, verdict in judged] or [None] * len(part)
@@ -252,7 +252,7 @@ def _run(
     on_samples: Callable[[int], None],
 ) -> tuple[State, list[bank.Trace]]:
     """``bank.run`` in strides of whole batches, which changes no bit and shows how far it is."""
-    method, batch = cast("SiteMethod", config.site), config.bank.batch
+    method, batch = cast("SiteMethod", config.site), config.bank.batch_size
     streams = [features_of(r.block) for r in part]
     states = bank.stack([fresh for _ in part])
     parts: list[list[bank.Trace]] = [[] for _ in part]

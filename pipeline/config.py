@@ -8,6 +8,8 @@ import hashlib
 import importlib
 import json
 import pkgutil
+from collections.abc import Callable
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -42,6 +44,34 @@ RESULT_SECTIONS = ("data", "model", "source", "site", "guards")
 PLACES = {  # where things are, not what comes out; what lies there has a digest of its own
     "data": {"corpora", "anchor", "captures", "sealed", "redteam", "retention", "keep_days"},
     "source": {"start"},
+}
+
+RENAMED = {  # old key → what it is called now; a person's file is refused, a stored configuration is translated
+    "data.size": "data.frame_px",
+    "site.smallest": "site.shift_min_logits",
+    "site.attacks": "site.min_attack_count",
+    "site.majority": "site.min_bona_fide_ratio",
+    "bank.sites": "bank.slots",
+    "bank.batch": "bank.batch_size",
+    "bank.hot_mb": "bank.cache_mb",
+    "guards.no_data.n_min": "guards.no_data.stream_min",
+    "guards.collapse.prior": "guards.collapse.min_gap",
+    "guards.budget.hour": "guards.budget.burn_1h",
+    "guards.budget.six_hours": "guards.budget.burn_6h",
+    "rollout.two_people_from": "rollout.second_approval_from_share",
+    "search.space": "search.site_space",
+    "search.source": "search.source_space",
+    "search.samples": "search.trials",
+    "search.concurrent": "search.concurrent_trials",
+    "bench.beside": "bench.added_domains",
+}
+OFF: dict[
+    str, Callable[[float], bool]
+] = {  # numbers that once switched a setting off, for which null stands now
+    "site.trigger": lambda value: value < 0,
+    "site.conformal": lambda value: value == 0,
+    "site.session_cap": lambda value: value == 0,
+    "site.groups": lambda value: value == 1,
 }
 
 
@@ -99,8 +129,26 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse(text: str, where: str) -> Config:
-    """The Config in YAML or JSON ``text``, as stored with an artifact."""
-    return _compose(_mapping(text, where), where, {})
+    """Reads the configuration that was stored as YAML or JSON ``text``; old keys count as what they are called now."""
+    return _compose(translate_stored(_mapping(text, where)), where, {})
+
+
+def translate_stored(raw: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, object]]:
+    """Returns a stored configuration, or some sections of one, under the present names (``RENAMED``, ``OFF``).
+
+    What is computed stays the same. ``raw`` is not changed; a key that is not known is left for validation to refuse.
+    """
+    now = cast("dict[str, dict[str, object]]", deepcopy(dict(raw)))
+    for old, new in RENAMED.items():
+        node, key = _parent(now, old), old.rpartition(".")[2]
+        if node is not None and key in node:
+            node.setdefault(new.rpartition(".")[2], node.pop(key))
+    for name, off in OFF.items():
+        node, key = _parent(now, name), name.rpartition(".")[2]
+        value = node.get(key) if node else None
+        if node and isinstance(value, int | float) and off(value):
+            node[key] = None
+    return now
 
 
 def altered(
@@ -156,6 +204,14 @@ def _mapping(text: str, where: str) -> dict[str, dict[str, object]]:
     if not all(isinstance(v, dict) for v in sections.values()):
         raise ConfigError(f"{where}: must be sections of keys, e.g. 'site: {{lr: 1e-3}}'")
     return cast("dict[str, dict[str, object]]", sections)
+
+
+def _parent(raw: dict[str, dict[str, object]], dotted: str) -> dict[str, object] | None:
+    """Returns the mapping that holds the last part of ``dotted``, None where there is none."""
+    node: object = raw
+    for part in dotted.split(".")[:-1]:
+        node = cast("dict[str, object]", node).get(part) if isinstance(node, dict) else None
+    return cast("dict[str, object]", node) if isinstance(node, dict) else None
 
 
 def _override(raw: dict[str, dict[str, object]], item: str, given_in: dict[str, str]) -> None:
@@ -220,11 +276,14 @@ def _line(
     dotted = ".".join([section, *loc])
     where = given_in.get(dotted, where)
     if error["type"] == "extra_forbidden":
-        allowed = _fields(cls, loc[:-1])
+        allowed, new = _fields(cls, loc[:-1]), RENAMED.get(dotted, "")
+        if new.rpartition(".")[2] in allowed:
+            return f"{where}: {dotted}: renamed; write {new}"
         return f"{where}: {dotted}: no such key{_hint(loc[-1], allowed)}"
-    return without_secrets(
-        f"{where}: {dotted}: {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
-    )
+    given, problem = error["input"], error["msg"]
+    off = dotted in OFF and isinstance(given, int | float) and OFF[dotted](given)
+    null = "; null switches it off" if off else ""
+    return without_secrets(f"{where}: {dotted}: {given!r}: {problem[0].lower()}{problem[1:]}{null}")
 
 
 def _fields(cls: type[Section], path: Sequence[str]) -> list[str]:

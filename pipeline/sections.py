@@ -101,19 +101,19 @@ class Uniform(Section):
 class SearchConfig(Section):
     """Section ``search``: ASHA over replayed features of sites, or over source training."""
 
-    space: dict[str, Choice | LogUniform | Uniform] = Field(
+    site_space: dict[str, Choice | LogUniform | Uniform] = Field(
         default={}, description="dimensions in section site"
     )
-    source: dict[str, Choice | LogUniform | Uniform] = Field(
+    source_space: dict[str, Choice | LogUniform | Uniform] = Field(
         default={}, description="dimensions in section source"
     )
     sites: tuple[str, ...] = Field(
         default=(), description="development sites with sealed labels; never a target"
     )
-    samples: int = Field(default=8, ge=1)
+    trials: int = Field(default=8, ge=1, description="settings that are tried")
     rungs: int = Field(default=3, ge=1, description="times a trial reports on its way")
     reduction: int = Field(default=3, ge=2)
-    concurrent: int = Field(default=2, ge=1)
+    concurrent_trials: int = Field(default=2, ge=1, description="trials that run at a time")
     seed: int = 0
 
 
@@ -124,7 +124,7 @@ class BenchConfig(Section):
         default=None, description="folder of data sets in their own layouts, imported when needed"
     )
     sets: dict[str, str] = Field(default={}, description="domain (and subfolder of root) → kind of corpus")
-    beside: tuple[str, ...] = Field(
+    added_domains: tuple[str, ...] = Field(
         default=(), description="rendered domains that every fit has beside its sources"
     )
     pretrain: bool = Field(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
-from pipeline.config import ConfigError, load, methods, parse
+from pipeline.config import RENAMED, ConfigError, load, methods, parse, translate_stored
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -30,7 +32,7 @@ def test_every_shipped_file_loads(path):
         ("sites.lr=1", "sites: no such section; did you mean site?"),
         ("model.trunk.widht=3", "model.trunk"),
         ("site.lr", "write section.key=value"),
-        ("data.size=huge", "data.size: 'huge'"),
+        ("data.frame_px=huge", "data.frame_px: 'huge'"),
         ("notify.webhook=ftp://x", "notify.webhook: 'ftp://x'"),
         ("notify.min_severity=loud", "input should be 'info', 'warning' or 'critical'"),
     ],
@@ -40,6 +42,64 @@ def test_a_mistake_names_the_place_what_was_given_and_what_is_allowed(override, 
         load(None, [override])
     assert expected in str(e.value)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_key_is_refused_with_its_new_name(old, tmp_path):
+    path, line = tmp_path / "old.yaml", ""
+    for depth, part in enumerate(old.split(".")):
+        line += f"\n{'  ' * depth}{part}:"
+    path.write_text(line + " 1\n")
+    for where, given in ((str(path), (path, [])), (f"override {old}=1", (None, [f"{old}=1"]))):
+        with pytest.raises(ConfigError) as e:
+            load(*given)
+        assert str(e.value) == f"{where}: {old}: renamed; write {RENAMED[old]}"
+    with pytest.raises(ConfigError, match="no such key"):
+        load(None, ["site.kind=tent", "site.smallest=1"])  # a method that never had it
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("trigger", -1), ("session_cap", 0), ("groups", 1), ("conformal", 0)]
+)
+def test_a_number_that_once_meant_off_is_refused_and_null_is_off(name, value):
+    with pytest.raises(ConfigError, match=f"site.{name}: {value}: .*; null switches it off"):
+        load(None, [f"site.{name}={value}"])
+    assert load(None, [f"site.{name}=null"]).site.model_dump()[name] is None
+
+
+def test_a_configuration_stored_under_old_keys_is_read_under_the_new_ones():
+    old = {
+        "data": {"size": 32},
+        "site": {
+            "trigger": -1.0,
+            "session_cap": 0,
+            "groups": 1,
+            "conformal": 0.0,
+            "smallest": 0.1,
+            "majority": 2.0,
+        },
+        "bank": {"sites": 3, "batch": 4, "hot_mb": 16},
+        "guards": {"no_data": {"n_min": 7}, "budget": {"hour": 0.5, "six_hours": 0.6}},
+        "rollout": {"two_people_from": None},
+        "search": {"space": {"lr": {"choice": [1]}}, "source": {"lr": {"choice": [2]}}},
+    }
+    before = deepcopy(old)
+    new = translate_stored(old)
+    assert old == before
+    assert new["site"] == {
+        **dict.fromkeys(("trigger", "session_cap", "groups", "conformal")),
+        "shift_min_logits": 0.1,
+        "min_bona_fide_ratio": 2.0,
+    }
+    assert new["bank"] == {"slots": 3, "batch_size": 4, "cache_mb": 16}
+    assert new["guards"] == {"no_data": {"stream_min": 7}, "budget": {"burn_1h": 0.5, "burn_6h": 0.6}}
+    assert new["search"] == {"site_space": {"lr": {"choice": [1]}}, "source_space": {"lr": {"choice": [2]}}}
+    config = parse(json.dumps(old), "stored")
+    assert (config.data.frame_px, config.rollout.second_approval_from_share) == (32, None)
+    assert translate_stored(config.model_dump(mode="json")) == config.model_dump(mode="json"), (
+        "nothing left to do"
+    )
+    assert translate_stored({"guards": old["guards"]}) == {"guards": new["guards"]}, "some sections alone"
 
 
 def test_file_mistakes_name_the_file(tmp_path):
@@ -87,7 +147,7 @@ def test_fingerprint_covers_results_and_no_paths():
         == base
     )
     assert load(None, ["site.lr=0.123"]).fingerprint() != base
-    assert load(None, ["data.size=64"]).fingerprint() != base
+    assert load(None, ["data.frame_px=64"]).fingerprint() != base
 
 
 def test_a_stored_config_comes_back_equal():

@@ -248,7 +248,7 @@ def config(root, tmp_path) -> Config:
         None,
         [
             f"data.captures={root / 'captures'}",
-            f"data.size={SIZE}",
+            f"data.frame_px={SIZE}",
             f"ledger.artifacts={root / 'artifacts'}",
             f"ledger.url=sqlite:///{tmp_path}/ledger.db",
         ],

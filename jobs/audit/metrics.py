@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from jobs.terminal import Exit
 from pipeline.control.deployment import open_ledger
-from pipeline.rollout import TERMINAL, Rollout, Status, approvals_needed, approvers
+from pipeline.control.rollout import load
+from pipeline.rollout import TERMINAL, Status, approvals_needed, approvers
 from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from jobs.terminal import Terminal
     from pipeline.config import Config
     from pipeline.ledger import Ledger
+    from pipeline.rollout import Rollout
 
 CALLS = ("pass", "hold", "fail")
 
@@ -45,7 +47,7 @@ def collect(ledger: Ledger) -> CollectorRegistry:
     rows = ledger.plans.rollouts()
     if rows:
         newest = next((r for r in rows if r.status not in TERMINAL), rows[0])
-        _rollout(registry, ledger, newest.id, Rollout.model_validate_json(newest.body))
+        _rollout(registry, ledger, newest.id, load(newest))
     return registry
 
 

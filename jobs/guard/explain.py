@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from jobs.terminal import Exit, table
-from pipeline.config import PLACES, RESULT_SECTIONS
+from pipeline.config import PLACES, RESULT_SECTIONS, translate_stored
 from pipeline.control.deployment import open_ledger
 from pipeline.control.recount import verdict_basis
 from pipeline.guards import ATTACKS, REAL, GuardsConfig, paired_upper95
@@ -106,7 +106,7 @@ def limits_of(ledger: Ledger, cycle: str) -> Limits:
             f"cycle {cycle}: its configuration is not on record, so its verdicts cannot be replayed"
         )
     try:
-        guards = GuardsConfig.model_validate(stored["guards"])
+        guards = GuardsConfig.model_validate(translate_stored({"guards": stored["guards"]})["guards"])
     except ValidationError as e:
         where = ".".join(str(part) for part in e.errors()[0]["loc"])
         raise LedgerError(

@@ -71,7 +71,7 @@ def rollout_apply(
 
 @rollout_app.command("approve", epilog=EVERYWHERE)
 def rollout_approve(ctx: typer.Context, plan_hash: Hash, who: Who = None) -> int:
-    """Add one person's approval; waves from rollout.two_people_from on need two."""
+    """Add one person's approval; waves from rollout.second_approval_from_share on need two."""
     config = ctx.obj.config
     from jobs.rollout.operate import approve
 

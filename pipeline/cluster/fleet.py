@@ -38,13 +38,13 @@ class Placement:
     shards: int
     cpus: float
     slots: int  # sites stepped together
-    hot_mb: int
+    cache_mb: int
 
 
 def placement(config: Config) -> Placement:
     """What the deployment gives its shards."""
     size = config.cluster
-    return Placement(size.shards, min(1.0, size.cpus / size.shards), config.bank.sites, config.bank.hot_mb)
+    return Placement(size.shards, min(1.0, size.cpus / size.shards), config.bank.slots, config.bank.cache_mb)
 
 
 @dataclass
@@ -73,7 +73,7 @@ def run_fleet(
     """
     work, made = (
         _planned(pending, placement),
-        remote_shard(cpus=placement.cpus, memory_bytes=(BASE_MB + placement.hot_mb) * 2**20),
+        remote_shard(cpus=placement.cpus, memory_bytes=(BASE_MB + placement.cache_mb) * 2**20),
     )
     shards: dict[int, ActorProxy] = {}
     starting: dict[ray.ObjectRef, int] = {}
@@ -128,7 +128,7 @@ def _next(
     if not ready:
         has = ray.cluster_resources()
         raise ValueError(
-            f"cluster.shards: no shard with {placement.cpus:g} CPU and {BASE_MB + placement.hot_mb} MiB could be placed; the "
+            f"cluster.shards: no shard with {placement.cpus:g} CPU and {BASE_MB + placement.cache_mb} MiB could be placed; the "
             f"cluster has {has.get('CPU', 0):g} CPU, {has.get('memory', 0) / 2**20:.0f} MiB; ask for less or add a node"
         )
     return ready[0]

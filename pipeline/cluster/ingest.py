@@ -231,7 +231,7 @@ def ingest_site(
                 earlier = recent_offsets(features, models[0], site, end=base) if base else {}
             read = read_segment(path, site=site, limits=limits)
             segment = NewSegment(site, path.name, str(path), len(read.good) + len(read.bad), base)
-            bad = store_segment(segment, read, earlier, limits.size, models, features)
+            bad = store_segment(segment, read, earlier, limits.frame_px, models, features)
             result.update(rows=segment.rows, sha256=read.sha256, bad=bad)
             base += segment.rows
         except BadSegment as e:

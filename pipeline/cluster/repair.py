@@ -91,7 +91,7 @@ def repair_site(stretch: Stretch, limits: DataConfig, checkpoint: str, features:
                 lost += [row.name] if row.good else []
                 continue
             segment = NewSegment(row.site, row.name, str(path), row.rows, row.base_offset)
-            restore_segment(segment, read, refused, limits.size, model, features)
+            restore_segment(segment, read, refused, limits.frame_px, model, features)
             if not _whole(row, model, features):
                 raise ValueError(f"{row.name}: the same capture no longer gives {row.good} samples")
             restored.append(row.name)

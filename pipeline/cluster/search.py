@@ -65,10 +65,10 @@ class Trial:
 def search(
     config: Config, streams: Sequence[Stream], *, model_path: str, on_progress: Callable[[int, int], None]
 ) -> list[Trial]:
-    """Try ``search.samples`` settings of ``search.space`` → trials, best first. Needs a connected Ray."""
+    """Try ``search.trials`` settings of ``search.site_space`` → trials, best first. Needs a connected Ray."""
     data = ray.put(list(streams))
     text = config.model_dump_json()
-    space = {name: _dimension(d) for name, d in config.search.space.items()}
+    space = {name: _dimension(d) for name, d in config.search.site_space.items()}
 
     def trial(settings: dict[str, object]) -> None:
         torch.set_num_threads(1)
@@ -77,7 +77,7 @@ def search(
         ):
             tune.report({METRIC: hter, "rung": rung + 1})
 
-    share = config.cluster.cpus / config.search.concurrent / 2
+    share = config.cluster.cpus / config.search.concurrent_trials / 2
     with tempfile.TemporaryDirectory() as storage:
         return _tuned(
             config.search, trial, space, metric=METRIC, share=share, storage=storage, on_progress=on_progress
@@ -87,7 +87,7 @@ def search(
 def search_source(
     config: Config, corpora: Sequence[Path], *, storage: Path, on_progress: Callable[[int, int], None]
 ) -> list[Trial]:
-    """Try ``search.samples`` settings of ``search.source`` → trials, best first. Needs a connected Ray.
+    """Try ``search.trials`` settings of ``search.source_space`` → trials, best first. Needs a connected Ray.
 
     A trial is a Ray Train run: each domain of ``corpora`` that has a val split is held out of a fit on the others, and the
     one that comes out worst judges, at the threshold of the others' validation. At least three domains.
@@ -111,10 +111,12 @@ def search_source(
         ).fit()
 
     storage.mkdir(parents=True, exist_ok=True)
-    space = {name: _dimension(d) for name, d in config.search.source.items()}
+    space = {name: _dimension(d) for name, d in config.search.source_space.items()}
     # a trial and its worker must fit together, or both wait for ever
     search = config.search.model_copy(
-        update={"concurrent": min(config.search.concurrent, int(config.cluster.cpus / 2 / SHARE))}
+        update={
+            "concurrent_trials": min(config.search.concurrent_trials, int(config.cluster.cpus / 2 / SHARE))
+        }
     )
     return _tuned(
         search, trial, space, metric=WORST, share=SHARE, storage=str(storage), on_progress=on_progress
@@ -124,14 +126,14 @@ def search_source(
 def held_out(given: dict[str, object]) -> None:
     """One Train worker: after each rung, the HTER of every domain by the model that has not seen it."""
     config = parse(str(given["config"]), "search")
-    torch.set_num_threads(max(1, config.cluster.cpus // config.search.concurrent))
+    torch.set_num_threads(max(1, config.cluster.cpus // config.search.concurrent_trials))
     own = config.source.model_dump()
     settings = cast("dict[str, object]", given["settings"])
     method = cast(
         "SourceMethod", method_config("source", str(own["kind"])).model_validate({**own, **settings})
     )
     corpora = [read_corpus(Path(p), ("train", "val")) for p in cast("list[str]", given["corpora"])]
-    task = fits.Task(method, config.model, config.data.size)
+    task = fits.Task(method, config.model, config.data.frame_px)
     tested = [
         c for c in corpora if len(set(c.label[c.split == "val"].tolist())) == 2
     ]  # a rendered domain is only learned from
@@ -168,14 +170,14 @@ def _tuned(
         tune_config=tune.TuneConfig(
             metric=metric,
             mode="min",
-            num_samples=search.samples,
-            max_concurrent_trials=search.concurrent,
+            num_samples=search.trials,
+            max_concurrent_trials=search.concurrent_trials,
             scheduler=_asha(search),
             search_alg=BasicVariantGenerator(random_state=search.seed),
             reuse_actors=metric == METRIC,
         ),
         run_config=tune.RunConfig(
-            storage_path=storage, verbose=0, callbacks=[_Counted(on_progress, search.samples)]
+            storage_path=storage, verbose=0, callbacks=[_Counted(on_progress, search.trials)]
         ),
     )
     with contextlib.redirect_stdout(io.StringIO()):  # Tune prints tables whatever its verbosity
@@ -205,7 +207,7 @@ def replay(
     for rung in range(rungs):
         parts = [_part(s.features, rung, rungs) for s in streams]
         states, traces = bank.run(
-            method, model.tail, states, parts, batch=config.bank.batch, slots=len(streams)
+            method, model.tail, states, parts, batch=config.bank.batch_size, slots=len(streams)
         )
         for k, trace in enumerate(traces):
             scores[k].append(trace.score.numpy())

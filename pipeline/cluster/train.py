@@ -165,7 +165,7 @@ def _fit(given: dict[str, object], folder: Path) -> None:
     task = fits.Task(
         method=cast("SourceMethod", config.source),
         model=config.model,
-        size=config.data.size,
+        size=config.data.frame_px,
         data={c.domain: read_manifest(p).digest for c, p in zip(corpora, places, strict=True)},
         fingerprint=config.fingerprint(),
         revision=cast("str", given["revision"]),

@@ -67,7 +67,7 @@ def shard_job(
 
 
 def adapt_sites(job: ShardJob, sites: Sequence[str]) -> dict[str, str]:
-    """Adapt and judge ``sites``, ``bank.sites`` at a time, and commit them together → {site: reason} of those that failed."""
+    """Adapt and judge ``sites``, ``bank.slots`` at a time, and commit them together → {site: reason} of those that failed."""
     torch.set_num_threads(1)  # a node holds one shard per core
     config, model = load_config(job.config), load_model(job.checkpoint)
     ledger = open_ledger_at(config.ledger.url)
@@ -76,8 +76,8 @@ def adapt_sites(job: ShardJob, sites: Sequence[str]) -> dict[str, str]:
     else:
         windows, failed = _windows(config, model, job, ledger, sites)
     rows: list[ShardRow] = []
-    for start in range(0, len(windows), config.bank.sites):
-        rows += _learn_and_judge(config, model, job, windows[start : start + config.bank.sites])
+    for start in range(0, len(windows), config.bank.slots):
+        rows += _learn_and_judge(config, model, job, windows[start : start + config.bank.slots])
     if rows:
         ledger.verdicts.commit(job.cycle, rows, now=datetime.now(UTC), rebased=job.retained > 0)
     return failed
@@ -183,7 +183,7 @@ def _learn_and_judge(
     streams = [features_of(w.block) for w in windows]
     start = bank.stack([w.learner for w in windows])
     states, traces = bank.run(
-        method, model.tail, start, streams, batch=config.bank.batch, slots=config.bank.sites
+        method, model.tail, start, streams, batch=config.bank.batch_size, slots=config.bank.slots
     )
     blob = blobs.put(config.place("states"), states)
     anchor = load_anchor(config.place("anchors"), job.anchor)

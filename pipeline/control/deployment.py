@@ -62,17 +62,19 @@ def corpora(config: Config) -> list[Path]:
     ]
     for path in found:
         size = read_manifest(path).size
-        if size != config.data.size:
+        if size != config.data.frame_px:
             raise ValueError(
-                f"data.size: {config.data.size}, but {path} was imported at {size}; import it again or change data.size"
+                f"data.frame_px: {config.data.frame_px}, but {path} was imported at {size}; import it again or change data.frame_px"
             )
     return found
 
 
 def check_size(config: Config, source: SourceRow) -> None:
     """Frames of another size would give features that only look right."""
-    if (size := int(str(source.manifest["size"]))) != config.data.size:
-        raise ValueError(f"data.size: {config.data.size}, but source v{source.version} was trained at {size}")
+    if (size := int(str(source.manifest["size"]))) != config.data.frame_px:
+        raise ValueError(
+            f"data.frame_px: {config.data.frame_px}, but source v{source.version} was trained at {size}"
+        )
 
 
 def source_model(ledger: Ledger, version: int | None = None) -> SourceRow:

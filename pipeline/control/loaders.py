@@ -75,7 +75,7 @@ def load_state(
     fresh = fresh or method.init(model.tail)
     if row is None:
         return fresh
-    cache = state_cache(config.bank.hot_mb)
+    cache = state_cache(config.bank.cache_mb)
     key = row.blob, row.slot
     if key not in cache:
         blob = _load_blob(config.place("states"), row.blob)

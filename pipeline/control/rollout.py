@@ -6,10 +6,12 @@ by the next tick, and of two drivers at once the slower one's step is refused.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline import rollout as machine
+from pipeline.config import translate_stored
 from pipeline.control.deployment import now
 from pipeline.control.health import observe, observe_rollback
 from pipeline.control.notify import notify
@@ -39,8 +41,10 @@ SEVERITY: dict[Status, Severity] = {
 
 
 def load(row: RolloutRow) -> Rollout:
-    """The state machine's memory."""
-    return Rollout.model_validate_json(row.body)
+    """Returns the state machine's memory; a plan that an earlier version stored has its settings under their present names."""
+    body = json.loads(row.body)
+    body["plan"]["config"] = translate_stored({"rollout": body["plan"]["config"]})["rollout"]
+    return Rollout.model_validate(body)
 
 
 def newest(ledger: Ledger) -> list[RolloutRow]:

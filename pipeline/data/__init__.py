@@ -32,7 +32,7 @@ class DataConfig(Section):
     redteam: str | None = Field(
         default=None, description="folder of <site>-labels.parquet of red-team presentations"
     )
-    size: int = Field(default=48, ge=16, le=512, description="frame side in pixels after decoding")
+    frame_px: int = Field(default=48, ge=16, le=512, description="frame side in pixels after decoding")
     max_rows: int = Field(default=20_000, ge=1, description="rows a capture segment may hold")
     max_bytes: int = Field(
         default=96 * 2**20,

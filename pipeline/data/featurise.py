@@ -68,7 +68,7 @@ def ingest_segment(
 ) -> tuple[str, list[BadRow]]:
     """Validate, decode, featurise and store one segment → its sha256 and bad rows."""
     read = read_segment(Path(segment.path), site=segment.site, limits=limits)
-    return read.sha256, store_segment(segment, read, {}, limits.size, [model], features)
+    return read.sha256, store_segment(segment, read, {}, limits.frame_px, [model], features)
 
 
 def store_segment(

@@ -140,13 +140,13 @@ def compare_with_controls(
 def error_budget(limits: GuardsConfig, errors: ArrayLike, total: ArrayLike) -> tuple[Reason, ...]:
     """Why promotions must freeze, if they must: ``errors`` of ``total`` presentations of the fleet per hour [H], newest last.
 
-    A month's budget is ``allowed`` of its presentations; burning ``hour`` of it within 1 h or ``six_hours`` within 6 h is a
+    A month's budget is ``allowed`` of its presentations; burning ``burn_1h`` of it within 1 h or ``burn_6h`` within 6 h is a
     rate of errors, and a finding is an e-value against every lower rate. Nothing presented burns nothing.
     """
     rule = limits.budget
     e, n = (np.asarray(x, np.float64) for x in (errors, total))
     found: list[Reason] = []
-    for hours, burn in ((1, rule.hour), (6, rule.six_hours)):
+    for hours, burn in ((1, rule.burn_1h), (6, rule.burn_6h)):
         bad, seen, rate = (
             float(e[-hours:].sum()),
             float(n[-hours:].sum()),

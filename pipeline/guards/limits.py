@@ -51,7 +51,7 @@ class TrustRegion(Section):
 class NoData(Section):
     """Guard ``no_data``: what is missing holds. It cannot be advisory."""
 
-    n_min: int = Field(default=100, ge=0, description="samples of the stream behind a candidate")
+    stream_min: int = Field(default=100, ge=0, description="samples of the stream behind a candidate")
     anchor_min: int = Field(default=30, ge=1, description="anchor presentations per species and pattern")
     stale_seconds: float = Field(default=86_400, gt=0)
     max_holds: int = Field(default=2, ge=0, description="more holds in a row than this abort")
@@ -137,7 +137,7 @@ class Collapse(Section):
     advisory: bool = False
     share: float = Field(default=0.99, gt=0.5, le=1, description="of the last calls that may be of one class")
     calls: int = Field(default=200, ge=1, description="newest calls it looks at; fewer are not judged")
-    prior: float = Field(
+    min_gap: float = Field(
         default=0.02, ge=0, le=1, description="least gap to the champion's share: an untypical prior"
     )
     flips: float = Field(
@@ -168,8 +168,8 @@ class Budget(Section):
     allowed: float = Field(
         default=0.01, gt=0, lt=1, description="share of a month's presentations that may go wrong"
     )
-    hour: float = Field(default=0.02, gt=0, le=1, description="of the month's budget, burnt within 1 h")
-    six_hours: float = Field(default=0.10, gt=0, le=1, description="of the month's budget, burnt within 6 h")
+    burn_1h: float = Field(default=0.02, gt=0, le=1, description="of the month's budget, burnt within 1 h")
+    burn_6h: float = Field(default=0.10, gt=0, le=1, description="of the month's budget, burnt within 6 h")
     alpha: float = Field(default=0.001, gt=0, lt=1, description="doubt left that it burns that fast")
 
 
@@ -196,7 +196,7 @@ class GuardsConfig(Section):
 def of_source(limits: GuardsConfig) -> GuardsConfig:
     """``limits`` as a bare source model is judged by them: it has no stream, and no distance from itself."""
     no_data, trust = (
-        limits.no_data.model_copy(update={"n_min": 0}),
+        limits.no_data.model_copy(update={"stream_min": 0}),
         limits.trust.model_copy(update={"advisory": True}),
     )
     return limits.model_copy(update={"no_data": no_data, "trust": trust})

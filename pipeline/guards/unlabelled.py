@@ -89,7 +89,7 @@ def _collapse(limits: GuardsConfig, s: Stream, n: int) -> Iterator[Reason]:
     rule = limits.collapse
     if s.last >= rule.calls:
         share, champion = s.last_bona_fide / s.last, s.last_champion / s.last
-        if max(share, 1 - share) > rule.share and abs(share - champion) >= rule.prior:
+        if max(share, 1 - share) > rule.share and abs(share - champion) >= rule.min_gap:
             text = (
                 f"{share:.1%} of the last {s.last} calls are bona fide, the champion's {champion:.1%}; at most "
                 f"{rule.share:.1%} may be of one class: reset the boundary first, everything the second time"

@@ -65,9 +65,12 @@ def _no_data(limits: GuardsConfig, e: Evidence) -> Iterator[Reason]:
     rule = limits.no_data
     if not e.finite:
         yield _hold("stream", None, None, "a score or a state tensor is not finite; nothing else was judged")
-    if e.stream_n < rule.n_min:
+    if e.stream_n < rule.stream_min:
         yield _hold(
-            "stream", e.stream_n, rule.n_min, f"{e.stream_n} stream samples, at least {rule.n_min} are needed"
+            "stream",
+            e.stream_n,
+            rule.stream_min,
+            f"{e.stream_n} stream samples, at least {rule.stream_min} are needed",
         )
     if e.age_seconds is None or e.age_seconds > rule.stale_seconds:
         old = "unknown" if e.age_seconds is None else f"{e.age_seconds:.0f} s"

@@ -52,7 +52,7 @@ def approvers(r: Rollout) -> frozenset[str]:
 
 def approvals_needed(plan: Plan, wave: int) -> int:
     """Returns how many people must have approved before the wave with index ``wave`` begins: 1 or 2."""
-    from_share, sites = plan.config.two_people_from, [w.sites for w in plan.waves]
+    from_share, sites = plan.config.second_approval_from_share, [w.sites for w in plan.waves]
     reached = max(plan.waves[wave].share, sum(sites[: wave + 1]) / max(sum(sites), 1))  # few sites round up
     return 2 if from_share is not None and reached >= from_share else 1
 

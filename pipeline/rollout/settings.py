@@ -35,7 +35,7 @@ class RolloutConfig(Section):
     missing_share: float = Field(
         default=0.0, ge=0, lt=1, description="share of a wave that may end it without data"
     )
-    two_people_from: float | None = Field(
+    second_approval_from_share: float | None = Field(
         default=0.5,
         gt=0,
         le=1,

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class BankConfig(Section):
     """Section ``bank``: the fixed shapes of one step."""
 
-    sites: int = Field(default=16, ge=1, description="K, sites stepped together")
-    batch: int = Field(default=8, ge=1, description="B, samples per site and step")
-    hot_mb: int = Field(
+    slots: int = Field(default=16, ge=1, description="K, sites stepped together")
+    batch_size: int = Field(default=8, ge=1, description="B, samples per site and step")
+    cache_mb: int = Field(
         default=256, ge=16, description="MiB of site states that a shard keeps in memory between calls"
     )
 

@@ -28,7 +28,7 @@ def config(tmp_path: Path) -> Config:
         None,
         [
             f"data.captures={tmp_path}/captures",
-            f"data.size={SIZE}",
+            f"data.frame_px={SIZE}",
             f"ledger.artifacts={tmp_path}/artifacts",
             f"ledger.url=sqlite:///{tmp_path}/ledger.db",
             "cluster.ingest_workers=2",
@@ -383,7 +383,7 @@ def test_who_featurises_is_the_champion_and_the_challenger(fleet: Fleet) -> None
         named[challenger] = [s.version for s in ingest_sources(config, ledger)]
     assert named == {None: [1], 1: [1], 2: [1, 2], 3: [1]}, "a trunk that they share is asked once"
     ledger.sources.set_challenger(4, now=now())
-    with pytest.raises(ValueError, match=f"^data.size: {SIZE}, but source v4 was trained at {2 * SIZE}$"):
+    with pytest.raises(ValueError, match=f"^data.frame_px: {SIZE}, but source v4 was trained at {2 * SIZE}$"):
         ingest_sources(config, ledger)
 
 

@@ -181,5 +181,5 @@ def test_the_default_id_says_what_with_what_and_for_when() -> None:
 
 def changed(config: Config) -> Config:
     raw = config.model_dump(mode="json")
-    raw["data"]["size"] = 64
+    raw["data"]["frame_px"] = 64
     return parse(yaml.safe_dump(raw), "test")

@@ -30,7 +30,7 @@ pytestmark = [
 def config(tmp: Path, *overrides: str) -> Config:
     small = {
         "source": {"kind": "rise", "steps": 24, "batch": 16},
-        "data": {"size": SIZE},
+        "data": {"frame_px": SIZE},
         "model": {"trunk": {"kind": "tiny", "width": 4, "features": 8}, "tail": {"width": 8}},
         "cluster": {"train_workers": 2, "cpus": 4},
         "ledger": {"artifacts": str(tmp / "artifacts")},

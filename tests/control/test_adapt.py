@@ -49,7 +49,7 @@ def forget() -> None:
 
 def test_a_hot_state_is_the_one_in_the_blob(crowd):
     adapted(crowd)  # the first day's states were never read: this process made them
-    hot = loaders.state_cache(crowd.d.config.bank.hot_mb)
+    hot = loaders.state_cache(crowd.d.config.bank.cache_mb)
     rows = crowd.ledger.verdicts.states(
         [
             v.parent

@@ -81,7 +81,7 @@ def challenge(crowd: Crowd) -> None:
     one = ledger.sources.champion()
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        trunk = fold(build_trunk(config.model.trunk, config.data.size))
+        trunk = fold(build_trunk(config.model.trunk, config.data.frame_px))
     model = checkpoint.load(one.path)
     path = config.place("models", "other")
     manifest = model.manifest.model_copy(update={"method": "rise"})

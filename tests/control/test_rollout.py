@@ -55,7 +55,7 @@ QUIET = {"health_presentations": 0, "health_samples": 5, "waves": (0.1, 0.4, 1.0
 FROZEN = Freeze(start=T0 + timedelta(hours=5), end=T0 + timedelta(hours=40), reason="holidays")
 CONFIGS = (
     RolloutConfig(**QUIET),
-    RolloutConfig(**QUIET, caps={"region": 3}, strata=("region",), two_people_from=None),
+    RolloutConfig(**QUIET, caps={"region": 3}, strata=("region",), second_approval_from_share=None),
     RolloutConfig(**QUIET, night="22:00-05:00", missing_share=0.4),
     RolloutConfig(**QUIET, freeze=(FROZEN,), abort_share=0.5, caps={"region": 0.5}),
 )
@@ -568,7 +568,7 @@ def test_any_order_of_events_500_times(template):
     run(template, max_examples=500, stateful_step_count=50)
 
 
-RELEASED = RolloutConfig(**QUIET, two_people_from=None, abort_share=0.4)
+RELEASED = RolloutConfig(**QUIET, second_approval_from_share=None, abort_share=0.4)
 DEATHS = tuple(itertools.product((0, 1, 2), ("carry_out",), (False, True)))
 
 
@@ -647,7 +647,12 @@ def drives(me, path, barrier):
 @pytest.mark.parametrize("aborts", [False, True])
 def test_two_drivers_at_once_move_nothing_twice(template, aborts):
     w = World(template, "two.db")
-    quick = {"bake_seconds": 0, "health_samples": 0, "health_presentations": 0, "two_people_from": None}
+    quick = {
+        "bake_seconds": 0,
+        "health_samples": 0,
+        "health_presentations": 0,
+        "second_approval_from_share": None,
+    }
     w.plan(RolloutConfig(waves=(0.1, 0.4, 1.0), **quick))
     w.approve()
     planned = w.ledger.plans.targets(w.row.id)

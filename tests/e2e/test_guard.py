@@ -11,7 +11,7 @@ from tests.support.deployments import SITES, printed
 
 pytestmark = pytest.mark.e2e
 
-HELD = "guards.no_data.n_min=100000"
+HELD = "guards.no_data.stream_min=100000"
 LOOSE = [f"guards.{g}.advisory=true" for g in ("influence", "labels", "modality", "collapse", "ratchet")]
 
 
@@ -38,18 +38,27 @@ def test_a_verdict_is_explained_replayed_and_judged_by_other_policies(deployment
     out = tmp_path / "policy.json"
     assert (
         d.run(
-            "guard", "simulate", "--with", "guards.no_data.n_min=1000000", "--out", str(out), HELD, "--json"
+            "guard",
+            "simulate",
+            "--with",
+            "guards.no_data.stream_min=1000000",
+            "--out",
+            str(out),
+            HELD,
+            "--json",
         )
         == 0
     )
     stricter = printed(capsys)
-    assert stricter["policy"]["hold"] == len(SITES) and stricter["changed"]["guards.no_data.n_min"] == [
+    assert stricter["policy"]["hold"] == len(SITES) and stricter["changed"]["guards.no_data.stream_min"] == [
         100_000,
         1_000_000,
     ]
     assert [x["cycle"] for x in json.loads(out.read_text())["decisions"]] == ["cycle-00001"] * len(SITES)
     advisory = [w for setting in LOOSE for w in ("--with", setting)]
-    assert d.run("guard", "simulate", "--with", "guards.no_data.n_min=40", *advisory, HELD, "--json") == 4
+    assert (
+        d.run("guard", "simulate", "--with", "guards.no_data.stream_min=40", *advisory, HELD, "--json") == 4
+    )
     looser = printed(capsys)
     assert looser["looser"] and looser["policy"]["pass"] > 0 == looser["recorded"]["pass"]
     assert looser["recorded"]["false_holds"]["n"] > 0, "sealed labels say that some were fine"

@@ -34,7 +34,7 @@ def said(capsys) -> str:
         (["import", "wmcaa", "x"], 2, "allowed: cefa, padisi, rendered, surf, synth, wmca"),
         (["import", "wmca", "nowhere"], 2, "nowhere"),
         (["train", "data.domains=[A,Z]"], 2, "'Z' is not imported"),
-        (["train", "data.size=64"], 2, "imported at 32"),
+        (["train", "data.frame_px=64"], 2, "imported at 32"),
         (["ingest", "data.captures=nowhere"], 2, "nowhere"),
         (["frobnicate"], 2, "No such command"),
         (

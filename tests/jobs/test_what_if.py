@@ -50,7 +50,7 @@ SETTINGS = {
     "source": {"kind": "erm", "steps": 40, "batch": 16},
     "site": {"kind": "tent", "lr": 1.0e-3},
     "guards.trust": {"rho": 0.5, "margin": 50.0},
-    "guards.no_data": {"n_min": 20, "anchor_min": 1},
+    "guards.no_data": {"stream_min": 20, "anchor_min": 1},
     "guards.influence": {"advisory": True},
 }
 HOT = ("--with", "site.lr=0.5")  # moves a site far from its source
@@ -234,14 +234,14 @@ def test_the_distance_is_relative_to_the_source():
 
 
 def test_what_changed_is_named_key_by_key():
-    now = {"site": {"kind": "danet", "lr": 1, "clip": 2}, "bank": {"sites": 2}}
-    then = {"site": {"kind": "tent", "lr": 1, "margin": 3}, "bank": {"sites": 4}}
+    now = {"site": {"kind": "danet", "lr": 1, "clip": 2}, "bank": {"slots": 2}}
+    then = {"site": {"kind": "tent", "lr": 1, "margin": 3}, "bank": {"slots": 4}}
     assert whatif.changed_settings(now, now) == {}
     assert whatif.changed_settings(now, then) == {
         "site.kind": ["danet", "tent"],
         "site.clip": [2, None],
         "site.margin": [None, 3],
-        "bank.sites": [2, 4],
+        "bank.slots": [2, 4],
     }
 
 
@@ -250,16 +250,16 @@ def test_what_changed_is_named_key_by_key():
 
 def test_other_settings_are_validated_and_touch_nothing_else(tmp_path):
     (tmp_path / "now.yaml").write_text(
-        "site: {kind: danet, mode: da, lr: 1.0e-4}\nbank: {sites: 3}\ndata: {size: 40}\n"
+        "site: {kind: danet, mode: da, lr: 1.0e-4}\nbank: {slots: 3}\ndata: {frame_px: 40}\n"
     )
-    config = load(tmp_path / "now.yaml", ["bank.batch=4"])
+    config = load(tmp_path / "now.yaml", ["bank.batch_size=4"])
     made = altered(config, ["site.kind=tent"], sections=("site", "bank"))
     assert (made.site.kind, made.site.lr) == ("tent", 1e-4), "what the file gives and both methods have stays"  # pyright: ignore
     assert (made.bank, made.data, made.guards) == (config.bank, config.data, config.guards)
-    (tmp_path / "other.yaml").write_text("site: {kind: danet, lr: 2.0e-4}\ndata: {size: 99}\n")
-    made = altered(config, ["bank.sites=5"], sections=("site", "bank"), path=tmp_path / "other.yaml")
+    (tmp_path / "other.yaml").write_text("site: {kind: danet, lr: 2.0e-4}\ndata: {frame_px: 99}\n")
+    made = altered(config, ["bank.slots=5"], sections=("site", "bank"), path=tmp_path / "other.yaml")
     assert (made.site.lr, made.site.mode) == (2e-4, "tta"), "a section is taken whole"  # pyright: ignore
-    assert (made.bank.sites, made.bank.batch, made.data.size) == (5, 4, 40)
+    assert (made.bank.slots, made.bank.batch_size, made.data.frame_px) == (5, 4, 40)
 
 
 @pytest.mark.parametrize(
@@ -268,12 +268,12 @@ def test_other_settings_are_validated_and_touch_nothing_else(tmp_path):
         ("site.lrr=1", None, "did you mean lr"),
         ("site.lr=-1", None, "greater than 0"),
         ("site.kind=tnet", None, "allowed: "),
-        ("data.size=3", None, "allowed are the sections site, bank"),
+        ("data.frame_px=3", None, "allowed are the sections site, bank"),
         ("site.lr", None, "write section.key=value"),
-        ("bank.sites=1", "data: {size: 32}", "none of the sections"),
-        ("bank.sites=1", "site: {lr: 0}", "greater than 0"),
-        ("bank.sites=1", "bank: {sitees: 1}", "did you mean sites"),
-        ("bank.sites=1", "[", "not YAML"),
+        ("bank.slots=1", "data: {frame_px: 32}", "none of the sections"),
+        ("bank.slots=1", "site: {lr: 0}", "greater than 0"),
+        ("bank.slots=1", "bank: {slotss: 1}", "did you mean slots"),
+        ("bank.slots=1", "[", "not YAML"),
     ],
 )
 def test_a_mistake_in_other_settings(tmp_path, override, file, expected):
@@ -286,10 +286,10 @@ def test_a_mistake_in_other_settings(tmp_path, override, file, expected):
 
 
 def test_what_stands_behind_with_is_no_override_of_the_deployment():
-    words = ["replay", "--with", "site.lr=1e-4", "bank.sites=2", "--with=site.clip=2"]
+    words = ["replay", "--with", "site.lr=1e-4", "bank.slots=2", "--with=site.clip=2"]
     assert gather(words) == [
         "--set",
-        "bank.sites=2",
+        "bank.slots=2",
         "replay",
         "--with",
         "site.lr=1e-4",
@@ -349,7 +349,7 @@ def test_other_settings_change_calls_and_fail_where_now_passes(recorded, capsys)
 
 def test_another_method(recorded, capsys):
     assert recorded.run(
-        "replay", "--with", "site.kind=danet", "--with", "site.trigger=-1", "--site", SITES[1], "--json"
+        "replay", "--with", "site.kind=danet", "--with", "site.trigger=null", "--site", SITES[1], "--json"
     ) in (0, 4)
     found = printed(capsys)
     assert (found["changed"]["site.kind"], found["changed"]["site.omega"]) == (["tent", "danet"], [None, 0.5])
@@ -372,11 +372,14 @@ def test_the_present_settings_again_differ_in_nothing(recorded, capsys):
 
 def test_only_the_named_sites_and_other_shapes(recorded, capsys):
     words = ("--site", SITES[2], "--site", SITES[0], "--site", SITES[2])
-    assert recorded.run("replay", "--with", "bank.sites=1", "--with", "bank.batch=16", *words, "--json") == 0
+    assert (
+        recorded.run("replay", "--with", "bank.slots=1", "--with", "bank.batch_size=16", *words, "--json")
+        == 0
+    )
     found = printed(capsys)
-    assert found["changed"] == {"bank.sites": [2, 1], "bank.batch": [8, 16]}
+    assert found["changed"] == {"bank.slots": [2, 1], "bank.batch_size": [8, 16]}
     assert sorted(r["site"] for r in found["sites"]) == sorted({SITES[0], SITES[2]})
-    assert recorded.run("replay", "site.kind=frozen", "--with", "bank.sites=16", "--json") == 0
+    assert recorded.run("replay", "site.kind=frozen", "--with", "bank.slots=16", "--json") == 0
     found = printed(capsys)
     assert [r["flipped"] for r in found["sites"]] == [0.0] * len(SITES), "nothing learns, nothing differs"
 

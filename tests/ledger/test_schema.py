@@ -8,17 +8,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import sqlalchemy as sa
 
+from pipeline.control.rollout import load
 from pipeline.ledger import SCHEMA, Ledger, LedgerUnavailable, schema
-from pipeline.rollout import (
-    Excluded,
-    Observation,
-    Pointer,
-    Rollout,
-    Target,
-    WaveObservation,
-    advance,
-    approvers,
-)
+from pipeline.rollout import Excluded, Observation, Pointer, Target, WaveObservation, advance, approvers
 from tests.support.ledgers import T0, begin, execute, segment, shard
 
 LEARNED = "2547247271efa6de"  # Zeta's state
@@ -128,7 +120,7 @@ def test_a_rollout_of_an_older_version_goes_on(old):
     execute(old, f"insert into rollouts values ({values})")
     ledger = Ledger.open(old)
     row = ledger.plans.rollout("release-00002")
-    r = Rollout.model_validate_json(row.body)
+    r = load(row)
     assert (r.status, r.wave, r.failed, approvers(r), r.plan_hash) == (
         "baking",
         0,

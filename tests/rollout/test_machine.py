@@ -28,7 +28,7 @@ from pipeline.rollout.calendar import zones_at_night
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 SOURCE = Pointer(None, 1)
-ALONE = RolloutConfig(two_people_from=None)
+ALONE = RolloutConfig(second_approval_from_share=None)
 
 
 def pointer(i):
@@ -394,7 +394,7 @@ def test_too_few_labelled_presentations_hold_and_say_so():
 
 @pytest.mark.parametrize("count, status", [(4, Status.HOLD), (3, Status.STAGING)])
 def test_some_silent_sites_may_be_allowed(count, status):
-    f = Fleet(100, RolloutConfig(missing_share=0.1, two_people_from=None)).to_wave(3)
+    f = Fleet(100, RolloutConfig(missing_share=0.1, second_approval_from_share=None)).to_wave(3)
     f.without_data = set(f.wave(3)[:count])
     assert f.tick(3601) == status
 
@@ -495,7 +495,7 @@ def test_supersede_leaves_sites_and_ends():
 
 
 def test_a_large_wave_waits_for_a_second_person():
-    f = Fleet(100, RolloutConfig(two_people_from=0.5)).to_wave(2)
+    f = Fleet(100, RolloutConfig(second_approval_from_share=0.5)).to_wave(2)
     assert f.tick(3601) == Status.HOLD
     assert f.r.reason == (
         f"wave 4 reaches 50% of the fleet: 1 of 2 people approved; somebody else has to say "
@@ -526,7 +526,7 @@ def test_an_override_takes_two_people_and_expires():
 
 def test_a_freeze_holds_without_pausing_and_then_goes_on():
     window = Freeze(start=T0 + timedelta(minutes=90), end=T0 + timedelta(days=9), reason="holidays")
-    f = Fleet(100, RolloutConfig(freeze=(window,), two_people_from=None)).to_wave(0)
+    f = Fleet(100, RolloutConfig(freeze=(window,), second_approval_from_share=None)).to_wave(0)
     assert f.tick(3601) == Status.HOLD
     assert f.r.reason == "no promotions until 2026-01-10 00:00 UTC: holidays"
     for _ in range(7):
@@ -546,7 +546,7 @@ def test_an_error_budget_that_is_spent_freezes_and_then_pauses():
 
 def test_sites_are_promoted_in_their_own_night():
     zones = ("UTC", "Asia/Tokyo")
-    config = RolloutConfig(waves=(1.0,), night="22:00-05:00", two_people_from=None)
+    config = RolloutConfig(waves=(1.0,), night="22:00-05:00", second_approval_from_share=None)
     f = Fleet(facts=fleet(10, lambda i: {"tz": zones[i % 2]}), config=config).approve()
     f.now = T0.replace(hour=14)  # 23:00 in Tokyo
     f.tick()

@@ -25,7 +25,7 @@ METHOD = danet.Config(
     confidence_attack=0.5,
     disagreement=1.0,
     unanimous_bona_fide=False,
-    trigger=-1e9,
+    trigger=None,
     sessions=0,
 )
 

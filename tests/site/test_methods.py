@@ -22,9 +22,9 @@ EAGER = {
     "confidence_attack": 0.5,
     "disagreement": 1.0,
     "unanimous_bona_fide": False,
-    "trigger": -1e9,
+    "trigger": None,
     "sessions": 0,
-    "session_cap": 0,
+    "session_cap": None,
     "lr": 1e-3,
 }
 SOON = {
@@ -206,7 +206,7 @@ def test_steady_learning_raises_omega(source):
 
 
 def test_a_batch_that_teaches_nothing_gives_the_same_bits_without_gradients(source):
-    method = danet.Config(trigger=-1, sessions=0)
+    method = danet.Config(trigger=None, sessions=0)
     state = method.init(source)
     there = torch.ones(B, 3, dtype=torch.bool)
     for i in range(6):
@@ -302,7 +302,7 @@ def test_the_boundary_follows_a_shift_when_attacks_were_seen(source):
 
 
 def test_one_class_never_loosens_the_boundary(source):
-    params, method = matched(source), danet.Config(learn=False, trigger=-1e9)
+    params, method = matched(source), danet.Config(learn=False, trigger=None)
     genuine = {
         **params,
         "reference.logit": params["reference.logit"][:, [1, 1]],

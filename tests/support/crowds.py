@@ -49,18 +49,18 @@ CROWD: Settings = {
     "site.kind": "danet",
     "site.reservoir": 8,
     "site.lr": 1.0e-3,
-    "site.trigger": -1,
+    "site.trigger": None,
     "site.sessions": 0,
-    "site.session_cap": 0,
+    "site.session_cap": None,
     "site.disagreement": 1,
     "site.confidence_bona_fide": 0.5,
     "site.confidence_attack": 0.5,
     "site.unanimous_bona_fide": False,
-    "bank": {"sites": 6, "batch": 8, "hot_mb": 16},
+    "bank": {"slots": 6, "batch_size": 8, "cache_mb": 16},
     "guards.ceiling": {"apcer": 1.0, "bpcer": 1.0},
     "guards.noninferiority": {"attacks": 1.0, "worst_species": 1.0, "bona_fide": 1.0},
     "guards.trust": {"rho": 50.0, "margin": 50.0},
-    "guards.no_data": {"n_min": 4, "anchor_min": 1},
+    "guards.no_data": {"stream_min": 4, "anchor_min": 1},
     "guards.influence": {"advisory": True},
     "guards.labels": {"advisory": True},
     "guards.modality": {"advisory": True},
@@ -198,7 +198,7 @@ def new_crowd(root: Path, settings: Settings = CROWD, *, days: int = DAYS, hosti
     """Sites with the features of ``days``, none of which counts yet. Without ``hostile`` no value is NaN."""
     d = new_deployment(root, settings)
     config, ledger = d.config, d.ledger
-    model = source(config.model, size=config.data.size)
+    model = source(config.model, size=config.data.frame_px)
     path = config.place("models", "crowd")
     checkpoint.save(path, model)
     register_source(ledger, path, now=now())

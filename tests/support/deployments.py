@@ -20,7 +20,7 @@ Settings = Mapping[str, object]  # a value by its dotted key; {root} stands for 
 SITES = ("lobby-north", "terminal-gate", "vault-ir-dead", "yard-broken", "edge-untrusted")
 STORES: Settings = {
     "data.captures": "{root}/captures",
-    "data.size": 32,
+    "data.frame_px": 32,
     "ledger.url": "sqlite:///{root}/ledger.db",
     "ledger.artifacts": "{root}/artifacts",
 }
@@ -33,24 +33,24 @@ SETTINGS: Settings = {
     "model.tail": {"width": 16, "rank": 4},
     "source": {"kind": "erm", "steps": 60, "batch": 16},
     "site": {"kind": "danet", "reservoir": 8},
-    "bank": {"sites": 2, "batch": 8},
+    "bank": {"slots": 2, "batch_size": 8},
     "guards.ceiling": {"apcer": 1.0, "bpcer": 1.0},
     "guards.noninferiority": {"attacks": 1.0, "worst_species": 1.0, "bona_fide": 1.0},
     "guards.trust": {"rho": 5.0, "margin": 5.0},
-    "guards.no_data": {"n_min": 40, "anchor_min": 1},
+    "guards.no_data": {"stream_min": 40, "anchor_min": 1},
     "rollout.waves": [0.4, 1.0],
     "rollout.stage_seconds": 5,
     "rollout.bake_seconds": 0,
     "rollout.health_samples": 0,
     "rollout.health_presentations": 0,
-    "rollout.two_people_from": None,
+    "rollout.second_approval_from_share": None,
     "rollout.control_share": 0,
     "cluster": {"shards": 2, "ingest_workers": 1},
     "lineage": {"uri": "sqlite:///{root}/mlflow.db", "artifacts": "{root}/mlflow"},
     "search": {
-        "space": {"lr": {"choice": [0.0001, 0.01]}},
+        "site_space": {"lr": {"choice": [0.0001, 0.01]}},
         "sites": ["lobby-north"],
-        "samples": 2,
+        "trials": 2,
         "rungs": 2,
     },
 }

@@ -64,7 +64,7 @@ def _decode_only(config: Config, paths: list[Path]) -> float:
     captures = [c for p in paths for c in read_segment(p, site=p.parent.name, limits=config.data).good]
     began = time.perf_counter()
     for c in captures:
-        decode(c["rgb"], c["depth"], c["ir"], size=config.data.size)
+        decode(c["rgb"], c["depth"], c["ir"], size=config.data.frame_px)
     return len(captures) / (time.perf_counter() - began)
 
 
@@ -95,7 +95,7 @@ def _with_smallest_trunk(ground: Ground, name: str, *, sites: int, captures: int
     source = checkpoint.load(ledger.sources.champion().path)
     shape = source.manifest.config.model_copy(update={"trunk": SMALLEST})
     made = checkpoint.seal(
-        trunk.fold(trunk.build_trunk(SMALLEST, config.data.size)),
+        trunk.fold(trunk.build_trunk(SMALLEST, config.data.frame_px)),
         tail.init_tail(shape.tail, SMALLEST.features, generator=random),
         source.manifest.model_copy(update={"config": shape}),
     )
@@ -125,7 +125,7 @@ class _Segments(Dataset["DecodedChunk"]):
     def __getitem__(self, index: int) -> DecodedChunk:
         path = self.paths[index]
         (frames,) = decode_chunks(
-            read_segment(path, site=path.parent.name, limits=self.limits).good, self.limits.size
+            read_segment(path, site=path.parent.name, limits=self.limits).good, self.limits.frame_px
         )
         return frames._replace(
             captures=[{**c, "rgb": None, "depth": None, "ir": None} for c in frames.captures]

@@ -37,9 +37,9 @@ PRODUCTION = TinyConfig(width=32, features=96), 112  # the trunk and frame side 
 STEPS = 60  # of the source model: what it has learned does not change what it costs
 # every sample of every site teaches in every step: what adaptation can cost at most
 LEARNS = Danet(
-    trigger=-1,
+    trigger=None,
     sessions=0,
-    session_cap=0,
+    session_cap=None,
     disagreement=1,
     confidence_bona_fide=0.5,
     confidence_attack=0.5,
@@ -108,7 +108,7 @@ def _ground(config: Config, terminal: Terminal) -> runs.Ground:
     )
     if not (root / "corpora").exists():
         terminal.say("bench fleet: rendering two domains")
-        synth.write(root / "corpora", size=config.data.size, domains=("A", "B"), samples=300)
+        synth.write(root / "corpora", size=config.data.frame_px, domains=("A", "B"), samples=300)
     train(ground, replace(terminal, as_json=False, out=terminal.err), champion=True)
     return runs.Ground(ground, crowd.pool(root / "pool"), root / "runs")
 
@@ -173,7 +173,7 @@ def _steps(ground: runs.Ground, _: Size, terminal: Terminal) -> dict[str, float 
     terminal.say("bench fleet: steps of a bank")
     model, batch = (
         checkpoint.load(open_ledger(ground.config).sources.champion().path),
-        ground.config.bank.batch,
+        ground.config.bank.batch_size,
     )
     quiet = Danet()
     methods: dict[str, SiteMethod] = {"learns": LEARNS, "quiet": quiet}

@@ -149,7 +149,7 @@ def plain(config: Config) -> Timed:
         ledger.streams.commit(held, taken.segments, taken.quarantined, now=now())
         ingested = time.perf_counter()
         pending = {r.site: r.ingested - r.learned for r in ledger.streams.sites()}
-        for call in assign.group_calls(pending, slots=config.bank.sites):
+        for call in assign.group_calls(pending, slots=config.bank.slots):
             adapt_sites(shard_job(config, ledger, held), call)
         ledger.cycles.finish(held, summary={}, now=now())
         adapted = time.perf_counter()

@@ -137,7 +137,7 @@ def _timeline(found: Found, name: str) -> Timeline:
             lines[row] = Line(*online.timeline(s.course.score, s.stream.label, s.stream.pai, s.threshold))
     marks, spans = events(scenario) if scenario else ((), ())
     shift = found.runs["main"][OURS][name][0].course.shift
-    at = np.arange(len(shift), dtype=np.float64) * found.config.bank.batch
+    at = np.arange(len(shift), dtype=np.float64) * found.config.bank.batch_size
     boundary = (at, shift.astype(np.float64))
     return Timeline(name, found.what(name), marks, spans, lines, boundary)
 

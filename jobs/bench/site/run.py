@@ -50,10 +50,10 @@ ASIDE = ("door-0.9", "door-0.5", "drip-1", "kiosk-drip")  # of them
 LABELS, WEIGHTS = ("all", "confidence", "vote"), ("one", "omega", "restore")
 AS_PUBLISHED: dict[str, object] = {  # danet without our additions: what the abstract names
     "calibrate": False,
-    "trigger": -1e9,
-    "session_cap": 0,
+    "trigger": None,
+    "session_cap": None,
     "sessions": 0,
-    "groups": 1,
+    "groups": None,
     "lr": 1e-3,
 }
 ADDITIONS: dict[str, tuple[str, dict[str, object]]] = {  # row → what it shows, settings of danet
@@ -61,16 +61,16 @@ ADDITIONS: dict[str, tuple[str, dict[str, object]]] = {  # row → what it shows
     "reconstruction alone": ("no calibration, no trigger, no cap, mean gradient", AS_PUBLISHED),
     "without calibration": ("gradients only", {"calibrate": False}),
     "calibration alone": ("no gradients", {"learn": False}),
-    "without trigger": ("learns without evidence of a shift", {"trigger": -1e9}),
-    "loosens at once": ("no attack need be seen before the boundary loosens", {"attacks": 0}),
+    "without trigger": ("learns without evidence of a shift", {"trigger": None}),
+    "loosens at once": ("no attack need be seen before the boundary loosens", {"min_attack_count": 0}),
     "whoever is the majority": (
         "the boundary loosens where attacks outnumber bona fide too",
-        {"majority": 0.0},
+        {"min_bona_fide_ratio": 0.0},
     ),
-    "any shift": ("a shift of less than half a logit counts too", {"smallest": 0.0}),
+    "any shift": ("a shift of less than half a logit counts too", {"shift_min_logits": 0.0}),
     "tightens too": ("the boundary follows upwards as well", {"tighten": 2.0}),
-    "without session cap": ("every capture of a session counts", {"session_cap": 0, "sessions": 0}),
-    "mean gradient": ("no median of means over sessions", {"groups": 1}),
+    "without session cap": ("every capture of a session counts", {"session_cap": None, "sessions": 0}),
+    "mean gradient": ("no median of means over sessions", {"groups": None}),
     "prototypes": ("a label needs the nearest source direction", {"prototypes": True}),
     "conformal 0.05": ("a label needs to be typical of its class", {"conformal": 0.05}),
     "mode da": ("labelled source features stay in the loss", {"mode": "da"}),
@@ -95,7 +95,7 @@ def bench_site(config: Config, terminal: Terminal, *, quick: bool, seeds: int | 
         start = config.source.model_copy(update={"start": str(pretrained(config, terminal))})
         config = config.model_copy(update={"source": start})
     given = _given(config, terminal, folders, quick=quick)
-    domains = sorted(set(folders) - set(config.bench.beside))
+    domains = sorted(set(folders) - set(config.bench.added_domains))
     wanted = _sources(config, domains, seeds=count, quick=quick)
     with connected(config.cluster):
         with terminal.progress("bench site", "source models") as advance:
@@ -116,9 +116,9 @@ def bench_site(config: Config, terminal: Terminal, *, quick: bool, seeds: int | 
             (p.table, p.row, p.job): courses.read_courses(done[p.job]) for p in planned if p.job in done
         },
         costs=speed.adaptation(
-            model, {p.row: _method(p.job) for p in planned if p.table == "main"}, batch=config.bank.batch
+            model, {p.row: _method(p.job) for p in planned if p.table == "main"}, batch=config.bank.batch_size
         ),
-        borne=online.degenerate(cast("SiteMethod", config.site), model.tail, batch=config.bank.batch),
+        borne=online.degenerate(cast("SiteMethod", config.site), model.tail, batch=config.bank.batch_size),
         state_kib=sum(
             t.numel() * t.element_size() for t in cast("SiteMethod", config.site).init(model.tail).values()
         )
@@ -200,7 +200,7 @@ def _sources(config: Config, domains: Sequence[str], *, seeds: int, quick: bool)
             *((p.name, p.sources, p.target) for p in leave_one_domain_out(list(domains))),
         ]
         made += [
-            SourceJob(name, seed, stated, model, (*d, *config.bench.beside), target)
+            SourceJob(name, seed, stated, model, (*d, *config.bench.added_domains), target)
             for name, d, target in parts
         ]
     return made
@@ -225,17 +225,19 @@ def _given(config: Config, terminal: Terminal, folders: dict[str, Path], *, quic
         limits=config.data.model_dump_json(),
         scenarios=tuple(scenarios.scenarios(QUICK_SCALE if quick else 1.0)),
         attacker=config.site.model_dump_json(),
-        batch=config.bank.batch,
+        batch=config.bank.batch_size,
         place=str(config.folder("bench", "site")),
     )
 
 
 def _pool(config: Config, terminal: Terminal) -> Path:
     """Folder of the rendered captures that scenarios draw from, named by what they follow from."""
-    folder = config.folder("bench", "site", f"pool-{config.data.size}-{code_of(*RENDERED)[:16]}")
+    folder = config.folder("bench", "site", f"pool-{config.data.frame_px}-{code_of(*RENDERED)[:16]}")
     if not (folder / "manifest.json").exists():
         plan_ = scenarios.clips()
         with terminal.progress("render scenarios", "captures") as advance:
-            rows = synth.render(plan_, size=config.data.size, workers=config.cluster.cpus, progress=advance)
-            write_corpus(rows, folder, domain="scenarios", kind=synth.KIND, size=config.data.size)
+            rows = synth.render(
+                plan_, size=config.data.frame_px, workers=config.cluster.cpus, progress=advance
+            )
+            write_corpus(rows, folder, domain="scenarios", kind=synth.KIND, size=config.data.frame_px)
     return folder

@@ -56,7 +56,7 @@ def _notes(config: Config) -> tuple[str, ...]:
         "Trunk, tail, augmentation, sampler, schedule, start and threshold rule are the same for all methods. Trunk and "
         "augmentation were chosen on pairs of domains by the error on a third; every domain took its turn as that third.",
         f"Begun from a fit on rendered presentations: {'yes' if bench.pretrain else 'no'}; rendered domains beside the sources "
-        f"in every batch: {', '.join(bench.beside) or 'none'}. Rendered samples are in no threshold and no error rate.",
+        f"in every batch: {', '.join(bench.added_domains) or 'none'}. Rendered samples are in no threshold and no error rate.",
         "DET curves, radii and the ablation are of the first seed. Species of fewer than 30 presentations count together.",
     )
 

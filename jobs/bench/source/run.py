@@ -70,7 +70,7 @@ def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int 
     if config.bench.pretrain:
         start = config.source.model_copy(update={"start": str(pretrained(config, terminal))})
         config = config.model_copy(update={"source": start})
-    domains = sorted(set(folders) - set(config.bench.beside))
+    domains = sorted(set(folders) - set(config.bench.added_domains))
     planned = plan(config, domains, seeds=count, quick=quick)
     began = time.time()
     with connected(config.cluster), terminal.progress("bench source", "fits") as advance:
@@ -89,7 +89,7 @@ def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int 
     )
     terminal.say("timing a training step beside a bare DataLoader loop")
     corpora = [read_corpus(folders[d], ("train", "val")) for d in domains]
-    task = fits.Task(cast("SourceMethod", config.source), config.model, config.data.size)
+    task = fits.Task(cast("SourceMethod", config.source), config.model, config.data.frame_px)
     with fits.threads(config.cluster.cpus):
         timed = speed.measure(task, corpora)
     borne = degenerate(task, corpora)
@@ -177,7 +177,11 @@ def _job(
     method = method_config("source", kind).model_validate(given)
     model = config.model.model_copy(update={"tail": config.model.tail.model_copy(update={"head": head})})
     return Job(
-        kind, method.model_dump_json(), model.model_dump_json(), (*sources, *config.bench.beside), targets
+        kind,
+        method.model_dump_json(),
+        model.model_dump_json(),
+        (*sources, *config.bench.added_domains),
+        targets,
     )
 
 
@@ -194,7 +198,7 @@ def corpora_of(config: Config, terminal: Terminal) -> dict[str, Path]:
         import_into(
             config, terminal, kind=wanted.sets[domain], root=Path(str(wanted.root)) / domain, name=domain
         )
-    for domain in (d for d in wanted.beside if not (root / d / "manifest.json").exists()):
+    for domain in (d for d in wanted.added_domains if not (root / d / "manifest.json").exists()):
         import_into(config, terminal, kind="rendered", root=None, name=domain)
     found = {p.parent.name: p.parent for p in sorted(root.glob("*/manifest.json"))}
     real = {
@@ -202,16 +206,16 @@ def corpora_of(config: Config, terminal: Terminal) -> dict[str, Path]:
         for d, p in found.items()
         if (d in wanted.sets if wanted.sets else read_manifest(p).kind != "rendered")
     }
-    used = {d: p for d, p in found.items() if d in real or d in wanted.beside}
+    used = {d: p for d, p in found.items() if d in real or d in wanted.added_domains}
     if len(real) < 3:
         raise ValueError(
             f"data.corpora: {root} holds {', '.join(used) or 'nothing'}; leaving one out needs at least 3 domains"
         )
     for domain, path in used.items():
         m = read_manifest(path)
-        if m.size != config.data.size:
+        if m.size != config.data.frame_px:
             raise ValueError(
-                f"data.size: {config.data.size}, but {domain} in {path} was imported at {m.size}"
+                f"data.frame_px: {config.data.frame_px}, but {domain} in {path} was imported at {m.size}"
             )
         if domain in real and not 0 < m.bona_fide.get("test", 0) < m.rows.get("test", 0):
             raise ValueError(

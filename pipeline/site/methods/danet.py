@@ -74,15 +74,15 @@ class Config(Section):
     calibrate: bool = Field(
         default=True, description="move the boundary with the site's score shift, per set of sensors"
     )
-    trigger: float = Field(
-        default=1.0, description="nats of evidence for a shift before anything moves; negative: always"
+    trigger: float | None = Field(
+        default=1.0, ge=0, description="nats of evidence for a shift before anything moves; null: none asked"
     )
-    smallest: float = Field(default=0.5, ge=0, description="logits; a smaller shift is none")
+    shift_min_logits: float = Field(default=0.5, ge=0, description="logits; a smaller shift is none")
     half_life: float = Field(default=400, gt=0, description="samples after which a counted score weighs half")
-    attacks: float = Field(
+    min_attack_count: float = Field(
         default=10, ge=0, description="attacks that must be in the counts before the boundary loosens"
     )
-    majority: float = Field(
+    min_bona_fide_ratio: float = Field(
         default=1.0, ge=0, description="bona fide per attack in the counts before it loosens"
     )
     loosen: float = Field(default=2.0, ge=0, description="logits, most that the boundary loosens")
@@ -90,13 +90,18 @@ class Config(Section):
     prototypes: bool = Field(
         default=False, description="a pseudo label needs the nearest labelled source direction"
     )
-    conformal: float = Field(
-        default=0.0, ge=0, le=0.5, description="p-value a pseudo label needs, 0: none asked"
+    conformal: float | None = Field(
+        default=None, gt=0, le=0.5, description="p-value a pseudo label needs; null: none asked"
     )
-    session_cap: int = Field(default=2, ge=0, description="samples of one session that count, 0: all")
+    session_cap: int | None = Field(
+        default=2, ge=1, description="samples of one session that count; null: all"
+    )
     sessions: int = Field(default=20, ge=0, description="sessions seen before anything moves")
-    groups: int = Field(
-        default=5, ge=1, le=16, description="of sessions, whose median gradient is taken; 1: the mean"
+    groups: int | None = Field(
+        default=5,
+        ge=2,
+        le=16,
+        description="groups of sessions whose median gradient is taken; null: the mean of all",
     )
 
     def init(self, tail: Params) -> State:
@@ -165,10 +170,13 @@ class Config(Section):
             state, logit, tails.pattern_index(batch.present), teaches, half_life=self.half_life
         )
         state, found = shift.estimate(state, shift.tables(tail["reference.logit"]))
-        usual = (found.attack >= self.attacks) & (found.bona_fide >= self.majority * found.attack)
+        usual = (found.attack >= self.min_attack_count) & (
+            found.bona_fide >= self.min_bona_fide_ratio * found.attack
+        )
         allowed = found.logit.clamp(max=self.tighten).maximum(-torch.where(usual, self.loosen, 0.0))
+        trigger = -math.inf if self.trigger is None else self.trigger
         by = torch.where(
-            (found.logit.abs() >= self.smallest) & (found.evidence >= self.trigger), allowed, 0.0
+            (found.logit.abs() >= self.shift_min_logits) & (found.evidence >= trigger), allowed, 0.0
         )
         by = torch.where(state["session.seen"] >= self.sessions, by, 0.0)
         used = state["shift.count"].sum(-1)
@@ -176,7 +184,7 @@ class Config(Section):
         if self.calibrate:
             pattern = torch.where(by == 0, tail["pattern"], tails.shifted_pattern(tail, by))
             state = {**state, "pattern": torch.where(batch.valid.any(), pattern, state["pattern"])}
-        return state, moved | (self.trigger < 0)
+        return state, moved | (self.trigger is None)
 
     def _reliable(
         self,
@@ -217,7 +225,7 @@ class Config(Section):
         certain = (1 - lesson.disagreement / math.log(2)) if self.labels == "vote" else 1.0
         weight = lesson.used * certain * _class_weight(state, lesson.label)
         taught = trust.median_of_means(
-            self._gradients(tail, state, lesson), weight, lesson.batch.session, groups=self.groups
+            self._gradients(tail, state, lesson), weight, lesson.batch.session, groups=self.groups or 1
         )
         own = {k: state[k] for k in LEARNED}
         steady, old = torch.func.grad(lambda own: self._steadiness(tail, state, own, held), has_aux=True)(own)

@@ -41,7 +41,7 @@ def released(ledger):
         s: SiteFacts(serving=None, candidate=Made(Pointer(v.state, 1), v.id, v.outcome))
         for s, v in verdicts.items()
     }
-    draft = plan("release-00001", facts, 1, RolloutConfig(waves=(0.5, 1.0), two_people_from=0.4))
+    draft = plan("release-00001", facts, 1, RolloutConfig(waves=(0.5, 1.0), second_approval_from_share=0.4))
     r = approve(start(draft.plan, T0), hash=start(draft.plan, T0).plan_hash, who="ann", now=T0)
     first, second = draft.wave(0)[:2]
     r = r.model_copy(update={"wave": 0, "status": "staging", "failed": {first: 0}})

@@ -23,7 +23,7 @@ SITES = 6
 @pytest.fixture(scope="module")
 def ground(trained, tmp_path_factory: pytest.TempPathFactory) -> bench_fleet_runs.Ground:
     root = tmp_path_factory.mktemp("bench-fleet")
-    config = bench_fleet_runs.moved(trained.config, bank={"sites": 2})
+    config = bench_fleet_runs.moved(trained.config, bank={"slots": 2})
     return bench_fleet_runs.Ground(config, crowd.pool(root / "pool"), root)
 
 

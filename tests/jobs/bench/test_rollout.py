@@ -18,9 +18,10 @@ from jobs.bench.rollout import way as bench_rollout_way
 from jobs.bench.rollout import world as bench_rollout_world
 from jobs.bench.rollout.checks import Checks
 from jobs.terminal import Terminal
+from pipeline.control.rollout import load
 from pipeline.guards import GuardsConfig
 from pipeline.ledger import Ledger
-from pipeline.rollout import Rollout, RolloutConfig
+from pipeline.rollout import RolloutConfig
 
 SITES, T0 = 120, bench_rollout_world.START
 
@@ -123,7 +124,7 @@ def test_the_checks_see_a_wave_that_was_not_begun_and_a_site_that_never_passed(t
         ledger.releases.serve(changes, rollout="r1", wave=wave, kind="promote", reason="", now=night)
     checks = Checks(tags)
     checks.targets = dict(draft.targets)
-    r = Rollout.model_validate_json(row.body).model_copy(update={"wave": 0})
+    r = load(row).model_copy(update={"wave": 0})
     checks.moved(ledger.releases.serving(), row, r, night)
     kinds = Counter(line.split(":")[0] for line in checks.found)
     assert kinds == {"I4": 10, "night": 10, "I3": 1, "approvals": 1}

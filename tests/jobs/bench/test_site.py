@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
 
 YAML = """
-data: {{corpora: {root}/corpora, size: 32}}
+data: {{corpora: {root}/corpora, frame_px: 32}}
 model: {{trunk: {{kind: tiny, width: 4, features: 16}}, tail: {{width: 8, rank: 2}}}}
 source: {{kind: rise, batch: 16}}
 ledger: {{artifacts: {root}/artifacts}}

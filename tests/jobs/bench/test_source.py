@@ -71,9 +71,14 @@ def test_a_trial_is_judged_by_its_worst_held_out_domain(corpora: dict[str, Path]
 
     small = {
         "source": {"kind": "erm", "steps": 6, "batch": 12},
-        "data": {"size": SIZE},
+        "data": {"frame_px": SIZE},
         "model": {"trunk": {"kind": "tiny", "width": 4, "features": 8}, "tail": {"width": 8}},
-        "search": {"source": {"lr": {"choice": [0.01]}}, "samples": 1, "rungs": 2, "concurrent": 1},
+        "search": {
+            "source_space": {"lr": {"choice": [0.01]}},
+            "trials": 1,
+            "rungs": 2,
+            "concurrent_trials": 1,
+        },
     }
     (tmp_path / "c.yaml").write_text(json.dumps(small))
     config = load(tmp_path / "c.yaml", [])

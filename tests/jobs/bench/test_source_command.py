@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
 
 YAML = """
-data: {{corpora: {root}/corpora, size: 32}}
+data: {{corpora: {root}/corpora, frame_px: 32}}
 model: {{trunk: {{kind: tiny, width: 4, features: 16}}, tail: {{width: 8, rank: 2}}}}
 source: {{kind: rise, batch: 16}}
 ledger: {{artifacts: {root}/artifacts}}
@@ -66,7 +66,7 @@ def test_mistakes_are_one_line(bench: Path, capsys: pytest.CaptureFixture[str]) 
     config = ["--config", str(bench / "bench.yaml")]
     for words, expected in (
         (["bench.sets={W: wmca}", "bench.root=nowhere"], "bench.root: nowhere is not there"),
-        (["data.size=64"], "imported at 32"),
+        (["data.frame_px=64"], "imported at 32"),
         (["data.corpora=nowhere"], "needs at least 3 domains"),
         (["source.kind=rise", "bench.quick_steps=0"], "bench.quick_steps"),
     ):

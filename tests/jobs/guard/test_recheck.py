@@ -37,12 +37,12 @@ from tests.support.ledgers import GOOD, T0
 LOOSE = {
     **CROWD,
     "guards.ratchet": {"advisory": True},
-    "guards.no_data": {"n_min": 10, "anchor_min": 1},  # some sites send 9 a day
+    "guards.no_data": {"stream_min": 10, "anchor_min": 1},  # some sites send 9 a day
 }
 STRICT = {
     **LOOSE,
     "guards.trust": {"rho": 50.0, "margin": 0.0001},
-    "guards.no_data": {"n_min": 4, "anchor_min": 1},
+    "guards.no_data": {"stream_min": 4, "anchor_min": 1},
 }
 CELLS = tuple(  # with these counts one guard alone decides
     Cell(pattern="full", species=s, n=300, errors=0, worse=0, better=0) for s in ("print", "bona_fide")
@@ -414,7 +414,9 @@ def test_a_stricter_policy_stops_and_a_looser_one_says_so(lived, tmp_path, capsy
     assert {"pass", "hold"} <= set(recorded.values())
     out = tmp_path / "d.json"
     assert (
-        lived.d.run("guard", "simulate", "--with", "guards.no_data.n_min=1000", "--out", str(out), "--json")
+        lived.d.run(
+            "guard", "simulate", "--with", "guards.no_data.stream_min=1000", "--out", str(out), "--json"
+        )
         == 0
     )
     found = printed(capsys)
@@ -422,7 +424,7 @@ def test_a_stricter_policy_stops_and_a_looser_one_says_so(lived, tmp_path, capsy
     assert {d["verdict"]: d["recorded"] for d in json.loads(out.read_text())["decisions"]} == recorded
     strict = lived.d.run("guard", "simulate", "--with", "guards.trust.rho=0.000001", "--site", SITES[1])
     assert strict == 0 and " ··  " in capsys.readouterr().out
-    assert lived.d.run("guard", "simulate", "--with", "guards.no_data.n_min=1", "--json") == 4
+    assert lived.d.run("guard", "simulate", "--with", "guards.no_data.stream_min=1", "--json") == 4
     assert {recorded[v] for v in printed(capsys)["looser"]} == {"hold"}
 
 
