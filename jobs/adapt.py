@@ -1,8 +1,9 @@
-"""``palisade adapt``: adapt every site on what was ingested, judge the candidates, keep the lineage."""
+"""``palisade adapt``: adapts every site on its ingested samples, judges the candidates, records lineage."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -15,34 +16,54 @@ from pipeline.lineage import Lineage, flat
 from pipeline.revision import code_revision
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from jobs.terminal import Terminal
     from pipeline.config import Config
     from pipeline.ledger import Cycle, Ledger, VerdictRow
 
-SHOWN = 40
+SHOWN = 40  # sites that the terminal lists
+
+
+@dataclass(frozen=True)
+class AdaptSummary:
+    """Counts of one adaptation of the fleet."""
+
+    source_version: int
+    failed_sites: int
+    evidence: str  # digest of the cycle's evidence; in the audit chain, so that nobody changes it unseen
+    outcomes: Mapping[str, int]  # candidates by outcome of their verdict: pass, hold, fail
+
+    def to_json(self) -> dict[str, int | str]:
+        """Returns the counts as the ledger, MLflow and the terminal get them."""
+        return {
+            "source_version": self.source_version,
+            "adapted": sum(self.outcomes.values()),
+            "failed_sites": self.failed_sites,
+            "evidence": self.evidence,
+            **self.outcomes,
+        }
 
 
 def adapt(config: Config, terminal: Terminal, *, sites: Sequence[str]) -> int:
-    """Adapt ``sites`` (default: all) once and show the verdicts."""
+    """Adapts ``sites`` (default: all) once and shows the verdicts."""
     ledger = open_ledger(config)
     source_model(ledger)
     for site in sites:
         ledger.streams.site(site)
     with lease(config, ledger, "adapt") as cycle:
         summary = adapt_step(config, ledger, cycle, terminal, sites=sites)
-        ledger.cycles.finish(cycle, summary=summary, now=now())
-    record(config, ledger, cycle, summary)
+        ledger.cycles.finish(cycle, summary=summary.to_json(), now=now())
+    record(config, ledger, cycle, summary.to_json())
     verdicts = ledger.verdicts.find(cycle=cycle.id)
-    show(terminal, cycle, summary, verdicts)
-    return exit_code(verdicts, failed=int(str(summary["failed_sites"])))
+    show(terminal, cycle, summary.to_json(), verdicts)
+    return exit_code(verdicts, failed=summary.failed_sites)
 
 
 def adapt_step(
     config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal, *, sites: Sequence[str] = ()
-) -> dict[str, object]:
-    """Hand the sites to the shards → counts. The same step serves ``cycle``."""
+) -> AdaptSummary:
+    """Adapts and judges, in the shards, the sites that this cycle has not judged yet; also for ``cycle``."""
     from pipeline.cluster import fleet
     from pipeline.control.adapt import shard_job
 
@@ -62,22 +83,21 @@ def adapt_step(
     ledger.streams.set_status(failed)
     for site, reason in failed.items():
         terminal.say(f"warning: {site}: not adapted: {reason}")
-    outcomes = Counter(ledger.verdicts.outcomes(cycle.id).values())
-    return {
-        "source_version": source.version,
-        "adapted": sum(outcomes.values()),
-        "failed_sites": len(failed),
-        "evidence": ledger.verdicts.evidence_digest(
-            cycle.id
-        ),  # in the audit chain, so that nobody changes it unseen
-        **outcomes,
-    }
+    return AdaptSummary(
+        source_version=source.version,
+        failed_sites=len(failed),
+        evidence=ledger.verdicts.evidence_digest(cycle.id),
+        outcomes=Counter(ledger.verdicts.outcomes(cycle.id).values()),
+    )
 
 
 def record(
-    config: Config, ledger: Ledger, cycle: Cycle, summary: dict[str, object], *, version: int | None = None
+    config: Config, ledger: Ledger, cycle: Cycle, summary: Mapping[str, object], *, version: int | None = None
 ) -> None:
-    """The cycle's run in MLflow: counts, the per-site table, parents, digests; ``version`` of the source, if not the champion."""
+    """Writes the cycle's MLflow run: its counts, a table with a row per site, its parents and digests.
+
+    ``version`` is the source model that the cycle adapted from (default: the champion).
+    """
     lineage = Lineage.open(config.lineage, code_revision=code_revision())
     source = ledger.sources.get(version)
     verdicts = ledger.verdicts.find(cycle=cycle.id)
@@ -89,15 +109,39 @@ def record(
         "anchor": ledger.verdicts.anchor(source.trunk),
         "cycle": cycle.id,
     }
-    with lineage.run(
-        "cycle", cycle.id, params=flat(config.model_dump(mode="json")), tags=tags, key=cycle.id
-    ) as run:
+    params = flat(config.model_dump(mode="json"))
+    with lineage.run("cycle", cycle.id, params=params, tags=tags, key=cycle.id) as run:
         run.metrics({k: float(v) for k, v in summary.items() if isinstance(v, int | float)})
         run.table("sites", pa.Table.from_pylist([_row(v) for v in verdicts]))
 
 
+def show(
+    terminal: Terminal, cycle: Cycle, summary: Mapping[str, object], verdicts: Sequence[VerdictRow]
+) -> None:
+    """Shows one line per site, the worst first."""
+    order = {"fail": 0, "hold": 1, "pass": 2}
+    worst = sorted(verdicts, key=lambda v: (order[v.outcome], v.site))
+    rows = [
+        [v.site, v.counters["samples"], v.outcome, "" if v.outcome == "pass" else v.verdict.decisive]
+        for v in worst[:SHOWN]
+    ]
+    more = [f"and {len(worst) - SHOWN} more; see `palisade site list`"] if len(worst) > SHOWN else []
+    listed = [
+        {"site": v.site, "outcome": v.outcome, "reason": v.verdict.decisive, "samples": v.counters["samples"]}
+        for v in worst
+    ]
+    terminal.result(
+        {"cycle": cycle.id, **summary, "verdicts": listed},
+        table(f"verdicts of {cycle.id}", ["site", "samples", "verdict", "why"], rows),
+        *more,
+    )
+
+
 def exit_code(verdicts: Sequence[VerdictRow], *, failed: int) -> Exit:
-    """DONE when any candidate passed; else what kept all of them from it."""
+    """Returns DONE if any candidate passed or there was none, else the code for the reason that none did.
+
+    ``failed`` is the number of sites that the shards could not adapt.
+    """
     outcomes = {v.outcome for v in verdicts}
     if not outcomes and failed:
         return Exit.INFRASTRUCTURE
@@ -106,30 +150,10 @@ def exit_code(verdicts: Sequence[VerdictRow], *, failed: int) -> Exit:
     return Exit.GUARD_FAILED if "fail" in outcomes else Exit.HOLD
 
 
-def show(
-    terminal: Terminal, cycle: Cycle, summary: dict[str, object], verdicts: Sequence[VerdictRow]
-) -> None:
-    """One line per site, worst first."""
-    order = {"fail": 0, "hold": 1, "pass": 2}
-    worst = sorted(verdicts, key=lambda v: (order[v.outcome], v.site))
-    rows = [
-        [v.site, v.counters["samples"], v.outcome, "" if v.outcome == "pass" else v.verdict.decisive]
-        for v in worst[:SHOWN]
-    ]
-    more = f"and {len(worst) - SHOWN} more; see `palisade site list`" if len(worst) > SHOWN else ""
-    listed = [
-        {"site": v.site, "outcome": v.outcome, "reason": v.verdict.decisive, "samples": v.counters["samples"]}
-        for v in worst
-    ]
-    terminal.result(
-        {"cycle": cycle.id, **summary, "verdicts": listed},
-        table(f"verdicts of {cycle.id}", ["site", "samples", "verdict", "why"], rows),
-        *([more] if more else []),
-    )
-
-
 def _row(v: VerdictRow) -> dict[str, object]:
-    kept = {k: c for k, c in v.counters.items() if k not in ("outcomes", "rows", "lost", "anchor", "stable")}
+    counters = {
+        k: c for k, c in v.counters.items() if k not in ("outcomes", "rows", "lost", "anchor", "stable")
+    }
     return {
         "site": v.site,
         "state": v.state,
@@ -138,5 +162,5 @@ def _row(v: VerdictRow) -> dict[str, object]:
         "offset_from": v.offset_from,
         "offset_to": v.offset_to,
         "trust_ratio": v.evidence.trust_ratio,
-        **kept,
+        **counters,
     }

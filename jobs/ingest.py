@@ -1,4 +1,4 @@
-"""``palisade ingest``: the sites' new capture segments → features, one Ray Data execution for the fleet."""
+"""``palisade ingest``: turns the fleet's new capture segments into features, in one Ray Data execution."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from jobs.terminal import Exit, table
@@ -17,50 +18,67 @@ from pipeline.ledger import CycleBusy, StaleGeneration
 from pipeline.storage import StoreUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from jobs.terminal import Terminal
     from pipeline.cluster.ingest import Ingested, IngestListing
     from pipeline.config import Config
-    from pipeline.ledger import Cycle, Ledger, SegmentRow, SiteRow
+    from pipeline.ledger import Cycle, Ledger, SegmentRow, SiteRow, SourceRow
     from pipeline.storage import Place
 
-ROUND = 256  # segments that a round of --follow takes, so that others come to the lease and a signal is soon answered
-LOST = "features lost"  # reason in quarantine, kind in the audit chain
+ROUND = 256  # segments of a round of --follow; other jobs get the lease, and a signal an answer, in between
+LOST = "features lost"  # reason in the quarantine, kind in the audit chain
 RETRY = 60.0  # seconds after which --follow tries a failed site again
+REASONS = 20  # rows of the table of refusals
+
+
+@dataclass(frozen=True)
+class IngestSummary:
+    """Counts of one ingest."""
+
+    segments: int
+    samples: int
+    new_sites: int
+    sites: int  # with a new segment
+    quarantined: int
+    failed_sites: int
+
+    def to_json(self) -> dict[str, int]:
+        """Returns the counts as the ledger, MLflow and the terminal get them."""
+        return asdict(self)
 
 
 def ingest(config: Config, terminal: Terminal) -> int:
-    """Ingest once and show what came in."""
+    """Ingests all new segments once and shows the counts."""
     ledger = open_ledger(config)
     source_model(ledger)
     with lease(config, ledger, "ingest") as cycle:
         summary = ingest_step(config, ledger, cycle, terminal)
-        ledger.cycles.finish(cycle, summary=summary, now=now())
-    show(terminal, ledger, cycle, summary)
+        ledger.cycles.finish(cycle, summary=summary.to_json(), now=now())
+    _show(terminal, ledger, cycle, summary)
     return Exit.DONE
 
 
 def follow(config: Config, terminal: Terminal, *, interval: float) -> int:
-    """Ingest what arrives until SIGINT or SIGTERM, which end it after the round that is running.
+    """Ingests segments as they arrive until SIGINT or SIGTERM; the round that runs then is finished.
 
-    One Ray connection; the lease is held for one round at a time, so that a cycle can run in between.
+    Ray stays connected. The lease is held for one round at a time, so that a cycle can run in between.
     """
     ledger = open_ledger(config)
     source_model(ledger)
-    retry: dict[str, float] = {}  # failed sites and when they are tried again
-    with connected(config.cluster), _stopped() as stop:
+    retry: dict[str, float] = {}  # time at which a failed site is tried again
+    with connected(config.cluster), _stop_on_signal() as stop:
         terminal.say(f"following {config.data.captures}; SIGINT or SIGTERM ends it")
         while not stop.is_set():
             retry = {site: at for site, at in retry.items() if at > time.monotonic()}
             more = False
             try:
-                if more := bool(_find(config, ledger, without=retry).new):
+                if more := bool(_list_segments(config, ledger, without=retry).new):
                     with lease(config, ledger, "ingest") as cycle:
-                        summary, done = _step(config, ledger, cycle, terminal, most=ROUND, without=retry)
-                        ledger.cycles.finish(cycle, summary=summary, now=now())
-                    retry |= {site: time.monotonic() + RETRY for site, _ in done.failed}
-                    show(terminal, ledger, cycle, summary, brief=True)
+                        summary, failed = _ingest(config, ledger, cycle, terminal, limit=ROUND, without=retry)
+                        ledger.cycles.finish(cycle, summary=summary.to_json(), now=now())
+                    retry |= {site: time.monotonic() + RETRY for site in failed}
+                    _show(terminal, ledger, cycle, summary, brief=True)
             except (CycleBusy, StaleGeneration, StoreUnavailable) as e:
                 terminal.say(f"waiting: {e}")
                 more = False
@@ -68,105 +86,96 @@ def follow(config: Config, terminal: Terminal, *, interval: float) -> int:
     return Exit.DONE
 
 
-def ingest_step(config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal) -> dict[str, object]:
-    """Find, featurise, commit → counts. The same step serves ``cycle``."""
-    return _step(config, ledger, cycle, terminal)[0]
+def ingest_step(config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal) -> IngestSummary:
+    """Lists, featurises and commits all new segments; ``cycle`` runs the same step."""
+    return _ingest(config, ledger, cycle, terminal)[0]
 
 
-def captured(config: Config, ledger: Ledger) -> IngestListing:
-    """Which segments that the ledger has are still there."""
-    return _find(config, ledger, most=0)
+def list_ingested(config: Config, ledger: Ledger) -> IngestListing:
+    """Lists the ingested segments whose captures are still stored, and no new ones."""
+    return _list_segments(config, ledger, limit=0)
 
 
 def stretch(
-    ledger: Ledger, site: str, segments: Iterable[SegmentRow], found: IngestListing
+    ledger: Ledger, site: str, segments: Iterable[SegmentRow], listing: IngestListing
 ) -> repair.Stretch:
-    """Segments of a site that count, with what is needed to make their features (again)."""
+    """Returns segments of a site with what making their features again needs: refused rows and captures."""
     rows = tuple(segments)
-    bad = ledger.streams.quarantined(site)
-    refused = tuple(frozenset(q.row for q in bad if q.segment == s.name) for s in rows)
-    there = {path.name: path for path in found.counted.get(site, ())}
-    return repair.Stretch(site, rows, refused, tuple(there.get(s.name) for s in rows))
+    quarantined = ledger.streams.quarantined(site)
+    refused = tuple(frozenset(q.row for q in quarantined if q.segment == s.name) for s in rows)
+    captures = {path.name: path for path in listing.counted.get(site, ())}
+    return repair.Stretch(site, rows, refused, tuple(captures.get(s.name) for s in rows))
 
 
-def show(
-    terminal: Terminal, ledger: Ledger, cycle: Cycle, summary: dict[str, object], *, brief: bool = False
-) -> None:
-    """Counts, and why rows were refused; ``brief``: one line."""
-    reasons = Counter(
-        (q.site, q.segment if q.row < 0 else "rows", q.reason)
-        for q in ledger.streams.quarantined(cycle=cycle.id)
-    )
-    rows = [[site, where, n, reason] for (site, where, reason), n in reasons.most_common(20)]
-    said = "{samples} samples of {sites} sites in {segments} segments, {quarantined} refused".format(
-        **summary
-    )
-    parts = [table("refused", ["site", "where", "count", "reason"], rows)] if rows and not brief else []
-    listed = [{"site": s, "where": w, "reason": r, "count": n} for (s, w, r), n in reasons.items()]
-    data = {"cycle": cycle.id, **summary, "refused": listed}
-    terminal.result(data, *parts, f"{cycle.id}: {said}" if brief else said)
-
-
-def _step(
+def _ingest(
     config: Config,
     ledger: Ledger,
     cycle: Cycle,
     terminal: Terminal,
     *,
-    most: int | None = None,
+    limit: int | None = None,
     without: Collection[str] = (),
-) -> tuple[dict[str, object], Ingested]:
+) -> tuple[IngestSummary, tuple[str, ...]]:
+    """Ingests at most ``limit`` segments of the sites not in ``without``; returns counts and failed sites."""
     sources = ingest_sources(config, ledger)
-    found = _find(config, ledger, most=most, without=without)
-    if not found.sites:
+    listing = _list_segments(config, ledger, limit=limit, without=without)
+    if not listing.sites:
+        captures = config.data.captures
         raise ValueError(
-            f"data.captures: {config.data.captures} holds no site folder with segments; expected <site>/segment-*.parquet"
+            f"data.captures: {captures} holds no site folder with segments; expected <site>/segment-*.parquet"
         )
-    new_sites = ledger.streams.register({site: {} for site in found.sites}, now=now())
-    for stray in found.strays:
+    new_sites = ledger.streams.register({site: {} for site in listing.sites}, now=now())
+    for stray in listing.strays:
         terminal.say(f"warning: {stray}")
     if config.data.retention == "until_ingested":
-        _forget_counted(config, ledger, found)
-    done = cluster_ingest.Ingested((), (), (), ())
-    if found.new:
-        with connected(config.cluster), terminal.progress("ingest", "segments") as advance:
-            done = cluster_ingest.run(
-                config,
-                found.new,
-                checkpoints=[s.path for s in sources],
-                on_progress=advance,
-                history=lambda site: {s.sha256: s.name for s, _ in ledger.streams.segments(site) if s.rows},
-            )
-    _repair(config, ledger, cycle, terminal, found, without=without)
-    cluster_ingest.forget_orphans(config, [s.trunk for s in sources], done)
-    ledger.streams.commit(cycle, done.segments, done.quarantined, now=now())
-    ledger.streams.set_status(dict(done.failed))
-    for site, reason in done.failed:
+        _delete_counted(config, ledger, listing)
+    ingested = _featurise(config, ledger, terminal, sources, listing)
+    _repair(config, ledger, cycle, terminal, listing, without=without)
+    cluster_ingest.forget_orphans(config, [s.trunk for s in sources], ingested)
+    ledger.streams.commit(cycle, ingested.segments, ingested.quarantined, now=now())
+    ledger.streams.set_status(dict(ingested.failed))
+    for site, reason in ingested.failed:
         terminal.say(f"warning: {site}: not ingested, the next cycle tries again: {reason}")
     if config.data.retention == "until_ingested":
-        _forget(config, found, done)
-    counted = [s for s in done.segments if s.name.endswith(".parquet")]  # refused ones carry their digest
-    return {
-        "segments": len(counted),
-        "samples": sum(s.good for s in counted),
-        "new_sites": len(new_sites),
-        "sites": len({s.site for s in counted}),
-        "quarantined": len(done.quarantined),
-        "failed_sites": len(done.failed),
-    }, done
+        _delete_ingested(config, listing, ingested)
+    counted = [
+        s for s in ingested.segments if s.name.endswith(".parquet")
+    ]  # a refused one's name has its digest
+    summary = IngestSummary(
+        segments=len(counted),
+        samples=sum(s.good for s in counted),
+        new_sites=len(new_sites),
+        sites=len({s.site for s in counted}),
+        quarantined=len(ingested.quarantined),
+        failed_sites=len(ingested.failed),
+    )
+    return summary, tuple(site for site, _ in ingested.failed)
 
 
-def _find(
-    config: Config, ledger: Ledger, *, most: int | None = None, without: Collection[str] = ()
+def _list_segments(
+    config: Config, ledger: Ledger, *, limit: int | None = None, without: Collection[str] = ()
 ) -> IngestListing:
     offsets = {row.site: row.ingested for row in ledger.streams.sites()}
+    segments = ledger.streams.segment_names()
     return cluster_ingest.find(
-        config.data,
-        ledger.streams.segment_names(),
-        lambda site: offsets.get(site, 0),
-        most=most,
-        without=without,
+        config.data, segments, lambda site: offsets.get(site, 0), most=limit, without=without
     )
+
+
+def _featurise(
+    config: Config, ledger: Ledger, terminal: Terminal, sources: Sequence[SourceRow], listing: IngestListing
+) -> Ingested:
+    """Makes and stores the features of all new segments; nothing counts before the commit."""
+    if not listing.new:
+        return cluster_ingest.Ingested((), (), (), ())
+    with connected(config.cluster), terminal.progress("ingest", "segments") as advance:
+        return cluster_ingest.run(
+            config,
+            listing.new,
+            checkpoints=[s.path for s in sources],
+            on_progress=advance,
+            history=lambda site: {s.sha256: s.name for s, _ in ledger.streams.segments(site) if s.rows},
+        )
 
 
 def _repair(
@@ -174,13 +183,14 @@ def _repair(
     ledger: Ledger,
     cycle: Cycle,
     terminal: Terminal,
-    found: IngestListing,
+    listing: IngestListing,
     *,
     without: Collection[str],
 ) -> None:
-    """Make again what of failed sites' features is damaged or missing; where the captures are gone, the site goes on.
+    """Makes damaged or missing features of failed sites again from their captures.
 
-    Only failed sites are looked at, so a healthy fleet pays nothing.
+    Features whose captures are gone are quarantined as lost, and the site goes on behind them. Only failed
+    sites are checked, so a healthy fleet pays nothing.
     """
     failed = [
         r
@@ -189,29 +199,29 @@ def _repair(
     ]
     if not failed:
         return
-    stretches = [stretch(ledger, row.site, _ahead(ledger, row), found) for row in failed]
+    stretches = [stretch(ledger, row.site, _not_learned(ledger, row), listing) for row in failed]
     with connected(config.cluster):
-        done = repair.run(config, stretches, checkpoint=source_model(ledger).path)
-    ledger.streams.quarantine_lost(
-        cycle, [(d.site, name) for d in done for name in d.lost], reason=LOST, now=now()
-    )
-    for d in done:
-        if d.restored:
-            terminal.say(f"{d.site}: features of {', '.join(d.restored)} did not verify and were made again")
-        if d.lost:
+        repaired = repair.run(config, stretches, checkpoint=source_model(ledger).path)
+    lost = [(r.site, name) for r in repaired for name in r.lost]
+    ledger.streams.quarantine_lost(cycle, lost, reason=LOST, now=now())
+    for r in repaired:
+        if r.restored:
+            segments = ", ".join(r.restored)
+            terminal.say(f"{r.site}: features of {segments} did not verify and were made again")
+        if r.lost:
             terminal.say(
-                f"warning: {d.site}: {LOST}: {', '.join(d.lost)}: they do not verify and the captures are gone; these samples "
-                "are quarantined, the site goes on with what comes next"
+                f"warning: {r.site}: {LOST}: {', '.join(r.lost)}: they do not verify and the captures are "
+                "gone; these samples are quarantined, the site goes on with what comes next"
             )
-        if d.error:
+        if r.error:
             terminal.say(
-                f"warning: {d.site}: its features are not repaired, the next cycle tries again: {d.error}"
+                f"warning: {r.site}: its features are not repaired, the next cycle tries again: {r.error}"
             )
-    ledger.streams.set_status({d.site: "" for d in done if (d.restored or d.lost) and not d.error})
+    ledger.streams.set_status({r.site: "" for r in repaired if (r.restored or r.lost) and not r.error})
 
 
-def _ahead(ledger: Ledger, row: SiteRow) -> Iterator[SegmentRow]:
-    """What the site has not learned from yet."""
+def _not_learned(ledger: Ledger, row: SiteRow) -> Iterator[SegmentRow]:
+    """Yields the segments that the site has not learned from yet."""
     return (
         s
         for s, _ in ledger.streams.segments(row.site)
@@ -219,31 +229,51 @@ def _ahead(ledger: Ledger, row: SiteRow) -> Iterator[SegmentRow]:
     )
 
 
-def _forget(config: Config, found: IngestListing, done: Ingested) -> None:
-    """Frames do not outlive ingest; a segment with a refused row stays for whoever looks into it."""
-    clean = {(s.site, s.name): s.sha256 for s in done.segments if not s.quarantined}
-    for backlog in found.new:
+def _delete_ingested(config: Config, listing: IngestListing, ingested: Ingested) -> None:
+    """Deletes the captures that were just ingested; a segment with a refused row stays for inspection."""
+    clean = {(s.site, s.name): s.sha256 for s in ingested.segments if not s.quarantined}
+    for backlog in listing.new:
         for path in map(cluster_ingest.segment_at, backlog.paths):
-            _unlink(path, clean.get((backlog.site, path.name)), config.data.max_bytes)
+            _delete_same(path, clean.get((backlog.site, path.name)), config.data.max_bytes)
 
 
-def _forget_counted(config: Config, ledger: Ledger, found: IngestListing) -> None:
-    """What ``_forget`` did not come to after an earlier commit."""
-    for site, paths in found.counted.items():
+def _delete_counted(config: Config, ledger: Ledger, listing: IngestListing) -> None:
+    """Deletes the captures of earlier ingests that stopped between their commit and ``_delete_ingested``."""
+    for site, paths in listing.counted.items():
         clean = {s.name: s.sha256 for s, _ in ledger.streams.segments(site) if not s.quarantined}
         for path in paths:
-            _unlink(path, clean.get(path.name), config.data.max_bytes)
+            _delete_same(path, clean.get(path.name), config.data.max_bytes)
 
 
-def _unlink(path: Place, sha256: str | None, limit: int) -> None:
-    """Delete a segment whose bytes are those that the ledger counts; others are left alone."""
+def _delete_same(path: Place, sha256: str | None, limit: int) -> None:
+    """Deletes a segment if its bytes are those that the ledger counts, of digest ``sha256``."""
     if sha256 and cluster_ingest.digest(path, limit) == sha256:
         path.unlink(missing_ok=True)
 
 
+def _show(
+    terminal: Terminal, ledger: Ledger, cycle: Cycle, summary: IngestSummary, *, brief: bool = False
+) -> None:
+    """Shows the counts and the reasons of refusals; ``brief`` shows one line."""
+    reasons = Counter(
+        (q.site, q.segment if q.row < 0 else "rows", q.reason)
+        for q in ledger.streams.quarantined(cycle=cycle.id)
+    )
+    rows = [[site, where, n, reason] for (site, where, reason), n in reasons.most_common(REASONS)]
+    parts = [table("refused", ["site", "where", "count", "reason"], rows)] if rows and not brief else []
+    refused = [{"site": s, "where": w, "reason": r, "count": n} for (s, w, r), n in reasons.items()]
+    s = summary
+    counts = f"{s.samples} samples of {s.sites} sites in {s.segments} segments, {s.quarantined} refused"
+    terminal.result(
+        {"cycle": cycle.id, **summary.to_json(), "refused": refused},
+        *parts,
+        f"{cycle.id}: {counts}" if brief else counts,
+    )
+
+
 @contextmanager
-def _stopped() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one ends the process as usual."""
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """Yields an event that the first SIGINT or SIGTERM sets; a second one ends the process as usual."""
     stop = threading.Event()
     before = {int(s): signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 

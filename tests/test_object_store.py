@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from jobs.__main__ import main
-from jobs.ingest import _forget, _forget_counted
+from jobs.ingest import _delete_counted, _delete_ingested
 from pipeline import storage
 from pipeline.config import Config, load
 from pipeline.data import blobs
@@ -373,8 +373,8 @@ def test_frames_in_a_store_are_deleted_only_if_they_are_those_that_count(fleet, 
     found, done = fleet.find(), fleet.round()
     changed.put(segment(tmp_path / "other" / "gate" / "segment-1.parquet", "never ingested").read_bytes())
     kept = later.read_bytes()
-    _forget(fleet.config, found, done)
+    _delete_ingested(fleet.config, found, done)
     assert [p.exists() for p in (clean, changed, later)] == [False, True, False]
     later.put(kept)
-    _forget_counted(fleet.config, fleet.ledger, fleet.find())
+    _delete_counted(fleet.config, fleet.ledger, fleet.find())
     assert [p.exists() for p in (changed, later)] == [True, False]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.ingest import LOST, _ahead, _forget_counted, stretch
+from jobs.ingest import LOST, _delete_counted, _not_learned, stretch
 from pipeline.cluster import ingest
 from pipeline.cluster.ingest import Backlog, SegmentResult, collect
 from pipeline.cluster.repair import Repaired, repair_site
@@ -206,7 +206,7 @@ def test_what_a_crash_left_of_frames_is_forgotten_later(fleet: Fleet) -> None:
     changed.unlink()
     segment(changed, "never ingested")
     new = segment(fleet.captures / "gate/segment-3.parquet", "d")
-    _forget_counted(fleet.config, fleet.ledger, fleet.find())
+    _delete_counted(fleet.config, fleet.ledger, fleet.find())
     assert [p.exists() for p in (clean, doubtful, changed, new)] == [False, True, True, True]
 
 
@@ -225,7 +225,7 @@ def test_chunks_are_aligned_with_their_captures(fleet: Fleet) -> None:
 
 def mended(fleet: Fleet) -> Repaired:
     """What the next ingest does for a site that adaptation could not read."""
-    needed = _ahead(fleet.ledger, fleet.ledger.streams.site("gate"))
+    needed = _not_learned(fleet.ledger, fleet.ledger.streams.site("gate"))
     return repair_site(
         stretch(fleet.ledger, "gate", needed, fleet.find()),
         fleet.config.data,

@@ -262,8 +262,8 @@ def _cycle(d: Deployment, address: str, pipe: Connection) -> None:
         pipe.recv()
 
     with lease(config, ledger, "cycle") as cycle, connected(config.cluster):
-        taken = ingest_step(config, ledger, cycle, _silent())
-        pipe.send({k: taken[k] for k in ("segments", "samples", "failed_sites", "quarantined")})
+        summary = ingest_step(config, ledger, cycle, _silent()).to_json()
+        pipe.send({k: summary[k] for k in ("segments", "samples", "failed_sites", "quarantined")})
         crowd = Crowd(d, ledger)
         pending = {s.site: s.ingested - s.learned for s in ledger.streams.sites()}
         placement = fleet.Placement(3, 1, config.bank.slots, config.bank.cache_mb)
@@ -279,8 +279,8 @@ def _adapt(d: Deployment, address: str) -> None:
     config, ledger = _at(d.config, address), d.ledger
     with lease(config, ledger, "adapt") as cycle:
         summary = adapt_step(config, ledger, cycle, _silent())
-        assert not summary["failed_sites"]
-        ledger.cycles.finish(cycle, summary=summary, now=now())
+        assert not summary.failed_sites
+        ledger.cycles.finish(cycle, summary=summary.to_json(), now=now())
 
 
 def _at(config: Config, address: str, *, shards: int = 2) -> Config:

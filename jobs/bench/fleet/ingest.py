@@ -53,10 +53,10 @@ def _ingested(config: Config, terminal: Terminal) -> float:
     ledger = open_ledger(config)
     with lease(config, ledger, "ingest") as held:
         began = time.perf_counter()
-        taken = ingest_step(config, ledger, held, terminal)
+        summary = ingest_step(config, ledger, held, terminal)
         seconds = time.perf_counter() - began
-        ledger.cycles.finish(held, summary=taken, now=now())
-    return int(str(taken["samples"])) / seconds
+        ledger.cycles.finish(held, summary=summary.to_json(), now=now())
+    return summary.samples / seconds
 
 
 def _decode_only(config: Config, paths: list[Path]) -> float:

@@ -120,9 +120,9 @@ def cycle(config: Config, terminal: Terminal) -> Timed:
     ledger = open_ledger(config)
     with lease(config, ledger, "cycle") as held:
         began = time.perf_counter()
-        taken = ingest_step(config, ledger, held, terminal)
+        ingest = ingest_step(config, ledger, held, terminal)
         ingested = time.perf_counter()
-        summary = {**taken, **adapt_step(config, ledger, held, terminal)}
+        summary = {**ingest.to_json(), **adapt_step(config, ledger, held, terminal).to_json()}
         ledger.cycles.finish(held, summary=summary, now=now())
         adapted = time.perf_counter()
     record(config, ledger, held, summary)
