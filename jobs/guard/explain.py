@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import ValidationError
 
 from jobs.terminal import Exit, table
-from pipeline.config import PLACES, RESULT_SECTIONS, translate_stored
 from pipeline.control.deployment import open_ledger
-from pipeline.control.recount import verdict_basis
+from pipeline.control.recheck import cycle_limits, find_verdict, verdict_basis
 from pipeline.guards import ATTACKS, REAL, GuardsConfig, paired_upper95
-from pipeline.ledger import LedgerError, UnknownSite
 from pipeline.stats.metrics import clopper_pearson
 
 if TYPE_CHECKING:
     from jobs.terminal import Terminal
     from pipeline.config import Config
+    from pipeline.control.recheck import CycleLimits
     from pipeline.guards import Evidence, Reason, Verdict
     from pipeline.ledger import Ledger, VerdictRow
 
@@ -29,19 +26,11 @@ LABELS = {"anchor": "the sealed anchor set; labels of the stream were not used"}
 REMEDIES = 8  # lines of what would have to change
 
 
-class Limits(NamedTuple):
-    """What the candidates of one cycle were judged by."""
-
-    guards: GuardsConfig
-    fingerprint: str
-    sound: bool  # the stored configuration has the fingerprint that the cycle began with
-
-
 def explain(config: Config, terminal: Terminal, *, what: str) -> int:
     """Every finding, decisive first; the evidence; the change that would make it pass."""
     ledger = open_ledger(config, create=False)
-    row = find(ledger, what)
-    verdict, evidence, limits = row.verdict, row.evidence, limits_of(ledger, row.cycle)
+    row = find_verdict(ledger, what)
+    verdict, evidence, limits = row.verdict, row.evidence, cycle_limits(ledger, row.cycle)
     findings = decisive_first(verdict)
     rests = _rests_on(ledger, row, evidence, limits)
     change = changes(verdict, limits.guards, evidence)
@@ -79,54 +68,6 @@ def explain(config: Config, terminal: Terminal, *, what: str) -> int:
     return Exit.DONE
 
 
-def find(ledger: Ledger, what: str) -> VerdictRow:
-    """The verdict of that id, or the newest of that site; LedgerError says what there is."""
-    if found := ledger.verdicts.find(ids=[what]):
-        return found[0]
-    try:
-        ledger.streams.site(what)
-    except UnknownSite as e:
-        raise UnknownSite(f"{e}; nor is it the id of a verdict") from None
-    own = ledger.verdicts.find(site=what)
-    if not own:
-        raise LedgerError(f"site {what}: no cycle has judged it yet; run `palisade cycle`")
-    return own[-1]
-
-
-def limits_of(ledger: Ledger, cycle: str) -> Limits:
-    """The section guards of the configuration that ``cycle`` ran under; LedgerError when it is not on record."""
-    row = next((r for r in ledger.cycles.history() if r.id == cycle), None)
-    stored: dict[str, dict[str, object]] = json.loads(row.config) if row else {}
-    if row is None:  # a verdict on a bare source model stands for itself
-        stored = next(
-            (cast("dict[str, dict[str, object]]", v.counters) for v in ledger.verdicts.find(ids=[cycle])), {}
-        )
-    if "guards" not in stored:
-        raise LedgerError(
-            f"cycle {cycle}: its configuration is not on record, so its verdicts cannot be replayed"
-        )
-    try:
-        guards = GuardsConfig.model_validate(translate_stored({"guards": stored["guards"]})["guards"])
-    except ValidationError as e:
-        where = ".".join(str(part) for part in e.errors()[0]["loc"])
-        raise LedgerError(
-            f"cycle {cycle}: its limits are of another version (guards.{where}); replay it with that"
-        ) from None
-    if row is None:
-        return Limits(guards, cycle, True)
-    return Limits(guards, row.fingerprint, fingerprint(stored) == row.fingerprint)
-
-
-def fingerprint(stored: dict[str, dict[str, object]]) -> str:
-    """Config.fingerprint of a stored configuration as it is: this version's defaults must not enter an older one."""
-    kept = {
-        s: {k: v for k, v in stored[s].items() if k not in PLACES.get(s, ())}
-        for s in RESULT_SECTIONS
-        if s in stored
-    }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
 def decisive_first(verdict: Verdict) -> list[Reason]:
     """What decided, then what else was found, then what is advisory."""
     return sorted(verdict.reasons, key=lambda r: (r.advisory, r.call != verdict.outcome, ORDER[r.call]))
@@ -157,7 +98,9 @@ def _said(verdict: Verdict) -> str:
     }[verdict.outcome] + "."
 
 
-def _rests_on(ledger: Ledger, row: VerdictRow, evidence: Evidence, limits: Limits) -> list[tuple[str, str]]:
+def _rests_on(
+    ledger: Ledger, row: VerdictRow, evidence: Evidence, limits: CycleLimits
+) -> list[tuple[str, str]]:
     found, c = verdict_basis(ledger, row), row.counters
     by_time = "" if found.recorded else " (by time)"
     age = "unknown" if evidence.age_seconds is None else f"{evidence.age_seconds:.0f} s"

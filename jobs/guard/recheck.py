@@ -8,43 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import time
-from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from jobs.guard.explain import find, limits_of
 from jobs.terminal import Exit, table
 from pipeline.control.deployment import open_ledger
-from pipeline.control.recount import verdict_basis
-from pipeline.data.blobs import BadBlob, MissingBlob
+from pipeline.control.recheck import (
+    cycle_limits,
+    cycle_verdicts,
+    find_verdict,
+    recheck_verdict,
+    verdict_basis,
+)
 from pipeline.guards import assess
 from pipeline.ledger import LedgerError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from jobs.guard.explain import Limits
     from jobs.terminal import Terminal
     from pipeline.config import Config
-    from pipeline.guards import Verdict
     from pipeline.ledger import Ledger, VerdictRow
 
 SHOWN = 20
-
-
-class Replayed(NamedTuple):
-    """One verdict, judged again."""
-
-    differs: tuple[str, ...]  # empty = the same
-    older: bool  # its JSON lacks fields that this version writes; what it holds is the same
-    recounted: bool
-    left_out: str  # why it could not be recounted
 
 
 def replay(config: Config, terminal: Terminal, *, what: str | None, cycle: str | None, recount: bool) -> int:
     """Replay one verdict (``what``), those of a ``cycle``, or all."""
     ledger = open_ledger(config, create=False)
     if what is not None:
-        return _one(config, ledger, terminal, find(ledger, what), recount=recount)
+        return _one(config, ledger, terminal, find_verdict(ledger, what), recount=recount)
     known = [c.id for c in reversed(ledger.cycles.history(kinds=("cycle", "adapt", "rebase")))]
     if cycle is not None and cycle not in known:
         raise LedgerError(f"cycle {cycle}: not on record; there are {', '.join(known[-5:]) or 'none'}")
@@ -66,8 +56,8 @@ def replay(config: Config, terminal: Terminal, *, what: str | None, cycle: str |
                     "verdicts or evidence changed after the cycle: the audit chain has another digest of them"
                 )
                 different.append({"verdict": None, "site": None, "cycle": name, "differs": [text]})
-            for row in pages(ledger, name):
-                found = again(config, ledger, row, recount=recount)
+            for row in cycle_verdicts(ledger, name):
+                found = recheck_verdict(config, ledger, row, recount=recount)
                 counts["verdicts"] += 1
                 counts["same"] += not found.differs
                 counts["older"] += found.older
@@ -87,53 +77,15 @@ def replay(config: Config, terminal: Terminal, *, what: str | None, cycle: str |
     return Exit.HOLD if not counts["verdicts"] or (recount and not counts["recounted"]) else Exit.DONE
 
 
-def pages(ledger: Ledger, cycle: str) -> Iterator[VerdictRow]:
-    """The verdicts of a cycle by site, read a page at a time."""
-    after = ""
-    while page := ledger.verdicts.page(cycle, after=after):
-        yield from page
-        after = page[-1].site
-
-
-def again(config: Config, ledger: Ledger, row: VerdictRow, *, recount: bool) -> Replayed:
-    """Judge one stored verdict again."""
-    try:
-        limits, evidence = _limits(ledger, row.cycle), row.evidence
-    except ValueError as e:
-        return Replayed((" ".join(str(e).split())[:300],), older=False, recounted=False, left_out="")
-    made, differs = assess(limits.guards, evidence), []
-    text = made.model_dump_json()
-    older = text != row.verdict_json and _stored(row) == text
-    if text != row.verdict_json and not older:
-        differs.append(_verdict_difference(row, made))
-    if made.outcome != row.outcome:
-        differs.append(f"the ledger lists it as {row.outcome}, its evidence gives {made.outcome}")
-    if not limits.sound:
-        differs.append(f"the configuration of {row.cycle} is not the one that it began with")
-    if not recount:
-        return Replayed(tuple(differs), older, recounted=False, left_out="")
-    from pipeline.control.recount import count_differences, recount_evidence
-
-    try:
-        counted = recount_evidence(config, ledger, row, evidence)
-    except MissingBlob as e:
-        return Replayed(tuple(differs), older, recounted=False, left_out=str(e))
-    except BadBlob as e:
-        return Replayed((*differs, str(e)), older, recounted=False, left_out="")
-    except ValueError as e:
-        return Replayed(tuple(differs), older, recounted=False, left_out=str(e))
-    return Replayed((*differs, *count_differences(evidence, counted)), older, recounted=True, left_out="")
-
-
 def _one(config: Config, ledger: Ledger, terminal: Terminal, row: VerdictRow, *, recount: bool) -> int:
-    found, rests = again(config, ledger, row, recount=recount), verdict_basis(ledger, row)
-    state = ledger.verdicts.state(row.state)
-    made = assess(_limits(ledger, row.cycle).guards, row.evidence).model_dump_json()
+    found, rests = recheck_verdict(config, ledger, row, recount=recount), verdict_basis(ledger, row)
+    state, limits = ledger.verdicts.state(row.state), cycle_limits(ledger, row.cycle)
+    made = assess(limits.guards, row.evidence).model_dump_json()
     digests = [
         ("evidence", _sha(row.evidence_json)),
         ("verdict on record", _sha(row.verdict_json)),
         ("verdict again", _sha(made)),
-        ("configuration", _limits(ledger, row.cycle).fingerprint),
+        ("configuration", limits.fingerprint),
         ("anchor set", rests.anchor),
         ("source model", rests.source.digest),
         ("candidate", f"{state.blob} slot {state.slot}" if state else "none"),
@@ -190,32 +142,5 @@ def _show(
     terminal.result(told, *lines, f"{end}; {told['seconds']:.1f} s")
 
 
-def _stored(row: VerdictRow) -> str:
-    """The verdict on record as this version writes it."""
-    try:
-        return row.verdict.model_dump_json()
-    except ValueError:
-        return ""
-
-
-def _verdict_difference(row: VerdictRow, made: Verdict) -> str:
-    try:
-        old = row.verdict
-    except ValueError as e:
-        return f"the verdict on record cannot be read: {' '.join(str(e).split())[:200]}"
-    if old.outcome != made.outcome:
-        return f"{old.outcome} on record, {made.outcome} again: {made.decisive or old.decisive}"
-    for a, b in zip(old.reasons, made.reasons):
-        if a != b:
-            told = [f"{r.guard} {r.where} {r.call}: {r.number}, limit {r.limit}" for r in (a, b)]
-            return f"{told[0]} on record; {told[1]} again"
-    return f"{len(old.reasons)} findings on record, {len(made.reasons)} again"
-
-
 def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@lru_cache(maxsize=8)
-def _limits(ledger: Ledger, cycle: str) -> Limits:
-    return limits_of(ledger, cycle)

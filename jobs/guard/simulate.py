@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.guard.recheck import pages
 from jobs.guard.simulate_table import show
 from jobs.terminal import Exit
 from pipeline.control.deployment import open_ledger
+from pipeline.control.recheck import cycle_verdicts
 from pipeline.control.scoring import join_labels, site_labels
 from pipeline.data.blobs import BadBlob
 from pipeline.guards import assess
@@ -247,7 +247,7 @@ def _rows(ledger: Ledger, cycles: Sequence[str], sites: Sequence[str]) -> Iterat
     for site in dict.fromkeys(sites):
         yield from (v for v in ledger.verdicts.find(site=site) if v.cycle in cycles)
     for cycle in () if sites else cycles:
-        yield from pages(ledger, cycle)
+        yield from cycle_verdicts(ledger, cycle)
 
 
 def _with_truth(config: Config, ledger: Ledger, row: VerdictRow, made: Decision) -> Decision:

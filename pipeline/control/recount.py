@@ -6,12 +6,13 @@ Counts must be equal; the two measured numbers may differ by another machine's r
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from pipeline.control.judge import anchor_scores
 from pipeline.control.loaders import anchor_score_cache, load_anchor, load_model, load_state
+from pipeline.control.recheck import verdict_basis
 from pipeline.guards import evidence_of
 from pipeline.models.tail import site_state
 from pipeline.site import bank
@@ -20,32 +21,9 @@ from pipeline.types import Modality
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.guards import Evidence
-    from pipeline.ledger import Ledger, SourceRow, VerdictRow
+    from pipeline.ledger import Ledger, VerdictRow
 
 ROUNDING = 1e-4  # relative; of what float32 sums in another order may differ by
-
-
-class VerdictBasis(NamedTuple):
-    """What a verdict was counted on."""
-
-    source: SourceRow
-    anchor: str  # digest
-    champion_state: str | None  # state that the site served; None = the source model as it is
-    recorded: bool  # kept with the verdict; else found by time, as an earlier version kept neither
-
-
-def verdict_basis(ledger: Ledger, row: VerdictRow) -> VerdictBasis:
-    """What ``row`` was counted on: as kept with it, else by what was sealed and served at its time."""
-    state = ledger.verdicts.state(row.state)
-    source = ledger.sources.get(state.source_version if state else None)
-    if "anchor" in row.counters:
-        stable = row.counters["stable"]
-        return VerdictBasis(
-            source, str(row.counters["anchor"]), str(stable) if stable else None, recorded=True
-        )
-    served = [s for s in ledger.releases.history(row.site) if s.since <= row.at]
-    own = served[-1].state if served and served[-1].source_version == source.version else None
-    return VerdictBasis(source, ledger.verdicts.anchor(source.trunk, at=row.at), own, recorded=False)
 
 
 def recount_evidence(config: Config, ledger: Ledger, row: VerdictRow, evidence: Evidence) -> Evidence:

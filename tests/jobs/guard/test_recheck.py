@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.guard.explain import changes, decisive_first, find, fingerprint, limits_of
+from jobs.guard.explain import changes, decisive_first
 from jobs.guard.simulate import (
     Decision,
     Rates,
@@ -28,7 +28,8 @@ from pipeline.config import load
 from pipeline.control import loaders
 from pipeline.control.adapt import adapt_sites, shard_job
 from pipeline.control.deployment import lease, now
-from pipeline.control.recount import count_differences, recount_evidence, verdict_basis
+from pipeline.control.recheck import cycle_limits, find_verdict, stored_fingerprint, verdict_basis
+from pipeline.control.recount import count_differences, recount_evidence
 from pipeline.guards import Cell, Evidence, GuardsConfig, assess
 from tests.support.crowds import CROWD, SITES, Crowd, copy_crowd, new_crowd
 from tests.support.deployments import new_deployment, printed
@@ -119,7 +120,7 @@ def test_a_changed_count_is_found(crowd, capsys):
     forged = one.evidence.model_copy(
         update={"cells": (first.model_copy(update={"errors": 0}), *one.evidence.cells[1:])}
     )
-    verdict = assess(limits_of(crowd.ledger, one.cycle).guards, forged)
+    verdict = assess(cycle_limits(crowd.ledger, one.cycle).guards, forged)
     spoil(
         crowd,
         "update verdicts set evidence = ?, verdict = ? where id = ?",
@@ -287,15 +288,17 @@ def test_what_decided_stands_first_and_advice_last():
 def test_limits_are_those_of_the_cycle_and_their_fingerprint_is_checked(lived):
     config = lived.d.config
     row = lived.ledger.cycles.history(kinds=["adapt"])[0]
-    found = limits_of(lived.ledger, row.id)
+    found = cycle_limits(lived.ledger, row.id)
     assert found.sound and found.guards == config.guards
-    assert fingerprint(json.loads(row.config)) == config.fingerprint()
+    assert stored_fingerprint(json.loads(row.config)) == config.fingerprint()
     other = load(None, ["guards.trust.rho=0.2"])
-    assert fingerprint(json.loads(other.model_dump_json())) == other.fingerprint() != config.fingerprint()
+    assert (
+        stored_fingerprint(json.loads(other.model_dump_json())) == other.fingerprint() != config.fingerprint()
+    )
 
 
 def test_recount_names_every_cell_that_differs(lived):
-    v = find(lived.ledger, SITES[0])
+    v = find_verdict(lived.ledger, SITES[0])
     counted = recount_evidence(lived.d.config, lived.ledger, v, v.evidence)
     assert count_differences(v.evidence, counted) == []
     cells = tuple(c.model_copy(update={"worse": c.worse + 1}) for c in counted.cells)
