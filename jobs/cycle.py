@@ -29,7 +29,7 @@ class CycleSummary:
     adapt_seconds: float
 
     def to_json(self) -> dict[str, int | float | str]:
-        """Returns the counts for the ledger, MLflow and the terminal; ``failed_sites`` counts those of adapt."""
+        """Returns the counts for ledger, MLflow and terminal; ``failed_sites`` counts those of adapt."""
         seconds = {"ingest_seconds": self.ingest_seconds, "adapt_seconds": self.adapt_seconds}
         return {**self.ingest.to_json(), **self.adapt.to_json(), **seconds}
 

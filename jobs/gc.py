@@ -1,4 +1,4 @@
-"""``palisade gc``: delete what crashed writers left and what nothing points to any more."""
+"""``palisade gc``: deletes files that crashed writers left and files that nothing points to any more."""
 
 from __future__ import annotations
 
@@ -31,74 +31,79 @@ SAMPLES = 5  # names that --json shows of each kind
 def gc(
     config: Config, terminal: Terminal, *, dry_run: bool, keep_days: int | None, grace_hours: float
 ) -> int:
-    """Delete, or with ``dry_run`` only count. ``keep_days`` None: as ``data.keep_days`` says.
+    """Deletes garbage, or with ``dry_run`` only counts it; ``keep_days`` None means ``data.keep_days``.
 
-    What is younger than the grace stays: a blob is written before the ledger is told of it. No cycle runs meanwhile.
+    A file younger than the grace stays: a blob is written before the ledger points to it. No cycle may run
+    meanwhile.
     """
     ledger = open_ledger(config, create=False)
     keep = config.data.keep_days if keep_days is None else keep_days
+    period = {"keep": timedelta(days=keep), "grace": timedelta(hours=grace_hours)}
     if dry_run:
-        found = garbage(
-            config, ledger, at=now(), keep=timedelta(days=keep), grace=timedelta(hours=grace_hours)
-        )
-        return _show(terminal, found, "would be deleted")
-    if left := [c for c in ledger.cycles.history() if c.status == "running" and c.kind != "gc"]:
-        again = "cycle" if left[0].kind not in ("ingest", "adapt") else left[0].kind
+        return _show(terminal, list_garbage(config, ledger, at=now(), **period), "would be deleted")
+    if running := [c for c in ledger.cycles.history() if c.status == "running" and c.kind != "gc"]:
+        name, kind = running[0].id, running[0].kind
+        command = kind if kind in ("ingest", "adapt") else "cycle"
         raise CycleBusy(
-            f"{left[0].id} has not ended; wait for it, or end it with `palisade {again}`, then run gc again"
+            f"{name} has not ended; wait for it, or end it with `palisade {command}`, then run gc again"
         )
     with lease(config, ledger, "gc") as held:
-        found = garbage(
-            config, ledger, at=now(), keep=timedelta(days=keep), grace=timedelta(hours=grace_hours)
-        )
+        garbage = list_garbage(config, ledger, at=now(), **period)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            for _ in pool.map(
-                lambda f: f.place.unlink(missing_ok=True), (f for kind in KINDS for f in found[kind])
-            ):
-                pass
-        ledger.cycles.finish(held, summary={k: len(v) for k, v in found.items()}, now=now())
-    return _show(terminal, found, "deleted")
+            files_to_delete = [f for kind in KINDS for f in garbage[kind]]
+            list(pool.map(lambda f: f.place.unlink(missing_ok=True), files_to_delete))
+        ledger.cycles.finish(held, summary={k: len(v) for k, v in garbage.items()}, now=now())
+    return _show(terminal, garbage, "deleted")
 
 
-def garbage(config: Config, ledger: Ledger, *, at: datetime, keep: timedelta, grace: timedelta) -> Garbage:
-    """What may go, by kind. The ledger is asked after the files were listed, so that it knows of all that it ever will."""
+def list_garbage(
+    config: Config, ledger: Ledger, *, at: datetime, keep: timedelta, grace: timedelta
+) -> Garbage:
+    """Returns the files that may be deleted, by kind.
+
+    The files are listed before the ledger is asked, so that it already points to every listed file that it
+    will need.
+    """
     listed = list(files(config.place()))
-    pointed = ledger.garbage.needed(since=at - keep)
+    needed = ledger.garbage.needed(since=at - keep)
     trunks = {s.trunk[:16] for s in ledger.sources.all()}
-    return condemned(listed, pointed, trunks, before=at - grace)
+    return condemned(listed, needed, trunks, before=at - grace)
 
 
 def condemned(
-    listed: Iterable[StoredFile], pointed: Needed, trunks: Collection[str], *, before: datetime
+    listed: Iterable[StoredFile], needed: Needed, trunks: Collection[str], *, before: datetime
 ) -> Garbage:
-    """Those of ``listed`` that were written earlier than ``before`` and that nothing needs; a name that is not ours stays."""
-    found: Garbage = {kind: [] for kind in KINDS}
+    """Returns the ``listed`` files that were written before ``before`` and that nothing needs, by kind.
+
+    A file whose name palisade does not write stays.
+    """
+    garbage: Garbage = {kind: [] for kind in KINDS}
     for file in listed:
         kind = file.inside[0]
         if file.at >= before:
             continue
         if file.place.name.startswith(TEMPORARY):
-            found["temporary"].append(file)
+            garbage["temporary"].append(file)
         elif kind in ("states", "outcomes"):
-            digests = pointed.states if kind == "states" else pointed.outcomes
+            digests = needed.states if kind == "states" else needed.outcomes
             if file.place.name.endswith(".safetensors") and file.place.stem not in digests:
-                found[kind].append(file)
-        elif kind == "features" and not _needed(file, pointed, trunks):
-            found[kind].append(file)
-    return found
+                garbage[kind].append(file)
+        elif kind == "features" and not _is_needed(file, needed, trunks):
+            garbage[kind].append(file)
+    return garbage
 
 
-def _needed(file: StoredFile, pointed: Needed, trunks: Collection[str]) -> bool:
-    """A feature file is needed from its site's first needed offset on, under every trunk that a version has."""
+def _is_needed(file: StoredFile, needed: Needed, trunks: Collection[str]) -> bool:
+    """Returns True if the file has offsets that its site still needs, under the trunk of any version."""
     _, trunk, folder, *_ = (*file.inside, "", "")
     span, site = offset_range(file.place), folder.removeprefix("site=")
     if span is None or not folder.startswith("site="):
         return True
-    return trunk in trunks and site in pointed.features and span[1] > pointed.features[site]
+    return trunk in trunks and site in needed.features and span[1] > needed.features[site]
 
 
-def _show(terminal: Terminal, found: Garbage, what: str) -> int:
-    counts = {k: {"files": len(v), "bytes": sum(f.size for f in v)} for k, v in found.items()}
+def _show(terminal: Terminal, garbage: Garbage, what: str) -> int:
+    counts = {k: {"files": len(v), "bytes": sum(f.size for f in v)} for k, v in garbage.items()}
     rows = [[k, c["files"], f"{c['bytes'] / 2**20:.1f}"] for k, c in counts.items()]
     total = sum(c["files"] for c in counts.values()), sum(c["bytes"] for c in counts.values())
     terminal.result(
@@ -107,7 +112,7 @@ def _show(terminal: Terminal, found: Garbage, what: str) -> int:
             "files": total[0],
             "bytes": total[1],
             **counts,
-            "names": {k: ["/".join(f.inside) for f in v[:SAMPLES]] for k, v in found.items()},
+            "names": {k: ["/".join(f.inside) for f in v[:SAMPLES]] for k, v in garbage.items()},
         },
         table(what, ["kind", "files", "MiB"], rows),
         f"{total[0]} files, {total[1] / 2**20:.1f} MiB {what}",

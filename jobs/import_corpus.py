@@ -1,4 +1,4 @@
-"""``palisade import``: a labelled corpus from its own layout into ``data.corpora``."""
+"""``palisade import``: reads a labelled corpus from its own layout into ``data.corpora``."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ LABELLED, RENDERED = "pipeline.data.corpora", "pipeline.simulate.corpora"
 def import_corpus(
     config: Config, terminal: Terminal, *, kind: str, root: Path | None, domain: str | None
 ) -> int:
-    """Import one corpus, replacing nothing: an existing domain is an error."""
-    if kind not in kinds():
-        raise ValueError(f"kind: {kind!r}; allowed: {', '.join(sorted(kinds()))}")
-    if root is None and not kinds()[kind].startswith(RENDERED):
+    """Imports one corpus; an existing domain is an error, never replaced."""
+    modules = kinds()
+    if kind not in modules:
+        raise ValueError(f"kind: {kind!r}; allowed: {', '.join(sorted(modules))}")
+    if root is None and not modules[kind].startswith(RENDERED):
         raise ValueError(
             f"import {kind}: the folder of the data set is missing; write `palisade import {kind} FOLDER`"
         )
@@ -34,42 +35,36 @@ def import_corpus(
     out = Path(config.data.corpora) / name
     if out.exists():
         raise ValueError(f"{out}: exists; choose another --domain or remove the folder")
-    made = import_into(config, terminal, kind=kind, root=root, name=name)
+    corpus = import_into(config, terminal, kind=kind, root=root, name=name)
     rows = [
-        [
-            split,
-            made.rows[split],
-            made.bona_fide[split],
-            made.rows[split] - made.bona_fide[split],
-            len(made.species[split]),
-        ]
-        for split in made.rows
+        [split, n, corpus.bona_fide[split], n - corpus.bona_fide[split], len(corpus.species[split])]
+        for split, n in corpus.rows.items()
     ]
     shown = table(
-        f"{name} ({kind}, {made.size} px) in {out}",
+        f"{name} ({kind}, {corpus.size} px) in {out}",
         ["split", "samples", "bona fide", "attacks", "species"],
         rows,
     )
     refused = (
-        f"{made.rejected} items refused; reasons in {out / 'quarantine.parquet'}"
-        if made.rejected
+        f"{corpus.rejected} items refused; reasons in {out / 'quarantine.parquet'}"
+        if corpus.rejected
         else "nothing refused"
     )
-    terminal.result({"domain": name, "path": str(out), **vars(made)}, shown, refused)
+    terminal.result({"domain": name, "path": str(out), **vars(corpus)}, shown, refused)
     return Exit.DONE
 
 
 def import_into(
     config: Config, terminal: Terminal, *, kind: str, root: Path | None, name: str
 ) -> CorpusManifest:
-    """Import ``root`` as the domain ``name`` with a progress bar."""
+    """Imports the data set below ``root`` as the domain ``name`` and shows the progress."""
     out = Path(config.data.corpora) / name
     with terminal.progress(f"import {name}", "items") as advance:
         return read_into(kind, root, out, domain=name, size=config.data.frame_px, progress=advance)
 
 
 def kinds() -> dict[str, str]:
-    """Name → module of every corpus that can be imported: the two folders are the registry."""
+    """Returns the module of every importable corpus by kind: the files of two folders are the list."""
     packages = [importlib.import_module(name) for name in (LABELLED, RENDERED)]
     return {m.name: f"{p.__name__}.{m.name}" for p in packages for m in pkgutil.iter_modules(p.__path__)}
 
@@ -83,9 +78,9 @@ def read_into(
     size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> CorpusManifest:
-    """Read the data set of ``kind`` below ``root`` into the corpus folder ``out``; progress gets (done, total).
+    """Reads the data set of ``kind`` below ``root`` into the folder ``out``; progress gets (done, total).
 
-    ``out`` is the domain's own folder; it must not exist. A rendered kind needs no ``root``.
+    ``out`` is the folder of the domain and must not exist. A rendered kind needs no ``root``.
     """
     from pipeline.data.corpora import CorpusError, write_corpus
 

@@ -1,7 +1,7 @@
-"""``palisade pretrain``: rendered presentations → a fit that source training may begin from (``source.start``).
+"""``palisade pretrain``: fits a model on rendered faces, a start for source training (``source.start``).
 
-What pre-training on photographs is to a large trunk, rendered faces are to the small one: it sees every species of attack
-under a thousand rigs before it meets the labelled domains. Nothing real is read.
+It does for the small trunk what pre-training on photographs does for a large one: the trunk sees every PAI
+species under a thousand sensor rigs before it sees the labelled domains. No real data is read.
 """
 
 from __future__ import annotations
@@ -26,36 +26,40 @@ if TYPE_CHECKING:
 
 DOMAIN = "rendered"
 STEPS = 800
-EVERY = 20  # steps between two looks of the progress bar
+EVERY = 20  # steps between two updates of the progress bar
 
 
 def pretrain(config: Config, terminal: Terminal) -> int:
-    """Make the fit, or find it made."""
+    """Makes the fit, or finds it stored, and shows its folder."""
     path = pretrained(config, terminal)
-    terminal.result({"start": str(path)}, f"{path}\nbegin from it: palisade train source.start={path}")
+    terminal.result({"start": str(path)}, f"{path}\nstart from it: palisade train source.start={path}")
     return Exit.DONE
 
 
 def pretrained(config: Config, terminal: Terminal) -> Path:
-    """The folder of the fit for this model, frame size and schedule."""
+    """Returns the folder of the fit for this model, frame size and schedule; makes a missing fit."""
     folder = Path(config.data.corpora) / DOMAIN
     if not (folder / "manifest.json").exists():
         import_into(config, terminal, kind="rendered", root=None, name=DOMAIN)
     if (size := read_manifest(folder).size) != config.data.frame_px:
+        px = config.data.frame_px
         raise ValueError(
-            f"data.frame_px: {config.data.frame_px}, but {folder} was imported at {size}; remove it to render anew"
+            f"data.frame_px: {px}, but {folder} was imported at {size}; remove it to render anew"
         )
     shared = {k: v for k, v in config.source.model_dump().items() if k in Schedule.model_fields}
     method = method_config("source", "erm").model_validate(
         {**shared, "kind": "erm", "steps": STEPS, "seed": 0, "start": None}
     )
     model = config.model.model_copy(update={"tail": config.model.tail.model_copy(update={"head": "radial"})})
-    given = [method.model_dump(), model.model_dump(), config.data.frame_px, read_manifest(folder).digest]
-    out = config.folder("starts", hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16])
+    inputs = [method.model_dump(), model.model_dump(), config.data.frame_px, read_manifest(folder).digest]
+    out = config.folder(
+        "starts", hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    )
     if out.exists():
         return out
     corpus = read_corpus(folder, ("train",))
-    task = fits.Task(method, model, config.data.frame_px)  # pyright: ignore[reportArgumentType]  # method files are found by name
+    # the method's class is found by its name, so its type is not known here
+    task = fits.Task(method, model, config.data.frame_px)  # pyright: ignore[reportArgumentType]
     with threads(config.cluster.cpus), terminal.progress("pretrain", "steps") as advance:
         state = fits.begin(task, domains=1)
         fits.advance(state, [corpus], until=STEPS, every=EVERY, report=lambda s, _: advance(s.step, STEPS))

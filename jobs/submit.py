@@ -1,4 +1,4 @@
-"""``palisade submit``: run any job on a Ray cluster through the Jobs API, once per id; or render the manifests."""
+"""``palisade submit``: runs any job on a Ray cluster through the Jobs API, once per submission id."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def submit(
     wait: bool,
     render: Path | None,
 ) -> int:
-    """Submit ``job``; what is already there is named with its status and not submitted again.
+    """Submits ``job`` once: a job that the cluster already has under this id is shown, not submitted again.
 
-    With ``wait`` the job's log is followed and its exit code returned, also when an earlier call submitted it.
+    With ``wait`` the job's log is followed and its exit code returned, also if an earlier call submitted the
+    job.
     """
     if render is not None:
         return _render(config, terminal, render)
@@ -39,16 +40,22 @@ def submit(
     check_paths(config)
 
     chosen = submission_id or cluster.submission_id(config, job, datetime.now(UTC).date())
-    found = cluster.submit(config, job, address=address, id=chosen)
-    if found.existed:
-        terminal.say(f"{chosen} is already there: {found.status}; --id NAME submits another")
+    submitted = cluster.submit(config, job, address=address, id=chosen)
+    if submitted.existed:
+        status = submitted.status
+        terminal.say(f"{chosen} is already there: {status}; --id NAME submits another")
     if wait:
-        found = cluster.follow(address, chosen, lambda text: terminal.err.print(text, end="", markup=False))
-    result = {"id": chosen, "status": found.status, "existed": found.existed, "exit_code": found.exit_code}
-    terminal.result(result, f"{chosen}: {found.status}" + (f", exit code {found.exit_code}" if wait else ""))
+        submitted = cluster.follow(
+            address, chosen, lambda text: terminal.err.print(text, end="", markup=False)
+        )
+    code = submitted.exit_code
+    terminal.result(
+        {"id": chosen, "status": submitted.status, "existed": submitted.existed, "exit_code": code},
+        f"{chosen}: {submitted.status}" + (f", exit code {code}" if wait else ""),
+    )
     if not wait:
         return Exit.DONE
-    return Exit.INFRASTRUCTURE if found.exit_code is None else found.exit_code
+    return Exit.INFRASTRUCTURE if code is None else code
 
 
 def _render(config: Config, terminal: Terminal, folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""``palisade train``: labelled corpora → a source model, its sealed anchor set, its lineage."""
+"""``palisade train``: fits a source model on labelled corpora, seals its anchor set, records its lineage."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from pipeline.models import checkpoint
 from pipeline.revision import code_revision
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from jobs.terminal import Terminal
     from pipeline.config import Config
-    from pipeline.ledger import SourceRow
+    from pipeline.ledger import Ledger, SourceRow
+    from pipeline.lineage import Run
     from pipeline.models.checkpoint import SourceModel
+    from pipeline.storage import Place
 
 
 def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
-    """Fit, seal the anchor set, register. A repeated call with equal data and config finds the finished model."""
-    from pipeline.cluster import train as cluster_train
+    """Fits and registers a source model; with equal data and configuration it finds the first one again."""
+    from pipeline.cluster.train import started
 
     folders = corpora(config)
     ledger = open_ledger(config)
     digests = {p.name: read_manifest(p).digest for p in folders}
-    start = cluster_train.started(config.source.start)
-    key = hashlib.sha256(
-        json.dumps([config.fingerprint(), digests, *start], sort_keys=True).encode()
-    ).hexdigest()[:12]
-    name = f"{config.source.kind}-{key}"
+    start = started(config.source.start)
+    name = _name(config, digests, start)
     lineage = Lineage.open(config.lineage, code_revision=code_revision())
     tags = {
         "fingerprint": config.fingerprint(),
@@ -43,32 +45,12 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
     with lineage.run("train", name, params=flat(config.model_dump(mode="json")), tags=tags, key=name) as run:
         path = config.place("models", name)
         if not checkpoint.exists(path):
-            with (
-                connected(config.cluster),
-                terminal.progress(f"train {config.source.kind}", "steps") as advance,
-            ):
-                result = cluster_train.train(
-                    config,
-                    folders,
-                    storage=config.folder("train"),
-                    run_name=name,
-                    out=path,
-                    on_progress=advance,
-                )
-            run.history({f"loss.{term}": curve for term, curve in result.history.items()})
+            _fit(config, terminal, run, folders, name, path)
         model = checkpoint.load(path)
         run.metrics(model.manifest.metrics)
         with checkpoint.local_folder(path) as local:
             run.artifact(local, folder="model")
-        facts = model.manifest.model_dump(mode="json")
-        version = ledger.sources.add(
-            model.manifest.digest,
-            trunk=model.manifest.trunk_digest,
-            path=str(path),
-            manifest=facts,
-            lineage=run.id,
-            now=now(),
-        )
+        version = _add_version(ledger, model, path, run)
         build_and_seal(config, ledger, model, terminal)
         with checkpoint.local_folder(path) as local:
             registered = lineage.register_source(
@@ -81,16 +63,46 @@ def train(config: Config, terminal: Terminal, *, champion: bool) -> int:
             )
         if champion:
             ledger.sources.set_champion(version, now=now())
-        crowned = ledger.sources.champion().version
-        lineage.set_alias("champion" if crowned == version else "challenger", registered.version)
-    _show(terminal, model, ledger.sources.get(version), champion=crowned == version)
+        is_champion = ledger.sources.champion().version == version
+        lineage.set_alias("champion" if is_champion else "challenger", registered.version)
+    _show(terminal, model, ledger.sources.get(version), champion=is_champion)
     return Exit.DONE
+
+
+def _name(config: Config, digests: Mapping[str, str], start: Sequence[str]) -> str:
+    """Returns the name of the model, which is the same for equal configuration, data and start."""
+    identity = json.dumps([config.fingerprint(), digests, *start], sort_keys=True)
+    return f"{config.source.kind}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def _fit(config: Config, terminal: Terminal, run: Run, folders: list[Path], name: str, path: Place) -> None:
+    """Fits the model into ``path`` on Ray Train and records its losses."""
+    from pipeline.cluster import train as cluster_train
+
+    with connected(config.cluster), terminal.progress(f"train {config.source.kind}", "steps") as advance:
+        result = cluster_train.train(
+            config, folders, storage=config.folder("train"), run_name=name, out=path, on_progress=advance
+        )
+    run.history({f"loss.{term}": curve for term, curve in result.history.items()})
+
+
+def _add_version(ledger: Ledger, model: SourceModel, path: Place, run: Run) -> int:
+    """Registers the model in the ledger and returns its version."""
+    return ledger.sources.add(
+        model.manifest.digest,
+        trunk=model.manifest.trunk_digest,
+        path=str(path),
+        manifest=model.manifest.model_dump(mode="json"),
+        lineage=run.id,
+        now=now(),
+    )
 
 
 def _show(terminal: Terminal, model: SourceModel, row: SourceRow, *, champion: bool) -> None:
     m = model.manifest
     rows = [[name, percent(value)] for name, value in sorted(m.metrics.items())]
     role = "champion" if champion else "challenger"
+    title = f"source v{row.version} ({role}): {m.method} on {', '.join(m.domains)}"
     terminal.result(
         {
             "version": row.version,
@@ -100,10 +112,6 @@ def _show(terminal: Terminal, model: SourceModel, row: SourceRow, *, champion: b
             "threshold": m.threshold,
             "metrics": m.metrics,
         },
-        table(
-            f"source v{row.version} ({role}): {m.method} on {', '.join(m.domains)}",
-            ["source validation", "%"],
-            rows,
-        ),
+        table(title, ["source validation", "%"], rows),
         f"threshold {m.threshold:.4f} at the source-validation EER; model in {row.path}",
     )

@@ -92,7 +92,7 @@ class Fleet:
         os.utime(path, (self.now.timestamp(),) * 2)
 
     def collect(self, *, keep: int = 5, grace: float = 24.0) -> gc.Garbage:
-        found = gc.garbage(
+        found = gc.list_garbage(
             self.config, self.ledger, at=self.now, keep=timedelta(days=keep), grace=timedelta(hours=grace)
         )
         for kind in gc.KINDS:
