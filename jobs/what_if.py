@@ -1,33 +1,19 @@
-"""``palisade replay``: the recorded streams again under other settings, beside the present ones. Nothing is recorded.
-
-Every site starts from the source model, as its first cycle did, and is fed its whole stored stream since then in one go:
-predict, then learn. A verdict is that of the state at the end, with the source model as champion and fresh evidence.
-"""
+"""``palisade replay``: the recorded streams again under other settings, beside the present ones. Nothing is recorded."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from jobs.terminal import Exit, percent, table
 from pipeline.control import whatif
 from pipeline.control.deployment import open_ledger, source_model
-from pipeline.control.judge import Window, features_of, judge, slot_of, stream_scores
-from pipeline.control.scoring import site_labels
-from pipeline.data.anchor import open_sealed
-from pipeline.data.blobs import BadBlob
-from pipeline.data.features import read_features
-from pipeline.ledger import LedgerError
-from pipeline.models import checkpoint
-from pipeline.site import bank
+from pipeline.control.replay import replay_sites
 from pipeline.storage import write_atomic
-from pipeline.types import Features
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,12 +22,6 @@ if TYPE_CHECKING:
 
     from jobs.terminal import Terminal
     from pipeline.config import Config
-    from pipeline.data.anchor import AnchorSet
-    from pipeline.data.features import FeatureBlock
-    from pipeline.guards import Evidence, Verdict
-    from pipeline.ledger import Ledger, SiteRow, SourceRow
-    from pipeline.models.checkpoint import SourceModel
-    from pipeline.site.contract import SiteMethod, State
 
 SECTIONS = ("site", "bank")  # what a what-if may change
 SHOWN = 40
@@ -55,14 +35,6 @@ COLUMNS = {  # heading → what of both sides stands there, and how
     "max APCER %": ("max_apcer", percent),
     "verdict": ("verdict", str),
 }
-UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    pa.ArrowException,
-)  # BadBlob, and columns of another kind
-STRIDE = 32  # steps between two signs of progress
 FORMATS = (".parquet", ".json")
 REAL, COUNT, TEXT = pa.float64(), pa.int64(), pa.string()
 SINGLE = {
@@ -89,14 +61,6 @@ PAIRS = {
 SIDES = ("now", "what_if")
 
 
-class Recording(NamedTuple):
-    """What is stored of one site."""
-
-    row: SiteRow
-    block: FeatureBlock
-    truth: whatif.Truth
-
-
 def replay(
     config: Config, what_if: Config, terminal: Terminal, *, sites: Sequence[str], out: Path | None
 ) -> int:
@@ -108,7 +72,7 @@ def replay(
     if not rows:
         raise ValueError("no site is registered; run `palisade ingest` first")
     source = source_model(ledger)
-    differences, failed = _compared(config, what_if, ledger, source, rows, terminal)
+    differences, failed = replay_sites(config, what_if, ledger, source, rows, terminal)
     told = {
         "changed": whatif.changed_settings(
             *(c.model_dump(mode="json", include=set(SECTIONS)) for c in (config, what_if))
@@ -124,145 +88,6 @@ def replay(
     if not differences:
         return Exit.HOLD
     return Exit.GUARD_FAILED if any(d.worse_verdict for d in differences) else Exit.DONE
-
-
-def _compared(
-    config: Config,
-    what_if: Config,
-    ledger: Ledger,
-    source: SourceRow,
-    rows: Sequence[SiteRow],
-    terminal: Terminal,
-) -> tuple[list[whatif.Difference], dict[str, str]]:
-    """(sites worst first, reason by site of those that could not be replayed)."""
-    torch.set_num_threads(1)  # as the shards compute
-    model = checkpoint.load(source.path)
-    anchor = _anchor(config, ledger, source, terminal)
-    for c in (config, what_if):
-        cast("SiteMethod", c.site).init(
-            model.tail
-        )  # a method that cannot start says so before anything is computed
-    total, done = 2 * sum(s.good for r in rows for s, _ in ledger.streams.segments(r.site)), 0
-    size = max(config.bank.slots, what_if.bank.slots)
-    found: list[whatif.Difference] = []
-    failed: dict[str, str] = {}
-
-    def count(samples: int) -> None:
-        nonlocal done
-        done += samples
-        advance(done, max(done, total))
-
-    with terminal.progress("replay", "samples") as advance:
-        for start in range(0, len(rows), size):
-            part: list[Recording] = []
-            for row in rows[start : start + size]:
-                try:
-                    part.append(_recording(config, ledger, model, row))
-                except UNREADABLE as e:
-                    failed[row.site] = " ".join(str(e).split())[:300]
-            now = _replayed(config, model, anchor, part, slots=len(rows), on_samples=count)
-            then = _replayed(what_if, model, anchor, part, slots=len(rows), on_samples=count)
-            found += [
-                whatif.compare_site(r.row.site, a, b, r.truth, model.manifest.threshold)
-                for r, a, b in zip(part, now, then, strict=True)
-            ]
-    for site, reason in failed.items():
-        terminal.say(f"warning: {site}: not replayed: {reason}")
-    return whatif.worst_first(found), failed
-
-
-def _anchor(config: Config, ledger: Ledger, source: SourceRow, terminal: Terminal) -> AnchorSet | None:
-    try:
-        digest = ledger.verdicts.anchor(source.trunk)
-    except LedgerError as e:
-        terminal.say(f"warning: no verdicts: {e}")
-        return None
-    return open_sealed(config.place("anchors"), digest)
-
-
-def _recording(config: Config, ledger: Ledger, model: SourceModel, row: SiteRow) -> Recording:
-    """The samples that have features of this source model, all of them or BadBlob, with their sealed labels."""
-    manifest = model.manifest
-    block = read_features(
-        config.place("features"),
-        manifest.trunk_digest,
-        row.site,
-        start=0,
-        end=row.ingested,
-        features=manifest.config.trunk.features,
-    )
-    if not len(block):
-        raise BadBlob("no stored features of this source model; run `palisade ingest` first")
-    first = int(block.offset[0])
-    want = sum(s.good for s, _ in ledger.streams.segments(row.site) if s.base_offset + s.rows > first)
-    if len(block) != want:
-        raise BadBlob(f"{len(block)} of the {want} samples since offset {first} have features; ingest again")
-    known = site_labels(config.data.sealed, row.site)
-    found = [known.get(str(s), (-1, "unknown")) for s in block.sample_id]
-    truth = whatif.Truth(np.array([k[0] for k in found]), np.array([k[1] for k in found], np.str_))
-    return Recording(row, block, truth)
-
-
-def _replayed(
-    config: Config,
-    model: SourceModel,
-    anchor: AnchorSet | None,
-    recordings: Sequence[Recording],
-    *,
-    slots: int,
-    on_samples: Callable[[int], None],
-) -> list[whatif.ReplayedSite]:
-    """Every recording from the source model's own state, ``bank.slots`` at a time; at most ``slots`` are needed."""
-    method = cast("SiteMethod", config.site)
-    fresh = method.init(model.tail)
-    found: list[whatif.ReplayedSite] = []
-    for start in range(0, len(recordings), config.bank.slots):
-        part = recordings[start : start + config.bank.slots]
-        states, traces = _run(config, model, fresh, part, min(config.bank.slots, slots), on_samples)
-        windows = [Window(r.row, r.block, fresh, fresh, None, None, 0.0) for r in part]
-        judged = _judged(config, model, anchor, windows, states, traces) if anchor else []
-        verdicts = [verdict for _, verdict in judged] or [None] * len(part)
-        found += [
-            whatif.ReplayedSite(trace, bank.distance(model.tail, states, k), verdict)
-            for k, (trace, verdict) in enumerate(zip(traces, verdicts, strict=True))
-        ]
-    return found
-
-
-def _judged(
-    config: Config,
-    model: SourceModel,
-    anchor: AnchorSet,
-    windows: Sequence[Window],
-    states: State,
-    traces: Sequence[bank.Trace],
-) -> list[tuple[Evidence, Verdict]]:
-    scored = [
-        stream_scores(model, w, slot_of(states, k), features_of(w.block)) for k, w in enumerate(windows)
-    ]
-    return judge(config, model, anchor, windows, states, traces, scored=scored)
-
-
-def _run(
-    config: Config,
-    model: SourceModel,
-    fresh: State,
-    part: Sequence[Recording],
-    slots: int,
-    on_samples: Callable[[int], None],
-) -> tuple[State, list[bank.Trace]]:
-    """``bank.run`` in strides of whole batches, which changes no bit and shows how far it is."""
-    method, batch = cast("SiteMethod", config.site), config.bank.batch_size
-    streams = [features_of(r.block) for r in part]
-    states = bank.stack([fresh for _ in part])
-    parts: list[list[bank.Trace]] = [[] for _ in part]
-    for start in range(0, max(len(s.z) for s in streams), batch * STRIDE):
-        here = [Features(*(t[start : start + batch * STRIDE] for t in s)) for s in streams]
-        states, traces = bank.run(method, model.tail, states, here, batch=batch, slots=slots)
-        for kept, trace in zip(parts, traces, strict=True):
-            kept.append(trace)
-        on_samples(sum(len(h.z) for h in here))
-    return states, [bank.Trace(*map(torch.cat, zip(*p, strict=True))) for p in parts]
 
 
 def _write(path: Path, told: dict[str, object]) -> None:

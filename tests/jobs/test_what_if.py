@@ -472,7 +472,7 @@ def test_a_broken_feature_file_of_a_site_stops_nobody(deployment, whole, capsys,
 
 
 def test_how_often_progress_is_shown_changes_no_bit(recorded, whole, monkeypatch, capsys):
-    monkeypatch.setattr("jobs.what_if.STRIDE", 1)
+    monkeypatch.setattr("pipeline.control.replay.STRIDE", 1)
     assert recorded.run("replay", *WARM) == 0
     assert {r["site"]: r for r in printed(capsys)["sites"]} == whole
 
