@@ -22,12 +22,13 @@ from pipeline.revision import code_revision
 from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from jobs.terminal import Terminal
     from pipeline.cluster.search import Trial
     from pipeline.config import Config
+    from pipeline.lineage import Value
 
 SEARCHED = {  # section → metric that trials are judged by, heading of their table
     "site": ("online_hter", "online HTER on"),
@@ -85,7 +86,7 @@ def _check(config: Config, what: str) -> None:
             raise ValueError(f"search.{key}.{name}: no such setting of {kind}; allowed: {', '.join(allowed)}")
 
 
-def _site_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[str, object]]:
+def _site_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[str, Value]]:
     """Replays the development sites under sampled settings; returns trials, the best first, and tags."""
     from pipeline.cluster.search import Stream, search
     from pipeline.control.judge import features_of
@@ -116,7 +117,7 @@ def _site_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[
     return trials, {"source.version": source.version, "sites": ",".join(config.search.sites)}
 
 
-def _source_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[str, object]]:
+def _source_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[str, Value]]:
     """Fits under sampled settings, each domain held out in turn; returns trials, the best first, and tags."""
     folders = corpora(config)
     with connected(config.cluster), terminal.progress("tune source", "trials") as advance:
@@ -126,7 +127,9 @@ def _source_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dic
     return trials, {f"data.{p.name}": read_manifest(p).digest for p in folders}
 
 
-def _record(config: Config, what: str, trials: Sequence[Trial], tags: dict[str, object], path: Path) -> None:
+def _record(
+    config: Config, what: str, trials: Sequence[Trial], tags: Mapping[str, Value], path: Path
+) -> None:
     """Writes an MLflow run of the search with the fragment ``path``, and one run below it for every trial."""
     metric, _ = SEARCHED[what]
     lineage = Lineage.open(config.lineage, code_revision=code_revision())
