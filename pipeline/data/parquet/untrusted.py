@@ -130,8 +130,8 @@ def _open_regular(path: Place, limits: Limits) -> Iterator[tuple[IO[bytes] | pa.
             raise BadParquet("is no regular file")
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            if size > limits.frame_px:
-                raise BadParquet(f"has {size} bytes, allowed {limits.frame_px}")
+            if size > limits.size:
+                raise BadParquet(f"has {size} bytes, allowed {limits.size}")
             if size < 12:
                 raise BadParquet("is no Parquet file")
             file.seek(0)
@@ -171,8 +171,8 @@ def _parse_footer(data: bytes, limits: Limits, size: int) -> _Footer:
     if any(start < end for (_, end), (start, _) in pairwise(spans)):
         raise BadParquet("has columns that share bytes")
     unpacked = sum(c.unpacked for _, chunks in footer.groups for c in chunks)
-    if unpacked > limits.frame_px:
-        raise BadParquet(f"unpacks to {unpacked} bytes, allowed {limits.frame_px}")
+    if unpacked > limits.size:
+        raise BadParquet(f"unpacks to {unpacked} bytes, allowed {limits.size}")
     return footer
 
 
@@ -261,8 +261,8 @@ def _check_pages(data: bytes, footer: _Footer, limits: Limits) -> None:
                 pages, unpacked = pages + 1, unpacked + size
                 if at > chunk.start + chunk.packed or left < 0 or pages > MAX_PAGES:
                     raise BadParquet("has pages that do not fit its footer")
-                if unpacked > limits.frame_px:
-                    raise BadParquet(f"unpacks to more than {limits.frame_px} bytes")
+                if unpacked > limits.size:
+                    raise BadParquet(f"unpacks to more than {limits.size} bytes")
 
 
 def _page(header: thrift.Struct, rows: int) -> tuple[int, int, int]:
