@@ -1,1 +1,1 @@
-"""Rates, intervals and sequential tests: numbers in, numbers out."""
+"""Error rates, bootstrap intervals and anytime-valid tests: pure functions from arrays to numbers."""

@@ -1,9 +1,10 @@
-"""Bootstrap intervals of error rates over clusters of samples and over training seeds.
+"""Computes bootstrap intervals of error rates over clusters of samples and over training seeds.
 
-Frames of a video and videos of a subject are not independent, so whole clusters are drawn. A draw is a row of weights,
-how often each cluster was drawn, and a rate is a ratio of two weighted sums of counts per cluster: thousands of draws
-cost one matrix product. Intervals are 95 % percentile intervals; draws that lack a class are left out. Drawing clusters and
-seeds at once errs to the wide side where runs disagree sample by sample (Owen, Ann. Appl. Stat. 2007).
+Frames of one video and videos of one subject are not independent, so the bootstrap draws whole clusters. A
+draw is a row of weights (how often each cluster was drawn), and a rate is the ratio of two weighted sums of
+counts per cluster, so thousands of draws cost one matrix product. All intervals are 95 % percentile
+intervals; draws that lack a class are left out. Drawing clusters and seeds together makes the interval too
+wide rather than too narrow where runs disagree sample by sample (Owen, Ann. Appl. Stat. 2007).
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 DRAWS = 2000
-MAX_WEIGHTS = 2**21  # weights that are held at once where every sample needs one
+MAX_WEIGHTS = 2**21  # weights in memory at once where every sample needs one of its own
 
 
 class MetricError(ValueError):
-    """The arrays cannot give the number that was asked for."""
+    """Arrays from which the requested number cannot be computed; the message is one line."""
 
 
 class Interval(NamedTuple):
@@ -35,7 +36,7 @@ class Interval(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A number with its 95 % interval; NaN = not known."""
+    """A number with its 95 % interval; NaN where it is undefined."""
 
     value: float
     low: float
@@ -43,31 +44,34 @@ class Estimate(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """What one method did on one target domain: R runs (one per seed) over the same n samples."""
+    """The calls of one method on one target domain: R runs (one per seed) over the same n samples."""
 
-    wrong: NDArray[np.bool_]  # [R, n] the sample was called the other class
+    wrong: NDArray[np.bool_]  # [R, n] True where the sample was called the other class
     label: NDArray[np.int64]  # [n] 1 bona fide, 0 attack
-    cluster: NDArray[np.generic]  # [n] subject: it holds all its videos and their frames
+    cluster: NDArray[np.generic]  # [n] subject, with all its videos and their frames
 
 
 class Paired(NamedTuple):
-    """How the mean HTER of method A differs from that of B on the same samples."""
+    """Difference between the mean HTER of methods A and B on the same samples."""
 
-    difference: Estimate  # A - B; below 0: A errs less
+    difference: Estimate  # A - B; negative where A errs less
     relative: Estimate  # 1 - A / B, the share of B's error that A avoids
 
 
 def calls(score: ArrayLike, label: ArrayLike, cluster: ArrayLike, threshold: ArrayLike) -> Calls:
-    """Judge ``score`` [R, n] (or [n]) at ``threshold`` [R], which each run fixed elsewhere; a NaN score is an attack."""
+    """Returns the calls of ``score`` [R, n] (or [n]) at ``threshold`` [R]; a NaN score is called an attack.
+
+    Each run's threshold comes from other data. Raises MetricError where the shapes or the labels do not fit.
+    """
     s, y = np.atleast_2d(np.asarray(score, np.float64)), np.asarray(label, np.int64)
     t = np.broadcast_to(np.asarray(threshold, np.float64), len(s))
-    made = Calls((s >= t[:, None]) != (y == 1), y, np.asarray(cluster))
-    _check(made)
-    return made
+    result = Calls((s >= t[:, None]) != (y == 1), y, np.asarray(cluster))
+    _check(result)
+    return result
 
 
 def mean_hter(targets: Sequence[Calls], *, samples: int = DRAWS, seed: int = 0) -> Estimate:
-    """HTER of one method, the mean over ``targets`` of the mean over their runs."""
+    """Returns the HTER of one method: the mean over ``targets`` of the mean over their runs."""
     values, draws = _hters([targets], samples, seed)
     return _estimate(float(values[0]), draws[0])
 
@@ -75,9 +79,10 @@ def mean_hter(targets: Sequence[Calls], *, samples: int = DRAWS, seed: int = 0) 
 def paired_bootstrap(
     a: Sequence[Calls], b: Sequence[Calls], *, samples: int = DRAWS, seed: int = 0
 ) -> Paired:
-    """Mean HTER of method ``a`` against ``b``: the same targets in the same order, the same samples and seeds.
+    """Compares the mean HTER of method ``a`` with that of ``b`` on the same targets, samples and seeds.
 
-    Every draw takes the same clusters and the same runs for both, so what both find hard cancels out.
+    Every draw takes the same clusters and the same runs for both, so difficulty that both share cancels out.
+    Raises MetricError where the targets differ.
     """
     values, draws = _hters([a, b], samples, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -88,14 +93,14 @@ def paired_bootstrap(
 
 
 def hter_interval(calls: Calls, *, samples: int = DRAWS, seed: int = 0) -> Interval:
-    """Of the HTER of one target."""
+    """Returns the interval of the HTER on one target."""
     return Interval(*mean_hter([calls], samples=samples, seed=seed)[1:])
 
 
 def auc_interval(
     score: ArrayLike, label: ArrayLike, cluster: ArrayLike, *, samples: int = DRAWS, seed: int = 0
 ) -> Interval:
-    """Of the area under the ROC curve, ties counted half; NaN for a NaN score."""
+    """Returns the interval of the area under the ROC curve, ties counted half; NaN if any score is NaN."""
     s, y = np.asarray(score, np.float64), np.asarray(label, np.int64)
     if np.isnan(s).any():
         return Interval(float("nan"), float("nan"))
@@ -116,7 +121,7 @@ def auc_interval(
 
 
 def cluster_weights(clusters: int, samples: int, rng: np.random.Generator) -> Floats:
-    """[samples, clusters] how often each cluster is in a draw of as many clusters with replacement."""
+    """Returns [samples, clusters]: how often each cluster occurs in a draw with replacement."""
     picks = rng.integers(clusters, size=(samples, clusters)) + clusters * np.arange(samples)[:, None]
     return (
         np.bincount(picks.ravel(), minlength=samples * clusters).reshape(samples, clusters).astype(np.float64)
@@ -124,7 +129,7 @@ def cluster_weights(clusters: int, samples: int, rng: np.random.Generator) -> Fl
 
 
 def _hters(methods: Sequence[Sequence[Calls]], samples: int, seed: int) -> tuple[Floats, Floats]:
-    """Mean HTER of every method: as measured [methods], and in every draw [methods, samples]."""
+    """Returns the mean HTER of every method as measured [methods] and in every draw [methods, samples]."""
     rng = np.random.default_rng(seed)
     values: list[list[float]] = []
     draws: list[list[Floats]] = []
@@ -137,8 +142,8 @@ def _hters(methods: Sequence[Sequence[Calls]], samples: int, seed: int) -> tuple
         _, index = np.unique(same[0].cluster, return_inverse=True)
         clusters, runs = int(index.max()) + 1, len(same[0].wrong)
         weights = cluster_weights(clusters, samples, rng)
-        # A bootstrap of R units shows (R - 1) / R of their variance, which matters at three seeds; drawing R - 1 mends it
-        # (Rao and Wu, JASA 1988).
+        # A bootstrap over R runs underestimates their variance by (R - 1) / R, which matters at three seeds;
+        # drawing R - 1 of them corrects it (Rao and Wu, JASA 1988).
         picks = rng.integers(runs, size=(samples, max(1, runs - 1)))
         values.append([float(_rates(c, index, np.ones((1, clusters))).mean()) for c in same])
         draws.append(
@@ -148,13 +153,16 @@ def _hters(methods: Sequence[Sequence[Calls]], samples: int, seed: int) -> tuple
 
 
 def _rates(c: Calls, index: NDArray[np.intp], weights: Floats) -> Floats:
-    """[draws, R] HTER of every run under every row of cluster ``weights``; NaN where a class was not drawn."""
+    """Returns [draws, R], the HTER of every run under every row of cluster ``weights``.
+
+    NaN stands where a class was not drawn.
+    """
     rates: list[Floats] = []
     for label in (0, 1):
-        own = c.label == label
-        n = np.bincount(index[own], minlength=weights.shape[1])
+        of_class = c.label == label
+        n = np.bincount(index[of_class], minlength=weights.shape[1])
         errors = np.stack(
-            [np.bincount(index[own], weights=w[own], minlength=weights.shape[1]) for w in c.wrong]
+            [np.bincount(index[of_class], weights=w[of_class], minlength=weights.shape[1]) for w in c.wrong]
         )
         with np.errstate(invalid="ignore"):
             rates.append((weights @ errors.T) / (weights @ n)[:, None])

@@ -1,10 +1,14 @@
-"""Error rates of presentation attack detection after ISO/IEC 30107-3, on arrays of scores.
+"""Computes the error rates of presentation attack detection after ISO/IEC 30107-3 from arrays of scores.
 
-A score is P(bona fide); a presentation is called bona fide iff ``score >= threshold``: a NaN score is called an attack.
-APCER of a PAI species: share of its attack presentations that are called bona fide; species are never pooled under that
-name, the figure of a system is the worst species. BPCER: share of bona fide presentations called attack.
-FAR pools all attacks; it is used for the EER threshold and for HTER only. Comparisons are made in float64.
-BPCER10, 20, 100: BPCER where the worst species has APCER 10, 5, 1 %; ``*_oracle`` chooses that on the measured data itself.
+A score is P(bona fide). A presentation is called bona fide iff ``score >= threshold``, so a NaN score is
+called an attack. Comparisons are made in float64.
+
+* APCER of a PAI species: share of its attack presentations that are called bona fide. Species are never
+  pooled under this name; the figure of a system is its worst species.
+* BPCER: share of bona fide presentations that are called attacks.
+* FAR pools all attacks and serves the EER threshold and HTER only.
+* BPCER10, 20, 100: BPCER at the threshold where the worst species has APCER 10, 5, 1 %. The threshold comes
+  from development scores; ``*_oracle`` chooses it on the measured data itself.
 """
 
 from __future__ import annotations
@@ -26,14 +30,14 @@ if TYPE_CHECKING:
     Names = Sequence[str] | NDArray[np.str_]
 
 BONA_FIDE = 1
-OTHER = "other"
+OTHER = "other"  # name of the species that were merged
 HARM = 0.01  # a site is harmed where its HTER (or worst APCER) rises by more than this
-MIN_SPECIES = 30  # presentations below which a species' rate says little; such species are merged and named
+MIN_SPECIES = 30  # presentations; a species with fewer says little, so such species are merged and listed
 ABOVE_TOP = 1e-6  # a threshold this far above the top score rejects it in float32 too
 
 
 class Rate(NamedTuple):
-    """Errors of n with one-sided 95 % Clopper-Pearson bounds; ``rate`` is NaN when n is 0."""
+    """Errors of n presentations with one-sided 95 % Clopper-Pearson bounds; ``rate`` is NaN when n is 0."""
 
     errors: int
     n: int
@@ -43,7 +47,7 @@ class Rate(NamedTuple):
 
 
 class Dev(NamedTuple):
-    """Development (source-validation) scores, on which thresholds may be chosen."""
+    """Scores of the development set (source validation), on which thresholds may be chosen."""
 
     score: ArrayLike  # [n]
     label: ArrayLike  # [n]
@@ -51,7 +55,7 @@ class Dev(NamedTuple):
 
 
 class Det(NamedTuple):
-    """Detection error trade-off, by rising threshold: FAR falls from 1 to 0, FRR rises from 0 to 1."""
+    """Detection error trade-off by rising threshold: FAR falls from 1 to 0 while FRR rises from 0 to 1."""
 
     threshold: Floats
     far: Floats
@@ -60,7 +64,7 @@ class Det(NamedTuple):
 
 @dataclass(frozen=True)
 class PadReport:
-    """One evaluation at a threshold that was fixed elsewhere; ``eer`` and ``*_oracle`` choose theirs on this data."""
+    """One evaluation at a threshold from other data; ``eer`` and ``*_oracle`` choose theirs on this data."""
 
     threshold: float
     n_bona_fide: int
@@ -98,9 +102,11 @@ def report(
     samples: int = 1000,
     seed: int = 0,
 ) -> PadReport:
-    """Everything of one evaluation at ``threshold``; ``groups`` (video or subject per sample) adds bootstrap intervals.
+    """Returns every figure of one evaluation at ``threshold``.
 
-    ``dev`` adds BPCER10, 20 and 100. Numbers that a missing class makes undefined are NaN.
+    ``groups`` (the video or subject of each sample) adds bootstrap intervals, ``dev`` adds BPCER10, 20 and
+    100. A figure that a missing class makes undefined is NaN. Raises MetricError for shapes or labels that do
+    not fit.
     """
     s, y = _check(score, label)
     names, merged = merge_small(pai, y, min_species)
@@ -145,8 +151,11 @@ def report(
 
 
 def clopper_pearson(errors: ArrayLike, n: ArrayLike, *, confidence: float = 0.95) -> tuple[Floats, Floats]:
-    """Exact one-sided lower and upper bounds of a binomial rate, each at ``confidence``; 0 and 1 where n is 0."""
-    from scipy.special import betaincinv  # pyright: ignore  # an import too slow for readers of the configuration
+    """Returns the exact one-sided lower and upper bounds of a binomial rate, each at ``confidence``.
+
+    The bounds are 0 and 1 where n is 0.
+    """
+    from scipy.special import betaincinv  # pyright: ignore  # here: too slow for readers of the configuration
 
     k, m = np.broadcast_arrays(np.asarray(errors, np.float64), np.asarray(n, np.float64))
     with np.errstate(invalid="ignore"):
@@ -156,7 +165,7 @@ def clopper_pearson(errors: ArrayLike, n: ArrayLike, *, confidence: float = 0.95
 
 
 def rate(errors: int, n: int) -> Rate:
-    """A Rate with its bounds."""
+    """Returns ``errors`` of ``n`` as a Rate with its bounds."""
     lower, upper = clopper_pearson(errors, n)
     return Rate(int(errors), int(n), errors / n if n else math.nan, float(lower), float(upper))
 
@@ -164,55 +173,64 @@ def rate(errors: int, n: int) -> Rate:
 def merge_small(
     pai: Names, label: ArrayLike, minimum: int = MIN_SPECIES
 ) -> tuple[NDArray[np.str_], tuple[str, ...]]:
-    """Species per sample, those of fewer than ``minimum`` attacks renamed ``other``; and the names that were merged."""
+    """Returns the species of each sample, small ones renamed ``other``, and the names of those merged.
+
+    A species is small if it has fewer than ``minimum`` attack presentations.
+    """
     names = np.asarray(pai, dtype=np.str_)
     y = np.asarray(label)
     if names.shape != y.shape:
         raise MetricError(f"pai: {names.shape[0]} names for {y.shape[0]} labels; one per sample is needed")
-    found, count = np.unique(names[y != BONA_FIDE], return_counts=True)
-    merged = tuple(str(s) for s in found[count < minimum])
+    species, count = np.unique(names[y != BONA_FIDE], return_counts=True)
+    merged = tuple(str(s) for s in species[count < minimum])
     small = np.isin(names, merged) & (y != BONA_FIDE)
     return np.where(small, OTHER, names), merged
 
 
 def apcer_by_species(score: ArrayLike, label: ArrayLike, pai: Names, threshold: float) -> dict[str, Rate]:
-    """APCER of every PAI species among the attacks, with bounds."""
+    """Returns the APCER of every PAI species among the attacks, with its bounds."""
     s, y = _check(score, label)
     names = np.asarray(pai, dtype=np.str_)
     attack = y != BONA_FIDE
-    found, index = np.unique(names[attack], return_inverse=True)
-    n = np.bincount(index, minlength=len(found))
-    errors = np.bincount(index, weights=s[attack] >= threshold, minlength=len(found))
-    return {str(name): rate(int(errors[i]), int(n[i])) for i, name in enumerate(found)}
+    species, index = np.unique(names[attack], return_inverse=True)
+    n = np.bincount(index, minlength=len(species))
+    errors = np.bincount(index, weights=s[attack] >= threshold, minlength=len(species))
+    return {str(name): rate(int(errors[i]), int(n[i])) for i, name in enumerate(species)}
 
 
 def max_apcer(species: dict[str, Rate]) -> tuple[str, float]:
-    """The worst species and its APCER; ("", NaN) without attacks."""
+    """Returns the worst species and its APCER; ("", NaN) without attacks."""
     worst = max(species, key=lambda name: species[name].rate, default="")
     return worst, species[worst].rate if worst else math.nan
 
 
 def bpcer(score: ArrayLike, label: ArrayLike, threshold: float) -> Rate:
-    """Share of bona fide presentations called attack, with bounds."""
+    """Returns the share of bona fide presentations that are called attacks, with its bounds."""
     s, y = _check(score, label)
     real = s[y == BONA_FIDE]
     return rate(int(np.sum(~(real >= threshold))), len(real))
 
 
 def far_frr(score: ArrayLike, label: ArrayLike, threshold: float) -> tuple[float, float]:
-    """(share of all attacks called bona fide, share of bona fide called attack); NaN for a class that is missing."""
+    """Returns FAR (share of all attacks called bona fide) and FRR (share of bona fide called attack).
+
+    NaN where the class is missing.
+    """
     s, y = _check(score, label)
     accepted = s >= threshold
     return _mean(accepted[y != BONA_FIDE]), _mean(~accepted[y == BONA_FIDE])
 
 
 def hter(score: ArrayLike, label: ArrayLike, threshold: float) -> float:
-    """Half total error rate (FAR + FRR) / 2, attacks pooled."""
+    """Returns the half total error rate (FAR + FRR) / 2, attacks pooled."""
     return float(np.mean(far_frr(score, label, threshold)))
 
 
 def det_curve(score: ArrayLike, label: ArrayLike) -> Det:
-    """FAR and FRR at each distinct score as threshold and at one above all; needs both classes and finite scores."""
+    """Returns FAR and FRR with each distinct score as the threshold, and with one above all scores.
+
+    Raises MetricError unless both classes are there and all scores are finite.
+    """
     s, y = _check(score, label)
     real, attack = np.sort(s[y == BONA_FIDE]), np.sort(s[y != BONA_FIDE])
     if not len(real) or not len(attack):
@@ -229,9 +247,10 @@ def det_curve(score: ArrayLike, label: ArrayLike) -> Det:
 
 
 def eer_threshold(score: ArrayLike, label: ArrayLike) -> float:
-    """argmin |FAR - FRR|, the smaller error sum at a tie.
+    """Returns the threshold with the smallest |FAR - FRR|; at a tie the one with the smaller sum of errors.
 
-    Lies half way to the next lower score, so that rounding changes no call; where all scores are equal, on them.
+    The threshold lies half way to the next lower score, so that rounding changes no call. Where all scores
+    are equal there is no lower one and the threshold is that score. Raises MetricError as ``det_curve`` does.
     """
     curve = det_curve(score, label)
     i, t = _eer_index(curve), curve.threshold
@@ -239,7 +258,7 @@ def eer_threshold(score: ArrayLike, label: ArrayLike) -> float:
 
 
 def eer(score: ArrayLike, label: ArrayLike) -> float:
-    """(FAR + FRR) / 2 at the EER threshold of the same data: an oracle number. NaN where undefined."""
+    """Returns (FAR + FRR) / 2 at the EER threshold of the same data, an oracle; NaN where undefined."""
     try:
         curve = det_curve(score, label)
     except MetricError:
@@ -249,16 +268,19 @@ def eer(score: ArrayLike, label: ArrayLike) -> float:
 
 
 def apcer_threshold(score: ArrayLike, label: ArrayLike, pai: Names, apcer: float) -> float:
-    """The lowest threshold at which no species exceeds ``apcer``; on dev data this fixes BPCER10/20/100 honestly."""
+    """Returns the lowest threshold at which no species exceeds ``apcer``.
+
+    Applied to development data it fixes BPCER10, 20 and 100 without looking at the measured data.
+    """
     s, y = _check(score, label)
     names, attack = np.asarray(pai, dtype=np.str_), y != BONA_FIDE
     bound = -np.inf  # the highest score that must be rejected
     for name in np.unique(names[attack]):
-        own = s[attack & (names == name)]
-        allowed = int(np.floor(apcer * len(own) + 1e-9))
-        own = np.sort(own[~np.isnan(own)])[::-1]
-        if allowed < len(own):
-            bound = max(bound, own[allowed])
+        scores = s[attack & (names == name)]
+        allowed = int(np.floor(apcer * len(scores) + 1e-9))
+        scores = np.sort(scores[~np.isnan(scores)])[::-1]
+        if allowed < len(scores):
+            bound = max(bound, scores[allowed])
     if bound == -np.inf:
         return float(np.nanmin(s))
     above = s[s > bound]
@@ -266,7 +288,10 @@ def apcer_threshold(score: ArrayLike, label: ArrayLike, pai: Names, apcer: float
 
 
 def bpcer_at_apcer(score: ArrayLike, label: ArrayLike, pai: Names, apcer: float) -> float:
-    """BPCER where the worst species has APCER <= ``apcer`` on the same data: an oracle (BPCER20 for 0.05)."""
+    """Returns the BPCER where the worst species has APCER <= ``apcer`` on the same data, an oracle figure.
+
+    ``apcer`` 0.05 gives BPCER20.
+    """
     return bpcer(score, label, apcer_threshold(score, label, pai, apcer)).rate
 
 
@@ -278,9 +303,10 @@ def bpcer_at_dev(
     dev_pai: Names,
     apcer: float,
 ) -> float:
-    """BPCER where the worst species of the development set has APCER <= ``apcer`` there; NaN if it has no attack.
+    """Returns the BPCER at the threshold that gives the worst development species APCER <= ``apcer``.
 
-    APCER of the measured data may be higher: unseen species do not keep what was tuned on others.
+    NaN if the development set has no attack. APCER of the measured data may be higher, because species that
+    the development set lacks may score higher than those that the threshold was fixed on.
     """
     if not (np.asarray(dev_label) != BONA_FIDE).any():
         return math.nan
@@ -288,7 +314,10 @@ def bpcer_at_dev(
 
 
 def auc(score: ArrayLike, label: ArrayLike) -> float:
-    """P(bona fide score > attack score) + half of the ties, by mid-ranks; NaN for a missing class or a NaN score."""
+    """Returns P(bona fide score > attack score) + P(tie) / 2, by mid-ranks.
+
+    NaN where a class is missing or a score is NaN.
+    """
     s, y = _check(score, label)
     real = y == BONA_FIDE
     n, m = int(real.sum()), int((~real).sum())
@@ -300,7 +329,10 @@ def auc(score: ArrayLike, label: ArrayLike) -> float:
 
 
 def tpr_at_fpr(score: ArrayLike, label: ArrayLike, fpr: float) -> float:
-    """Largest share of bona fide accepted while at most ``fpr`` of all attacks are: an oracle. NaN where undefined."""
+    """Returns the largest share of bona fide accepted while at most ``fpr`` of all attacks are.
+
+    It is an oracle figure, because the measured data choose the threshold. NaN where undefined.
+    """
     try:
         curve = det_curve(score, label)
     except MetricError:

@@ -137,7 +137,7 @@ def test_a_move_or_another_spread_is_drift(shift):
 
 
 def test_the_hours_of_the_day_are_no_ratchet():
-    """A site that accepts 90 % by day and 40 % by night, a baseline of two weeks, then two more: 1,000 of them."""
+    """1,000 sites accept 90 % by day and 40 % by night for a baseline of two weeks, then for two more."""
     rng = np.random.default_rng(13)
     rate = np.where((np.arange(24) > 7) & (np.arange(24) < 20), 0.9, 0.4)
     found: list[float] = []
