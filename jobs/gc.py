@@ -79,8 +79,8 @@ def condemned(
     """
     garbage: Garbage = {kind: [] for kind in KINDS}
     for file in listed:
-        kind = file.inside[0]
-        if file.at >= before:
+        kind = file.parts[0]
+        if file.modified_at >= before:
             continue
         if file.place.name.startswith(TEMPORARY):
             garbage["temporary"].append(file)
@@ -95,7 +95,7 @@ def condemned(
 
 def _is_needed(file: StoredFile, needed: Needed, trunks: Collection[str]) -> bool:
     """Returns True if the file has offsets that its site still needs, under the trunk of any version."""
-    _, trunk, folder, *_ = (*file.inside, "", "")
+    _, trunk, folder, *_ = (*file.parts, "", "")
     span, site = offset_range(file.place), folder.removeprefix("site=")
     if span is None or not folder.startswith("site="):
         return True
@@ -112,7 +112,7 @@ def _show(terminal: Terminal, garbage: Garbage, what: str) -> int:
             "files": total[0],
             "bytes": total[1],
             **counts,
-            "names": {k: ["/".join(f.inside) for f in v[:SAMPLES]] for k, v in garbage.items()},
+            "names": {k: ["/".join(f.parts) for f in v[:SAMPLES]] for k, v in garbage.items()},
         },
         table(what, ["kind", "files", "MiB"], rows),
         f"{total[0]} files, {total[1] / 2**20:.1f} MiB {what}",

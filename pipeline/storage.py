@@ -1,7 +1,8 @@
-"""Where bytes lie: a folder of this machine, or an object store by URL (``s3://bucket/prefix?endpoint_override=…``).
+"""Reads, lists and atomically writes files in a local folder or in an object store named by a URL.
 
-Whatever is written appears whole or not at all: here by a temporary name, fsync and rename, in a store by one upload that
-the store makes visible when it has ended. Credentials come from the environment (or the machine's role), never from a URL.
+A store's URL looks like ``s3://bucket/prefix?endpoint_override=…``. A write appears whole or not at all:
+locally by a temporary name, fsync and rename, in a store by one upload that becomes visible when it ends.
+Credentials come from the environment or the machine's role, never from a URL.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
 SCHEMES = ("s3", "gs", "abfs", "abfss")
-TEMPORARY = ".tmp-"  # how the name of a file begins that is not whole yet
+TEMPORARY = ".tmp-"  # prefix of the name of a file that is still being written
 SECRET_IN_URL = re.compile(r"//[^/@\s]*@|[?&]\w*(?:secret|token|password|key)\w*=[^&\s'\"]*", re.IGNORECASE)
 CREDENTIAL_ERRORS = (
     "ACCESS_DENIED",
@@ -42,12 +43,15 @@ CREDENTIAL_ERRORS = (
 
 
 class StoreUnavailable(OSError):
-    """Bytes could not be read or written: one line that names the place and the next step."""
+    """Bytes that could not be read or written; the message is one line with the place and the next step."""
 
 
 @dataclass(frozen=True, order=True)
 class Remote:
-    """An object, or a prefix of objects, with those names of ``pathlib.Path`` that are used here; ``str`` is its URL."""
+    """An object or a prefix in a store, with the methods of ``pathlib.Path`` that this project uses.
+
+    ``str`` of it is its URL.
+    """
 
     scheme: str
     key: str  # bucket/…
@@ -60,7 +64,7 @@ class Remote:
         return replace(self, key=f"{self.key}/{name}")
 
     def joinpath(self, *names: str) -> Remote:
-        """Below this place."""
+        """Returns the place below this one."""
         return replace(self, key="/".join((self.key, *names)))
 
     @property
@@ -72,42 +76,42 @@ class Remote:
         return self.name.rpartition(".")[0] or self.name
 
     def exists(self) -> bool:
-        """Whether this is an object, or the prefix of one."""
+        """Returns True if this is an object or the prefix of one."""
         from pyarrow.fs import FileType
 
         with _store_errors(self):
             return self._store().get_file_info(self.key).type != FileType.NotFound
 
     def size(self) -> int:
-        """Bytes of the object; raises FileNotFoundError."""
+        """Returns the size of the object in bytes; raises FileNotFoundError."""
         return self.version()[0]
 
     def version(self) -> tuple[int, int]:
-        """See ``version``."""
+        """Returns (bytes, nanoseconds since 1970 of the last write); raises FileNotFoundError."""
         with _store_errors(self):
-            found = self._store().get_file_info(self.key)
-            if not found.is_file:
+            info = self._store().get_file_info(self.key)
+            if not info.is_file:
                 raise FileNotFoundError
-        return int(found.size), int(found.mtime_ns)
+        return int(info.size), int(info.mtime_ns)
 
     def read_bytes(self) -> bytes:
-        """The whole object; raises FileNotFoundError."""
+        """Returns the content of the object; raises FileNotFoundError."""
         with _store_errors(self), self._store().open_input_stream(self.key) as stream:
             return stream.read()
 
     @contextmanager
     def open(self, _mode: Literal["rb"], /) -> Iterator[NativeFile]:
-        """The object, to be read in parts; raises FileNotFoundError."""
+        """Opens the object for reading in parts; raises FileNotFoundError."""
         with _store_errors(self), self._store().open_input_file(self.key) as file:
             yield file
 
     def glob(self, pattern: str) -> Iterator[Remote]:
-        """Objects right below this prefix whose name matches."""
-        found = (replace(self, key=info.path) for info in self._listed(recursive=False))
-        yield from (r for r in found if fnmatch.fnmatchcase(r.name, pattern))
+        """Yields the objects directly below this prefix whose name matches ``pattern``."""
+        objects = (replace(self, key=info.path) for info in self._list(recursive=False))
+        yield from (r for r in objects if fnmatch.fnmatchcase(r.name, pattern))
 
     def unlink(self, *, missing_ok: bool = False) -> None:
-        """Delete the object."""
+        """Deletes the object; raises FileNotFoundError unless ``missing_ok``."""
         try:
             with _store_errors(self):
                 self._store().delete_file(self.key)
@@ -116,31 +120,31 @@ class Remote:
                 raise
 
     def files(self) -> Iterator[StoredFile]:
-        """Every object below this prefix."""
-        for info in self._listed(recursive=True):
-            inside = tuple(info.path.removeprefix(f"{self.key}/").split("/"))
-            yield StoredFile(replace(self, key=info.path), inside, int(info.size), info.mtime)
+        """Yields every object below this prefix."""
+        for info in self._list(recursive=True):
+            parts = tuple(info.path.removeprefix(f"{self.key}/").split("/"))
+            yield StoredFile(replace(self, key=info.path), parts, int(info.size), info.mtime)
 
     def put(self, data: bytes) -> None:
-        """Upload; nobody sees a part of it. What the store then holds must have the size that was sent."""
+        """Uploads ``data``; readers see all of it or nothing. Raises StoreUnavailable if bytes are lost."""
         with _store_errors(self):
             stream = self._store().open_output_stream(self.key)
-            stream.write(data)  # one write and no `with`: closing makes visible what was sent until then
+            stream.write(data)  # no `with`: on an error, closing would publish the part that was sent
             stream.close()
-            found = self._store().get_file_info(self.key).size
-        if found != len(data):
+            stored = self._store().get_file_info(self.key).size
+        if stored != len(data):
             raise StoreUnavailable(
-                f"{self}: the store holds {found} of {len(data)} bytes; run the same command again"
+                f"{self}: the store holds {stored} of {len(data)} bytes; run the same command again"
             )
 
-    def _listed(self, *, recursive: bool) -> list[FileInfo]:
+    def _list(self, *, recursive: bool) -> list[FileInfo]:
         from pyarrow.fs import FileSelector, FileType
 
         with _store_errors(self):
-            found = self._store().get_file_info(
+            entries = self._store().get_file_info(
                 FileSelector(self.key, allow_not_found=True, recursive=recursive)
             )
-        return [info for info in found if info.type == FileType.File]
+        return [info for info in entries if info.type == FileType.File]
 
     def _store(self) -> FileSystem:
         return _connection(self.scheme, self.key.partition("/")[0], self.query)
@@ -150,16 +154,16 @@ Place = Path | Remote
 
 
 class StoredFile(NamedTuple):
-    """A file as a listing shows it."""
+    """One entry of a listing."""
 
     place: Place
-    inside: tuple[str, ...]  # its name below what was listed, part by part
+    parts: tuple[str, ...]  # path below the listed root
     size: int  # bytes
-    at: datetime  # last written, UTC
+    modified_at: datetime  # UTC
 
 
 def place(text: str) -> Place:
-    """The place that a path (from then on absolute) or URL names; raises ValueError for a URL that cannot be one."""
+    """Returns the place that a path (made absolute) or URL names; raises ValueError for an invalid URL."""
     scheme, colon, rest = text.partition("://")
     if not colon:
         return Path(text).resolve()
@@ -168,7 +172,8 @@ def place(text: str) -> Place:
         return Path(url.path).resolve()
     if SECRET_IN_URL.search(text):
         raise ValueError(
-            "a URL that holds credentials; put them into the environment, e.g. AWS_ACCESS_KEY_ID, or use a role"
+            "a URL that holds credentials; put them into the environment, "
+            "e.g. AWS_ACCESS_KEY_ID, or use a role"
         )
     if scheme not in SCHEMES or not url.netloc:
         raise ValueError(
@@ -178,25 +183,25 @@ def place(text: str) -> Place:
 
 
 def check_place(text: str) -> str:
-    """``text`` if it names a place, for validation; raises ValueError."""
+    """Returns ``text`` if ``place`` accepts it, else raises ValueError; validates configuration fields."""
     place(text)
     return text
 
 
 def without_secrets(text: str) -> str:
-    """``text`` without what may be a secret in a URL."""
+    """Returns ``text`` with every part of a URL that may be a secret replaced by ``***``."""
     return SECRET_IN_URL.sub(
         lambda m: "//***@" if m[0].startswith("//") else m[0].partition("=")[0] + "=***", text
     )
 
 
 def size(path: Place) -> int:
-    """Bytes of a file or object; raises FileNotFoundError."""
+    """Returns the size of a file or object in bytes; raises FileNotFoundError."""
     return path.size() if isinstance(path, Remote) else path.stat().st_size
 
 
 def version(path: Place) -> tuple[int, int]:
-    """(bytes, nanoseconds since 1970 when it was written): tells a file or object from a later one of its name."""
+    """Returns (bytes, nanoseconds since 1970 of the last write), which changes when the file is replaced."""
     if isinstance(path, Remote):
         return path.version()
     info = path.stat()
@@ -204,7 +209,7 @@ def version(path: Place) -> tuple[int, int]:
 
 
 def files(root: Place) -> Iterator[StoredFile]:
-    """Every file below ``root``, in no order; nothing where there is no such place."""
+    """Yields every file below ``root`` in no particular order; nothing if ``root`` does not exist."""
     if isinstance(root, Remote):
         yield from root.files()
         return
@@ -213,16 +218,17 @@ def files(root: Place) -> Iterator[StoredFile]:
             path = Path(folder) / name
             try:
                 info = path.stat(follow_symlinks=False)
-            except FileNotFoundError:  # written or renamed meanwhile
+            except FileNotFoundError:  # deleted or renamed since the folder was read
                 continue
-            inside = path.relative_to(root).parts
-            yield StoredFile(path, inside, info.st_size, datetime.fromtimestamp(info.st_mtime, UTC))
+            parts = path.relative_to(root).parts
+            yield StoredFile(path, parts, info.st_size, datetime.fromtimestamp(info.st_mtime, UTC))
 
 
 def write_atomic(path: Place, content: bytes | Callable[[Path], object]) -> None:
-    """Put ``content``, or the file that it fills, at ``path``: readers see all of it or nothing. Raises StoreUnavailable.
+    """Writes ``content`` to ``path`` so that readers see all of it or nothing; raises StoreUnavailable.
 
-    A writer that is killed leaves at most a file whose name begins with TEMPORARY; ``palisade gc`` removes those.
+    ``content`` is bytes, or a function that fills the file at the path it gets. A writer that is killed
+    leaves at most a file whose name begins with TEMPORARY; ``palisade gc`` removes such files.
     """
     if isinstance(path, Remote):
         path.put(content if isinstance(content, bytes) else _bytes_filled_by(content))
@@ -240,9 +246,9 @@ def write_atomic(path: Place, content: bytes | Callable[[Path], object]) -> None
     except StoreUnavailable:
         raise
     except OSError as e:
-        what = os.strerror(e.errno) if e.errno else " ".join(str(e).split())[:160]
+        cause = os.strerror(e.errno) if e.errno else " ".join(str(e).split())[:160]
         raise StoreUnavailable(
-            f"{path}: cannot be written: {what}; make room or give access, then run the same command again"
+            f"{path}: cannot be written: {cause}; make room or give access, then run the same command again"
         ) from e
     finally:
         with suppress(OSError):
@@ -256,7 +262,7 @@ def _bytes_filled_by(write: Callable[[Path], object]) -> bytes:
 
 
 def _make_folder(path: Path) -> None:
-    """Make ``path`` so that a power cut does not take the folder with the file in it."""
+    """Creates ``path`` and fsyncs each parent, so that a power cut cannot lose the folder of a file."""
     if not path.is_dir():
         _make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -273,13 +279,15 @@ def _fsync(path: Path) -> None:
 
 @lru_cache(maxsize=8)
 def _connection(scheme: str, bucket: str, query: str) -> FileSystem:
-    """The store's connection of this process. A bucket that is not there would else look like an empty one."""
+    """Returns this process's connection to a bucket; raises StoreUnavailable if there is no such bucket.
+
+    Without that check a missing bucket would look like an empty one.
+    """
     import pyarrow as pa
     from pyarrow.fs import FileSystem, FileType
 
-    options = "&".join(
-        q for q in (query, "allow_delayed_open=true" if scheme == "s3" else "") if q
-    )  # small: one PUT
+    delayed = "allow_delayed_open=true" if scheme == "s3" else ""  # one PUT for a small object
+    options = "&".join(q for q in (query, delayed) if q)
     try:
         store, _ = FileSystem.from_uri(f"{scheme}://{bucket}" + (f"?{options}" if options else ""))
     except (pa.ArrowException, ValueError) as e:
@@ -295,7 +303,7 @@ def _connection(scheme: str, bucket: str, query: str) -> FileSystem:
 
 @contextmanager
 def _store_errors(remote: Remote) -> Iterator[None]:
-    """Turn what a store answers into one line; FileNotFoundError stays what it is."""
+    """Turns an error of the store into StoreUnavailable with one line; FileNotFoundError stays what it is."""
     try:
         yield
     except FileNotFoundError:
@@ -303,18 +311,19 @@ def _store_errors(remote: Remote) -> Iterator[None]:
     except StoreUnavailable:
         raise
     except OSError as e:
-        said = " ".join(str(e).split())
+        message = " ".join(str(e).split())
         place = f"{remote.scheme}://{remote.key}"
-        if "NO_SUCH_BUCKET" in said:
+        if "NO_SUCH_BUCKET" in message:
             raise StoreUnavailable(
                 f"{place}: there is no such bucket; create it, or correct ledger.artifacts"
             ) from None
-        if any(word in said for word in CREDENTIAL_ERRORS):
+        if any(word in message for word in CREDENTIAL_ERRORS):
             raise StoreUnavailable(
-                f"{place}: the store refuses these credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
-                "(or the role) of somebody who may list, read, write and delete there"
+                f"{place}: the store refuses these credentials; set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY (or the role) of somebody who may list, read, write and delete there"
             ) from None
-        cause = said.partition("AWS Error ")[2] or said
+        cause = message.partition("AWS Error ")[2] or message
         raise StoreUnavailable(
-            f"{place}: the store does not answer ({without_secrets(cause)[:120]}); check endpoint and network, then run again"
+            f"{place}: the store does not answer ({without_secrets(cause)[:120]}); "
+            "check endpoint and network, then run again"
         ) from None

@@ -331,12 +331,12 @@ def test_keys_that_are_no_segments_are_strays_with_a_line_each(fleet, tmp_path):
     )
 
 
-def test_a_bucket_of_many_sites_is_listed_at_once(fleet, tmp_path, monkeypatch):
+def test_a_bucket_of_many_sites_is_list_at_once(fleet, tmp_path, monkeypatch):
     for k in range(5):
         sent(fleet, tmp_path, f"site-{k}/segment-0.parquet", "a")
     asked = []
-    listed = Remote._listed
-    monkeypatch.setattr(Remote, "_listed", lambda self, **how: asked.append(self) or listed(self, **how))
+    listed = Remote._list
+    monkeypatch.setattr(Remote, "_list", lambda self, **how: asked.append(self) or listed(self, **how))
     monkeypatch.setattr(Remote, "version", lambda self: pytest.fail("asked for one object"))
     assert [b.size > 1000 for b in fleet.find().new] == [True] * 5
     assert asked == [fleet.captures]

@@ -166,7 +166,7 @@ def _add_objects(listing: Listing, root: Remote) -> None:
     rejected = dict[str, None]()  # one line for each folder that is none, however much is in it
     taken = set[tuple[str, str]]()
     for found in sorted(root.files()):
-        folder, *below = found.inside
+        folder, *below = found.parts
         if folder.startswith(("_", ".")) and folder != "..":
             continue
         name = found.place.name

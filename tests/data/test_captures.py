@@ -262,7 +262,9 @@ def test_pages_are_believed_over_the_footer(path: Path, monkeypatch: pytest.Monk
     )
     judge = untrusted._parse_footer  # as if the footer had lied
     monkeypatch.setattr(
-        untrusted, "_parse_footer", lambda data, limits, size: judge(data, limits._replace(size=2**40), size)
+        untrusted,
+        "_parse_footer",
+        lambda data, limits, size: judge(data, limits._replace(max_bytes=2**40), size),
     )
     with pytest.raises(BadSegment, match="unpacks to more than 1048576 bytes"):
         read(path)

@@ -145,10 +145,10 @@ def test_the_command_counts_then_deletes_then_finds_nothing(fleet, capsys):
     for _ in range(2):
         fleet.day += 10
         fleet.window(SITES, GOOD)
-    before = {f.inside for f in files(fleet.config.place())}
+    before = {f.parts for f in files(fleet.config.place())}
     assert run(fleet, "gc", "--dry-run", "--json") == 0
     counted = json.loads(capsys.readouterr().out)
-    assert {f.inside for f in files(fleet.config.place())} == before
+    assert {f.parts for f in files(fleet.config.place())} == before
     assert [c.kind for c in fleet.ledger.cycles.history()] == ["cycle"] * 2, "a dry run takes no lease"
     assert run(fleet, "gc", "--json") == 0
     told = json.loads(capsys.readouterr().out)

@@ -60,8 +60,8 @@ class Limits(NamedTuple):
     """What a file may hold: ``columns`` maps each allowed column to (physical type, logical type)."""
 
     columns: Mapping[str, tuple[str, str]]
-    rows: int
-    size: int  # bytes, both on disk and unpacked
+    max_rows: int
+    max_bytes: int  # on disk, and again unpacked
 
 
 class _Chunk(NamedTuple):
@@ -130,8 +130,8 @@ def _open_regular(path: Place, limits: Limits) -> Iterator[tuple[IO[bytes] | pa.
             raise BadParquet("is no regular file")
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            if size > limits.size:
-                raise BadParquet(f"has {size} bytes, allowed {limits.size}")
+            if size > limits.max_bytes:
+                raise BadParquet(f"has {size} bytes, allowed {limits.max_bytes}")
             if size < 12:
                 raise BadParquet("is no Parquet file")
             file.seek(0)
@@ -157,8 +157,8 @@ def _parse_footer(data: bytes, limits: Limits, size: int) -> _Footer:
         _check_keys(thrift.children(raw, 5))
         columns = _columns(thrift.children(raw, 2), limits.columns)
         rows = thrift.integer(raw, 3)
-        if not 0 <= rows <= limits.rows:
-            raise BadParquet(f"claims {rows} rows, allowed {limits.rows}")
+        if not 0 <= rows <= limits.max_rows:
+            raise BadParquet(f"claims {rows} rows, allowed {limits.max_rows}")
         groups = thrift.children(raw, 4)
         if len(groups) > MAX_ROW_GROUPS:
             raise BadParquet(f"has {len(groups)} row groups, allowed {MAX_ROW_GROUPS}")
@@ -171,8 +171,8 @@ def _parse_footer(data: bytes, limits: Limits, size: int) -> _Footer:
     if any(start < end for (_, end), (start, _) in pairwise(spans)):
         raise BadParquet("has columns that share bytes")
     unpacked = sum(c.unpacked for _, chunks in footer.groups for c in chunks)
-    if unpacked > limits.size:
-        raise BadParquet(f"unpacks to {unpacked} bytes, allowed {limits.size}")
+    if unpacked > limits.max_bytes:
+        raise BadParquet(f"unpacks to {unpacked} bytes, allowed {limits.max_bytes}")
     return footer
 
 
@@ -261,8 +261,8 @@ def _check_pages(data: bytes, footer: _Footer, limits: Limits) -> None:
                 pages, unpacked = pages + 1, unpacked + size
                 if at > chunk.start + chunk.packed or left < 0 or pages > MAX_PAGES:
                     raise BadParquet("has pages that do not fit its footer")
-                if unpacked > limits.size:
-                    raise BadParquet(f"unpacks to more than {limits.size} bytes")
+                if unpacked > limits.max_bytes:
+                    raise BadParquet(f"unpacks to more than {limits.max_bytes} bytes")
 
 
 def _page(header: thrift.Struct, rows: int) -> tuple[int, int, int]:
