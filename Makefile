@@ -49,7 +49,7 @@ demo: $(STAMP)
 	@$(BIN)/palisade demo
 
 manifests: $(STAMP)
-	@$(BIN)/palisade submit --config conf/fleet.yaml --render infra/kuberay
+	@$(BIN)/palisade manifests render infra/kuberay --config conf/fleet.yaml
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis run demo

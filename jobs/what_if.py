@@ -1,4 +1,4 @@
-"""``palisade replay``: the recorded streams again under other settings, beside the present ones. Nothing is recorded."""
+"""``palisade what-if``: the recorded streams again under other settings, beside the present ones. Nothing is recorded."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ PAIRS = {
 SIDES = ("now", "what_if")
 
 
-def replay(
-    config: Config, what_if: Config, terminal: Terminal, *, sites: Sequence[str], out: Path | None
+def what_if(
+    config: Config, changed: Config, terminal: Terminal, *, sites: Sequence[str], out: Path | None
 ) -> int:
     """Replay ``sites`` (default: all) under both configurations and show what would change."""
     if out and out.suffix not in FORMATS:
@@ -72,10 +72,10 @@ def replay(
     if not rows:
         raise ValueError("no site is registered; run `palisade ingest` first")
     source = source_model(ledger)
-    differences, failed = replay_sites(config, what_if, ledger, source, rows, terminal)
+    differences, failed = replay_sites(config, changed, ledger, source, rows, terminal)
     told = {
         "changed": whatif.changed_settings(
-            *(c.model_dump(mode="json", include=set(SECTIONS)) for c in (config, what_if))
+            *(c.model_dump(mode="json", include=set(SECTIONS)) for c in (config, changed))
         ),
         "source_version": source.version,
         "sites": [d.row() for d in differences],
