@@ -1,4 +1,4 @@
-"""``palisade demo``: the whole loop on a simulated fleet, by the same jobs that a deployment runs."""
+"""``palisade demo``: runs the whole loop on a simulated fleet with the jobs that a deployment runs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,22 @@ if TYPE_CHECKING:
 
     from jobs.terminal import Terminal
     from pipeline.config import Config
-    from pipeline.ledger import VerdictRow
+    from pipeline.ledger import Ledger, VerdictRow
     from pipeline.report.content import CycleReport, PadSummary
 
-MARK = ".palisade-demo"
+MARK = ".palisade-demo"  # file that marks the folder of a demo
 CONF = Path("conf/demo.yaml")
 SAMPLES = 900  # per domain
-TAMPERED = "terminal-gate"  # its candidate is spoilt on purpose
+PLACES = {
+    "data.corpora": "corpora",
+    "data.anchor": "anchor",
+    "data.captures": "captures",
+    "data.sealed": "sealed",
+    "data.redteam": "redteam",
+    "ledger.artifacts": "artifacts",
+    "lineage.artifacts": "mlflow-artifacts",
+}
+TAMPERED = "terminal-gate"  # the site whose candidate is spoilt on purpose
 RECKLESS = ("site.kind=tent", "site.lr=0.5")
 HASTY = ("branch-swap", "gate-ageing", "gate-oneclass", "lobby-south", "office-gate", "yard-broken")
 GUARDS = ("ceiling", "noninferiority", "trust", "influence", "labels", "modality", "collapse", "ratchet")
@@ -43,79 +52,86 @@ LOOSE = tuple(f"guards.{g}.advisory=true" for g in GUARDS)
 
 
 def demo(path: Path | None, overrides: Sequence[str], terminal: Terminal, *, out: Path) -> int:
-    """Render, train, adapt, judge, release, spoil, roll back, report."""
-    places = {
-        "data.corpora": "corpora",
-        "data.anchor": "anchor",
-        "data.captures": "captures",
-        "data.sealed": "sealed",
-        "data.redteam": "redteam",
-        "ledger.artifacts": "artifacts",
-        "lineage.artifacts": "mlflow-artifacts",
-    }
-    moved = [f"{key}={out / name}" for key, name in places.items()]
-    moved += [f"ledger.url=sqlite:///{out}/ledger.db", f"lineage.uri=sqlite:///{out}/mlflow.db"]
-    mine = [*moved, *overrides]
-    config = load(path or CONF, mine)
-    _fresh(out)
+    """Renders a fleet, trains, adapts, judges, releases, spoils, rolls back and reports."""
+    base = path or CONF
+    settings = [f"{key}={out / name}" for key, name in PLACES.items()]
+    settings += [
+        f"ledger.url=sqlite:///{out}/ledger.db",
+        f"lineage.uri=sqlite:///{out}/mlflow.db",
+        *overrides,
+    ]
+    config = load(base, settings)
+    _make_folder(out)
     started = time.monotonic()
     quiet = replace(terminal, as_json=False, out=terminal.err)
     with connected(config.cluster):
-        with _chapter(terminal, 1, "render four labelled corpora, an anchor set and day 1 of 14 sites"):
-            _render(config, out, quiet)
-        with _chapter(
-            terminal, 2, "palisade train: fit the source model with RiSe on Ray Train, seal the anchor set"
-        ):
-            train(config, quiet, champion=False)
-        with _chapter(terminal, 3, "palisade ingest: one Ray Data execution for the fleet"):
-            ingest(config, quiet)
-        with _chapter(
-            terminal, 4, f"palisade adapt --site {TAMPERED} {' '.join(RECKLESS)}: a bad candidate, on purpose"
-        ):
-            held = adapt(load(path or CONF, [*mine, *RECKLESS]), quiet, sites=[TAMPERED])
-        with _chapter(terminal, 5, "palisade cycle: adapt the fleet with MFAS-DANet, judge every candidate"):
-            cycle(config, quiet)
+        tampered = _first_day(config, load(base, [*settings, *RECKLESS]), terminal, quiet, out)
         ledger = open_ledger(config)
         first = ledger.cycles.history(kinds=("cycle",))[0].id
         with _chapter(terminal, 6, "palisade rollout plan, apply: what passed goes over the fleet in waves"):
             plan(config, quiet)
-            good = apply(config, quiet, plan_hash=ledger.plans.rollouts()[0].plan_hash, watch=True)
+            release = _apply_newest(config, ledger, quiet)
             write_report(config, ledger, first)
-        with _chapter(
-            terminal,
-            7,
-            "day 2: somebody adapts some sites with a reckless method and makes every guard advisory",
-        ):
-            with quiet.progress("render day 2", "captures") as advance:
-                simulate(out, demo_fleet(), phase=2, progress=advance)
-            loose = load(path or CONF, [*mine, *RECKLESS, *LOOSE])
-            ingest(config, quiet)
-            adapt(loose, quiet, sites=HASTY)
-            plan(loose, quiet)
-        with _chapter(
-            terminal, 8, "palisade rollout apply: the red team's presentations stop it, every site goes back"
-        ):
-            bad = apply(config, quiet, plan_hash=ledger.plans.rollouts()[0].plan_hash, watch=True)
-        with _chapter(
-            terminal, 9, "palisade cycle: the other sites as it should be; what passes waits for a release"
-        ):
-            cycle(config, quiet)
+        loose = load(base, [*settings, *RECKLESS, *LOOSE])
+        reckless = _second_day(config, loose, ledger, terminal, quiet, out)
     report = gather(config, ledger, first)
     page = write_report(config, ledger, first)
     spoilt = ledger.verdicts.find(site=TAMPERED)[0]
-    _show(terminal, report, page, spoilt=spoilt, seconds=time.monotonic() - started, base=path or CONF)
-    expected = (held, good, bad) == (Exit.GUARD_FAILED, Exit.DONE, Exit.GUARD_FAILED)
-    return Exit.DONE if expected else Exit.GUARD_FAILED
+    _show(terminal, report, page, spoilt=spoilt, seconds=time.monotonic() - started, base=base)
+    expected = (Exit.GUARD_FAILED, Exit.DONE, Exit.GUARD_FAILED)
+    return Exit.DONE if (tampered, release, reckless) == expected else Exit.GUARD_FAILED
 
 
-def _fresh(out: Path) -> None:
-    """Empty the folder of an earlier demo; never somebody's own."""
+def _make_folder(out: Path) -> None:
+    """Empties the folder of an earlier demo and no other."""
     if out.exists() and any(out.iterdir()):
         if not (out / MARK).exists():
             raise ValueError(f"{out}: is not empty and no earlier demo; choose another --out")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
+
+
+def _first_day(config: Config, reckless: Config, terminal: Terminal, quiet: Terminal, out: Path) -> int:
+    """Trains and runs the first cycle; returns the exit code of the candidate that is spoilt on purpose."""
+    with _chapter(terminal, 1, "render four labelled corpora, an anchor set and day 1 of 14 sites"):
+        _render(config, out, quiet)
+    title = "palisade train: fit the source model with RiSe on Ray Train, seal the anchor set"
+    with _chapter(terminal, 2, title):
+        train(config, quiet, champion=False)
+    with _chapter(terminal, 3, "palisade ingest: one Ray Data execution for the fleet"):
+        ingest(config, quiet)
+    command = f"palisade adapt --site {TAMPERED} {' '.join(RECKLESS)}"
+    with _chapter(terminal, 4, f"{command}: a bad candidate, on purpose"):
+        code = adapt(reckless, quiet, sites=[TAMPERED])
+    with _chapter(terminal, 5, "palisade cycle: adapt the fleet with MFAS-DANet, judge every candidate"):
+        cycle(config, quiet)
+    return code
+
+
+def _second_day(
+    config: Config, loose: Config, ledger: Ledger, terminal: Terminal, quiet: Terminal, out: Path
+) -> int:
+    """Releases candidates that no guard stopped, then runs a cycle; returns the exit code of that release."""
+    title = "day 2: somebody adapts some sites with a reckless method and makes every guard advisory"
+    with _chapter(terminal, 7, title):
+        with quiet.progress("render day 2", "captures") as advance:
+            simulate(out, demo_fleet(), phase=2, progress=advance)
+        ingest(config, quiet)
+        adapt(loose, quiet, sites=HASTY)
+        plan(loose, quiet)
+    title = "palisade rollout apply: the red team's presentations stop it, every site goes back"
+    with _chapter(terminal, 8, title):
+        code = _apply_newest(config, ledger, quiet)
+    title = "palisade cycle: adapt the other sites as usual; candidates that pass wait for a release"
+    with _chapter(terminal, 9, title):
+        cycle(config, quiet)
+    return code
+
+
+def _apply_newest(config: Config, ledger: Ledger, terminal: Terminal) -> int:
+    """Applies the newest plan and watches it to its end."""
+    return apply(config, terminal, plan_hash=ledger.plans.rollouts()[0].plan_hash, watch=True)
 
 
 def _render(config: Config, out: Path, terminal: Terminal) -> None:
@@ -139,7 +155,7 @@ def _chapter(terminal: Terminal, number: int, title: str) -> Iterator[None]:
 def _show(
     terminal: Terminal, report: CycleReport, page: Path, *, spoilt: VerdictRow, seconds: float, base: Path
 ) -> None:
-    """The fleet's table; the spoilt candidate's site shows the verdict on that candidate."""
+    """Shows the fleet's table; the tampered site shows the verdict on the spoilt candidate."""
     rows: list[list[object]] = []
     for s in report.sites:
         why = s.reasons[0] if s.verdict != "pass" and s.reasons else ""

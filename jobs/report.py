@@ -1,13 +1,13 @@
-"""``palisade report``: the HTML page of a cycle, from the ledger and the stored outcomes."""
+"""``palisade report``: writes the HTML page of a cycle from the ledger and the stored outcomes."""
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from jobs.adapt import exit_code
 from jobs.site.show import serving_name
@@ -19,6 +19,7 @@ from pipeline.control.scoring import ScoredStream, join_labels
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment
 from pipeline.data.features import mask_to_bool
+from pipeline.models.checkpoint import Manifest
 from pipeline.report.content import (
     CycleReport,
     Det,
@@ -37,7 +38,8 @@ from pipeline.revision import code_revision
 from pipeline.stats.metrics import det_curve, far_frr
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from jobs.terminal import Terminal
     from pipeline.config import Config
@@ -47,10 +49,45 @@ if TYPE_CHECKING:
 
 BINS = 48  # of the availability strip
 STEPS = 200  # points of a curve over time
+NOTES = (
+    "RiSe and MFAS-DANet are reconstructions from the papers' abstracts.",
+    "Numbers before → after are on sealed labels that no site method saw; "
+    "after is the candidate on the whole window.",
+)
+
+
+class StoredSummary(BaseModel):
+    """The counts that ``cycle`` or ``adapt`` stored in the ledger, as far as the page shows them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source_version: int
+    failed_sites: int = 0
+    passed: int = Field(default=0, alias="pass")
+    hold: int = 0
+    fail: int = 0
+    ingest_seconds: float | None = None
+    adapt_seconds: float | None = None
+
+    def stages(self) -> tuple[tuple[str, float], ...]:
+        """Returns the seconds of the stages that were measured."""
+        seconds = (("ingest", self.ingest_seconds), ("adapt", self.adapt_seconds))
+        return tuple((name, s) for name, s in seconds if s is not None)
+
+
+class SiteParts(NamedTuple):
+    """Everything that is known of one site in one cycle."""
+
+    row: SiteRow
+    verdict: VerdictRow | None
+    stream: ScoredStream | None
+    refused: int  # rows in quarantine
+    wave: int | None
+    serving: ServingRow | None
 
 
 def report(config: Config, terminal: Terminal, *, cycle: str | None) -> int:
-    """Write the page of ``cycle`` (default: the last one that adapted anything)."""
+    """Writes the page of ``cycle`` (default: the last one that adapted anything)."""
     ledger = open_ledger(config, create=False)
     finished = [c.id for c in ledger.cycles.history(kinds=("cycle", "adapt")) if c.status == "finished"]
     if not finished:
@@ -63,26 +100,23 @@ def report(config: Config, terminal: Terminal, *, cycle: str | None) -> int:
 
 
 def write_report(config: Config, ledger: Ledger, cycle: str) -> Path:
-    """Gather and write; returns the path."""
+    """Writes the page of ``cycle`` and returns its path."""
     path = config.folder("reports", f"{cycle}.html")
     write(gather(config, ledger, cycle), path)
     return path
 
 
 def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
-    """Everything the page of ``cycle`` shows."""
+    """Returns all content of the page of ``cycle``."""
     row = next(c for c in ledger.cycles.history() if c.id == cycle)
-    ran = parse(row.config, f"config of {cycle}")
-    summary = json.loads(row.summary)
-    source = ledger.sources.get(int(summary["source_version"]))
-    threshold = float(str(source.manifest["threshold"]))
+    cycle_config = parse(row.config, f"config of {cycle}")
+    summary = StoredSummary.model_validate_json(row.summary)
+    source = ledger.sources.get(summary.source_version)
+    threshold = Manifest.model_validate(source.manifest).threshold
     verdicts = {v.site: v for v in ledger.verdicts.find(cycle=cycle)}
-    sites = [s for s in ledger.streams.sites() if s.site in verdicts or s.status == "failed"]
-    joined = {site: _joined(config, source, v) for site, v in verdicts.items()}
     refused = _refused(ledger, cycle)
-    serving, release = ledger.releases.serving(), _release(ledger, verdicts)
-    waves = {s: t.wave + 1 for s, t in ledger.plans.targets(release.plan.release).items()} if release else {}
-    counts = {s.site: sum(q.site == s.site for q in refused) for s in sites}
+    release = _release(ledger, verdicts)
+    sites = _sites(config, ledger, source, verdicts, refused, release)
     return CycleReport(
         cycle_id=cycle,
         started=datetime.fromisoformat(row.started),
@@ -91,69 +125,92 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
         source_digest=source.digest,
         fingerprint=row.fingerprint,
         code_revision=code_revision(),
-        config_name=ran.lineage.experiment,
-        method=getattr(ran.site, "kind", ""),
+        config_name=cycle_config.lineage.experiment,
+        method=getattr(cycle_config.site, "kind", ""),
         threshold=threshold,
-        ceiling=ran.guards.ceiling.apcer,
-        exit_code=int(exit_code(list(verdicts.values()), failed=int(summary.get("failed_sites", 0)))),
-        exit_summary=f"{summary.get('pass', 0)} pass, {summary.get('hold', 0)} hold, {summary.get('fail', 0)} fail",
+        ceiling=cycle_config.guards.ceiling.apcer,
+        exit_code=int(exit_code(list(verdicts.values()), failed=summary.failed_sites)),
+        exit_summary=f"{summary.passed} pass, {summary.hold} hold, {summary.fail} fail",
         digests=(
             ("anchor set", ledger.verdicts.anchor(source.trunk)),
             ("trunk", source.trunk),
             ("MLflow run of the source", source.lineage),
         ),
-        sites=tuple(
-            _site(
-                s,
-                verdicts.get(s.site),
-                joined.get(s.site),
-                threshold,
-                counts[s.site],
-                waves.get(s.site),
-                ledger,
-                serving.get(s.site),
-            )
-            for s in sites
-        ),
-        det=_det([j for j in joined.values() if j], threshold),
+        sites=tuple(_site(parts, threshold, serving_name(ledger, parts.serving)) for parts in sites),
+        det=_det([s.stream for s in sites if s.stream], threshold),
         quarantine=_quarantine(refused),
         rollout=_rollout(ledger, release),
         totals=FleetTotals(
             registered=len(ledger.streams.sites()),
             idle=sum(not v.counters["samples"] for v in verdicts.values()),
             controls=release.plan.controls if release else 0,
-            stage_seconds=tuple(
-                (k.removesuffix("_seconds"), float(v)) for k, v in summary.items() if k.endswith("_seconds")
-            ),
+            stage_seconds=summary.stages(),
         ),
-        notes=(
-            "RiSe and MFAS-DANet are reconstructions from the papers' abstracts.",
-            "Numbers before → after are on sealed labels that no site method saw; after is the candidate on the whole window.",
-        ),
+        notes=NOTES,
     )
 
 
-def _joined(config: Config, source: SourceRow, verdict: VerdictRow) -> ScoredStream | None:
+def _refused(ledger: Ledger, cycle: str) -> list[Refused]:
+    """Returns the rows that were quarantined since the full cycle before this one."""
+    rows = ledger.cycles.history()
+    this = next(c for c in rows if c.id == cycle)
+    before = max((c.started for c in rows if c.kind == "cycle" and c.started < this.started), default="")
+    return [
+        q
+        for c in reversed(rows)
+        if before < c.started <= this.started
+        for q in ledger.streams.quarantined(cycle=c.id)
+    ]
+
+
+def _release(ledger: Ledger, verdicts: Mapping[str, VerdictRow]) -> Rollout | None:
+    """Returns the newest rollout that carries a candidate of this cycle."""
+    ids = {v.id for v in verdicts.values()}
+    for row in ledger.plans.rollouts():
+        if any(t.verdict_id in ids for t in ledger.plans.targets(row.id).values()):
+            return load(row)
+    return None
+
+
+def _sites(
+    config: Config,
+    ledger: Ledger,
+    source: SourceRow,
+    verdicts: Mapping[str, VerdictRow],
+    refused: Sequence[Refused],
+    release: Rollout | None,
+) -> list[SiteParts]:
+    """Returns the sites that the cycle judged and those that failed."""
+    serving = ledger.releases.serving()
+    targets = ledger.plans.targets(release.plan.release) if release else {}
+    counts = Counter(q.site for q in refused)
+    return [
+        SiteParts(
+            row,
+            verdict := verdicts.get(row.site),
+            _stream(config, source, verdict) if verdict else None,
+            counts[row.site],
+            targets[row.site].wave + 1 if row.site in targets else None,
+            serving.get(row.site),
+        )
+        for row in ledger.streams.sites()
+        if row.site in verdicts or row.status == "failed"
+    ]
+
+
+def _stream(config: Config, source: SourceRow, verdict: VerdictRow) -> ScoredStream | None:
     try:
         return join_labels(config, source, [verdict])
     except (BadBlob, BadSegment):  # the page of an old cycle outlives its features
         return None
 
 
-def _site(
-    row: SiteRow,
-    v: VerdictRow | None,
-    joined: ScoredStream | None,
-    threshold: float,
-    refused: int,
-    wave: int | None,
-    ledger: Ledger,
-    served: ServingRow | None,
-) -> SiteReport:
+def _site(parts: SiteParts, threshold: float, serving: str) -> SiteReport:
+    row, v, stream = parts.row, parts.verdict, parts.stream
     samples = int(str(v.counters["samples"])) if v else 0
     outcome = v.outcome if v else None
     status = "failed" if outcome == "fail" else "ok" if outcome == "pass" else "held"
-    if v is None or (samples == 0 and refused):
+    if v is None or (samples == 0 and parts.refused):
         status = "broken"
     return SiteReport(
         site=row.site,
@@ -163,89 +220,87 @@ def _site(
         samples=samples,
         offset_from=v.offset_from if v else row.learned,
         offset_to=v.offset_to if v else row.learned,
-        captured=_span(joined),
-        quarantined=refused,
-        availability=_availability(joined),
-        before=_pad(joined, "before", threshold),
-        after=_pad(joined, "after", threshold),
-        pseudo_labels=_pseudo(joined),
-        omega=_thin(joined.omega) if joined else np.zeros(0),
-        instability=_thin(joined.instability) if joined else np.zeros(0),
+        captured=_span(stream) if stream else None,
+        quarantined=parts.refused,
+        availability=_availability(stream) if stream else np.zeros((0, 3)),
+        before=_pad(stream, "before", threshold) if stream else None,
+        after=_pad(stream, "after", threshold) if stream else None,
+        pseudo_labels=_pseudo_labels(stream) if stream else None,
+        omega=_thin(stream.omega) if stream else np.zeros(0),
+        instability=_thin(stream.instability) if stream else np.zeros(0),
         restores=int(str(v.counters["restores"])) if v else 0,
         verdict=outcome,
         reasons=tuple([f"cluster: {row.reason}"] if row.reason else []) + (_reasons(v) if v else ()),
-        wave=wave,
-        promoted=bool(served and v and v.state and served.state == v.state),
-        serving=serving_name(ledger, served),
+        wave=parts.wave,
+        promoted=bool(parts.serving and v and v.state and parts.serving.state == v.state),
+        serving=serving,
     )
 
 
 def _reasons(v: VerdictRow) -> tuple[str, ...]:
-    verdict = v.verdict
-    first = verdict.decisive
-    every = [f"{r.guard}: {r.text}{' (advisory)' if r.advisory else ''}" for r in verdict.reasons]
-    return tuple(dict.fromkeys([first, *every] if first else every))
+    """Returns all findings of a verdict, the decisive one first."""
+    first = v.verdict.decisive
+    findings = [f"{r.guard}: {r.text}{' (advisory)' if r.advisory else ''}" for r in v.verdict.reasons]
+    return tuple(dict.fromkeys([first, *findings] if first else findings))
 
 
-def _span(joined: ScoredStream | None) -> tuple[datetime, datetime] | None:
-    if joined is None:
-        return None
-    ends = (joined.captured_at.min(), joined.captured_at.max())
+def _span(stream: ScoredStream) -> tuple[datetime, datetime]:
+    """Returns the times of the first and the last capture."""
     first, last = (
-        datetime.fromtimestamp(int(t.astype("datetime64[us]").astype(np.int64)) / 1e6, UTC) for t in ends
+        datetime.fromtimestamp(int(t.astype("datetime64[us]").astype(np.int64)) / 1e6, UTC)
+        for t in (stream.captured_at.min(), stream.captured_at.max())
     )
     return first, last
 
 
-def _availability(joined: ScoredStream | None) -> np.ndarray:
-    """[T, 3] share of captures with each modality in equal bins of time."""
-    if joined is None:
-        return np.zeros((0, 3))
-    at = joined.captured_at.astype(np.int64).astype(float)
+def _availability(stream: ScoredStream) -> np.ndarray:
+    """Returns the share [BINS, 3] of captures with each modality in equal bins of time."""
+    at = stream.captured_at.astype(np.int64).astype(float)
     bins = np.minimum(((at - at.min()) / max(np.ptp(at), 1) * BINS).astype(int), BINS - 1)
-    there = mask_to_bool(joined.present).astype(float)
+    present = mask_to_bool(stream.present).astype(float)
     counts = np.bincount(bins, minlength=BINS)
-    sums = np.stack(
-        [np.bincount(bins, weights=there[:, m], minlength=BINS) for m in range(there.shape[1])], axis=1
-    )
+    sums = [np.bincount(bins, weights=column, minlength=BINS) for column in present.T]
     with np.errstate(invalid="ignore"):
-        return sums / counts[:, None]
+        return np.stack(sums, axis=1) / counts[:, None]
 
 
-def _pad(joined: ScoredStream | None, which: str, threshold: float) -> PadSummary | None:
-    pad = joined.pad(which, threshold) if joined else None
+def _pad(stream: ScoredStream, which: str, threshold: float) -> PadSummary | None:
+    pad = stream.pad(which, threshold)
     if pad is None:
         return None
     return PadSummary(pad.hter, pad.max_apcer, pad.worst_species, pad.bpcer, pad.n_attack, pad.n_bona_fide)
 
 
-def _pseudo(joined: ScoredStream | None) -> PseudoLabels | None:
-    if joined is None or not (joined.pseudo_label >= 0).any():
+def _pseudo_labels(stream: ScoredStream) -> PseudoLabels | None:
+    """Returns how many pseudo labels were learned from and how many agree with the sealed labels."""
+    used, truth = stream.pseudo_label, stream.label
+    if not (used >= 0).any():
         return None
-    used, truth = joined.pseudo_label, joined.label
-    precision = []
+    precision: list[float] = []
     for label in (0, 1):
-        mine = (used == label) & (truth >= 0)
-        precision.append(float((truth[mine] == label).mean()) if mine.any() else float("nan"))
+        checked = truth[(used == label) & (truth >= 0)]
+        precision.append(float((checked == label).mean()) if len(checked) else float("nan"))
     return PseudoLabels(float((used == 0).mean()), float((used == 1).mean()), precision[0], precision[1])
 
 
 def _thin(values: np.ndarray) -> np.ndarray:
+    """Returns at most STEPS of ``values``, evenly spaced."""
     return values[np.linspace(0, len(values) - 1, min(len(values), STEPS)).astype(int)]
 
 
-def _det(joined: list[ScoredStream], threshold: float) -> Det | None:
+def _det(streams: Sequence[ScoredStream], threshold: float) -> Det | None:
+    """Returns the DET curves, pooled over the streams; None without labels of both classes."""
     labelled = [
-        (j.label[j.label >= 0], j.before[j.label >= 0], j.after[j.label >= 0])
-        for j in joined
-        if (j.label >= 0).any()
+        (s.label[s.label >= 0], s.before[s.label >= 0], s.after[s.label >= 0])
+        for s in streams
+        if (s.label >= 0).any()
     ]
     if not labelled:
         return None
     label, before, after = (np.concatenate(parts) for parts in zip(*labelled, strict=True))
     if len(np.unique(label)) < 2:
         return None
-    curves = []
+    curves: list[DetCurve] = []
     for score in (before, after):
         det = det_curve(score, label)
         far, frr = far_frr(score, label, threshold)
@@ -253,20 +308,8 @@ def _det(joined: list[ScoredStream], threshold: float) -> Det | None:
     return Det(curves[0], curves[1], len(labelled), int((label == 0).sum()), int((label == 1).sum()))
 
 
-def _refused(ledger: Ledger, cycle: str) -> list[Refused]:
-    """What was refused since the full cycle before this one."""
-    rows = ledger.cycles.history()
-    own = next(c for c in rows if c.id == cycle)
-    before = max((c.started for c in rows if c.kind == "cycle" and c.started < own.started), default="")
-    return [
-        q
-        for c in reversed(rows)
-        if before < c.started <= own.started
-        for q in ledger.streams.quarantined(cycle=c.id)
-    ]
-
-
 def _quarantine(refused: Sequence[Refused]) -> tuple[QuarantineRow, ...]:
+    """Returns one row for all refusals of a segment with the same reason."""
     grouped: dict[tuple[str, str, str], list[int]] = {}
     for q in refused:
         grouped.setdefault((q.site, q.segment, q.reason), []).append(q.row)
@@ -276,30 +319,17 @@ def _quarantine(refused: Sequence[Refused]) -> tuple[QuarantineRow, ...]:
     )
 
 
-def _release(ledger: Ledger, verdicts: dict[str, VerdictRow]) -> Rollout | None:
-    """The newest rollout that carries a candidate of this cycle."""
-    ids = {v.id for v in verdicts.values()}
-    for row in ledger.plans.rollouts():
-        if any(t.verdict_id in ids for t in ledger.plans.targets(row.id).values()):
-            return load(row)
-    return None
-
-
 def _rollout(ledger: Ledger, r: Rollout | None) -> RolloutReport | None:
     if r is None:
         return None
-    waves = []
+    waves: list[WaveReport] = []
     for i, w in enumerate(r.plan.waves):
-        seen = ledger.plans.observe_wave(r.plan.release, i, without=())
-        state = (
-            "done" if i < r.wave or r.status == "completed" else str(r.status) if i == r.wave else "waiting"
-        )
+        observed = ledger.plans.observe_wave(r.plan.release, i, without=())
+        promoted = observed.sites - sum(observed.not_serving.values())
+        done = i < r.wave or r.status == "completed"
+        state = "done" if done else str(r.status) if i == r.wave else "waiting"
         failing = sum(wave == i for wave in r.failed.values())
-        waves.append(
-            WaveReport(
-                i + 1, w.share, seen.sites, seen.sites - sum(seen.not_serving.values()), failing, state, None
-            )
-        )
+        waves.append(WaveReport(i + 1, w.share, observed.sites, promoted, failing, state, None))
     events = [
         RolloutEvent(at, "palisade", f"{payload.get('event', kind)}")
         for _, at, kind, payload in ledger.audit.rows()

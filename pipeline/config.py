@@ -12,7 +12,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, overload
+from typing import TYPE_CHECKING, cast
 
 import yaml
 from pydantic import SerializeAsAny, ValidationError
@@ -29,9 +29,8 @@ from pipeline.sections import (
     NotifyConfig,
     SearchConfig,
 )
-from pipeline.site import BankConfig
-from pipeline.site.contract import SiteMethod
-from pipeline.source.contract import SourceMethod
+from pipeline.site.bank import BankConfig
+from pipeline.source.contract import Schedule
 from pipeline.storage import Place, place, without_secrets
 from pipeline.types import Section
 
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
     from pydantic_core import ErrorDetails
 
-DEFAULT_KIND = {"source": "rise", "site": "danet"}  # of the sections whose ``kind`` names a module
+PLUGGED = {"source": "rise", "site": "danet"}  # sections whose `kind` is a module, and the default kind
 RESULT_SECTIONS = ("data", "model", "source", "site", "guards")
 PLACES = {  # where things are, not what comes out; what lies there has a digest of its own
     "data": {"corpora", "anchor", "captures", "sealed", "redteam", "retention", "keep_days"},
@@ -85,8 +84,8 @@ class Config(Section):
 
     data: DataConfig
     model: ModelConfig
-    source: SerializeAsAny[SourceMethod]
-    site: SerializeAsAny[SiteMethod]
+    source: SerializeAsAny[Schedule]
+    site: SerializeAsAny[Section]
     bank: BankConfig
     guards: GuardsConfig
     rollout: RolloutConfig
@@ -182,14 +181,8 @@ def methods(section: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
-@overload
-def method_config(section: Literal["site"], kind: str) -> type[SiteMethod]: ...
-@overload
-def method_config(section: Literal["source"], kind: str) -> type[SourceMethod]: ...
-@overload
-def method_config(section: str, kind: str) -> type[SiteMethod | SourceMethod]: ...
-def method_config(section: str, kind: str) -> type[SiteMethod | SourceMethod]:
-    """Returns the ``Config`` of the method's module."""
+def method_config(section: str, kind: str) -> type[Section]:
+    """The Config class of one method file."""
     return importlib.import_module(f"pipeline.{section}.methods.{kind}").Config
 
 
@@ -237,7 +230,7 @@ def _override(raw: dict[str, dict[str, object]], item: str, given_in: dict[str, 
     except yaml.YAMLError:
         raise ConfigError(f"override {item!r}: {text!r} is not a YAML value") from None
     given_in[name] = f"override {item}"
-    if name in (f"{section}.kind" for section in DEFAULT_KIND) and node["kind"] in methods(parts[0]):
+    if name in (f"{section}.kind" for section in PLUGGED) and node["kind"] in methods(parts[0]):
         allowed = method_config(parts[0], str(node["kind"])).model_fields
         for key in [k for k in node if k not in allowed and f"{parts[0]}.{k}" not in given_in]:
             del node[key]  # the file's settings of another method do not apply to this one
@@ -267,10 +260,10 @@ def _compose(raw: Mapping[str, Mapping[str, object]], where: str, given_in: Mapp
 
 
 def _section_class(name: str, values: dict[str, object], annotation: object) -> type[Section]:
-    if name not in DEFAULT_KIND:
+    if name not in PLUGGED:
         assert isinstance(annotation, type) and issubclass(annotation, Section)
         return annotation
-    kind = values.setdefault("kind", DEFAULT_KIND[name])
+    kind = values.setdefault("kind", PLUGGED[name])
     if kind not in methods(name):
         raise ConfigError(f"{name}.kind: {kind!r}; allowed: {', '.join(methods(name))}")
     return method_config(name, str(kind))

@@ -1,4 +1,4 @@
-"""The commands of ``palisade audit``, and the two that tell others how the fleet is: ``notify`` and ``metrics``."""
+"""The commands of ``palisade audit``, and what tells others how the fleet is: ``notify`` and ``metrics``."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import EVERYWHERE, OUT, SITE, ResultFile
+from jobs.options import EVERYWHERE
 
-audit_app = typer.Typer(no_args_is_help=True, help="The audit log: show it, verify it, make the key.")
+audit_app = typer.Typer(
+    no_args_is_help=True, help="The record: who decided what, whether it holds, the signing key."
+)
 tell_app = typer.Typer()
 
 
 @audit_app.command("keygen")
-def audit_keygen(ctx: typer.Context, out: Annotated[Path, OUT]) -> int:
-    """Make the ed25519 key that signs release manifests.
-
-    --out is the file of the private key; the public key lies beside it as FILE.pub. Needs no configuration.
-    """
-    from jobs.audit.keygen import keygen
+def audit_keygen(
+    ctx: typer.Context,
+    out: Annotated[Path, typer.Option(help="File of the private key; the public one gets .pub.")],
+) -> int:
+    """Make the ed25519 key that release manifests are signed with. Needs no configuration."""
+    from jobs.audit.verify import keygen
 
     return keygen(ctx.obj.terminal, out=out)
 
@@ -27,15 +29,14 @@ def audit_keygen(ctx: typer.Context, out: Annotated[Path, OUT]) -> int:
 @audit_app.command("log", epilog=EVERYWHERE)
 def audit_log(
     ctx: typer.Context,
-    site: Annotated[str | None, SITE] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 20,
+    site: Annotated[
+        str | None, typer.Option(help="Only what names this site or changed what it serves.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Rows.")] = 20,
 ) -> int:
-    """Show decisions and overrides, newest first.
-
-    With --site: the rows that name this site or changed what it serves.
-    """
+    """Decisions and overrides, newest first."""
     config = ctx.obj.config
-    from jobs.audit.log import log
+    from jobs.audit.verify import log
 
     return log(config, ctx.obj.terminal, site=site, limit=limit)
 
@@ -44,12 +45,12 @@ def audit_log(
 def audit_verify(
     ctx: typer.Context,
     head: Annotated[
-        str | None, typer.Option(help="Head that an earlier verify printed, 64 hex digits, kept elsewhere.")
+        str | None, typer.Option(help="A head that an earlier verify printed, 64 hex digits, kept elsewhere.")
     ] = None,
 ) -> int:
-    """Check the hash chain, served releases, verdicts behind promotions, and every stored artifact that is needed.
+    """Check hash chain, served releases, verdicts behind promotions, and every stored artifact that is needed.
 
-    Exit codes: 0 all holds, 4 something does not, with a line for each finding.
+    Exit codes: 0 all holds, 4 something does not, a line for each.
     """
     config = ctx.obj.config
     from jobs.audit.verify import verify
@@ -62,10 +63,7 @@ def notify(
     ctx: typer.Context,
     test: Annotated[bool, typer.Option("--test", help="Send a notice to every sink first.")] = False,
 ) -> int:
-    """Show the notices that people were sent, newest first.
-
-    The sinks are notify.webhook and notify.file.
-    """
+    """What people were told, newest first; sinks are notify.webhook and notify.file."""
     config = ctx.obj.config
     from jobs.audit.notices import show
 
@@ -73,11 +71,13 @@ def notify(
 
 
 @tell_app.command("metrics", epilog=EVERYWHERE)
-def metrics(ctx: typer.Context, out: ResultFile = None) -> int:
-    """Print figures of rollout, guards and audit for Prometheus.
-
-    The text is for the node exporter's textfile collector. With --out FILE.prom the file is written, whole or not at all, and nothing is printed.
-    """
+def metrics(
+    ctx: typer.Context,
+    out: Annotated[
+        Path | None, typer.Option(help="Write this .prom file, whole or not at all, instead of printing.")
+    ] = None,
+) -> int:
+    """Rollout, guards and audit in Prometheus' text format, for the node exporter's textfile collector."""
     config = ctx.obj.config
     from jobs.audit.metrics import metrics
 

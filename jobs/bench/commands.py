@@ -1,19 +1,27 @@
-"""The commands of ``palisade bench``. Each uses conf/bench.yaml where no --config is given."""
+"""The commands ``palisade bench …``; see ``commands``."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from jobs.options import EVERYWHERE, Quick, Seeds
+from jobs.options import EVERYWHERE
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: figures against their targets, exit 0 or 3.")
 
 
 @bench_app.command("source", epilog=EVERYWHERE)
-def bench_source(ctx: typer.Context, quick: Quick = False, seeds: Seeds = None) -> int:
+def bench_source(
+    ctx: typer.Context,
+    quick: Annotated[
+        bool, typer.Option(help="erm and rise, one seed, short fits: minutes, and no evidence.")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds per method; default: bench.seeds.")] = None,
+) -> int:
     """Compare all source methods over domains left out, missing modalities and few sources; resumes by itself.
 
-    Uses conf/bench.yaml where no --config is given. --quick: erm and rise, one seed, short fits.
+    Uses conf/bench.yaml where no --config is given.
     """
     config = ctx.obj.benchmark
     from jobs.bench.source.run import bench_source
@@ -22,10 +30,18 @@ def bench_source(ctx: typer.Context, quick: Quick = False, seeds: Seeds = None) 
 
 
 @bench_app.command("site", epilog=EVERYWHERE)
-def bench_site(ctx: typer.Context, quick: Quick = False, seeds: Seeds = None) -> int:
+def bench_site(
+    ctx: typer.Context,
+    quick: Annotated[
+        bool, typer.Option(help="Four methods, one seed, short streams: minutes, and no evidence.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Source models per stream; default: bench.seeds.")
+    ] = None,
+) -> int:
     """Compare all site methods over recorded and rendered streams, hostile ones too; resumes by itself.
 
-    Uses conf/bench.yaml where no --config is given. --quick: four methods, one seed, short streams.
+    Uses conf/bench.yaml where no --config is given.
     """
     config = ctx.obj.benchmark
     from jobs.bench.site.run import bench_site
@@ -34,10 +50,13 @@ def bench_site(ctx: typer.Context, quick: Quick = False, seeds: Seeds = None) ->
 
 
 @bench_app.command("fleet", epilog=EVERYWHERE)
-def bench_fleet(ctx: typer.Context, quick: Quick = False) -> int:
+def bench_fleet(
+    ctx: typer.Context,
+    quick: Annotated[bool, typer.Option(help="A tenth of the sites: minutes, and no evidence.")] = False,
+) -> int:
     """Measure what adaptation, ingest, Ray, kills and lineage cost, each as a ratio inside one run.
 
-    Uses conf/bench.yaml where no --config is given. --quick: a tenth of the sites.
+    Uses conf/bench.yaml where no --config is given.
     """
     config = ctx.obj.benchmark
     from jobs.bench.fleet.run import bench_fleet
@@ -46,10 +65,13 @@ def bench_fleet(ctx: typer.Context, quick: Quick = False) -> int:
 
 
 @bench_app.command("rollout", epilog=EVERYWHERE)
-def bench_rollout(ctx: typer.Context, quick: Quick = False) -> int:
+def bench_rollout(
+    ctx: typer.Context,
+    quick: Annotated[bool, typer.Option(help="A tenth of it: seconds, and no evidence.")] = False,
+) -> int:
     """Measure what a rollout costs and what its guards see, and simulate a month of all that can go wrong.
 
-    Uses conf/bench.yaml where no --config is given. --quick: a tenth of the fleet and the month.
+    Uses conf/bench.yaml where no --config is given.
     """
     config = ctx.obj.benchmark
     from jobs.bench.rollout.run import bench_rollout

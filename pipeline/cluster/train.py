@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pipeline.config import Config
+    from pipeline.source.contract import SourceMethod
     from pipeline.storage import Place
 
 EVERY = 100  # steps between checkpoints: a report costs a poll of the controller
@@ -162,7 +163,7 @@ def _fit(given: dict[str, object], folder: Path) -> None:
     corpora = [read_corpus(p, ("train", "val")) for p in places]
     check_validation(corpora)
     task = fits.Task(
-        method=config.source,
+        method=cast("SourceMethod", config.source),
         model=config.model,
         size=config.data.frame_px,
         data={c.domain: read_manifest(p).digest for c, p in zip(corpora, places, strict=True)},

@@ -55,6 +55,10 @@ class Side:
     verdict: str | None
     reason: str  # the finding that decided
 
+    def row(self) -> dict[str, object]:
+        """Returns everything by name; None for a number that is not known."""
+        return {name: _known(getattr(self, name)) for name in Side.__dataclass_fields__}
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -81,7 +85,7 @@ class Difference:
 
     def row(self) -> dict[str, object]:
         """Everything by name; what both sides have as [now, what-if], None for a number that is not known."""
-        found = {
+        single = {
             "site": self.site,
             "samples": self.samples,
             "labelled": self.labelled,
@@ -90,10 +94,35 @@ class Difference:
             "newly_refused": self.newly_refused,
             "hter_rise": _known(self.hter_rise),
         }
-        pairs = {
-            n: [_known(getattr(s, n)) for s in (self.now, self.what_if)] for n in Side.__dataclass_fields__
+        now, what_if = self.now.row(), self.what_if.row()
+        pairs = {name: [value, what_if[name]] for name, value in now.items()}
+        return {**single, **pairs, "worse_verdict": self.worse_verdict}
+
+
+@dataclass(frozen=True)
+class FleetDifference:
+    """The fleet under both configurations; a mean or share is None if no site has the number."""
+
+    sites: int
+    samples: int
+    labelled_sites: int  # with sealed labels of both classes
+    flips: Mapping[str, float | None]  # mean shares of the samples that change their call
+    means: Mapping[str, tuple[float | None, float | None]]  # (now, what-if)
+    harmed: float | None  # share of labelled sites
+    improved: float | None
+    worse_verdicts: tuple[str, ...]  # sites
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the numbers by name."""
+        return {
+            "sites": self.sites,
+            "samples": self.samples,
+            "labelled_sites": self.labelled_sites,
+            "mean": {**self.flips, **self.means},
+            "harmed": self.harmed,
+            "improved": self.improved,
+            "worse_verdicts": self.worse_verdicts,
         }
-        return {**found, **pairs, "worse_verdict": self.worse_verdict}
 
 
 def compare_site(
@@ -121,42 +150,42 @@ def worst_first(differences: Sequence[Difference]) -> list[Difference]:
     return sorted(differences, key=harm)
 
 
-def fleet_summary(differences: Sequence[Difference]) -> dict[str, object]:
-    """Means over the sites that have the number, and how many are harmed or improved by more than HARM of HTER."""
+def fleet_summary(differences: Sequence[Difference]) -> FleetDifference:
+    """Returns the means over the sites, and the shares that change by more than HARM of HTER."""
     rise = np.array([d.hter_rise for d in differences if not math.isnan(d.hter_rise)])
-    flips = {n: _mean([getattr(d, n) for d in differences]) for n in ("newly_accepted", "newly_refused")}
-    return {
-        "sites": len(differences),
-        "samples": sum(d.samples for d in differences),
-        "labelled_sites": len(rise),
-        "mean": {
-            **flips,
-            **{n: [_mean([getattr(s, n) for s in side]) for side in _sides(differences)] for n in MEANS},
+    now, what_if = [d.now for d in differences], [d.what_if for d in differences]
+    return FleetDifference(
+        sites=len(differences),
+        samples=sum(d.samples for d in differences),
+        labelled_sites=len(rise),
+        flips={n: _mean([getattr(d, n) for d in differences]) for n in ("newly_accepted", "newly_refused")},
+        means={
+            n: (_mean([getattr(s, n) for s in now]), _mean([getattr(s, n) for s in what_if])) for n in MEANS
         },
-        "harmed": float((rise > HARM).mean()) if len(rise) else None,
-        "improved": float((rise < -HARM).mean()) if len(rise) else None,
-        "worse_verdicts": [d.site for d in differences if d.worse_verdict],
-    }
+        harmed=float((rise > HARM).mean()) if len(rise) else None,
+        improved=float((rise < -HARM).mean()) if len(rise) else None,
+        worse_verdicts=tuple(d.site for d in differences if d.worse_verdict),
+    )
 
 
 def changed_settings(
     now: Mapping[str, Mapping[str, object]], what_if: Mapping[str, Mapping[str, object]]
-) -> dict[str, object]:
-    """section.key → [now, what-if] of the settings that differ; None where a side's method has no such key."""
-    found: dict[str, object] = {}
-    for section, here in now.items():
-        there = what_if[section]
-        for key in {**here, **there}:
-            if (pair := [here.get(key), there.get(key)])[0] != pair[1]:
-                found[f"{section}.{key}"] = pair
-    return found
+) -> dict[str, tuple[object, object]]:
+    """Returns (now, what-if) of differing settings by section.key; None where a method lacks the key."""
+    changed: dict[str, tuple[object, object]] = {}
+    for section, before in now.items():
+        after = what_if[section]
+        for key in {**before, **after}:
+            if before.get(key) != after.get(key):
+                changed[f"{section}.{key}"] = (before.get(key), after.get(key))
+    return changed
 
 
 def _side(r: ReplayedSite, truth: Truth, threshold: float) -> Side:
     score, used = np.asarray(r.trace.score.numpy(), np.float64), r.trace.pseudo_label.numpy()
-    known = truth.label >= 0
-    s, y = score[known], truth.label[known]
-    species, _ = metrics.merge_small(truth.pai[known], y)
+    labelled = truth.label >= 0
+    s, y = score[labelled], truth.label[labelled]
+    species, _ = metrics.merge_small(truth.pai[labelled], y)
     return Side(
         accepted=float((score >= threshold).mean()),
         pseudo_bona_fide=int((used == 1).sum()),
@@ -170,13 +199,9 @@ def _side(r: ReplayedSite, truth: Truth, threshold: float) -> Side:
     )
 
 
-def _sides(differences: Sequence[Difference]) -> tuple[list[Side], list[Side]]:
-    return [d.now for d in differences], [d.what_if for d in differences]
-
-
 def _mean(values: Sequence[float]) -> float | None:
-    known = [v for v in values if math.isfinite(v)]
-    return float(np.mean(known)) if known else None
+    finite = [v for v in values if math.isfinite(v)]
+    return float(np.mean(finite)) if finite else None
 
 
 def _known(value: object) -> object:

@@ -8,15 +8,14 @@ source's own boundary serves.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.site.contract import SiteMethod
-from pipeline.site.trust import entropy, sane
-from pipeline.types import Outcome
+from pipeline.site.contract import entropy, sane
+from pipeline.types import Outcome, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +28,10 @@ PUBLISHED: dict[str, object] = {
 }
 
 
-class Config(SiteMethod):
+class Config(Section):
     """Settings of the baseline."""
 
-    kind: str = "drm"
+    kind: Literal["drm"] = "drm"
     temperature: float = Field(
         default=0.05, gt=0, description="nats of mean entropy between weights that differ by e"
     )

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from pipeline.models import tail as tails
-from pipeline.site.contract import SiteMethod
-from pipeline.site.trust import sane
-from pipeline.types import Outcome
+from pipeline.site.contract import sane
+from pipeline.types import Outcome, Section
 
 if TYPE_CHECKING:
     from pipeline.site.contract import Params, State
     from pipeline.types import Features
 
 
-class Config(SiteMethod):
+class Config(Section):
     """Nothing to set."""
 
-    kind: str = "frozen"
+    kind: Literal["frozen"] = "frozen"
 
     def init(self, tail: Params) -> State:
         """The movable tensors, which never move."""

@@ -9,16 +9,14 @@ least one half, so the published gamma = 1/e never bends, and the balance term a
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.site.adam import adam, moments
-from pipeline.site.contract import SiteMethod
-from pipeline.site.trust import entropy, sane
-from pipeline.types import Outcome
+from pipeline.site.contract import adam, entropy, moments, sane
+from pipeline.types import Outcome, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +32,10 @@ PUBLISHED: dict[str, object] = {
 }
 
 
-class Config(SiteMethod):
+class Config(Section):
     """Settings of the baseline."""
 
-    kind: str = "read"
+    kind: Literal["read"] = "read"
     lr: float = Field(default=1e-3, gt=0)
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
     confidence: float = Field(

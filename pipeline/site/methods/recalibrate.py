@@ -10,15 +10,14 @@ estimate, the bound and the least count.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.site.contract import SiteMethod
-from pipeline.site.trust import sane
-from pipeline.types import Outcome
+from pipeline.site.contract import sane
+from pipeline.types import Outcome, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,10 +36,10 @@ PUBLISHED: dict[str, object] = {
 }
 
 
-class Config(SiteMethod):
+class Config(Section):
     """Settings of the baseline."""
 
-    kind: str = "recalibrate"
+    kind: Literal["recalibrate"] = "recalibrate"
     prior: float | None = Field(
         default=None, gt=0, lt=1, description="assumed share of bona fide; null: estimated"
     )

@@ -6,16 +6,14 @@ adapter take their place. Kept as a baseline: it has nothing that protects a one
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.site.adam import adam, moments
-from pipeline.site.contract import SiteMethod
-from pipeline.site.trust import entropy, sane
-from pipeline.types import Outcome
+from pipeline.site.contract import adam, entropy, moments, sane
+from pipeline.types import Outcome, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,10 +24,10 @@ if TYPE_CHECKING:
 LEARNED = ("site.gamma", "site.beta")
 
 
-class Config(SiteMethod):
+class Config(Section):
     """Settings of the baseline."""
 
-    kind: str = "tent"
+    kind: Literal["tent"] = "tent"
     lr: float = Field(default=1e-3, gt=0)
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
 

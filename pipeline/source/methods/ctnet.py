@@ -10,14 +10,13 @@ alone is there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import SourceMethod
-from pipeline.source.losses import PAIRS, head_risks, mean_over_domains, risk_terms
+from pipeline.source.contract import PAIRS, Schedule, head_risks, mean_over_domains
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
 RGB = 0
 
 
-class Config(SourceMethod):
+class Config(Schedule):
     """``source.kind: ctnet``."""
 
-    kind: str = "ctnet"
+    kind: Literal["ctnet"] = "ctnet"  # pyright: ignore[reportIncompatibleVariableOverride]
     consistency: float = Field(default=0.3, ge=0, description="weight of equal transitions among bona fide")
     inconsistency: float = Field(default=0.3, ge=0, description="weight of other transitions in attacks")
     margin: float = Field(
@@ -44,7 +43,7 @@ class Config(SourceMethod):
         risk = head_risks(read.logit, batch, batch.present)
         consistent, inconsistent = transition_terms(read.intrinsic, batch, self.margin)
         return {
-            **risk_terms(self, risk),
+            **self.risk_terms(risk),
             "consistency": self.consistency * consistent,
             "inconsistency": self.inconsistency * inconsistent,
             "auxiliary": self.auxiliary * rgb_prediction_loss(model.tail, z, batch.present),

@@ -6,14 +6,13 @@ cross entropy on a linear head.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import SourceMethod
-from pipeline.source.losses import drop_modalities, head_mask, masked_mean, risk_terms
+from pipeline.source.contract import Schedule, drop_modalities, head_mask, masked_mean
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
     from pipeline.source.contract import Batch, Model
 
 
-class Config(SourceMethod):
+class Config(Schedule):
     """``source.kind: erm``."""
 
-    kind: str = "erm"
+    kind: Literal["erm"] = "erm"  # pyright: ignore[reportIncompatibleVariableOverride]
     dropout: float = Field(
         default=0.0, ge=0, le=1, description="share of samples that lose one or two modalities"
     )
@@ -37,7 +36,7 @@ class Config(SourceMethod):
             class_balanced(read.logit[:, v], batch.label, seen)
             for v, seen in enumerate(head_mask(present).unbind(dim=1))
         ]
-        return risk_terms(self, torch.stack(per_head))
+        return self.risk_terms(torch.stack(per_head))
 
 
 def class_balanced(logit: Tensor, label: Tensor, used: Tensor) -> Tensor:

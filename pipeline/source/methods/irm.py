@@ -10,13 +10,12 @@ what bounds the jump.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import SourceMethod
-from pipeline.source.losses import head_risks, irm_penalty, risk_terms
+from pipeline.source.contract import Schedule, head_risks, irm_penalty
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
     from pipeline.source.contract import Batch, Model
 
 
-class Config(SourceMethod):
+class Config(Schedule):
     """``source.kind: irm``."""
 
-    kind: str = "irm"
+    kind: Literal["irm"] = "irm"  # pyright: ignore[reportIncompatibleVariableOverride]
     penalty: float = Field(default=10.0, ge=0, description="weight of the penalty after the annealing")
     anneal: float = Field(
         default=0.5, ge=0, le=1, description="share of the schedule in which the weight is at most 1"
@@ -38,4 +37,4 @@ class Config(SourceMethod):
         logit = tails.forward(model.tail, z, batch.present).logit
         risk = head_risks(logit, batch, batch.present)
         weight = self.penalty if batch.progress >= self.anneal else min(1.0, self.penalty)
-        return {**risk_terms(self, risk), "irm": weight * irm_penalty(logit[:, tails.FUSED], batch)}
+        return {**self.risk_terms(risk), "irm": weight * irm_penalty(logit[:, tails.FUSED], batch)}

@@ -12,14 +12,13 @@ several workers, each keeps prototypes of its own share of the batch and modulat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import SourceMethod
-from pipeline.source.losses import head_risks, logistic_loss, mean_over_domains, risk_terms
+from pipeline.source.contract import Schedule, head_risks, logistic_loss, mean_over_domains
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -30,10 +29,10 @@ SHARED = ("fuse.in", "fuse.bias", "fuse.out", *tails.BOUNDARY)
 KEEP = 0.8  # share of itself that a prototype keeps when it meets a batch
 
 
-class Config(SourceMethod):
+class Config(Schedule):
     """``source.kind: mmdg``."""
 
-    kind: str = "mmdg"
+    kind: Literal["mmdg"] = "mmdg"  # pyright: ignore[reportIncompatibleVariableOverride]
     prototype: float = Field(default=0.3, ge=0, description="weight of the single-side prototypes")
     rebalance: float = Field(
         default=0.3, ge=0, description="weight of the fused risks on one modality and of ReGrad"
@@ -59,7 +58,7 @@ class Config(SourceMethod):
         certain = certainty(model.tail, read, batch.present, self.dropout, self.passes, generator)
         turn = gradient_correction(model.tail, alone, certain, batch.present.any(dim=0))
         return {
-            **risk_terms(self, risk),
+            **self.risk_terms(risk),
             "prototype": self.prototype * pull,
             "rebalance": self.rebalance * (alone.sum() + turn),
         }

@@ -8,17 +8,16 @@ multi-modal tail, radial or linear, and the weights.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import SourceMethod
-from pipeline.source.losses import (
+from pipeline.source.contract import (
+    Schedule,
     domain_boundaries,
     head_risks,
     pg_irm_step,
-    risk_terms,
     sup_con,
     with_domain_boundaries,
 )
@@ -29,10 +28,10 @@ if TYPE_CHECKING:
     from pipeline.source.contract import Batch, Model, Params
 
 
-class Config(SourceMethod):
+class Config(Schedule):
     """``source.kind: pgirm``."""
 
-    kind: str = "pgirm"
+    kind: Literal["pgirm"] = "pgirm"  # pyright: ignore[reportIncompatibleVariableOverride]
     angle: float = Field(default=0.1, ge=0, description="weight of the contrast by (domain, class)")
     temperature: float = Field(default=0.1, gt=0)
     alpha: float = Field(
@@ -47,7 +46,7 @@ class Config(SourceMethod):
         read = tails.forward(with_domain_boundaries(model, batch), z, batch.present)
         risk = head_risks(read.logit, batch, batch.present)
         return {
-            **risk_terms(self, risk),
+            **self.risk_terms(risk),
             "angle": self.angle * sup_con(read.hidden, 2 * batch.domain + batch.label, self.temperature),
         }
 

@@ -8,13 +8,12 @@ when the weight rises.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import SourceMethod
-from pipeline.source.losses import domain_risks, head_risks, risk_terms
+from pipeline.source.contract import Schedule, domain_risks, head_risks
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
     from pipeline.source.contract import Batch, Model
 
 
-class Config(SourceMethod):
+class Config(Schedule):
     """``source.kind: vrex``."""
 
-    kind: str = "vrex"
+    kind: Literal["vrex"] = "vrex"  # pyright: ignore[reportIncompatibleVariableOverride]
     penalty: float = Field(default=10.0, ge=0, description="weight of the variance after the annealing")
     anneal: float = Field(
         default=0.5, ge=0, le=1, description="share of the schedule in which the weight is at most 1"
@@ -37,4 +36,4 @@ class Config(SourceMethod):
         risk = head_risks(logit, batch, batch.present)
         per_domain = domain_risks(logit[:, tails.FUSED], batch, batch.present.any(dim=1))
         weight = self.penalty if batch.progress >= self.anneal else min(1.0, self.penalty)
-        return {**risk_terms(self, risk), "variance": weight * per_domain.var(correction=0)}
+        return {**self.risk_terms(risk), "variance": weight * per_domain.var(correction=0)}
