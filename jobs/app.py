@@ -16,7 +16,7 @@ import typer
 from jobs.audit.commands import audit_app, tell_app
 from jobs.bench.commands import bench_app
 from jobs.guard.commands import anchor_app, guard_app
-from jobs.options import EVERYWHERE
+from jobs.options import EVERYWHERE, OUT, Against, Changes, Cycle, DryRun, ResultFile, Sites, Version
 from jobs.rollout.commands import rollout_app
 from jobs.site.commands import site_app
 from jobs.terminal import Terminal
@@ -33,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+manifests_app = typer.Typer(no_args_is_help=True, help="The KubeRay manifests of a deployment.")
 app.add_typer(tell_app)
 app.add_typer(bench_app, name="bench")
 app.add_typer(rollout_app, name="rollout")
@@ -40,11 +41,12 @@ app.add_typer(site_app, name="site")
 app.add_typer(guard_app, name="guard")
 app.add_typer(anchor_app, name="anchor")
 app.add_typer(audit_app, name="audit")
+app.add_typer(manifests_app, name="manifests")
 
 
 @dataclass(frozen=True)
 class Call:
-    """What the global options say."""
+    """The global options of one call."""
 
     path: Path | None
     overrides: tuple[str, ...]
@@ -52,7 +54,7 @@ class Call:
 
     @cached_property
     def config(self) -> Config:
-        """The deployment's configuration, read when a command first needs it."""
+        """The configuration of the deployment, read when a command first needs it."""
         from pipeline.config import load
 
         default = Path("palisade.yaml")
@@ -60,7 +62,7 @@ class Call:
 
     @property
     def benchmark(self) -> Config:
-        """The same for ``bench``, whose default is the benchmark's own file."""
+        """The same for ``bench``, whose default is ``conf/bench.yaml``."""
         bench = Path("conf/bench.yaml")
         if self.path is None and bench.exists():
             return replace(self, path=bench).config
@@ -83,18 +85,16 @@ def palisade(
     --config, --json and overrides such as site.lr=1e-4 may stand anywhere on the line.
     """
     ctx.obj = Call(config, tuple(override or ()), Terminal(as_json))
-    if as_json:  # what others print, as Ray does when a worker dies, must not be in it
+    if as_json:  # Ray prints too when a worker dies: stdout holds nothing but the JSON object
         ctx.with_resource(redirect_stdout(sys.stderr))
 
 
 @app.command(epilog=EVERYWHERE)
-def demo(
-    ctx: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder of the demo; an earlier demo there is replaced.")] = Path(
-        "demo"
-    ),
-) -> int:
-    """Run the whole loop on a simulated fleet: nothing to download, a few minutes."""
+def demo(ctx: typer.Context, out: Annotated[Path, OUT] = Path("demo")) -> int:
+    """Run the whole loop on a simulated fleet in minutes.
+
+    Nothing is downloaded. --out is the folder of the demo; an earlier demo there is replaced.
+    """
     from jobs.demo import demo
 
     return demo(ctx.obj.path, ctx.obj.overrides, ctx.obj.terminal, out=out)
@@ -102,7 +102,7 @@ def demo(
 
 @app.command(epilog=EVERYWHERE)
 def doctor(ctx: typer.Context) -> int:
-    """Check this machine and deployment."""
+    """Check this machine and the deployment."""
     config = ctx.obj.config
     from jobs.doctor import doctor
 
@@ -112,9 +112,9 @@ def doctor(ctx: typer.Context) -> int:
 @app.command("import", epilog=EVERYWHERE)
 def import_(
     ctx: typer.Context,
-    kind: Annotated[str, typer.Argument(help="wmca, cefa, surf, padisi, synth or rendered")],
+    kind: Annotated[str, typer.Argument(help="wmca, cefa, surf, padisi, synth or rendered.")],
     root: Annotated[
-        Path | None, typer.Argument(help="The data set's folder (synth and rendered need none).")
+        Path | None, typer.Argument(help="Folder of the data set; synth and rendered need none.")
     ] = None,
     domain: Annotated[str | None, typer.Option(help="Name of the domain; default: the kind.")] = None,
 ) -> int:
@@ -127,7 +127,10 @@ def import_(
 
 @app.command(epilog=EVERYWHERE)
 def pretrain(ctx: typer.Context) -> int:
-    """Fit on rendered presentations: a start for train (source.start)."""
+    """Fit on rendered presentations.
+
+    Set source.start to the folder that it names, and train begins from there.
+    """
     config = ctx.obj.config
     from jobs.pretrain import pretrain
 
@@ -141,7 +144,10 @@ def train(
         bool, typer.Option(help="Serve the new version as the fleet's source model.")
     ] = False,
 ) -> int:
-    """Fit a source model on data.domains with source.kind; resumes by itself."""
+    """Fit a source model on data.domains with source.kind.
+
+    Resumes by itself.
+    """
     config = ctx.obj.config
     from jobs.train import train
 
@@ -151,12 +157,15 @@ def train(
 @app.command(epilog=EVERYWHERE)
 def evaluate(
     ctx: typer.Context,
-    version: Annotated[int | None, typer.Option(help="Source model version; default: the champion.")] = None,
+    version: Version = None,
     streams: Annotated[
         bool, typer.Option(help="Score the sites' streams against data.sealed, before and after.")
     ] = False,
 ) -> int:
-    """Score a source model on test splits, or the sites before and after adaptation."""
+    """Score a source model on its test splits.
+
+    With --streams: the sites before and after adaptation.
+    """
     config = ctx.obj.config
     from jobs.evaluate import evaluate
 
@@ -169,28 +178,26 @@ def ingest(
     follow: Annotated[
         bool,
         typer.Option(
-            "--follow", help="Go on with what arrives until SIGINT or SIGTERM; --json: an object a round."
+            "--follow", help="Go on with new segments until SIGINT or SIGTERM; --json: an object per round."
         ),
     ] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks with --follow.")] = 5.0,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two rounds with --follow.")] = 5.0,
 ) -> int:
     """Read the sites' new capture segments into the feature store."""
     config = ctx.obj.config
     from jobs import ingest as job
 
-    return (
-        job.follow(config, ctx.obj.terminal, interval=interval)
-        if follow
-        else job.ingest(config, ctx.obj.terminal)
-    )
+    if follow:
+        return job.follow(config, ctx.obj.terminal, interval=interval)
+    return job.ingest(config, ctx.obj.terminal)
 
 
 @app.command(epilog=EVERYWHERE)
-def adapt(
-    ctx: typer.Context,
-    site: Annotated[list[str] | None, typer.Option(help="Only this site; may be repeated.")] = None,
-) -> int:
-    """Adapt every site on what was ingested and judge the candidates."""
+def adapt(ctx: typer.Context, site: Sites = None) -> int:
+    """Adapt every site on its new samples and judge the candidates.
+
+    With --site, which may be repeated: these sites alone.
+    """
     config = ctx.obj.config
     from jobs.adapt import adapt
 
@@ -199,7 +206,10 @@ def adapt(
 
 @app.command(epilog=EVERYWHERE)
 def cycle(ctx: typer.Context) -> int:
-    """Ingest, adapt, judge, report, and move a running rollout on; safe to repeat, resumes by itself."""
+    """Ingest, adapt, judge, report, and move a rollout on.
+
+    Safe to repeat; resumes by itself.
+    """
     config = ctx.obj.config
     from jobs.cycle import cycle
 
@@ -209,14 +219,19 @@ def cycle(ctx: typer.Context) -> int:
 @app.command(epilog=EVERYWHERE)
 def gc(
     ctx: typer.Context,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be deleted.")] = False,
+    dry_run: DryRun = False,
     keep_days: Annotated[
         int | None,
         typer.Option(min=0, help="Days that verdicts keep features and outcomes; default: data.keep_days."),
     ] = None,
-    grace_hours: Annotated[float, typer.Option(min=0, help="What was written later than this stays.")] = 24,
+    grace_hours: Annotated[
+        float, typer.Option(min=0, help="Files written within these hours are kept.")
+    ] = 24,
 ) -> int:
-    """Delete blobs and features that nothing points to; what a rollback may need stays."""
+    """Delete blobs and features that nothing points to.
+
+    All that a rollback may need is kept.
+    """
     config = ctx.obj.config
     from jobs.gc import gc
 
@@ -224,11 +239,8 @@ def gc(
 
 
 @app.command(epilog=EVERYWHERE)
-def report(
-    ctx: typer.Context,
-    cycle: Annotated[str | None, typer.Option(help="Cycle id; default: the last one.")] = None,
-) -> int:
-    """Write the HTML report of a cycle."""
+def report(ctx: typer.Context, cycle: Cycle = None) -> int:
+    """Write the HTML report of a cycle; default: the last."""
     config = ctx.obj.config
     from jobs.report import report
 
@@ -239,39 +251,40 @@ def report(
 def tune(
     ctx: typer.Context,
     what: Annotated[
-        str, typer.Argument(help="site: replay search.sites. source: hold out each domain in turn.")
+        str,
+        typer.Argument(
+            metavar="[site|source]",
+            help="site: replay the streams of search.sites. source: hold out each domain in turn.",
+        ),
     ] = "site",
 ) -> int:
-    """Search hyper-parameters of section site or source, never on a target."""
+    """Search hyper-parameters of section site or source.
+
+    Targets are never searched on.
+    """
     config = ctx.obj.config
     from jobs.tune import tune
 
     return tune(config, ctx.obj.terminal, what=what)
 
 
-@app.command(epilog=EVERYWHERE)
-def replay(
+@app.command("what-if", epilog=EVERYWHERE)
+def what_if(
     ctx: typer.Context,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--with", help="section.key=value of the what-if, section site or bank; may be repeated."
-        ),
-    ] = None,
-    against: Annotated[
-        Path | None, typer.Option(help="YAML whose sections site and bank the what-if takes.")
-    ] = None,
-    site: Annotated[list[str] | None, typer.Option(help="Only this site; may be repeated.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the comparison to this .parquet or .json.")] = None,
+    changes: Changes = None,
+    against: Against = None,
+    site: Sites = None,
+    out: ResultFile = None,
 ) -> int:
-    """What if: the recorded streams again under other settings, site by site beside the present ones.
+    """Replay the recorded streams under other settings.
 
-    Every site starts from the source model. Nothing is recorded. Exit codes: 0 compared, 3 nothing could be compared, 4 some
-    site's verdict would be worse (pass, then hold, then fail).
+    The sections site and bank may differ; the present ones are replayed beside them. Every site starts from the source model; nothing is recorded. --site may be repeated; --out FILE.parquet or FILE.json
+    holds the comparison. Exit codes: 0 compared, 3 nothing could be compared, 4 some site's verdict would be worse (pass,
+    then hold, then fail).
     """
     if not (changes or against):
         raise ValueError(
-            "replay: nothing is different yet; give --with section.key=value, --against FILE, or both"
+            "what-if: nothing is different yet; give --with section.key=value, --against FILE, or both"
         )
     config = ctx.obj.config
     from pipeline.config import altered
@@ -288,25 +301,31 @@ def submit(
     job: Annotated[
         list[str] | None, typer.Argument(help="A palisade command with its arguments, e.g. cycle.")
     ] = None,
-    address: Annotated[str, typer.Option(help="Ray Jobs server.")] = "http://127.0.0.1:8265",
+    address: Annotated[str, typer.Option(help="URL of the Ray Jobs server.")] = "http://127.0.0.1:8265",
     submission_id: Annotated[
         str | None, typer.Option("--id", help="Submission id; default: from job, config and day.")
     ] = None,
     wait: Annotated[bool, typer.Option(help="Follow the log and end with the job's exit code.")] = False,
-    render: Annotated[
-        Path | None, typer.Option(help="Write the KubeRay manifests to this folder instead.")
-    ] = None,
 ) -> int:
-    """Run any job on a Ray cluster through the Jobs API, once per submission id; or render the manifests."""
+    """Run a command on a Ray cluster through the Jobs API.
+
+    Once per submission id: a second call shows the first one's job.
+    """
     config = ctx.obj.config
     from jobs.submit import submit
 
     return submit(
-        config,
-        ctx.obj.terminal,
-        job=job or [],
-        address=address,
-        submission_id=submission_id,
-        wait=wait,
-        render=render,
+        config, ctx.obj.terminal, job=job or [], address=address, submission_id=submission_id, wait=wait
     )
+
+
+@manifests_app.command("render", epilog=EVERYWHERE)
+def manifests_render(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the manifests.")],
+) -> int:
+    """Write the KubeRay manifests into DIR, to be applied with kubectl apply -f DIR."""
+    config = ctx.obj.config
+    from jobs.manifests import render
+
+    return render(config, ctx.obj.terminal, folder=folder)

@@ -17,7 +17,7 @@ from jobs.terminal import Exit
 from pipeline.config import method_config
 from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.source import fit as fits
-from pipeline.source.contract import Schedule
+from pipeline.source.contract import SourceMethod
 from pipeline.source.fit import threads
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def pretrained(config: Config, terminal: Terminal) -> Path:
         raise ValueError(
             f"data.frame_px: {px}, but {folder} was imported at {size}; remove it to render anew"
         )
-    shared = {k: v for k, v in config.source.model_dump().items() if k in Schedule.model_fields}
+    shared = {k: v for k, v in config.source.model_dump().items() if k in SourceMethod.model_fields}
     method = method_config("source", "erm").model_validate(
         {**shared, "kind": "erm", "steps": STEPS, "seed": 0, "start": None}
     )
@@ -58,8 +58,7 @@ def pretrained(config: Config, terminal: Terminal) -> Path:
     if out.exists():
         return out
     corpus = read_corpus(folder, ("train",))
-    # the method's class is found by its name, so its type is not known here
-    task = fits.Task(method, model, config.data.frame_px)  # pyright: ignore[reportArgumentType]
+    task = fits.Task(method, model, config.data.frame_px)
     with threads(config.cluster.cpus), terminal.progress("pretrain", "steps") as advance:
         state = fits.begin(task, domains=1)
         fits.advance(state, [corpus], until=STEPS, every=EVERY, report=lambda s, _: advance(s.step, STEPS))

@@ -9,7 +9,6 @@ from jobs.terminal import Exit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from jobs.terminal import Terminal
     from pipeline.config import Config
@@ -23,15 +22,12 @@ def submit(
     address: str,
     submission_id: str | None,
     wait: bool,
-    render: Path | None,
 ) -> int:
     """Submits ``job`` once: a job that the cluster already has under this id is shown, not submitted again.
 
     With ``wait`` the job's log is followed and its exit code returned, also if an earlier call submitted the
     job.
     """
-    if render is not None:
-        return _render(config, terminal, render)
     if not job:
         raise ValueError("submit: name a command to run on the cluster, e.g. palisade submit cycle")
     from pipeline.cluster import submit as cluster
@@ -56,11 +52,3 @@ def submit(
     if not wait:
         return Exit.DONE
     return Exit.INFRASTRUCTURE if code is None else code
-
-
-def _render(config: Config, terminal: Terminal, folder: Path) -> int:
-    from pipeline.kubernetes.manifests import write
-
-    files = [str(path) for path in write(config, folder)]
-    terminal.result({"files": files}, "\n".join(files))
-    return Exit.DONE

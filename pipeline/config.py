@@ -12,7 +12,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast, overload
 
 import yaml
 from pydantic import SerializeAsAny, ValidationError
@@ -29,8 +29,9 @@ from pipeline.sections import (
     NotifyConfig,
     SearchConfig,
 )
-from pipeline.site.bank import BankConfig
-from pipeline.source.contract import Schedule
+from pipeline.site import BankConfig
+from pipeline.site.contract import SiteMethod
+from pipeline.source.contract import SourceMethod
 from pipeline.storage import Place, place, without_secrets
 from pipeline.types import Section
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     from pydantic_core import ErrorDetails
 
-PLUGGED = {"source": "rise", "site": "danet"}  # sections whose `kind` is a module, and the default kind
+DEFAULT_KIND = {"source": "rise", "site": "danet"}  # of the sections whose ``kind`` names a module
 RESULT_SECTIONS = ("data", "model", "source", "site", "guards")
 PLACES = {  # where things are, not what comes out; what lies there has a digest of its own
     "data": {"corpora", "anchor", "captures", "sealed", "redteam", "retention", "keep_days"},
@@ -84,8 +85,8 @@ class Config(Section):
 
     data: DataConfig
     model: ModelConfig
-    source: SerializeAsAny[Schedule]
-    site: SerializeAsAny[Section]
+    source: SerializeAsAny[SourceMethod]
+    site: SerializeAsAny[SiteMethod]
     bank: BankConfig
     guards: GuardsConfig
     rollout: RolloutConfig
@@ -181,8 +182,14 @@ def methods(section: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
-def method_config(section: str, kind: str) -> type[Section]:
-    """The Config class of one method file."""
+@overload
+def method_config(section: Literal["site"], kind: str) -> type[SiteMethod]: ...
+@overload
+def method_config(section: Literal["source"], kind: str) -> type[SourceMethod]: ...
+@overload
+def method_config(section: str, kind: str) -> type[SiteMethod | SourceMethod]: ...
+def method_config(section: str, kind: str) -> type[SiteMethod | SourceMethod]:
+    """Returns the ``Config`` of the method's module."""
     return importlib.import_module(f"pipeline.{section}.methods.{kind}").Config
 
 
@@ -230,7 +237,7 @@ def _override(raw: dict[str, dict[str, object]], item: str, given_in: dict[str, 
     except yaml.YAMLError:
         raise ConfigError(f"override {item!r}: {text!r} is not a YAML value") from None
     given_in[name] = f"override {item}"
-    if name in (f"{section}.kind" for section in PLUGGED) and node["kind"] in methods(parts[0]):
+    if name in (f"{section}.kind" for section in DEFAULT_KIND) and node["kind"] in methods(parts[0]):
         allowed = method_config(parts[0], str(node["kind"])).model_fields
         for key in [k for k in node if k not in allowed and f"{parts[0]}.{k}" not in given_in]:
             del node[key]  # the file's settings of another method do not apply to this one
@@ -260,10 +267,10 @@ def _compose(raw: Mapping[str, Mapping[str, object]], where: str, given_in: Mapp
 
 
 def _section_class(name: str, values: dict[str, object], annotation: object) -> type[Section]:
-    if name not in PLUGGED:
+    if name not in DEFAULT_KIND:
         assert isinstance(annotation, type) and issubclass(annotation, Section)
         return annotation
-    kind = values.setdefault("kind", PLUGGED[name])
+    kind = values.setdefault("kind", DEFAULT_KIND[name])
     if kind not in methods(name):
         raise ConfigError(f"{name}.kind: {kind!r}; allowed: {', '.join(methods(name))}")
     return method_config(name, str(kind))

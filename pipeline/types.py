@@ -10,7 +10,7 @@ import re
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,19 @@ class Section(BaseModel):
     """Base of every configuration section: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Method(Section):
+    """Base of a method's settings. ``kind`` is the name of the method's module, which is its default in every subclass."""
+
+    kind: str
+
+    @field_validator("kind")
+    @classmethod
+    def _names_its_module(cls, kind: str) -> str:
+        if kind != (expected := cls.model_fields["kind"].default):
+            raise ValueError(f"these are the settings of {expected!r}")
+        return kind
 
 
 class Features(NamedTuple):

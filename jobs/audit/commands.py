@@ -1,4 +1,4 @@
-"""The commands of ``palisade audit``, and what tells others how the fleet is: ``notify`` and ``metrics``."""
+"""The commands of ``palisade audit``, and the two that tell others how the fleet is: ``notify`` and ``metrics``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import EVERYWHERE
+from jobs.options import EVERYWHERE, OUT, SITE, ResultFile
 
-audit_app = typer.Typer(
-    no_args_is_help=True, help="The record: who decided what, whether it holds, the signing key."
-)
+audit_app = typer.Typer(no_args_is_help=True, help="The audit log: show it, verify it, make the key.")
 tell_app = typer.Typer()
 
 
 @audit_app.command("keygen")
-def audit_keygen(
-    ctx: typer.Context,
-    out: Annotated[Path, typer.Option(help="File of the private key; the public one gets .pub.")],
-) -> int:
-    """Make the ed25519 key that release manifests are signed with. Needs no configuration."""
-    from jobs.audit.verify import keygen
+def audit_keygen(ctx: typer.Context, out: Annotated[Path, OUT]) -> int:
+    """Make the ed25519 key that signs release manifests.
+
+    --out is the file of the private key; the public key lies beside it as FILE.pub. Needs no configuration.
+    """
+    from jobs.audit.keygen import keygen
 
     return keygen(ctx.obj.terminal, out=out)
 
@@ -29,14 +27,15 @@ def audit_keygen(
 @audit_app.command("log", epilog=EVERYWHERE)
 def audit_log(
     ctx: typer.Context,
-    site: Annotated[
-        str | None, typer.Option(help="Only what names this site or changed what it serves.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows.")] = 20,
+    site: Annotated[str | None, SITE] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Number of rows.")] = 20,
 ) -> int:
-    """Decisions and overrides, newest first."""
+    """Show decisions and overrides, newest first.
+
+    With --site: the rows that name this site or changed what it serves.
+    """
     config = ctx.obj.config
-    from jobs.audit.verify import log
+    from jobs.audit.log import log
 
     return log(config, ctx.obj.terminal, site=site, limit=limit)
 
@@ -45,12 +44,12 @@ def audit_log(
 def audit_verify(
     ctx: typer.Context,
     head: Annotated[
-        str | None, typer.Option(help="A head that an earlier verify printed, 64 hex digits, kept elsewhere.")
+        str | None, typer.Option(help="Head that an earlier verify printed, 64 hex digits, kept elsewhere.")
     ] = None,
 ) -> int:
-    """Check hash chain, served releases, verdicts behind promotions, and every stored artifact that is needed.
+    """Check the hash chain, served releases, verdicts behind promotions, and every stored artifact that is needed.
 
-    Exit codes: 0 all holds, 4 something does not, a line for each.
+    Exit codes: 0 all holds, 4 something does not, with a line for each finding.
     """
     config = ctx.obj.config
     from jobs.audit.verify import verify
@@ -63,7 +62,10 @@ def notify(
     ctx: typer.Context,
     test: Annotated[bool, typer.Option("--test", help="Send a notice to every sink first.")] = False,
 ) -> int:
-    """What people were told, newest first; sinks are notify.webhook and notify.file."""
+    """Show the notices that people were sent, newest first.
+
+    The sinks are notify.webhook and notify.file.
+    """
     config = ctx.obj.config
     from jobs.audit.notices import show
 
@@ -71,13 +73,11 @@ def notify(
 
 
 @tell_app.command("metrics", epilog=EVERYWHERE)
-def metrics(
-    ctx: typer.Context,
-    out: Annotated[
-        Path | None, typer.Option(help="Write this .prom file, whole or not at all, instead of printing.")
-    ] = None,
-) -> int:
-    """Rollout, guards and audit in Prometheus' text format, for the node exporter's textfile collector."""
+def metrics(ctx: typer.Context, out: ResultFile = None) -> int:
+    """Print figures of rollout, guards and audit for Prometheus.
+
+    The text is for the node exporter's textfile collector. With --out FILE.prom the file is written, whole or not at all, and nothing is printed.
+    """
     config = ctx.obj.config
     from jobs.audit.metrics import metrics
 

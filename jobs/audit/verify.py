@@ -1,73 +1,26 @@
-"""``palisade audit``: the key that releases are signed with, the log, and whether the record holds."""
+"""``palisade audit verify``: checks the audit chain, the releases and every stored artifact that is needed."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from jobs.terminal import Exit, table
+from jobs.terminal import Exit
 from pipeline.control.deployment import now, open_ledger
 from pipeline.data import blobs
 from pipeline.data.anchor import open_sealed
 from pipeline.ledger.schema import GENESIS
 from pipeline.models import checkpoint
-from pipeline.storage import place, write_atomic
+from pipeline.storage import place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from jobs.terminal import Advance, Terminal
     from pipeline.config import Config
     from pipeline.ledger import Ledger
 
-AT_ONCE = 8
-WIDTH = 100  # characters of a payload that the log shows
-DIGEST = re.compile("[0-9a-f]{64}")
-
-
-def keygen(terminal: Terminal, *, out: Path) -> int:
-    """A new ed25519 key in ``out``, readable by its owner alone, and its public half beside it."""
-    from pipeline.rollout.manifest import fingerprint, new_key, public_key
-
-    secret, public = new_key()
-    pub = out.with_name(f"{out.name}.pub")
-    if pub.exists():
-        raise ValueError(f"{pub}: exists already; keys are never overwritten, choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise ValueError(f"{out}: exists already; keys are never overwritten, choose another name") from None
-    with os.fdopen(handle, "wb") as file:
-        file.write(secret)
-        file.flush()
-        os.fsync(file.fileno())
-    write_atomic(pub.resolve(), public)
-    mark = fingerprint(public_key(public, str(pub)))
-    terminal.result(
-        {"private": str(out), "public": str(pub), "fingerprint": mark},
-        f"{out}: private key {mark[:12]}, for this deployment alone: set ledger.signing_key={out}",
-        f"{pub}: public key, for every edge box: `palisade site verify DIR --public-key {pub.name}`",
-    )
-    return Exit.DONE
-
-
-def log(config: Config, terminal: Terminal, *, site: str | None, limit: int) -> int:
-    """The latest decisions and overrides, newest first."""
-    ledger = open_ledger(config, create=False)
-    if site is not None:
-        ledger.streams.site(site)
-    rows = ledger.audit.latest(limit=limit, site=site)
-    shown = [[r.seq, f"{r.at:%Y-%m-%d %H:%M:%S}", r.kind, _short(r.payload, site)] for r in rows]
-    terminal.result(
-        {"audit": [r._asdict() for r in rows]},
-        table("audit log, newest first", ["seq", "at (UTC)", "kind", "what"], shown),
-    )
-    return Exit.DONE
+AT_ONCE = 8  # blobs that are read at a time
 
 
 def verify(config: Config, terminal: Terminal, *, head: str | None) -> int:
@@ -145,12 +98,3 @@ def _blob(config: Config, digest: str) -> list[str]:
     except blobs.BadBlob as e:
         return [f"state blob {digest[:12]}: {e}"]
     return []
-
-
-def _short(payload: dict[str, object], site: str | None) -> str:
-    """A payload in a line; of many sites only the one that was asked for."""
-    named = payload.get("sites")
-    if isinstance(named, dict):
-        payload = payload | {"sites": {site: named[site]} if site in named else f"{len(named)} sites"}
-    text = DIGEST.sub(lambda m: m[0][:12], json.dumps(payload))
-    return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"

@@ -1,27 +1,19 @@
-"""The commands ``palisade bench …``; see ``commands``."""
+"""The commands of ``palisade bench``. Each uses conf/bench.yaml where no --config is given."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from jobs.options import EVERYWHERE
+from jobs.options import EVERYWHERE, Quick, Seeds
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: figures against their targets, exit 0 or 3.")
 
 
 @bench_app.command("source", epilog=EVERYWHERE)
-def bench_source(
-    ctx: typer.Context,
-    quick: Annotated[
-        bool, typer.Option(help="erm and rise, one seed, short fits: minutes, and no evidence.")
-    ] = False,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds per method; default: bench.seeds.")] = None,
-) -> int:
+def bench_source(ctx: typer.Context, quick: Quick = False, seeds: Seeds = None) -> int:
     """Compare all source methods over domains left out, missing modalities and few sources; resumes by itself.
 
-    Uses conf/bench.yaml where no --config is given.
+    Uses conf/bench.yaml where no --config is given. --quick: erm and rise, one seed, short fits.
     """
     config = ctx.obj.benchmark
     from jobs.bench.source.run import bench_source
@@ -30,18 +22,10 @@ def bench_source(
 
 
 @bench_app.command("site", epilog=EVERYWHERE)
-def bench_site(
-    ctx: typer.Context,
-    quick: Annotated[
-        bool, typer.Option(help="Four methods, one seed, short streams: minutes, and no evidence.")
-    ] = False,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Source models per stream; default: bench.seeds.")
-    ] = None,
-) -> int:
+def bench_site(ctx: typer.Context, quick: Quick = False, seeds: Seeds = None) -> int:
     """Compare all site methods over recorded and rendered streams, hostile ones too; resumes by itself.
 
-    Uses conf/bench.yaml where no --config is given.
+    Uses conf/bench.yaml where no --config is given. --quick: four methods, one seed, short streams.
     """
     config = ctx.obj.benchmark
     from jobs.bench.site.run import bench_site
@@ -50,13 +34,10 @@ def bench_site(
 
 
 @bench_app.command("fleet", epilog=EVERYWHERE)
-def bench_fleet(
-    ctx: typer.Context,
-    quick: Annotated[bool, typer.Option(help="A tenth of the sites: minutes, and no evidence.")] = False,
-) -> int:
+def bench_fleet(ctx: typer.Context, quick: Quick = False) -> int:
     """Measure what adaptation, ingest, Ray, kills and lineage cost, each as a ratio inside one run.
 
-    Uses conf/bench.yaml where no --config is given.
+    Uses conf/bench.yaml where no --config is given. --quick: a tenth of the sites.
     """
     config = ctx.obj.benchmark
     from jobs.bench.fleet.run import bench_fleet
@@ -65,13 +46,10 @@ def bench_fleet(
 
 
 @bench_app.command("rollout", epilog=EVERYWHERE)
-def bench_rollout(
-    ctx: typer.Context,
-    quick: Annotated[bool, typer.Option(help="A tenth of it: seconds, and no evidence.")] = False,
-) -> int:
+def bench_rollout(ctx: typer.Context, quick: Quick = False) -> int:
     """Measure what a rollout costs and what its guards see, and simulate a month of all that can go wrong.
 
-    Uses conf/bench.yaml where no --config is given.
+    Uses conf/bench.yaml where no --config is given. --quick: a tenth of the fleet and the month.
     """
     config = ctx.obj.benchmark
     from jobs.bench.rollout.run import bench_rollout

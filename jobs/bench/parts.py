@@ -23,10 +23,14 @@ def digest(*given: object) -> str:
 
 
 def code_of(*patterns: str) -> str:
-    """Returns the sha256 of the files of this repository that ``patterns`` name: a stored result is one of this code."""
+    """Returns the sha256 of the files of this repository that ``patterns`` name: a stored result is one of this code.
+
+    A folder stands for the Python files in it.
+    """
     found = {pattern: sorted(ROOT.glob(pattern)) for pattern in patterns}
     assert all(found.values()), f"no file: {[p for p, files in found.items() if not files]}"
-    files = sorted({path for paths in found.values() for path in paths})
+    paths = {path for paths in found.values() for path in paths}
+    files = sorted({f for path in paths for f in (path.rglob("*.py") if path.is_dir() else [path])})
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

@@ -1,80 +1,70 @@
-"""The commands of ``palisade guard`` and ``palisade anchor``, and their options."""
+"""The commands of ``palisade guard`` and ``palisade anchor``."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jobs.options import EVERYWHERE
+from jobs.options import EVERYWHERE, Against, Changes, Cycle, ResultFile, Sites, Version
 
-guard_app = typer.Typer(
-    no_args_is_help=True, help="Verdicts: explain one, replay them, try another policy on them."
-)
-anchor_app = typer.Typer(
-    no_args_is_help=True, help="The labelled samples that candidates are judged on: build, seal, verify."
-)
-
-Version = Annotated[int | None, typer.Option(help="Source model version; default: the champion.")]
+guard_app = typer.Typer(no_args_is_help=True, help="Verdicts: explain, recheck, try another policy.")
+anchor_app = typer.Typer(no_args_is_help=True, help="The labelled set that judges candidates.")
 
 
 @guard_app.command("explain", epilog=EVERYWHERE)
 def guard_explain(
     ctx: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="SITE", help="A site, or the id of a verdict.")],
+    what: Annotated[str, typer.Argument(metavar="SITE|VERDICT", help="Id of a site or of a verdict.")],
 ) -> int:
-    """Why the site's newest candidate passed, failed or was held: every finding, its evidence, what would have to change."""
+    """Explain the newest verdict on a site: every finding, the evidence, and what would have to change for a pass."""
     config = ctx.obj.config
     from jobs.guard.explain import explain
 
     return explain(config, ctx.obj.terminal, what=what)
 
 
-@guard_app.command("replay", epilog=EVERYWHERE)
-def guard_replay(
+@guard_app.command("recheck", epilog=EVERYWHERE)
+def guard_recheck(
     ctx: typer.Context,
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[VERDICT|SITE]", help="The id of a verdict, or a site: its newest one."),
+        typer.Argument(metavar="[VERDICT|SITE]", help="Id of a verdict, or of a site: its newest one."),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All verdicts on record, or all of --cycle.")] = False,
-    cycle: Annotated[str | None, typer.Option(help="With --all: only this cycle.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every verdict on record.")] = False,
+    cycle: Cycle = None,
     recount: Annotated[
         bool,
-        typer.Option(
-            "--recount", help="Also score the anchor set again by the stored states and count anew."
-        ),
+        typer.Option("--recount", help="Also score the anchor set again with the stored states and count."),
     ] = False,
 ) -> int:
     """Judge stored evidence again under the limits of its cycle and compare the verdicts byte for byte.
 
-    Exit codes: 0 the same, 3 nothing to replay or to recount, 4 different.
+    --cycle: all verdicts of that cycle. Exit codes: 0 the same, 3 nothing to recheck or to recount, 4 different.
     """
     if (what is None) != (every or cycle is not None):
         raise ValueError(
-            "guard replay: name one verdict or site, or give --all, with --cycle ID for one cycle"
+            "guard recheck: name one verdict or site, or give --all, with --cycle ID for one cycle"
         )
     config = ctx.obj.config
-    from jobs.guard.recheck import replay
+    from jobs.guard.recheck import recheck
 
-    return replay(config, ctx.obj.terminal, what=what, cycle=cycle, recount=recount)
+    return recheck(config, ctx.obj.terminal, what=what, cycle=cycle, recount=recount)
 
 
 @guard_app.command("simulate", epilog=EVERYWHERE)
 def guard_simulate(
     ctx: typer.Context,
-    changes: Annotated[
-        list[str] | None, typer.Option("--with", help="guards.key=value of the policy; may be repeated.")
-    ] = None,
-    against: Annotated[Path | None, typer.Option(help="YAML whose section guards is the policy.")] = None,
-    site: Annotated[list[str] | None, typer.Option(help="Only this site; may be repeated.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write every decision to this .parquet or .json.")] = None,
+    changes: Changes = None,
+    against: Against = None,
+    site: Sites = None,
+    out: ResultFile = None,
 ) -> int:
-    """What another policy would have decided on the recorded cycles' evidence, beside what was decided, and how late.
+    """Judge the recorded evidence under another policy (section guards), beside the recorded verdicts, and show the delay.
 
-    The candidates are those on record: what a site would have learned next under the policy is not known. Exit codes:
-    0 compared, 3 nothing is recorded, 4 the policy would have passed what the recorded one stopped or held.
+    The candidates are those on record: what a site would have learned next under the policy is not known. --site may be
+    repeated; --out FILE.parquet or FILE.json holds every decision. Exit codes: 0 compared, 3 nothing is recorded, 4 the
+    policy would have passed what the recorded one stopped or held.
     """
     if not (changes or against):
         raise ValueError("guard simulate: name a policy: --with guards.key=value, --against FILE, or both")
@@ -89,7 +79,10 @@ def guard_simulate(
 
 @anchor_app.command("build", epilog=EVERYWHERE)
 def anchor_build(ctx: typer.Context, version: Version = None) -> int:
-    """Make a draft from data.anchor (or the test splits of data.domains) and show its counts; nothing is judged on it yet."""
+    """Make a draft from data.anchor, or from the test splits of data.domains, and show its counts.
+
+    Nothing is judged on a draft: seal it.
+    """
     config = ctx.obj.config
     from jobs.guard.anchor import build
 
@@ -101,11 +94,11 @@ def anchor_seal(
     ctx: typer.Context,
     digest: Annotated[
         str | None,
-        typer.Argument(help="A draft or an earlier set (its first 8 digits); default: build one now."),
+        typer.Argument(help="Digest of a draft or an earlier set, 8 digits or more; default: build one now."),
     ] = None,
     version: Version = None,
 ) -> int:
-    """Pin an anchor set by its digest: from now on candidates of that source model are judged on these bytes alone."""
+    """Pin an anchor set by its digest: from now on it alone judges the candidates of its source model."""
     if digest and version is not None:
         raise ValueError("anchor seal: a digest says which source model it is for; leave --version out")
     config = ctx.obj.config

@@ -63,7 +63,7 @@ def explain(config: Config, terminal: Terminal, *, what: str) -> int:
         ),
         table("what it rests on", ["", ""], rests),
         *change,
-        f"the same again from the stored evidence: palisade guard replay {row.id}",
+        f"the same again from the stored evidence: palisade guard recheck {row.id}",
     )
     return Exit.DONE
 

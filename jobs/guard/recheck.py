@@ -1,4 +1,4 @@
-"""``palisade guard replay``: stored evidence judged again under the limits of its cycle, for an auditor.
+"""``palisade guard recheck``: stored evidence judged again under the limits of its cycle, for an auditor.
 
 A verdict is replayed when ``assess`` gives its stored JSON byte for byte. Where the audit chain has the digest of a cycle's
 verdicts and evidence, those on record must still have it.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SHOWN = 20
 
 
-def replay(config: Config, terminal: Terminal, *, what: str | None, cycle: str | None, recount: bool) -> int:
+def recheck(config: Config, terminal: Terminal, *, what: str | None, cycle: str | None, recount: bool) -> int:
     """Replay one verdict (``what``), those of a ``cycle``, or all."""
     ledger = open_ledger(config, create=False)
     if what is not None:

@@ -223,7 +223,7 @@ def _decided(
                 verdict = judge_again(policy, row.evidence, holds.get(row.site, 0))
             except ValueError:
                 raise LedgerError(
-                    f"verdict {row.id}: its evidence cannot be read; see `palisade guard replay --all`"
+                    f"verdict {row.id}: its evidence cannot be read; see `palisade guard recheck --all`"
                 ) from None
             holds[row.site] = holds.get(row.site, 0) + 1 if verdict.outcome == "hold" else 0
             made = Decision(

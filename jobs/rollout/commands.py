@@ -1,4 +1,4 @@
-"""The commands of ``palisade rollout`` and their options."""
+"""The commands of ``palisade rollout``."""
 
 from __future__ import annotations
 
@@ -6,28 +6,22 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import EVERYWHERE, Hash, Reason, Who
+from jobs.options import EVERYWHERE, SOURCE, Actor, DryRun, PlanHash, Reason
 
-rollout_app = typer.Typer(
-    no_args_is_help=True,
-    help="Waves over the fleet: plan, diff, apply, approve, watch, status, pause, retry, override, abort, rollback.",
-)
+rollout_app = typer.Typer(no_args_is_help=True, help="Releases in waves over the fleet.")
 
 
 @rollout_app.command("plan", epilog=EVERYWHERE)
 def rollout_plan(
     ctx: typer.Context,
-    source: Annotated[
-        int | None,
-        typer.Option(help="Release this source model version to the whole fleet instead of candidates."),
-    ] = None,
+    source: Annotated[int | None, SOURCE] = None,
     states: Annotated[
         str,
         typer.Option(help="With --source: rebase (fit every site's state anew) or reset (the bare model)."),
     ] = "reset",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and store nothing.")] = False,
+    dry_run: DryRun = False,
 ) -> int:
-    """Plan a release of all passing candidates in waves, or of a new source model."""
+    """Plan a release of all passing candidates in waves; with --source, of that source model to the whole fleet."""
     config = ctx.obj.config
     from jobs.rollout.operate import plan
 
@@ -35,11 +29,11 @@ def rollout_plan(
 
 
 @rollout_app.command("rebase", epilog=EVERYWHERE)
-def rollout_rebase(
-    ctx: typer.Context,
-    source: Annotated[int, typer.Option(help="Source model version that the states are fitted on.")],
-) -> int:
-    """Fit every site's state anew under another source model, beside what it serves; plan --states rebase does so too."""
+def rollout_rebase(ctx: typer.Context, source: Annotated[int, SOURCE]) -> int:
+    """Fit every site's state anew under the source model --source, beside what the site serves.
+
+    plan --source N --states rebase does so too.
+    """
     config = ctx.obj.config
     from jobs.rollout.rebase import rebase
 
@@ -48,7 +42,7 @@ def rollout_rebase(
 
 @rollout_app.command("diff", epilog=EVERYWHERE)
 def rollout_diff(ctx: typer.Context) -> int:
-    """What the planned release would change, site by site."""
+    """Show what the planned release would change, site by site."""
     config = ctx.obj.config
     from jobs.rollout.operate import diff
 
@@ -58,24 +52,24 @@ def rollout_diff(ctx: typer.Context) -> int:
 @rollout_app.command("apply", epilog=EVERYWHERE)
 def rollout_apply(
     ctx: typer.Context,
-    plan_hash: Hash,
+    plan_hash: PlanHash,
     watch: Annotated[bool, typer.Option(help="Stay until the rollout ends or waits for a person.")] = False,
-    who: Who = None,
+    actor: Actor = None,
 ) -> int:
-    """Approve the plan with this hash and move it on as far as it can go now; a paused one goes on."""
+    """Approve the plan with this hash and move it on as far as it can go now; a paused rollout goes on."""
     config = ctx.obj.config
     from jobs.rollout.operate import apply
 
-    return apply(config, ctx.obj.terminal, plan_hash=plan_hash, who=who, watch=watch)
+    return apply(config, ctx.obj.terminal, plan_hash=plan_hash, who=actor, watch=watch)
 
 
 @rollout_app.command("approve", epilog=EVERYWHERE)
-def rollout_approve(ctx: typer.Context, plan_hash: Hash, who: Who = None) -> int:
+def rollout_approve(ctx: typer.Context, plan_hash: PlanHash, actor: Actor = None) -> int:
     """Add one person's approval; waves from rollout.second_approval_from_share on need two."""
     config = ctx.obj.config
     from jobs.rollout.operate import approve
 
-    return approve(config, ctx.obj.terminal, plan_hash=plan_hash, who=who)
+    return approve(config, ctx.obj.terminal, plan_hash=plan_hash, who=actor)
 
 
 @rollout_app.command("watch", epilog=EVERYWHERE)
@@ -89,7 +83,7 @@ def rollout_watch(ctx: typer.Context) -> int:
 
 @rollout_app.command("status", epilog=EVERYWHERE)
 def rollout_status(ctx: typer.Context) -> int:
-    """Where the rollout stands."""
+    """Show the state of the newest rollout and its waves."""
     config = ctx.obj.config
     from jobs.rollout.operate import status
 
@@ -107,7 +101,7 @@ def rollout_pause(ctx: typer.Context, reason: Reason) -> int:
 
 @rollout_app.command("retry", epilog=EVERYWHERE)
 def rollout_retry(ctx: typer.Context, reason: Reason) -> int:
-    """Give the sites that failed and went back another try."""
+    """Give the sites that failed and were rolled back another try."""
     config = ctx.obj.config
     from jobs.rollout.operate import retry
 
@@ -115,12 +109,12 @@ def rollout_retry(ctx: typer.Context, reason: Reason) -> int:
 
 
 @rollout_app.command("override", epilog=EVERYWHERE)
-def rollout_override(ctx: typer.Context, reason: Reason, who: Who = None) -> int:
-    """Go on in spite of a hold. Counts once two people say it, for rollout.override_seconds; never for a breach."""
+def rollout_override(ctx: typer.Context, reason: Reason, actor: Actor = None) -> int:
+    """Go on in spite of a hold. Counts once two people ask for it, for rollout.override_seconds; never for a breach."""
     config = ctx.obj.config
     from jobs.rollout.operate import override
 
-    return override(config, ctx.obj.terminal, reason=reason, who=who)
+    return override(config, ctx.obj.terminal, reason=reason, who=actor)
 
 
 @rollout_app.command("abort", epilog=EVERYWHERE)

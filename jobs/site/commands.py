@@ -7,16 +7,14 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import EVERYWHERE
+from jobs.options import EVERYWHERE, PUBLIC_KEY, SITE, Reason, Site
 
-site_app = typer.Typer(
-    no_args_is_help=True, help="Sites: what they serve and why, their tags, what their boxes pull."
-)
+site_app = typer.Typer(no_args_is_help=True, help="Sites: states, tags, and what their boxes pull.")
 
 
 @site_app.command("list", epilog=EVERYWHERE)
 def site_list(ctx: typer.Context) -> int:
-    """All sites with their last verdict and what they serve."""
+    """List all sites with their newest verdict and what they serve."""
     config = ctx.obj.config
     from jobs.site.show import list_sites
 
@@ -24,8 +22,8 @@ def site_list(ctx: typer.Context) -> int:
 
 
 @site_app.command("show", epilog=EVERYWHERE)
-def site_show(ctx: typer.Context, site: str) -> int:
-    """One site: registration, stream position, quarantine, verdicts."""
+def site_show(ctx: typer.Context, site: Site) -> int:
+    """Show one site: registration, stream position, quarantine, verdicts."""
     config = ctx.obj.config
     from jobs.site.show import show
 
@@ -33,8 +31,8 @@ def site_show(ctx: typer.Context, site: str) -> int:
 
 
 @site_app.command("explain", epilog=EVERYWHERE)
-def site_explain(ctx: typer.Context, site: str) -> int:
-    """Why the site serves what it serves: source version, stream window, candidate, verdict, wave."""
+def site_explain(ctx: typer.Context, site: Site) -> int:
+    """Explain why the site serves what it serves: source version, stream window, candidate, verdict, wave."""
     config = ctx.obj.config
     from jobs.site.show import explain
 
@@ -44,7 +42,9 @@ def site_explain(ctx: typer.Context, site: str) -> int:
 @site_app.command("tag", epilog=EVERYWHERE)
 def site_tag(
     ctx: typer.Context,
-    site: Annotated[str | None, typer.Argument(help="The site; none with --from.")] = None,
+    site: Annotated[
+        str | None, typer.Argument(metavar="SITE", help="Id of the site; none with --from.")
+    ] = None,
     tags: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE...", help="e.g. region=north tz=Europe/Berlin rig=rgb+ir."),
@@ -54,9 +54,9 @@ def site_tag(
         typer.Option("--from", help="CSV: a column site, then one per tag; an empty cell changes nothing."),
     ] = None,
 ) -> int:
-    """Say what a site is: region, tenant, hardware, tz (IANA), rig (rgb, depth, ir), or tags of your own; KEY= removes one.
+    """Tag a site: region, tenant, hardware, tz (IANA), rig (rgb, depth, ir), or tags of your own; KEY= removes one.
 
-    Waves, caps, control sites and nights of a rollout go by these.
+    Waves, caps, control sites and nights of a rollout go by these tags.
     """
     config = ctx.obj.config
     from jobs.site.show import tag
@@ -65,9 +65,7 @@ def site_tag(
 
 
 @site_app.command("retire", epilog=EVERYWHERE)
-def site_retire(
-    ctx: typer.Context, site: str, reason: Annotated[str, typer.Option(help="Why; kept in the audit log.")]
-) -> int:
+def site_retire(ctx: typer.Context, site: Site, reason: Reason) -> int:
     """Take a site out of service: no release plans it, holds because of it or counts it as silent."""
     config = ctx.obj.config
     from jobs.site.show import retire
@@ -76,9 +74,7 @@ def site_retire(
 
 
 @site_app.command("restore", epilog=EVERYWHERE)
-def site_restore(
-    ctx: typer.Context, site: str, reason: Annotated[str, typer.Option(help="Why; kept in the audit log.")]
-) -> int:
+def site_restore(ctx: typer.Context, site: Site, reason: Reason) -> int:
     """Take a retired site back into service."""
     config = ctx.obj.config
     from jobs.site.show import retire
@@ -89,16 +85,13 @@ def site_restore(
 @site_app.command("pull", epilog=EVERYWHERE)
 def site_pull(
     ctx: typer.Context,
-    site: str,
+    site: Site,
     to: Annotated[Path, typer.Option(help="Folder of the site's box.")],
-    public_key: Annotated[
-        Path | None,
-        typer.Option(help="Refuse what this key would not verify; default: the signing key's own."),
-    ] = None,
+    public_key: Annotated[Path | None, PUBLIC_KEY] = None,
 ) -> int:
-    """Write what the site's box is to serve, under a signed manifest: model (once), state, release.json.
+    """Write what the site's box is to serve, under a signed manifest: the model once, the state, release.json.
 
-    Everything is verified first. Needs neither MLflow nor Ray.
+    Everything is verified first, with --public-key or else the signing key's own public half. Needs neither MLflow nor Ray.
     """
     config = ctx.obj.config
     from jobs.site.pull import pull
@@ -109,15 +102,14 @@ def site_pull(
 @site_app.command("verify")
 def site_verify(
     ctx: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="What site pull wrote.")],
-    public_key: Annotated[Path, typer.Option(help="The deployment's public key, KEY.pub.")],
-    site: Annotated[
-        str | None, typer.Option(help="Which site this is; needed until a release was accepted here.")
-    ] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder that site pull wrote.")],
+    public_key: Annotated[Path, PUBLIC_KEY],
+    site: Annotated[str | None, SITE] = None,
 ) -> int:
-    """What a box runs before it serves a release: accept it, or refuse it with exit code 4. Needs no configuration.
+    """Accept a release on a box before it is served, or refuse it with exit code 4. Needs no configuration.
 
-    Checked are signature, site, expiry, every file's digest, and that the counter is not below the last accepted one.
+    Checked are signature, site, expiry, every file's digest, and that the counter is not below the last accepted one. --site
+    is needed until a release was accepted in this folder.
     """
     from jobs.site.pull import verify_folder
 

@@ -36,8 +36,6 @@ from pipeline.stats import metrics
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from pipeline.site.contract import SiteMethod
-    from pipeline.source.contract import SourceMethod
     from pipeline.types import Features
 
 METRIC, WORST = "online_hter", "worst_held_out_hter"
@@ -129,9 +127,7 @@ def held_out(given: dict[str, object]) -> None:
     torch.set_num_threads(max(1, config.cluster.cpus // config.search.concurrent_trials))
     own = config.source.model_dump()
     settings = cast("dict[str, object]", given["settings"])
-    method = cast(
-        "SourceMethod", method_config("source", str(own["kind"])).model_validate({**own, **settings})
-    )
+    method = method_config("source", str(own["kind"])).model_validate({**own, **settings})
     corpora = [read_corpus(Path(p), ("train", "val")) for p in cast("list[str]", given["corpora"])]
     task = fits.Task(method, config.model, config.data.frame_px)
     tested = [
@@ -200,7 +196,7 @@ def replay(
     """Mean online HTER of the development sites after each rung, every sample scored before it is used."""
     model = checkpoint.load(model_path)
     own = config.site.model_dump()
-    method = cast("SiteMethod", method_config("site", str(own["kind"])).model_validate({**own, **settings}))
+    method = method_config("site", str(own["kind"])).model_validate({**own, **settings})
     states = bank.stack([method.init(model.tail) for _ in streams])
     scores: list[list[np.ndarray]] = [[] for _ in streams]
     rungs = config.search.rungs

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pipeline.config import Config
-    from pipeline.source.contract import SourceMethod
     from pipeline.storage import Place
 
 EVERY = 100  # steps between checkpoints: a report costs a poll of the controller
@@ -163,7 +162,7 @@ def _fit(given: dict[str, object], folder: Path) -> None:
     corpora = [read_corpus(p, ("train", "val")) for p in places]
     check_validation(corpora)
     task = fits.Task(
-        method=cast("SourceMethod", config.source),
+        method=config.source,
         model=config.model,
         size=config.data.frame_px,
         data={c.domain: read_manifest(p).digest for c, p in zip(corpora, places, strict=True)},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from pipeline.config import Config
     from pipeline.models.checkpoint import SourceModel
-    from pipeline.site.contract import SiteMethod, State
+    from pipeline.site.contract import State
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,7 @@ def _windows(
     rows = {row.site: row for row in ledger.streams.named(sites)}
     serving, pending = ledger.releases.serving(sites), ledger.streams.pending(sites)
     stored = ledger.verdicts.states([r.learner for r in rows.values()] + [s.state for s in serving.values()])
-    now, store, fresh = (
-        datetime.now(UTC),
-        config.place("features"),
-        cast("SiteMethod", config.site).init(model.tail),
-    )
+    now, store, fresh = (datetime.now(UTC), config.place("features"), config.site.init(model.tail))
     windows: list[Window] = []
     failed: dict[str, str] = {}
     for site in sites:
@@ -179,7 +175,7 @@ def _learner(config: Config, model: SourceModel, row: StateRow | None, fresh: St
 def _learn_and_judge(
     config: Config, model: SourceModel, job: ShardJob, windows: Sequence[Window]
 ) -> list[ShardRow]:
-    method = cast("SiteMethod", config.site)
+    method = config.site
     streams = [features_of(w.block) for w in windows]
     start = bank.stack([w.learner for w in windows])
     states, traces = bank.run(

@@ -7,7 +7,7 @@ Nothing returned from here may be written to. A digest that does not verify rais
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pipeline.ledger import StateRow
     from pipeline.models.checkpoint import SourceModel
-    from pipeline.site.contract import SiteMethod, State
+    from pipeline.site.contract import State
     from pipeline.storage import Place
 
 SCORED_STATES = 1024  # states whose anchor scores are kept, per anchor set and source model
@@ -71,7 +71,7 @@ def load_state(
 
     ``fresh`` is the source model's own state if the caller has it already. Raises BadBlob for a corrupt blob.
     """
-    method = cast("SiteMethod", config.site)
+    method = config.site
     fresh = fresh or method.init(model.tail)
     if row is None:
         return fresh

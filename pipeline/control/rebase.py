@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import takewhile
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pipeline.control.judge import Window
 from pipeline.data.blobs import BadBlob
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.ledger import Cycle, Ledger, SegmentRow, SiteRow, VerdictRow
     from pipeline.models.checkpoint import SourceModel
-    from pipeline.site.contract import SiteMethod
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def rebase_windows(
     """What is retained of each site under the trunk of ``model``, to be learned from the model's own state →
     {site: reason} of those that have nothing.
     """
-    fresh, now = cast("SiteMethod", config.site).init(model.tail), datetime.now(UTC)
+    fresh, now = config.site.init(model.tail), datetime.now(UTC)
     found: list[Window] = []
     failed: dict[str, str] = {}
     for row in ledger.streams.named(sites):

@@ -7,7 +7,7 @@ and fresh evidence.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pipeline.guards import Verdict
     from pipeline.ledger import Ledger, SiteRow, SourceRow
     from pipeline.models.checkpoint import SourceModel
-    from pipeline.site.contract import SiteMethod, State
+    from pipeline.site.contract import State
 
 STRIDE = 32  # batches between two reports of progress
 UNREADABLE = (
@@ -67,7 +67,7 @@ def replay_sites(
     model = load_model(source.path)
     anchor = _find_anchor(config, ledger, source, reporter)
     for c in (config, what_if):
-        cast("SiteMethod", c.site).init(model.tail)  # a method that cannot start says so before anything else
+        c.site.init(model.tail)  # a method that cannot start says so before anything else
     total, done = 2 * sum(s.good for r in rows for s, _ in ledger.streams.segments(r.site)), 0
     size = max(config.bank.slots, what_if.bank.slots)
     differences: list[Difference] = []
@@ -142,7 +142,7 @@ def _replay(
     on_samples: Callable[[int], None],
 ) -> list[ReplayedSite]:
     """Runs every recording from the source model's own state, ``bank.slots`` at a time, at most ``slots``."""
-    fresh = cast("SiteMethod", config.site).init(model.tail)
+    fresh = config.site.init(model.tail)
     replayed: list[ReplayedSite] = []
     for start in range(0, len(recordings), config.bank.slots):
         part = recordings[start : start + config.bank.slots]
@@ -172,7 +172,7 @@ def _run(
     on_samples: Callable[[int], None],
 ) -> tuple[State, list[bank.Trace]]:
     """Runs ``bank.run`` in strides of whole batches, which changes no bit and lets progress be shown."""
-    method, size = cast("SiteMethod", config.site), config.bank.batch_size
+    method, size = config.site, config.bank.batch_size
     streams = [features_of(r.block) for r in recordings]
     states = bank.stack([fresh for _ in recordings])
     parts: list[list[bank.Trace]] = [[] for _ in recordings]

@@ -98,7 +98,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(name: str, docs: Sequence[Doc]) -> str:
-    head = ["# Generated: palisade submit --config conf/fleet.yaml --render infra/kuberay"]
+    head = ["# Generated: palisade manifests render infra/kuberay --config conf/fleet.yaml"]
     body = "---\n".join(
         yaml.dump(d, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True) for d in docs
     )

@@ -32,6 +32,7 @@ BOUNDARY = (
     "linear",
 )  # what decides between the classes, of which a domain may own a copy during a fit
 MOVABLE = ("site.gamma", "site.beta", "site.down", "site.up", "gate", "log_rho", "pattern")
+LEARNED = MOVABLE[:-1]  # by gradients; ``pattern`` follows counts of scores
 REPLAY = (
     "replay.z",
     "replay.present",

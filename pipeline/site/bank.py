@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from pydantic import Field
 
 from pipeline.models import tail as tails
 from pipeline.site.contract import Selective
-from pipeline.types import Features, Outcome, Section
+from pipeline.types import Features, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,16 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.site.contract import Params, SiteMethod, State
-
-
-class BankConfig(Section):
-    """Section ``bank``: the fixed shapes of one step."""
-
-    slots: int = Field(default=16, ge=1, description="K, sites stepped together")
-    batch_size: int = Field(default=8, ge=1, description="B, samples per site and step")
-    cache_mb: int = Field(
-        default=256, ge=16, description="MiB of site states that a shard keeps in memory between calls"
-    )
 
 
 class Trace(NamedTuple):

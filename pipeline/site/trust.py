@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 SUBSTITUTED = 0.2  # extra uncertainty of a head that reads a substituted modality
 SHARPNESS = 0.2  # temperature of the vote
 REMEMBERED = 16  # sessions whose samples are still counted
+LARGEST = 1e4  # no trunk feature comes near; its square still sums without overflow
+
+
+def sane(batch: Features) -> Features:
+    """Rows with a value beyond ``LARGEST`` or not finite in a present modality become padding; absent values become zero."""
+    clean = torch.where(batch.present[..., None], batch.z, 0.0)
+    ok = (clean.abs() <= LARGEST).all(-1).all(-1) & batch.present.any(-1)  # a NaN compares False
+    valid = batch.valid & ok
+    return batch._replace(z=torch.where(valid[:, None, None], clean, 0.0), valid=valid)
 
 
 def entropy(p: Tensor) -> Tensor:

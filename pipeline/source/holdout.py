@@ -11,7 +11,7 @@ import time
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from pipeline.data.corpus import Corpus
     from pipeline.models.checkpoint import SourceModel
-    from pipeline.source.contract import Schedule, SourceMethod
     from pipeline.source.fit import Task
     from pipeline.source.sampler import Draw
 
@@ -179,8 +178,7 @@ def _from_arrays(arrays: Mapping[str, np.ndarray]) -> Result:
 
 def degenerate(task: Task, corpora: Sequence[Corpus]) -> dict[str, str]:
     """Corpora that no fit should be given → "finite", the error's one line, or "silent NaN"."""
-    method = cast("Schedule", task.method).model_copy(update={"steps": 4})
-    task = replace(task, method=cast("SourceMethod", method))
+    task = replace(task, method=task.method.model_copy(update={"steps": 4}))
 
     def kept(c: Corpus, rows: np.ndarray) -> Corpus:
         return replace(c, **{k: np.asarray(v)[rows] for k, v in vars(c).items() if k != "domain"})

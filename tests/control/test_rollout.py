@@ -562,7 +562,7 @@ def test_any_order_of_events(template):
     run(template, max_examples=60, stateful_step_count=50)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(300)
 def test_any_order_of_events_500_times(template):
     run(template, max_examples=500, stateful_step_count=50)

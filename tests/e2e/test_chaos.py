@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from pipeline.ledger import Cycle
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 KILLED = -signal.SIGKILL
 ORDER = ("a blob under its temporary name", *(name for name in INSTANTS if "temporary" not in name))
 EXACT, RANDOM, PAIRED, RAY = 36, 44, 24, 12  # kills at least

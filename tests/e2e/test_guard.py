@@ -27,11 +27,11 @@ def test_a_verdict_is_explained_replayed_and_judged_by_other_policies(deployment
         d.ledger.verdicts.anchor(d.ledger.sources.champion().trunk)[:12]
     )
 
-    assert d.run("guard", "replay", "lobby-north", "--recount") == 0, (
+    assert d.run("guard", "recheck", "lobby-north", "--recount") == 0, (
         "under the limits of the cycle, not of today"
     )
     assert "byte for byte" in capsys.readouterr().out
-    assert d.run("guard", "replay", "--all", "--recount", "--json") == 0
+    assert d.run("guard", "recheck", "--all", "--recount", "--json") == 0
     found = printed(capsys)
     assert found["verdicts"] == found["same"] == len(SITES) and found["recounted"] >= 3
 

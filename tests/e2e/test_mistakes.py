@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from jobs.__main__ import gather, main
+from jobs.__main__ import main
 from tests.support.artifacts import flip
 from tests.support.deployments import new_deployment
 
@@ -83,8 +83,3 @@ def test_a_damaged_model(deployment, capsys):
 def test_a_missing_config_file(capsys):
     assert main(["site", "list", "--config", "nowhere.yaml"]) == 2
     assert "nowhere.yaml" in said(capsys)
-
-
-def test_options_may_stand_anywhere():
-    words = ["train", "site.lr=1e-4", "--champion", "--json", "--config", "x.yaml"]
-    assert gather(words) == ["--set", "site.lr=1e-4", "--json", "--config", "x.yaml", "train", "--champion"]

@@ -171,7 +171,7 @@ def test_a_whole_release_by_the_commands_and_back(challenged):
     }
     assert d.run("audit", "verify") == 0
     bare = next(t.verdict_id for t in targets.values() if t.to.state_id is None)
-    assert d.run("guard", "replay", bare) == 0
+    assert d.run("guard", "recheck", bare) == 0
 
 
 def test_a_version_that_cannot_be_gone_over_to_is_named_in_one_line(challenged):

@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jobs.__main__ import gather
 from pipeline.cluster import ingest
 from pipeline.config import Config, ConfigError, altered, load
 from pipeline.control import whatif
@@ -285,26 +284,13 @@ def test_a_mistake_in_other_settings(tmp_path, override, file, expected):
     assert "\n" not in str(e.value)
 
 
-def test_what_stands_behind_with_is_no_override_of_the_deployment():
-    words = ["replay", "--with", "site.lr=1e-4", "bank.slots=2", "--with=site.clip=2"]
-    assert gather(words) == [
-        "--set",
-        "bank.slots=2",
-        "replay",
-        "--with",
-        "site.lr=1e-4",
-        "--with=site.clip=2",
-    ]
-    assert gather(["replay", "--with"]) == ["replay", "--with"]
-
-
 # --- the command
 
 
 def test_now_is_what_the_first_cycle_recorded(recorded, capsys):
     """The left side is not an estimate: scores, labels used and errors are those of the shard, bit for bit."""
     d = recorded
-    assert d.run("replay", "--with", "site.kind=frozen", "--json") == 0
+    assert d.run("what-if", "--with", "site.kind=frozen", "--json") == 0
     found = printed(capsys)
     source = d.ledger.sources.champion()
     assert {r["site"] for r in found["sites"]} == set(SITES)
@@ -330,7 +316,7 @@ def test_now_is_what_the_first_cycle_recorded(recorded, capsys):
 
 
 def test_other_settings_change_calls_and_fail_where_now_passes(recorded, capsys):
-    assert recorded.run("replay", *HOT, "--json") == 4
+    assert recorded.run("what-if", *HOT, "--json") == 4
     found = printed(capsys)
     assert found["changed"] == {"site.lr": [1e-3, 0.5]}
     rises = [r["hter_rise"] for r in found["sites"]]
@@ -340,7 +326,7 @@ def test_other_settings_change_calls_and_fail_where_now_passes(recorded, capsys)
     assert {r["site"] for r in bad} == set(found["fleet"]["worse_verdicts"])
     assert all(r["verdict"] == ["pass", "fail"] and r["reason"][1].startswith("trust:") for r in bad)
     assert max(r["flipped"] for r in found["sites"]) > 0.05
-    assert recorded.run("replay", *HOT) == 4
+    assert recorded.run("what-if", *HOT) == 4
     shown = capsys.readouterr().out
     assert "site.lr 0.001 → 0.5" in shown
     assert "pass → fail" in shown
@@ -349,7 +335,7 @@ def test_other_settings_change_calls_and_fail_where_now_passes(recorded, capsys)
 
 def test_another_method(recorded, capsys):
     assert recorded.run(
-        "replay", "--with", "site.kind=danet", "--with", "site.trigger=null", "--site", SITES[1], "--json"
+        "what-if", "--with", "site.kind=danet", "--with", "site.trigger=null", "--site", SITES[1], "--json"
     ) in (0, 4)
     found = printed(capsys)
     assert (found["changed"]["site.kind"], found["changed"]["site.omega"]) == (["tent", "danet"], [None, 0.5])
@@ -359,27 +345,27 @@ def test_another_method(recorded, capsys):
 
 
 def test_the_present_settings_again_differ_in_nothing(recorded, capsys):
-    assert recorded.run("replay", "--against", recorded.yaml, "--json") == 0
+    assert recorded.run("what-if", "--against", recorded.yaml, "--json") == 0
     found = printed(capsys)
     assert found["changed"] == {}
     assert len(found["sites"]) == len(SITES)
     for row in found["sites"]:
         assert (row["flipped"], row["hter_rise"]) == (0.0, 0.0)
         assert all(pair[0] == pair[1] for pair in row.values() if isinstance(pair, list))
-    assert recorded.run("replay", "--against", recorded.yaml, "--site", SITES[0]) == 0
+    assert recorded.run("what-if", "--against", recorded.yaml, "--site", SITES[0]) == 0
     assert "nothing is different" in capsys.readouterr().out
 
 
 def test_only_the_named_sites_and_other_shapes(recorded, capsys):
     words = ("--site", SITES[2], "--site", SITES[0], "--site", SITES[2])
     assert (
-        recorded.run("replay", "--with", "bank.slots=1", "--with", "bank.batch_size=16", *words, "--json")
+        recorded.run("what-if", "--with", "bank.slots=1", "--with", "bank.batch_size=16", *words, "--json")
         == 0
     )
     found = printed(capsys)
     assert found["changed"] == {"bank.slots": [2, 1], "bank.batch_size": [8, 16]}
     assert sorted(r["site"] for r in found["sites"]) == sorted({SITES[0], SITES[2]})
-    assert recorded.run("replay", "site.kind=frozen", "--with", "bank.slots=16", "--json") == 0
+    assert recorded.run("what-if", "site.kind=frozen", "--with", "bank.slots=16", "--json") == 0
     found = printed(capsys)
     assert [r["flipped"] for r in found["sites"]] == [0.0] * len(SITES), "nothing learns, nothing differs"
 
@@ -394,9 +380,9 @@ def test_it_leaves_no_trace_but_the_file_it_was_asked_for(recorded, tmp_path, ca
     before = everything()
     assert len(before) > 20
     table, whole = tmp_path / "deep" / "t.parquet", tmp_path / "t.json"
-    assert recorded.run("replay", *HOT, "--out", str(table), "--json") == 4
+    assert recorded.run("what-if", *HOT, "--out", str(table), "--json") == 4
     found = printed(capsys)
-    assert recorded.run("replay", *HOT, "--out", str(whole)) == 4
+    assert recorded.run("what-if", *HOT, "--out", str(whole)) == 4
     assert everything() == before
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["t.json", "t.parquet"]
     assert json.loads(whole.read_text()) == found
@@ -415,7 +401,7 @@ def test_it_leaves_no_trace_but_the_file_it_was_asked_for(recorded, tmp_path, ca
 def whole(recorded, tmp_path_factory) -> dict[str, dict]:
     """Rows of WARM by site where nothing is broken."""
     out = tmp_path_factory.mktemp("whole") / "w.json"
-    assert recorded.run("replay", *WARM, "--out", str(out)) == 0
+    assert recorded.run("what-if", *WARM, "--out", str(out)) == 0
     return {r["site"]: r for r in json.loads(out.read_text())["sites"]}
 
 
@@ -461,7 +447,7 @@ def test_a_broken_feature_file_of_a_site_stops_nobody(deployment, whole, capsys,
     """Two sites with a file each that is broken in its own way; the third is as it was where nothing is broken."""
     for site, how in zip(SITES[1:], (one, other), strict=True):
         SPOILED[how](feature_files(deployment, site)[1])
-    assert deployment.run("replay", *WARM) == 0
+    assert deployment.run("what-if", *WARM) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert set(found["failed"]) == set(SITES[1:])
@@ -473,7 +459,7 @@ def test_a_broken_feature_file_of_a_site_stops_nobody(deployment, whole, capsys,
 
 def test_how_often_progress_is_shown_changes_no_bit(recorded, whole, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.control.replay.STRIDE", 1)
-    assert recorded.run("replay", *WARM) == 0
+    assert recorded.run("what-if", *WARM) == 0
     assert {r["site"]: r for r in printed(capsys)["sites"]} == whole
 
 
@@ -481,7 +467,7 @@ def test_features_that_are_no_numbers_teach_nobody(deployment, whole, capsys):
     poison = np.full(3 * 32, np.nan, np.float16).tobytes()
     for path in feature_files(deployment, SITES[1]):
         rewritten(z=pa.array([poison], pa.binary(len(poison))))(path)
-    assert deployment.run("replay", *WARM) == 0
+    assert deployment.run("what-if", *WARM) == 0
     found = {r["site"]: r for r in printed(capsys)["sites"]}
     assert found[SITES[1]]["pseudo_bona_fide"] == [0, 0]
     assert {s: r for s, r in found.items() if s != SITES[1]} == {
@@ -493,7 +479,7 @@ def test_nothing_to_compare_holds(deployment, capsys):
     for site in SITES:
         for path in feature_files(deployment, site):
             path.unlink()
-    assert deployment.run("replay", "--with", "site.kind=frozen", "--json") == 3
+    assert deployment.run("what-if", "--with", "site.kind=frozen", "--json") == 3
     found = printed(capsys)
     assert (found["sites"], set(found["failed"])) == ([], set(SITES))
     assert "palisade ingest" in found["failed"][SITES[0]]
@@ -502,7 +488,7 @@ def test_nothing_to_compare_holds(deployment, capsys):
 def test_without_labels_or_an_anchor_set_there_are_still_calls(deployment, capsys):
     with sqlite3.connect(deployment.root / "ledger.db") as c:
         c.execute("delete from anchors")
-    assert deployment.run("replay", *HOT, "data.sealed=null", "--json") == 0
+    assert deployment.run("what-if", *HOT, "data.sealed=null", "--json") == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert all(
@@ -519,14 +505,14 @@ def test_an_old_recording_is_judged_as_at_its_end(deployment, capsys):
     """What is asked is whether the settings are better, not whether the evidence is of today."""
     with sqlite3.connect(deployment.root / "ledger.db") as c:
         c.execute("update segments set ingested_at = ?", ((now() - timedelta(days=400)).isoformat(),))
-    assert deployment.run("replay", "--with", "site.kind=frozen", "--json") == 0
+    assert deployment.run("what-if", "--with", "site.kind=frozen", "--json") == 0
     assert {r["verdict"][0] for r in printed(capsys)["sites"]} >= {"pass"}
 
 
 def test_only_what_the_current_source_model_saw_counts(deployment, capsys):
     """A trunk that came later has no features of earlier segments, and that is no hole."""
     feature_files(deployment, SITES[0])[0].unlink()
-    assert deployment.run("replay", "--with", "site.kind=frozen", "--site", SITES[0], "--json") == 0
+    assert deployment.run("what-if", "--with", "site.kind=frozen", "--site", SITES[0], "--json") == 0
     (row,) = printed(capsys)["sites"]
     late = [s.good for s, _ in deployment.ledger.streams.segments(SITES[0])][1:]
     assert row["samples"] == sum(late)
@@ -547,7 +533,7 @@ def test_only_what_the_current_source_model_saw_counts(deployment, capsys):
     ids=" ".join,
 )
 def test_a_mistake_is_one_line(recorded, capsys, words, expected):
-    assert recorded.run("replay", *words) == 2
+    assert recorded.run("what-if", *words) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.strip().splitlines()
@@ -558,9 +544,9 @@ def test_a_mistake_is_one_line(recorded, capsys, words, expected):
 def test_no_site_and_no_ledger(deployment, tmp_path, capsys):
     with sqlite3.connect(deployment.root / "ledger.db") as c:
         c.execute("delete from sites")
-    assert deployment.run("replay", "--with", "site.kind=frozen") == 2
+    assert deployment.run("what-if", "--with", "site.kind=frozen") == 2
     assert "palisade ingest" in capsys.readouterr().err
-    assert new_deployment(tmp_path / "empty").run("replay", "--with", "site.kind=frozen") == 5
+    assert new_deployment(tmp_path / "empty").run("what-if", "--with", "site.kind=frozen") == 5
     assert not (tmp_path / "empty" / "ledger.db").exists()
 
 
@@ -577,12 +563,12 @@ def in_a_process(*words: str) -> list[str]:
 
 
 def test_help_is_told_at_once():
-    *lines, last = in_a_process("replay", "--help")
+    *lines, last = in_a_process("what-if", "--help")
     assert last == "0 []"
     assert "Exit codes: 0 compared, 3 nothing could be compared" in " ".join(" ".join(lines).split())
 
 
 @pytest.mark.slow
 def test_neither_ray_nor_mlflow_is_needed(recorded):
-    words = ["replay", "--with", "site.kind=frozen", "--site", SITES[0], "--config", recorded.yaml]
+    words = ["what-if", "--with", "site.kind=frozen", "--site", SITES[0], "--config", recorded.yaml]
     assert in_a_process(*words)[-1] == "0 ['torch._C', 'pyarrow', 'sqlalchemy']"

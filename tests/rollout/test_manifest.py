@@ -166,7 +166,7 @@ def test_a_file_outside_the_folder_cannot_be_named(name):
         release(files={name: "a" * 64})
 
 
-@pytest.mark.parametrize("pem", [b"", b"junk", PUBLIC, SECRET[:60]])
+@pytest.mark.parametrize("pem", [b"", b"junk", PUBLIC, SECRET[:60]], ids=["empty", "junk", "public", "torn"])
 def test_what_is_no_private_key_is_named(pem):
     with pytest.raises(BadKey, match="site.key: not an ed25519 private key"):
         private_key(pem, "site.key")

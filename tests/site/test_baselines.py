@@ -14,9 +14,10 @@ from safetensors.torch import load, save
 
 from pipeline.models import TailConfig
 from pipeline.models import tail as tails
+from pipeline.models.tail import LEARNED
 from pipeline.site import bank
-from pipeline.site.contract import LEARNED, entropy, sane
 from pipeline.site.methods import cotta, drm, eata, read, recalibrate, sar
+from pipeline.site.trust import entropy, sane
 from pipeline.types import Features
 
 F, B = 16, 8

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from pipeline.config import method_config, methods
 from pipeline.models import TailConfig, tail
+from pipeline.models.tail import LEARNED
 from pipeline.site import trust
-from pipeline.site.contract import LEARNED, sane
 from pipeline.site.methods import danet
+from pipeline.site.methods.danet import algorithm
+from pipeline.site.trust import sane
 from pipeline.types import Features
 
 F, B = 16, 8
@@ -140,7 +142,7 @@ def judged(method: danet.Config, p: torch.Tensor, present: torch.Tensor) -> torc
     read = tail.TailOutput(torch.logit(p), none, none, none, none, none)
     n = len(p)
     b = Features(torch.zeros(n, 3, F), present, torch.ones(n, dtype=torch.bool), torch.arange(n))
-    return method._reliable({}, read, read, *trust.vote(p, present), b)[1]
+    return algorithm._reliable(method, {}, read, read, *trust.vote(p, present), b)[1]
 
 
 def test_bona_fide_needs_more_than_attack():
@@ -188,7 +190,7 @@ def test_unstable_learning_falls_to_the_floor_and_comes_back(source):
     restored = torch.tensor(False)
     for _ in range(60):
         shaken = {**state, **{f"good.{k}": good[k] for k in good}}
-        state, restored = method._weigh(shaken, torch.tensor(5.0), measured=torch.tensor(True))
+        state, restored = algorithm._weigh(method, shaken, torch.tensor(5.0), measured=torch.tensor(True))
         if restored:
             break
     assert restored
@@ -200,7 +202,7 @@ def test_unstable_learning_falls_to_the_floor_and_comes_back(source):
 def test_steady_learning_raises_omega(source):
     method = danet.Config()
     state = {**method.init(source), "step": torch.tensor(20), "warm_up": torch.full((20,), 1.0)}
-    new, restored = method._weigh(state, torch.tensor(0.1), measured=torch.tensor(True))
+    new, restored = algorithm._weigh(method, state, torch.tensor(0.1), measured=torch.tensor(True))
     assert new["omega"] > state["omega"]
     assert not restored
 
@@ -238,7 +240,7 @@ def test_source_mode_holds_on_to_the_source(source):
         logit = tail.forward(
             tail.with_site_state(full, state), replay["replay.z"], replay["replay.present"]
         ).logit[:, tail.FUSED]
-        return float(danet._cross_entropy(logit, replay["replay.label"]).mean())
+        return float(algorithm._cross_entropy(logit, replay["replay.label"]).mean())
 
     method = danet.Config(**{**EAGER, "mode": "da", "source": 5.0, "lr": 0.01})
     state = method.init(full)

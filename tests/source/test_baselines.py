@@ -10,14 +10,8 @@ from torch.nn.functional import normalize
 
 from pipeline.models import TailConfig
 from pipeline.models import tail as tails
-from pipeline.source.contract import (
-    PAIRS,
-    Batch,
-    logistic_loss,
-    mean_over_domains,
-    sup_con,
-    with_domain_boundaries,
-)
+from pipeline.source.contract import Batch
+from pipeline.source.losses import PAIRS, logistic_loss, mean_over_domains, sup_con, with_domain_boundaries
 from pipeline.source.methods import ctnet, dadm, irm, mmdg, vrex
 
 F, D, B = 16, 8, 24

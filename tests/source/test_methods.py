@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from pipeline.config import method_config, methods
 from pipeline.models import TailConfig
 from pipeline.models import tail as tails
-from pipeline.source import contract as source
-from pipeline.source.contract import Batch, Schedule
-from pipeline.source.methods import erm, rise
+from pipeline.source import losses as source
+from pipeline.source.contract import Batch, SourceMethod
+from pipeline.source.methods import erm
+from pipeline.source.methods.rise import Config as RiseConfig
+from pipeline.source.methods.rise import terms as rise
 
 F, D, DOMAINS = 16, 8, 3
 HEADS = ("radial", "linear")
@@ -23,7 +25,7 @@ PRIOR_FREE = {"risk", "heads", "variance", "consistency", "inconsistency", "reba
 class Fake:
     """What a method sees of the objective; its trunk hands out features that were stored as frames, absent ones too."""
 
-    def __init__(self, config: Schedule, head: str = "radial", *, seed: int = 0) -> None:
+    def __init__(self, config: SourceMethod, head: str = "radial", *, seed: int = 0) -> None:
         shape = TailConfig(head=head, width=D, rank=4)
         tail = tails.init_tail(shape, F, generator=torch.Generator().manual_seed(seed))
         self.extra = {n: t.requires_grad_() for n, t in config.extra(DOMAINS, tail).items()}
@@ -62,16 +64,16 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def configs() -> list[Schedule]:
+def configs() -> list[SourceMethod]:
     plain = [method_config("source", kind)(kind=kind) for kind in methods("source")]
-    return [*plain, erm.Config(dropout=0.5), rise.Config(invariance="irmv1"), rise.Config(invariance="none")]
+    return [*plain, erm.Config(dropout=0.5), RiseConfig(invariance="irmv1"), RiseConfig(invariance="none")]
 
 
-def label_of(config: Schedule) -> str:
+def label_of(config: SourceMethod) -> str:
     return f"{config.kind}-{getattr(config, 'invariance', getattr(config, 'dropout', ''))}".rstrip("-")
 
 
-def values(config: Schedule, b: Batch, head: str, *, seed: int = 0) -> dict[str, float]:
+def values(config: SourceMethod, b: Batch, head: str, *, seed: int = 0) -> dict[str, float]:
     """Loss terms of a fresh model."""
     return {n: float(t.detach()) for n, t in config.losses(Fake(config, head), b, generator(seed)).items()}
 
@@ -145,7 +147,7 @@ def test_any_batch_is_finite(config, data: st.DataObject) -> None:
     total_is_finite(config, data.draw(st.sampled_from(HEADS)), b)
 
 
-def total_is_finite(config: Schedule, head: str, b: Batch) -> None:
+def total_is_finite(config: SourceMethod, head: str, b: Batch) -> None:
     model = Fake(config, head)
     total = torch.stack(list(config.losses(model, b, generator()).values())).sum()
     assert bool(torch.isfinite(total))
@@ -337,7 +339,7 @@ def test_dropping_modalities_never_leaves_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["compact", "angle", "synergy", "complement"])
 def test_a_term_of_rise_falls_when_it_alone_is_learned(name: str) -> None:
-    config = rise.Config()
+    config = RiseConfig()
     model = Fake(config)
     with torch.no_grad():
         model.extra["log_rho"].fill_(-1.0)  # else no bona fide sample sticks out
@@ -353,7 +355,7 @@ def test_a_term_of_rise_falls_when_it_alone_is_learned(name: str) -> None:
 
 
 def test_a_weight_of_zero_switches_a_term_off() -> None:
-    bare = rise.Config(compact=0, angle=0, synergy=0, complement=0, invariance="none")
+    bare = RiseConfig(compact=0, angle=0, synergy=0, complement=0, invariance="none")
     assert set(bare.losses(Fake(bare), batch(), generator())) == {"risk", "heads"}
 
 
@@ -386,7 +388,7 @@ def test_correlation_of_a_feature_with_itself_is_one_on_the_diagonal() -> None:
 
 
 def test_the_full_score_is_the_teacher_of_the_dropped_one() -> None:
-    model, b = Fake(rise.Config()), batch()
+    model, b = Fake(RiseConfig()), batch()
     tail = {n: t.detach().requires_grad_() for n, t in source.with_domain_boundaries(model, b).items()}
     z = model.trunk_features(b.frames, b.present)
     full = tails.forward(tail, z, b.present)
@@ -399,7 +401,7 @@ def test_the_full_score_is_the_teacher_of_the_dropped_one() -> None:
 @settings(max_examples=10)
 @given(seed=st.integers(0, 99))
 def test_rise_scores_by_the_radius_alone(seed: int) -> None:
-    model, b = Fake(rise.Config()), batch()
+    model, b = Fake(RiseConfig()), batch()
     turn = torch.linalg.qr(torch.randn(D, D, generator=generator(seed)))[0]
     turned = {**model.tail, "fuse.out": turn @ model.tail["fuse.out"]}
     with torch.no_grad():
@@ -409,7 +411,7 @@ def test_rise_scores_by_the_radius_alone(seed: int) -> None:
 
 
 def test_mmsd_alone_teaches_whose_modality_it_is() -> None:
-    config = rise.Config()
+    config = RiseConfig()
     model, b = Fake(config), batch()
     with torch.no_grad():
         model.tail["gate"].fill_(2.0)  # what the other modalities say drowns what is a modality's own
@@ -434,7 +436,7 @@ def test_mmsd_alone_teaches_whose_modality_it_is() -> None:
 
 
 def test_attacks_keep_their_radius() -> None:
-    config = rise.Config()
+    config = RiseConfig()
     model, b = Fake(config), batch()
     optimizer = torch.optim.Adam([p for p in model.learned() if p.requires_grad], lr=1e-2)
     for i in range(25):

@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -180,7 +180,7 @@ def _steps(ground: runs.Ground, _: Size, terminal: Terminal) -> dict[str, float 
     here = speed.adaptation(model, methods, batch=batch)
     there = speed.adaptation(_production(model), methods, batch=batch)
     banked = speed.banked(model, LEARNS, batch=batch)
-    state = sum(t.nbytes for t in cast("SiteMethod", quiet).init(model.tail).values()) / 1024
+    state = sum(t.nbytes for t in quiet.init(model.tail).values()) / 1024
     return {
         "step": there["learns"],
         "step.quiet": there["quiet"],

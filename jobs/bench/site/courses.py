@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +31,7 @@ from pipeline.storage import write_atomic
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from pipeline.site.contract import Params, SiteMethod
-    from pipeline.source.contract import SourceMethod
+    from pipeline.site.contract import Params
 
 STREAMS = (
     "pipeline/simulate/*.py",
@@ -40,7 +39,7 @@ STREAMS = (
     "pipeline/data/captures.py",
     "pipeline/data/featurise.py",
     "pipeline/site/*.py",
-    "pipeline/site/methods/*.py",
+    "pipeline/site/methods/**/*.py",
     "jobs/bench/site/streams.py",
 )
 METHODS = (
@@ -163,7 +162,7 @@ def _fit(job: SourceJob, given: Given, path: str) -> None:
     if Path(path, "manifest.json").exists():
         return
     stated = json.loads(job.source)
-    method = cast("SourceMethod", method_config("source", stated["kind"]).model_validate(stated))
+    method = method_config("source", stated["kind"]).model_validate(stated)
     corpora = [read_corpus(Path(given.corpora[d]), ("train", "val")) for d in job.domains]
     task = fits.Task(method, ModelConfig.model_validate_json(job.model), corpora[0].frame.shape[-1])
     checkpoint.save(Path(path), fits.fit(task, corpora))
@@ -177,7 +176,7 @@ def _adapt(job: MethodJob, given: Given, model: str, streams: str, path: str) ->
     v = prepared.validation
     tail = filled(tail, job.fill, v.features.z, v.features.present, v.label)
     stated = json.loads(job.site)
-    method = cast("SiteMethod", method_config("site", stated["kind"]).model_validate(stated))
+    method = method_config("site", stated["kind"]).model_validate(stated)
     chosen = [s for name, s in prepared.streams.items() if not job.only or name in job.only]
     courses = online.run(
         method, tail, chosen, prepared.probes, batch=given.batch, threshold=prepared.threshold, source=v
@@ -199,12 +198,7 @@ def _source_key(job: SourceJob, given: Given) -> str:
     source["start"] = next(iter(started(source["start"])), None)
     digests = [read_manifest(Path(given.corpora[d])).digest for d in job.domains]
     return digest(
-        [
-            source,
-            json.loads(job.model),
-            digests,
-            code_of(*CODE, f"pipeline/source/methods/{source['kind']}.py"),
-        ]
+        [source, json.loads(job.model), digests, code_of(*CODE, f"pipeline/source/methods/{source['kind']}*")]
     )
 
 
@@ -228,7 +222,7 @@ def _streams_key(job: SourceJob, given: Given) -> str:
 def _method_key(job: MethodJob, source: Source) -> str:
     kind = json.loads(job.site)["kind"]
     stated = [job.site, job.fill, job.only, source.model.name, source.streams.name]
-    return digest([stated, code_of(*METHODS, f"pipeline/site/methods/{kind}.py")])
+    return digest([stated, code_of(*METHODS, f"pipeline/site/methods/{kind}*")])
 
 
 def _name(name: str, key: str) -> str:

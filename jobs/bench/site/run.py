@@ -11,7 +11,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from jobs.bench import speed
 from jobs.bench.figures import conclude, context
@@ -118,11 +118,8 @@ def bench_site(config: Config, terminal: Terminal, *, quick: bool, seeds: int | 
         costs=speed.adaptation(
             model, {p.row: _method(p.job) for p in planned if p.table == "main"}, batch=config.bank.batch_size
         ),
-        borne=online.degenerate(cast("SiteMethod", config.site), model.tail, batch=config.bank.batch_size),
-        state_kib=sum(
-            t.numel() * t.element_size() for t in cast("SiteMethod", config.site).init(model.tail).values()
-        )
-        / 1024,
+        borne=online.degenerate(config.site, model.tail, batch=config.bank.batch_size),
+        state_kib=sum(t.numel() * t.element_size() for t in config.site.init(model.tail).values()) / 1024,
     )
     made = reported(found, quick=quick)
     decided = figures(found, made, seeds=count)
@@ -193,8 +190,8 @@ def _sources(config: Config, domains: Sequence[str], *, seeds: int, quick: bool)
     steps = config.bench.quick_steps if quick else config.source.steps
     made: list[SourceJob] = []
     for seed in range(seeds):
-        method = cast("SiteMethod", config.source.model_copy(update={"seed": seed, "steps": steps}))
-        stated, model = method.model_dump_json(), config.model.model_dump_json()  # pyright: ignore
+        method = config.source.model_copy(update={"seed": seed, "steps": steps})
+        stated, model = method.model_dump_json(), config.model.model_dump_json()
         parts = [
             ("all", tuple(domains), None),
             *((p.name, p.sources, p.target) for p in leave_one_domain_out(list(domains))),
@@ -208,7 +205,7 @@ def _sources(config: Config, domains: Sequence[str], *, seeds: int, quick: bool)
 
 def _method(job: MethodJob) -> SiteMethod:
     stated = json.loads(job.site)
-    return cast("SiteMethod", method_config("site", stated["kind"]).model_validate(stated))
+    return method_config("site", stated["kind"]).model_validate(stated)
 
 
 def _given(config: Config, terminal: Terminal, folders: dict[str, Path], *, quick: bool) -> Given:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pipeline.data.corpus import Corpus
     from pipeline.data.features import FeatureBlock
     from pipeline.models.checkpoint import SourceModel
-    from pipeline.site.contract import Params, SiteMethod
+    from pipeline.site.contract import Params
 
 WATCHED = 40  # samples after which the adaptive attacker chooses anew
 
@@ -225,7 +225,7 @@ def _attacked(
 ) -> Drawn:
     """``drawn`` with the poison chosen, every WATCHED samples, by a model that has adapted to what was sent so far."""
     stated = json.loads(given.attacker)
-    method = cast("SiteMethod", method_config("site", stated["kind"]).model_validate(stated))
+    method = method_config("site", stated["kind"]).model_validate(stated)
     own = np.flatnonzero(np.isin(pai, POISON) & (rig == scenario.stretches[0].rig))
     state, row = bank.stack([method.init(rival.tail)]), drawn.row.copy()
     for start in range(0, len(row), WATCHED):

@@ -9,7 +9,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -97,7 +97,7 @@ def key(job: Job, digests: Mapping[str, str]) -> str:
         source,
         json.loads(job.model),
         data,
-        code_of(*CODE, f"pipeline/source/methods/{source['kind']}.py"),
+        code_of(*CODE, f"pipeline/source/methods/{source['kind']}*"),
     ]
     return f"{source['kind']}-{digest(*given)}"
 
@@ -124,7 +124,7 @@ def _group(jobs: Sequence[tuple[Job, str]], folders: Mapping[str, str]) -> dict[
         if Path(path).exists():  # a task that Ray started again
             continue
         given = json.loads(job.source)
-        method = cast("SourceMethod", method_config("source", given["kind"]).model_validate(given))
+        method = method_config("source", given["kind"]).model_validate(given)
 
         def draws(step: int, method: SourceMethod = method) -> Draw:
             if step in kept:

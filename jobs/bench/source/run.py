@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from jobs.bench import speed
 from jobs.bench.figures import conclude, context
@@ -28,7 +28,7 @@ from pipeline.report import source as report
 from pipeline.report.content import Figure
 from pipeline.report.source import BASELINE, OURS
 from pipeline.source import fit as fits
-from pipeline.source.contract import Schedule
+from pipeline.source.contract import SourceMethod
 from pipeline.source.holdout import degenerate, from_file
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def bench_source(config: Config, terminal: Terminal, *, quick: bool, seeds: int 
     )
     terminal.say("timing a training step beside a bare DataLoader loop")
     corpora = [read_corpus(folders[d], ("train", "val")) for d in domains]
-    task = fits.Task(cast("SourceMethod", config.source), config.model, config.data.frame_px)
+    task = fits.Task(config.source, config.model, config.data.frame_px)
     with fits.threads(config.cluster.cpus):
         timed = speed.measure(task, corpora)
     borne = degenerate(task, corpora)
@@ -171,7 +171,7 @@ def _job(
 ) -> Job:
     """A method with the schedule of the configuration, and its other settings too if it is the configured one."""
     own = config.source.model_dump()
-    shared = {k: v for k, v in own.items() if k in Schedule.model_fields} if kind != own["kind"] else own
+    shared = {k: v for k, v in own.items() if k in SourceMethod.model_fields} if kind != own["kind"] else own
     steps = config.bench.quick_steps if quick else config.source.steps
     given = {**shared, **settings, "kind": kind, "seed": seed, "steps": steps}
     method = method_config("source", kind).model_validate(given)

@@ -1,1 +1,1 @@
-"""Site methods, one file each: `site.kind: danet` is the module `danet`."""
+"""Site methods: ``site.kind: tent`` is the module ``tent``. ``danet`` is a folder, its settings apart from its algorithm."""

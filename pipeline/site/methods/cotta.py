@@ -8,14 +8,16 @@ instead of by the batch's mean. The coins of the stochastic restore are an integ
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.site.contract import LEARNED, adam, moments, sane
-from pipeline.types import Outcome, Section
+from pipeline.site.adam import adam, moments
+from pipeline.site.contract import SiteMethod
+from pipeline.site.trust import sane
+from pipeline.types import Outcome
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,10 +34,10 @@ PUBLISHED: dict[str, object] = {
 }
 
 
-class Config(Section):
+class Config(SiteMethod):
     """Settings of the baseline; the published ones hold for two classes too."""
 
-    kind: Literal["cotta"] = "cotta"
+    kind: str = "cotta"
     lr: float = Field(default=1e-3, gt=0)
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
     teacher: float = Field(default=0.999, ge=0, lt=1, description="momentum of the teacher, per step")
@@ -48,7 +50,7 @@ class Config(Section):
 
     def init(self, tail: Params) -> State:
         """The teacher under the movable names, the student beside it with its Adam moments, the counter of the coins."""
-        student = {f"student.{k}": tail[k].clone() for k in LEARNED}
+        student = {f"student.{k}": tail[k].clone() for k in tails.LEARNED}
         return {
             **{k: v.clone() for k, v in tails.site_state(tail).items()},
             **student,
@@ -64,12 +66,12 @@ class Config(Section):
         target = self._target(tail, served, score, batch)
 
         def loss(student: Params) -> Tensor:
-            own = {k: student[f"student.{k}"] for k in LEARNED}
+            own = {k: student[f"student.{k}"] for k in tails.LEARNED}
             logit = tails.forward({**served, **own}, batch.z, batch.present).logit[:, tails.FUSED]
             each = torch.nn.functional.softplus(logit) - target * logit
             return (each * batch.valid).sum() / batch.valid.sum().clamp(min=1)
 
-        grads = torch.func.grad(loss)({f"student.{k}": state[f"student.{k}"] for k in LEARNED})
+        grads = torch.func.grad(loss)({f"student.{k}": state[f"student.{k}"] for k in tails.LEARNED})
         state = adam(state, grads, lr=self.lr, clip=self.clip, when=batch.valid.any())
         state = self._settle(tail, state, when=batch.valid.any())
         pseudo = torch.where(batch.valid, (target >= 0.5).to(torch.int8), -1)
@@ -92,7 +94,7 @@ class Config(Section):
         """One step of the teacher towards the student, then the student's restored entries."""
         new: State = {"step": torch.where(when, state["step"] + 1, state["step"])}
         offset = 0
-        for name in LEARNED:
+        for name in tails.LEARNED:
             teacher, student = state[name], state[f"student.{name}"]
             back = when & _coins(state["step"], offset, student.shape, share=self.restore)
             new[name] = torch.where(when, teacher + (1 - self.teacher) * (student - teacher), teacher)

@@ -8,14 +8,15 @@ source's own boundary serves.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.site.contract import entropy, sane
-from pipeline.types import Outcome, Section
+from pipeline.site.contract import SiteMethod
+from pipeline.site.trust import entropy, sane
+from pipeline.types import Outcome
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,10 +29,10 @@ PUBLISHED: dict[str, object] = {
 }
 
 
-class Config(Section):
+class Config(SiteMethod):
     """Settings of the baseline."""
 
-    kind: Literal["drm"] = "drm"
+    kind: str = "drm"
     temperature: float = Field(
         default=0.05, gt=0, description="nats of mean entropy between weights that differ by e"
     )

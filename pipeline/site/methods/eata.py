@@ -10,14 +10,16 @@ only for a confident prediction of the other class: the redundancy filter would 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.site.contract import adam, entropy, moments, sane
-from pipeline.types import Outcome, Section
+from pipeline.site.adam import adam, moments
+from pipeline.site.contract import SiteMethod
+from pipeline.site.trust import entropy, sane
+from pipeline.types import Outcome
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +36,10 @@ PUBLISHED: dict[str, object] = {
 }
 
 
-class Config(Section):
+class Config(SiteMethod):
     """Settings of the baseline."""
 
-    kind: Literal["eata"] = "eata"
+    kind: str = "eata"
     lr: float = Field(default=1e-3, gt=0)
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
     margin: float = Field(

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from pipeline.models import tail as tails
-from pipeline.site.contract import sane
-from pipeline.types import Outcome, Section
+from pipeline.site.contract import SiteMethod
+from pipeline.site.trust import sane
+from pipeline.types import Outcome
 
 if TYPE_CHECKING:
     from pipeline.site.contract import Params, State
     from pipeline.types import Features
 
 
-class Config(Section):
+class Config(SiteMethod):
     """Nothing to set."""
 
-    kind: Literal["frozen"] = "frozen"
+    kind: str = "frozen"
 
     def init(self, tail: Params) -> State:
         """The movable tensors, which never move."""

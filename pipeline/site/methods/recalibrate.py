@@ -10,14 +10,15 @@ estimate, the bound and the least count.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.site.contract import sane
-from pipeline.types import Outcome, Section
+from pipeline.site.contract import SiteMethod
+from pipeline.site.trust import sane
+from pipeline.types import Outcome
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,10 +37,10 @@ PUBLISHED: dict[str, object] = {
 }
 
 
-class Config(Section):
+class Config(SiteMethod):
     """Settings of the baseline."""
 
-    kind: Literal["recalibrate"] = "recalibrate"
+    kind: str = "recalibrate"
     prior: float | None = Field(
         default=None, gt=0, lt=1, description="assumed share of bona fide; null: estimated"
     )

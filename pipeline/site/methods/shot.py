@@ -16,8 +16,10 @@ import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.site.contract import adam, entropy, moments, sane
-from pipeline.types import Outcome, Section
+from pipeline.site.adam import adam, moments
+from pipeline.site.contract import SiteMethod
+from pipeline.site.trust import entropy, sane
+from pipeline.types import Outcome
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +36,10 @@ PUBLISHED: dict[str, object] = {
 }
 
 
-class Config(Section):
+class Config(SiteMethod):
     """Settings of the baseline."""
 
-    kind: Literal["shot"] = "shot"
+    kind: str = "shot"
     lr: float = Field(default=1e-3, gt=0)
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
     diversity: Literal["prior", "uniform"] = Field(

@@ -6,14 +6,16 @@ adapter take their place. Kept as a baseline: it has nothing that protects a one
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.site.contract import adam, entropy, moments, sane
-from pipeline.types import Outcome, Section
+from pipeline.site.adam import adam, moments
+from pipeline.site.contract import SiteMethod
+from pipeline.site.trust import entropy, sane
+from pipeline.types import Outcome
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,10 +26,10 @@ if TYPE_CHECKING:
 LEARNED = ("site.gamma", "site.beta")
 
 
-class Config(Section):
+class Config(SiteMethod):
     """Settings of the baseline."""
 
-    kind: Literal["tent"] = "tent"
+    kind: str = "tent"
     lr: float = Field(default=1e-3, gt=0)
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
 

@@ -1,1 +1,1 @@
-"""Source methods, one file each: `source.kind: rise` is the module `rise`."""
+"""Source methods: ``source.kind: erm`` is the module ``erm``. ``rise`` is a folder, its settings apart from its loss terms."""

@@ -10,13 +10,14 @@ alone is there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import PAIRS, Schedule, head_risks, mean_over_domains
+from pipeline.source.contract import SourceMethod
+from pipeline.source.losses import PAIRS, head_risks, mean_over_domains, risk_terms
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 RGB = 0
 
 
-class Config(Schedule):
+class Config(SourceMethod):
     """``source.kind: ctnet``."""
 
-    kind: Literal["ctnet"] = "ctnet"  # pyright: ignore[reportIncompatibleVariableOverride]
+    kind: str = "ctnet"
     consistency: float = Field(default=0.3, ge=0, description="weight of equal transitions among bona fide")
     inconsistency: float = Field(default=0.3, ge=0, description="weight of other transitions in attacks")
     margin: float = Field(
@@ -43,7 +44,7 @@ class Config(Schedule):
         risk = head_risks(read.logit, batch, batch.present)
         consistent, inconsistent = transition_terms(read.intrinsic, batch, self.margin)
         return {
-            **self.risk_terms(risk),
+            **risk_terms(self, risk),
             "consistency": self.consistency * consistent,
             "inconsistency": self.inconsistency * inconsistent,
             "auxiliary": self.auxiliary * rgb_prediction_loss(model.tail, z, batch.present),

@@ -11,20 +11,21 @@ is ArcFace's (Deng et al., CVPR 2019) in a supervised contrast by class over all
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import (
+from pipeline.source.contract import SourceMethod
+from pipeline.source.losses import (
     PAIRS,
-    Schedule,
     domain_boundaries,
     head_mask,
     logistic_loss,
     mean_over_domains,
     pg_irm_step,
+    risk_terms,
     sup_con,
     with_domain_boundaries,
 )
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     from pipeline.source.contract import Batch, Model, Params
 
 
-class Config(Schedule):
+class Config(SourceMethod):
     """``source.kind: dadm``."""
 
-    kind: Literal["dadm"] = "dadm"  # pyright: ignore[reportIncompatibleVariableOverride]
+    kind: str = "dadm"
     mutual: float = Field(default=0.1, ge=0, description="weight of the information between modalities")
     angle: float = Field(default=0.1, ge=0, description="weight of the contrast of directions by class")
     margin: float = Field(default=0.2, ge=0, le=1.5, description="angle margin, radians")
@@ -68,7 +69,7 @@ class Config(Schedule):
             for m in range(tails.MODALITIES)
         ]
         return {
-            **self.risk_terms(risk),
+            **risk_terms(self, risk),
             "mutual": -self.mutual * bound,
             "angle": self.angle * torch.stack(angles).mean(),
         }

@@ -6,13 +6,14 @@ cross entropy on a linear head.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import Schedule, drop_modalities, head_mask, masked_mean
+from pipeline.source.contract import SourceMethod
+from pipeline.source.losses import drop_modalities, head_mask, masked_mean, risk_terms
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from pipeline.source.contract import Batch, Model
 
 
-class Config(Schedule):
+class Config(SourceMethod):
     """``source.kind: erm``."""
 
-    kind: Literal["erm"] = "erm"  # pyright: ignore[reportIncompatibleVariableOverride]
+    kind: str = "erm"
     dropout: float = Field(
         default=0.0, ge=0, le=1, description="share of samples that lose one or two modalities"
     )
@@ -36,7 +37,7 @@ class Config(Schedule):
             class_balanced(read.logit[:, v], batch.label, seen)
             for v, seen in enumerate(head_mask(present).unbind(dim=1))
         ]
-        return self.risk_terms(torch.stack(per_head))
+        return risk_terms(self, torch.stack(per_head))
 
 
 def class_balanced(logit: Tensor, label: Tensor, used: Tensor) -> Tensor:

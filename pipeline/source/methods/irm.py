@@ -10,12 +10,13 @@ what bounds the jump.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import Schedule, head_risks, irm_penalty
+from pipeline.source.contract import SourceMethod
+from pipeline.source.losses import head_risks, irm_penalty, risk_terms
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
     from pipeline.source.contract import Batch, Model
 
 
-class Config(Schedule):
+class Config(SourceMethod):
     """``source.kind: irm``."""
 
-    kind: Literal["irm"] = "irm"  # pyright: ignore[reportIncompatibleVariableOverride]
+    kind: str = "irm"
     penalty: float = Field(default=10.0, ge=0, description="weight of the penalty after the annealing")
     anneal: float = Field(
         default=0.5, ge=0, le=1, description="share of the schedule in which the weight is at most 1"
@@ -37,4 +38,4 @@ class Config(Schedule):
         logit = tails.forward(model.tail, z, batch.present).logit
         risk = head_risks(logit, batch, batch.present)
         weight = self.penalty if batch.progress >= self.anneal else min(1.0, self.penalty)
-        return {**self.risk_terms(risk), "irm": weight * irm_penalty(logit[:, tails.FUSED], batch)}
+        return {**risk_terms(self, risk), "irm": weight * irm_penalty(logit[:, tails.FUSED], batch)}

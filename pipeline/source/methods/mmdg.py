@@ -12,13 +12,14 @@ several workers, each keeps prototypes of its own share of the batch and modulat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import Schedule, head_risks, logistic_loss, mean_over_domains
+from pipeline.source.contract import SourceMethod
+from pipeline.source.losses import head_risks, logistic_loss, mean_over_domains, risk_terms
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -29,10 +30,10 @@ SHARED = ("fuse.in", "fuse.bias", "fuse.out", *tails.BOUNDARY)
 KEEP = 0.8  # share of itself that a prototype keeps when it meets a batch
 
 
-class Config(Schedule):
+class Config(SourceMethod):
     """``source.kind: mmdg``."""
 
-    kind: Literal["mmdg"] = "mmdg"  # pyright: ignore[reportIncompatibleVariableOverride]
+    kind: str = "mmdg"
     prototype: float = Field(default=0.3, ge=0, description="weight of the single-side prototypes")
     rebalance: float = Field(
         default=0.3, ge=0, description="weight of the fused risks on one modality and of ReGrad"
@@ -58,7 +59,7 @@ class Config(Schedule):
         certain = certainty(model.tail, read, batch.present, self.dropout, self.passes, generator)
         turn = gradient_correction(model.tail, alone, certain, batch.present.any(dim=0))
         return {
-            **self.risk_terms(risk),
+            **risk_terms(self, risk),
             "prototype": self.prototype * pull,
             "rebalance": self.rebalance * (alone.sum() + turn),
         }

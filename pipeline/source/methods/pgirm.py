@@ -8,16 +8,17 @@ multi-modal tail, radial or linear, and the weights.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import (
-    Schedule,
+from pipeline.source.contract import SourceMethod
+from pipeline.source.losses import (
     domain_boundaries,
     head_risks,
     pg_irm_step,
+    risk_terms,
     sup_con,
     with_domain_boundaries,
 )
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
     from pipeline.source.contract import Batch, Model, Params
 
 
-class Config(Schedule):
+class Config(SourceMethod):
     """``source.kind: pgirm``."""
 
-    kind: Literal["pgirm"] = "pgirm"  # pyright: ignore[reportIncompatibleVariableOverride]
+    kind: str = "pgirm"
     angle: float = Field(default=0.1, ge=0, description="weight of the contrast by (domain, class)")
     temperature: float = Field(default=0.1, gt=0)
     alpha: float = Field(
@@ -46,7 +47,7 @@ class Config(Schedule):
         read = tails.forward(with_domain_boundaries(model, batch), z, batch.present)
         risk = head_risks(read.logit, batch, batch.present)
         return {
-            **self.risk_terms(risk),
+            **risk_terms(self, risk),
             "angle": self.angle * sup_con(read.hidden, 2 * batch.domain + batch.label, self.temperature),
         }
 

@@ -8,12 +8,13 @@ when the weight rises.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import Schedule, domain_risks, head_risks
+from pipeline.source.contract import SourceMethod
+from pipeline.source.losses import domain_risks, head_risks, risk_terms
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
     from pipeline.source.contract import Batch, Model
 
 
-class Config(Schedule):
+class Config(SourceMethod):
     """``source.kind: vrex``."""
 
-    kind: Literal["vrex"] = "vrex"  # pyright: ignore[reportIncompatibleVariableOverride]
+    kind: str = "vrex"
     penalty: float = Field(default=10.0, ge=0, description="weight of the variance after the annealing")
     anneal: float = Field(
         default=0.5, ge=0, le=1, description="share of the schedule in which the weight is at most 1"
@@ -36,4 +37,4 @@ class Config(Schedule):
         risk = head_risks(logit, batch, batch.present)
         per_domain = domain_risks(logit[:, tails.FUSED], batch, batch.present.any(dim=1))
         weight = self.penalty if batch.progress >= self.anneal else min(1.0, self.penalty)
-        return {**self.risk_terms(risk), "variance": weight * per_domain.var(correction=0)}
+        return {**risk_terms(self, risk), "variance": weight * per_domain.var(correction=0)}

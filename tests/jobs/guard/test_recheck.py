@@ -84,14 +84,14 @@ def spoil(crowd: Crowd, sql: str, *values: object) -> None:
 
 
 def test_every_verdict_is_the_same_again_and_its_anchor_counts_too(lived, capsys):
-    assert lived.d.run("guard", "replay", "--all", "--recount", "--json") == 0
+    assert lived.d.run("guard", "recheck", "--all", "--recount", "--json") == 0
     found = printed(capsys)
     assert (found["verdicts"], found["same"], found["older"]) == (2 * len(SITES), 2 * len(SITES), 0)
     assert found["recounted"] == 2 * len(SITES) and found["different"] == [] == list(found["not_recounted"])
     one = lived.ledger.verdicts.find()[-1]
-    assert lived.d.run("guard", "replay", "--cycle", one.cycle, "--json") == 0
+    assert lived.d.run("guard", "recheck", "--cycle", one.cycle, "--json") == 0
     assert printed(capsys)["verdicts"] == len(SITES)
-    assert lived.d.run("guard", "replay", one.site, "--recount", "--json") == 0
+    assert lived.d.run("guard", "recheck", one.site, "--recount", "--json") == 0
     found = printed(capsys)
     assert found["verdict"] == one.id and found["same"] and found["recounted"]
     digests = found["digests"]
@@ -128,13 +128,13 @@ def test_a_changed_count_is_found(crowd, capsys):
         verdict.model_dump_json(),
         one.id,
     )
-    assert crowd.d.run("guard", "replay", one.id) == 0, (
+    assert crowd.d.run("guard", "recheck", one.id) == 0, (
         "a forger who judges the forged evidence is not seen by that alone"
     )
     capsys.readouterr()
-    assert crowd.d.run("guard", "replay", one.id, "--recount") == 4
+    assert crowd.d.run("guard", "recheck", one.id, "--recount") == 4
     assert f"0 errors of {first.n}" in capsys.readouterr().out
-    assert crowd.d.run("guard", "replay", "--all", "--json") == 4, (
+    assert crowd.d.run("guard", "recheck", "--all", "--json") == 4, (
         "but the audit chain has the digest of the cycle"
     )
     (found,) = printed(capsys)["different"]
@@ -150,7 +150,7 @@ def test_a_changed_verdict_or_outcome_or_configuration_is_found(crowd, capsys):
         '"limit": ',
         one.id,
     )
-    assert crowd.d.run("guard", "replay", one.id) == 0, "blanks are the same verdict"
+    assert crowd.d.run("guard", "recheck", one.id) == 0, "blanks are the same verdict"
     spoil(
         crowd,
         "update verdicts set verdict = replace(verdict, ?, ?) where id = ?",
@@ -158,7 +158,7 @@ def test_a_changed_verdict_or_outcome_or_configuration_is_found(crowd, capsys):
         '"guard":"trusted"',
         one.id,
     )
-    assert crowd.d.run("guard", "replay", one.id) == 4
+    assert crowd.d.run("guard", "recheck", one.id) == 4
     spoil(
         crowd,
         "update verdicts set outcome = ? where id = ?",
@@ -166,10 +166,10 @@ def test_a_changed_verdict_or_outcome_or_configuration_is_found(crowd, capsys):
         two.id,
     )
     capsys.readouterr()
-    assert crowd.d.run("guard", "replay", two.id) == 4
+    assert crowd.d.run("guard", "recheck", two.id) == 4
     assert "the ledger lists it as" in capsys.readouterr().out
     spoil(crowd, "update verdicts set evidence = ? where id = ?", "{}", three.id)
-    assert crowd.d.run("guard", "replay", "--cycle", three.cycle, "--json") == 4
+    assert crowd.d.run("guard", "recheck", "--cycle", three.cycle, "--json") == 4
     assert {d["verdict"] for d in printed(capsys)["different"]} == {None, one.id, two.id, three.id}
     spoil(
         crowd,
@@ -178,7 +178,7 @@ def test_a_changed_verdict_or_outcome_or_configuration_is_found(crowd, capsys):
         '"margin":51.0',
     )
     first = crowd.ledger.verdicts.find()[0]
-    assert crowd.d.run("guard", "replay", first.id) == 4
+    assert crowd.d.run("guard", "recheck", first.id) == 4
     assert "not the one that it began with" in capsys.readouterr().out
 
 
@@ -190,12 +190,12 @@ def test_a_damaged_state_differs_and_a_deleted_one_is_left_out(crowd, capsys):
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     loaders.clear()
-    assert crowd.d.run("guard", "replay", own.id, "--recount") == 4
+    assert crowd.d.run("guard", "recheck", own.id, "--recount") == 4
     assert "changed or torn" in capsys.readouterr().out
     path.unlink()
-    assert crowd.d.run("guard", "replay", own.id, "--recount") == 3
+    assert crowd.d.run("guard", "recheck", own.id, "--recount") == 3
     assert "missing" in capsys.readouterr().out
-    assert crowd.d.run("guard", "replay", own.id) == 0, "the verdict needs its evidence alone"
+    assert crowd.d.run("guard", "recheck", own.id) == 0, "the verdict needs its evidence alone"
 
 
 def test_verdicts_of_an_earlier_version_lack_fields_and_are_the_same(crowd, capsys):
@@ -206,10 +206,10 @@ def test_verdicts_of_an_earlier_version_lack_fields_and_are_the_same(crowd, caps
         ',"labels":"anchor"',
         one.id,
     )
-    assert crowd.d.run("guard", "replay", "--cycle", one.cycle, "--json") == 4, "the chain knows"
+    assert crowd.d.run("guard", "recheck", "--cycle", one.cycle, "--json") == 4, "the chain knows"
     found = printed(capsys)
     assert (found["older"], found["same"]) == (1, len(SITES))
-    assert crowd.d.run("guard", "replay", one.id) == 0
+    assert crowd.d.run("guard", "recheck", one.id) == 0
     assert "earlier version" in capsys.readouterr().out
 
 
@@ -217,9 +217,9 @@ def test_verdicts_of_an_earlier_version_lack_fields_and_are_the_same(crowd, caps
     ("words", "expected"),
     [
         (["replay"], "--all"),
-        (["replay", "x", "--all"], "--all"),
-        (["replay", "nowhere"], "nor is it the id of a verdict"),
-        (["replay", "--cycle", "cycle-9"], "there are"),
+        (["recheck", "x", "--all"], "--all"),
+        (["recheck", "nowhere"], "nor is it the id of a verdict"),
+        (["recheck", "--cycle", "cycle-9"], "there are"),
         (["explain", "crowd-1"], "not registered"),
         (["simulate"], "name a policy"),
         (["simulate", "--with", "site.lr=1"], "allowed are the sections guards"),
@@ -236,7 +236,7 @@ def test_mistake(lived, capsys, words, expected):
 
 def test_nothing_on_record(tmp_path, capsys):
     crowd = new_crowd(tmp_path, days=0)
-    assert crowd.d.run("guard", "replay", "--all") == 3
+    assert crowd.d.run("guard", "recheck", "--all") == 3
     assert crowd.d.run("guard", "simulate", "--with", "guards.trust.rho=1") == 3
     assert new_deployment(tmp_path).run("guard", "explain", "a") == 2
 
@@ -252,7 +252,7 @@ def test_explain_says_what_decided_and_what_it_rests_on(lived, capsys):
             assert all(line.startswith("to pass: ") for line in found["to_pass"])
         assert v.counters["anchor"][:12] in found["evidence"]["anchor set"]
         assert lived.d.run("guard", "explain", v.id) == 0
-        assert f"palisade guard replay {v.id}" in capsys.readouterr().out
+        assert f"palisade guard recheck {v.id}" in capsys.readouterr().out
 
 
 def evidence(**cell: int) -> Evidence:

@@ -1,28 +1,18 @@
-"""RiSe-style source training: an invariant radial boundary (AsyIRM) and synergy disentanglement (MMSD).
-
-A *reconstruction from the abstract* of RiSe (arXiv 2511.14157), whose body we could not read. From the abstract: the
-boundary is a sphere in radial space that is invariant over domains and fits asymmetric classes (compact bona fide,
-attacks anywhere outside), domain cues stay in angular space, and a self-supervised task mixes modalities across samples
-and disentangles. Ours: every formula below. PG-IRM follows SA-FAS (Sun et al. 2023), IRMv1 Arjovsky et al. 2019, SupCon
-Khosla et al. 2020.
-"""
+"""The loss terms of ``rise``: functions of its settings, the model and a batch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from pydantic import Field
 
 from pipeline.models import tail as tails
-from pipeline.source.contract import (
-    Schedule,
-    domain_boundaries,
+from pipeline.source.losses import (
     drop_modalities,
     head_risks,
     irm_penalty,
     masked_mean,
-    pg_irm_step,
+    risk_terms,
     sup_con,
     with_domain_boundaries,
 )
@@ -31,68 +21,36 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from pipeline.source.contract import Batch, Model, Params
+    from pipeline.source.methods.rise import Config
 
 
-class Config(Schedule):
-    """``source.kind: rise``. A weight of 0 switches its term off and saves its cost."""
-
-    kind: Literal["rise"] = "rise"  # pyright: ignore[reportIncompatibleVariableOverride]
-    invariance: Literal["pgirm", "irmv1", "none"] = "pgirm"
-    margin: float = Field(
-        default=0.1, ge=0, le=0.9, description="mu: bona fide inside rho - mu, attacks outside rho + mu"
-    )
-    compact: float = Field(default=0.1, ge=0)
-    angle: float = Field(default=0.1, ge=0)
-    synergy: float = Field(default=0.1, ge=0, description="weight of MMSD")
-    decorrelate: float = Field(default=0.1, ge=0, description="weight of the disentanglement inside MMSD")
-    complement: float = Field(default=0.3, ge=0)
-    consistency: float = Field(
-        default=0.5, ge=0, description="weight of full-to-dropped KL inside the complement term"
-    )
-    temperature: float = Field(default=0.1, gt=0)
-    alpha: float = Field(
-        default=0.995, gt=0, le=1, description="pgirm: share of its own radius a domain keeps per step"
-    )
-    irm: float = Field(
-        default=1.0, ge=0, description="irmv1: penalty weight after the first half of the schedule"
-    )
-
-    def extra(self, domains: int, tail: Params) -> Params:
-        """``pgirm``: the boundary of every head for each domain. The model gets their mean in the end."""
-        return domain_boundaries(domains, tail) if self.invariance == "pgirm" else {}
-
-    def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
-        tail = with_domain_boundaries(model, batch)
-        z = model.trunk_features(batch.frames, batch.present)
-        full = tails.forward(tail, z, batch.present)
-        risk = head_risks(full.logit, batch, batch.present, self.margin)
-        terms = self.risk_terms(risk)
-        if self.compact:
-            terms["compact"] = self.compact * compactness(
-                full.logit[:, tails.FUSED], batch.label, self.margin
-            )
-        if self.invariance == "irmv1" and self.irm:
-            weight = self.irm * min(1.0, 2 * batch.progress)
-            terms["irm"] = weight * irm_penalty(full.logit[:, tails.FUSED], batch)
-        if self.angle:
-            terms["angle"] = self.angle * sup_con(
-                full.hidden, 2 * batch.domain + batch.label, self.temperature
-            )
-        if self.synergy:
-            mixed = mix(batch, generator)
-            intrinsic, synergy = split_mixed(tail, z, mixed)
-            own, decorrelated = synergy_terms(
-                intrinsic, synergy, full, batch.present, mixed, self.temperature
-            )
-            terms["synergy"] = self.synergy * (own + self.decorrelate * decorrelated)
-        if self.complement:
-            reconstruct, kl = complement_terms(tail, z, batch.present, full, generator)
-            terms["complement"] = self.complement * (reconstruct + self.consistency * kl)
-        return terms
-
-    def after_step(self, extra: Params) -> None:
-        """PG-IRM: one radius comes to serve all domains."""
-        pg_irm_step(extra, self.alpha)
+def loss_terms(config: Config, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+    """Returns the weighted terms of the objective by name; ``generator`` draws what is mixed and dropped."""
+    tail = with_domain_boundaries(model, batch)
+    z = model.trunk_features(batch.frames, batch.present)
+    full = tails.forward(tail, z, batch.present)
+    risk = head_risks(full.logit, batch, batch.present, config.margin)
+    terms = risk_terms(config, risk)
+    if config.compact:
+        terms["compact"] = config.compact * compactness(
+            full.logit[:, tails.FUSED], batch.label, config.margin
+        )
+    if config.invariance == "irmv1" and config.irm:
+        weight = config.irm * min(1.0, 2 * batch.progress)
+        terms["irm"] = weight * irm_penalty(full.logit[:, tails.FUSED], batch)
+    if config.angle:
+        terms["angle"] = config.angle * sup_con(
+            full.hidden, 2 * batch.domain + batch.label, config.temperature
+        )
+    if config.synergy:
+        mixed = mix(batch, generator)
+        intrinsic, synergy = split_mixed(tail, z, mixed)
+        own, decorrelated = synergy_terms(intrinsic, synergy, full, batch.present, mixed, config.temperature)
+        terms["synergy"] = config.synergy * (own + config.decorrelate * decorrelated)
+    if config.complement:
+        reconstruct, kl = complement_terms(tail, z, batch.present, full, generator)
+        terms["complement"] = config.complement * (reconstruct + config.consistency * kl)
+    return terms
 
 
 def compactness(logit: Tensor, label: Tensor, margin: float) -> Tensor:

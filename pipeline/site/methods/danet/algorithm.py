@@ -1,0 +1,251 @@
+"""The algorithm of ``danet``: pure functions of its settings, the tail and one site's state."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipeline.models import tail as tails
+from pipeline.site import reservoir, shift, trust
+from pipeline.site.adam import adam, moments
+from pipeline.site.trust import sane
+from pipeline.types import Lesson, Outcome
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.models.tail import TailOutput
+    from pipeline.site.contract import Params, State
+    from pipeline.site.methods.danet import Config
+    from pipeline.types import Features
+
+WARM_UP = 20  # steps whose median instability becomes the reference
+
+
+def init(config: Config, tail: Params) -> State:
+    """Movable tensors, their last good copy, Adam moments, reservoir, score counts and stability statistics."""
+    if config.mode == "da" and "replay.z" not in tail:
+        raise ValueError(
+            "site.mode: 'da' needs a source model with stored source features; train it again or use tta"
+        )
+    own = {k: v.clone() for k, v in tails.site_state(tail).items()}
+    return {
+        **own,
+        **{f"good.{k}": own[k].clone() for k in tails.LEARNED},
+        **moments(tail, tails.LEARNED),
+        **shift.init(),
+        **trust.remember_sessions(),
+        **reservoir.init(config.reservoir, *tail["site.gamma"].shape),
+        "step": torch.zeros((), dtype=torch.int64),
+        "floor": torch.zeros((), dtype=torch.int64),
+        "omega": torch.full((), config.omega),
+        "instability": torch.zeros(()),
+        "warm_up": torch.zeros(WARM_UP),
+    }
+
+
+def observe(config: Config, tail: Params, state: State, batch: Features) -> tuple[State, Lesson]:
+    """Score the batch, count its scores, follow the site's shift, and say what can be trusted."""
+    batch = sane(batch)
+    with torch.no_grad():
+        before = tails.forward(tails.with_site_state(tail, state), batch.z, batch.present)
+        source = tails.forward(tail, batch.z, batch.present)
+    p = torch.sigmoid(before.logit)
+    voted, disagreement = trust.vote(p, batch.present)
+    state, teaches = _within_cap(config, state, batch)
+    state, moved = _follow(config, tail, state, source.logit[:, tails.FUSED], batch, teaches)
+    label, used = _reliable(config, tail, before, source, voted, disagreement, batch)
+    used = used * teaches * (moved & (state["session.seen"] >= config.sessions))
+    known = torch.sigmoid(source.logit[:, tails.FUSED])
+    return state, Lesson(batch, p[:, tails.FUSED], known, voted, disagreement, label, used)
+
+
+def conclude(
+    config: Config, tail: Params, state: State, lesson: Lesson, *, learn: bool
+) -> tuple[State, Outcome]:
+    """Learn from the used samples of the batch, then remember all of them."""
+    instability, restored = torch.zeros(()), torch.zeros((), dtype=torch.bool)
+    if config.learn and learn:
+        state, instability, restored = _learn(config, tail, state, lesson)
+    state = reservoir.remember(state, lesson.batch, vote=lesson.vote, source=lesson.source)
+    pseudo = torch.where(lesson.used > 0, lesson.label, -1.0).to(torch.int8)
+    return state, Outcome(lesson.score, pseudo, lesson.disagreement, state["omega"], instability, restored)
+
+
+def _within_cap(config: Config, state: State, batch: Features) -> tuple[State, Tensor]:
+    """[B] 1 where a sample counts at all: valid, and among the first of its session."""
+    state, within = trust.capped(state, batch, cap=config.session_cap or 2**31)
+    return state, within.float()
+
+
+def _follow(
+    config: Config, tail: Params, state: State, logit: Tensor, batch: Features, teaches: Tensor
+) -> tuple[State, Tensor]:
+    """Count the source's logits and move the boundary to where errors are equal → state, [] whether the site moved."""
+    if "reference.logit" not in tail:
+        return state, torch.ones((), dtype=torch.bool)
+    state = shift.count(state, logit, tails.pattern_index(batch.present), teaches, half_life=config.half_life)
+    state, found = shift.estimate(state, shift.tables(tail["reference.logit"]))
+    usual = (found.attack >= config.min_attack_count) & (
+        found.bona_fide >= config.min_bona_fide_ratio * found.attack
+    )
+    allowed = found.logit.clamp(max=config.tighten).maximum(-torch.where(usual, config.loosen, 0.0))
+    trigger = -math.inf if config.trigger is None else config.trigger
+    by = torch.where(
+        (found.logit.abs() >= config.shift_min_logits) & (found.evidence >= trigger), allowed, 0.0
+    )
+    by = torch.where(state["session.seen"] >= config.sessions, by, 0.0)
+    used = state["shift.count"].sum(-1)
+    moved = ((by != 0) * used).sum() > 0.5 * used.sum()  # under most of what was seen
+    if config.calibrate:
+        pattern = torch.where(by == 0, tail["pattern"], tails.shifted_pattern(tail, by))
+        state = {**state, "pattern": torch.where(batch.valid.any(), pattern, state["pattern"])}
+    return state, moved | (config.trigger is None)
+
+
+def _reliable(
+    config: Config,
+    tail: Params,
+    before: TailOutput,
+    source: TailOutput,
+    voted: Tensor,
+    disagreement: Tensor,
+    batch: Features,
+) -> tuple[Tensor, Tensor]:
+    """(label [B] 0/1, used [B] 0/1): class-wise confidence, agreement, and a stricter rule for bona fide."""
+    p = torch.sigmoid(before.logit)
+    if config.labels != "vote":
+        voted = p[:, tails.FUSED]
+    bona_fide = voted >= 0.5
+    used = batch.valid
+    if config.labels != "all":
+        used = used & torch.where(
+            bona_fide, voted >= config.confidence_bona_fide, 1 - voted >= config.confidence_attack
+        )
+    if config.labels == "vote":
+        used = used & (disagreement <= config.disagreement)
+        if config.unanimous_bona_fide:
+            used = used & (trust.unanimous(p, batch.present) | ~bona_fide)
+    if config.prototypes and "replay.z" in tail:
+        used = used & ((trust.prototype(tail, source.hidden) > 0.5) == bona_fide)
+    if config.conformal and "reference.logit" in tail:
+        attack, genuine = trust.conformal(
+            tail["reference.logit"], source.logit[:, tails.FUSED], tails.pattern_index(batch.present)
+        )
+        typical, other = torch.where(bona_fide, genuine, attack), torch.where(bona_fide, attack, genuine)
+        used = used & (typical >= config.conformal) & (other < config.conformal)
+    return bona_fide.float(), used.float()
+
+
+def _learn(config: Config, tail: Params, state: State, lesson: Lesson) -> tuple[State, Tensor, Tensor]:
+    """One weighted step on the used samples → state, instability [], restored []."""
+    held, present = reservoir.filled(state), state["reservoir.present"]
+    certain = (1 - lesson.disagreement / math.log(2)) if config.labels == "vote" else 1.0
+    weight = lesson.used * certain * _class_weight(state, lesson.label)
+    taught = trust.median_of_means(
+        _gradients(config, tail, state, lesson), weight, lesson.batch.session, groups=config.groups or 1
+    )
+    own = {k: state[k] for k in tails.LEARNED}
+    steady, old = torch.func.grad(lambda own: _steadiness(config, tail, state, own, held), has_aux=True)(own)
+    omega = 1.0 if config.weight == "one" else state["omega"]
+    used = lesson.used.any()
+    grads = {k: omega * taught[k] + steady[k] for k in tails.LEARNED}
+    learned = adam(state, grads, lr=config.lr, clip=config.clip, when=used)
+    new = tails.score(tails.with_site_state(tail, learned), state["reservoir.z"], present)
+    instability = 0.5 * _mean(_kl(old, new), held) + 0.5 * _mean(((old >= 0.5) != (new >= 0.5)).float(), held)
+    learned, restored = _weigh(config, learned, instability, measured=held.any() & used)
+    return learned, instability, restored
+
+
+def _gradients(config: Config, tail: Params, state: State, lesson: Lesson) -> Params:
+    """Of every sample's cross entropy with its label, summed over the heads: [B, ...] for each learned tensor."""
+    batch, count = lesson.batch, len(lesson.label)
+
+    def loss(own: Params) -> Tensor:
+        params = {**tail, **own, "pattern": state["pattern"]}
+        return _cross_entropy(
+            tails.forward(params, batch.z, batch.present).logit, lesson.label[:, None]
+        ).sum()
+
+    return torch.func.grad(loss)({k: state[k].expand(count, *state[k].shape) for k in tails.LEARNED})
+
+
+def _steadiness(
+    config: Config, tail: Params, state: State, own: Params, held: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What holds the site near its source: KL on the reservoir and, in mode da, labelled features → loss [], scores [R]."""
+    params, present = {**tail, **own}, state["reservoir.present"]
+    radius = tails.forward(params, state["reservoir.z"], present).radius
+    now, at_source = (
+        torch.sigmoid(tails.logit({**params, "pattern": p}, radius, present)[:, tails.FUSED])
+        for p in (state["pattern"], tail["pattern"])
+    )
+    drift = _mean(_kl(state["reservoir.source"], at_source), held)
+    return config.anchor * drift + _source_loss(config, tail, params), now.detach()
+
+
+def _source_loss(config: Config, tail: Params, params: Params) -> Tensor:
+    """Mode da: class-balanced cross entropy on the labelled features that came with the source model."""
+    if config.mode == "tta":
+        return torch.zeros(())
+    label = tail["replay.label"]
+    source = {**params, "pattern": tail["pattern"]}
+    each = _cross_entropy(
+        tails.forward(source, tail["replay.z"], tail["replay.present"]).logit[:, tails.FUSED], label
+    )
+    return config.source * 0.5 * (_mean(each, label) + _mean(each, 1 - label))
+
+
+def _weigh(config: Config, state: State, instability: Tensor, *, measured: Tensor) -> tuple[State, Tensor]:
+    """Move omega with the running instability; at the floor for ``patience`` steps go back to the good snapshot."""
+    step = state["step"]
+    warm = step < WARM_UP
+    slot = torch.arange(WARM_UP) == step
+    warm_up = torch.where(slot & measured, instability, state["warm_up"])
+    running = torch.where(measured, 0.9 * state["instability"] + 0.1 * instability, state["instability"])
+    reference = warm_up.median().clamp(min=1e-6)
+    factor = torch.exp(0.2 * ((reference - running) / reference).clamp(-5, 1))
+    omega = (state["omega"] * factor).clamp(config.omega_min, config.omega_max)
+    omega = torch.where(warm | ~measured | (config.weight == "one"), state["omega"], omega)
+    floor = torch.where(
+        measured, torch.where(omega <= config.omega_min, state["floor"] + 1, 0), state["floor"]
+    )
+    restored = (floor >= config.patience) & (config.weight == "restore")
+    good = measured & ~warm & (running <= reference) & ~restored
+    new: State = {
+        "warm_up": warm_up,
+        "step": torch.where(measured, step + 1, step),
+        "instability": torch.where(restored, reference, running),
+        "omega": torch.where(restored, torch.full_like(omega, config.omega), omega),
+        "floor": torch.where(restored, torch.zeros_like(floor), floor),
+        "adam.t": torch.where(restored, torch.zeros(()), state["adam.t"]),
+    }
+    for name in tails.LEARNED:
+        new[name] = torch.where(restored, state[f"good.{name}"], state[name])
+        new[f"good.{name}"] = torch.where(good, state[name], state[f"good.{name}"])
+        for moment in ("adam1", "adam2"):
+            new[f"{moment}.{name}"] = torch.where(restored, 0.0, state[f"{moment}.{name}"])
+    return {**state, **new}, restored
+
+
+def _class_weight(state: State, label: Tensor) -> Tensor:
+    """[B] weight that gives both classes equal mass, from the votes in the reservoir; at most 3, 1 while it is empty."""
+    share = _mean((state["reservoir.vote"] >= 0.5).float(), reservoir.filled(state))
+    own = torch.where(label > 0.5, share, 1 - share)
+    return torch.where(state["seen"] > 0, (0.5 / own.clamp(min=1e-3)).clamp(max=3.0), 1.0)
+
+
+def _cross_entropy(logit: Tensor, label: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(logit) - label * logit
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of Bernoulli distributions, nats."""
+    p, q = p.clamp(1e-6, 1 - 1e-6), q.clamp(1e-6, 1 - 1e-6)
+    return p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q))
+
+
+def _mean(x: Tensor, weight: Tensor) -> Tensor:
+    return (x * weight).sum() / weight.sum().clamp(min=1)

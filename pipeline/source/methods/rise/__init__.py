@@ -1,0 +1,66 @@
+"""RiSe-style source training: an invariant radial boundary (AsyIRM) and synergy disentanglement (MMSD).
+
+A *reconstruction from the abstract* of RiSe (arXiv 2511.14157), whose body we could not read. From the abstract: the
+boundary is a sphere in radial space that is invariant over domains and fits asymmetric classes (compact bona fide,
+attacks anywhere outside), domain cues stay in angular space, and a self-supervised task mixes modalities across samples
+and disentangles. Ours: every formula below. PG-IRM follows SA-FAS (Sun et al. 2023), IRMv1 Arjovsky et al. 2019, SupCon
+Khosla et al. 2020.
+
+This file holds the settings and imports no torch; ``terms`` holds the loss terms.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from pipeline.source.contract import SourceMethod
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from pipeline.source.contract import Batch, Model, Params
+
+
+class Config(SourceMethod):
+    """``source.kind: rise``. A weight of 0 switches its term off and saves its cost."""
+
+    kind: str = "rise"
+    invariance: Literal["pgirm", "irmv1", "none"] = "pgirm"
+    margin: float = Field(
+        default=0.1, ge=0, le=0.9, description="mu: bona fide inside rho - mu, attacks outside rho + mu"
+    )
+    compact: float = Field(default=0.1, ge=0)
+    angle: float = Field(default=0.1, ge=0)
+    synergy: float = Field(default=0.1, ge=0, description="weight of MMSD")
+    decorrelate: float = Field(default=0.1, ge=0, description="weight of the disentanglement inside MMSD")
+    complement: float = Field(default=0.3, ge=0)
+    consistency: float = Field(
+        default=0.5, ge=0, description="weight of full-to-dropped KL inside the complement term"
+    )
+    temperature: float = Field(default=0.1, gt=0)
+    alpha: float = Field(
+        default=0.995, gt=0, le=1, description="pgirm: share of its own radius a domain keeps per step"
+    )
+    irm: float = Field(
+        default=1.0, ge=0, description="irmv1: penalty weight after the first half of the schedule"
+    )
+
+    def extra(self, domains: int, tail: Params) -> Params:
+        """``pgirm``: the boundary of every head for each domain. The model gets their mean in the end."""
+        from pipeline.source.losses import domain_boundaries
+
+        return domain_boundaries(domains, tail) if self.invariance == "pgirm" else {}
+
+    def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
+        """Returns the weighted terms of the objective by name."""
+        from pipeline.source.methods.rise.terms import loss_terms
+
+        return loss_terms(self, model, batch, generator)
+
+    def after_step(self, extra: Params) -> None:
+        """PG-IRM: one radius comes to serve all domains."""
+        from pipeline.source.losses import pg_irm_step
+
+        pg_irm_step(extra, self.alpha)
