@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline import rollout as machine
-from pipeline.control.anchor import compare_sources
 from pipeline.control.deployment import check_size, now, source_model
 from pipeline.guards import assess, expired
 from pipeline.guards.limits import of_source
@@ -58,6 +57,8 @@ def candidates_of_source(
     model passes against the present one. From then on the version is the challenger: new captures get features under
     both trunks.
     """
+    from pipeline.control.anchor import compare_sources  # loads torch
+
     old, new = ledger.sources.champion(), source_model(ledger, version)
     if version == old.version:
         raise ValueError(f"source v{version} is the champion already; `palisade train` makes another")

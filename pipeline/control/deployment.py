@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
-from pipeline.data.corpus import read_manifest
 from pipeline.ledger import Ledger, LedgerError, LedgerUnavailable, StaleGeneration
 from pipeline.storage import place
 
@@ -46,6 +45,8 @@ def open_ledger(config: Config, *, create: bool = True) -> Ledger:
 
 def corpora(config: Config) -> list[Path]:
     """Folders of the corpora that ``data.domains`` names (where it is empty, all that are not rendered for training alone)."""
+    from pipeline.data.corpus import read_manifest  # loads OpenCV, which reading the ledger does without
+
     root = Path(config.data.corpora)
     there = sorted(p.parent.name for p in root.glob("*/manifest.json"))
     if not there:

@@ -44,7 +44,7 @@ class LabelledCounts:
     better: Counts  # and the other way round
     bona_fide: Counts
     refused: Counts  # bona fide that what the site serves calls attack
-    refused_before: Counts | None = None  # that the way back calls attack; None: not known
+    rollback_refused: Counts | None = None  # that the way back calls attack; None: not known
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def judge_promoted(limits: GuardsConfig, standing: LabelledCounts) -> PromotedFi
     breach: list[Reason] = []
     breach += _over_ceiling(limits, s, harmed)
     for i in _beyond(s.refused, s.bona_fide, limits.ceiling.bpcer, rule.alpha_site):
-        if s.refused_before is not None and s.refused[i] <= s.refused_before[i]:
+        if s.rollback_refused is not None and s.refused[i] <= s.rollback_refused[i]:
             continue
         counts = int(s.refused[i]), int(s.bona_fide[i])
         found = _rate("BPCER", s.sites[i], *counts, limits.ceiling.bpcer, rule.alpha_site)

@@ -1,0 +1,112 @@
+"""Replays labelled presentations through what a site serves and through what a rollback would restore."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.control.deployment import source_model
+from pipeline.control.judge import features_of
+from pipeline.control.loaders import load_model, load_state
+from pipeline.control.scoring import site_labels
+from pipeline.data.blobs import BadBlob
+from pipeline.data.captures import BadSegment
+from pipeline.data.features import read_features
+from pipeline.guards import LabelledCounts
+from pipeline.models import tail
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.config import Config
+    from pipeline.ledger import Ledger
+    from pipeline.rollout import Pointer
+
+
+class ReplayTarget(NamedTuple):
+    """Names the two states that a site's presentations are replayed through."""
+
+    site: str
+    serves: Pointer
+    rollback: Pointer
+
+
+@dataclass(frozen=True)
+class LabelledOutcomes:
+    """Holds the outcomes of N labelled presentations, counted per site and one by one."""
+
+    counts: LabelledCounts
+    wrong: np.ndarray  # [N] bool, by what the site serves
+    captured_at: np.ndarray  # [N] datetime64[us]
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """Holds the calls of one state on the N labelled presentations of a site."""
+
+    label: np.ndarray  # [N] 1 bona fide, 0 attack
+    accepted: np.ndarray  # [N] bool, called bona fide
+    captured_at: np.ndarray  # [N] datetime64[us]
+
+
+def replay_presentations(config: Config, ledger: Ledger, targets: Sequence[ReplayTarget]) -> LabelledOutcomes:
+    """Returns the outcomes of all labelled presentations of the sites in ``targets``.
+
+    What cannot be read is no data: such a site is left out of the counts.
+    """
+    rows: dict[str, list[int]] = {}
+    wrong, captured_at = [np.zeros(0, bool)], [np.zeros(0, "datetime64[us]")]
+    ends = {s.site: s.ingested for s in ledger.streams.named([t.site for t in targets])}
+    for site, serves, rollback in targets:
+        try:
+            served, before = (_calls(config, ledger, site, ends[site], p) for p in (serves, rollback))
+        except (BadBlob, BadSegment, OSError):
+            continue
+        attack, bona_fide = served.label == 0, served.label == 1
+        comparable = np.array_equal(served.label, before.label)  # another trunk may lack some features
+        was_accepted = before.accepted if comparable else np.ones_like(served.accepted)
+        rows[site] = [
+            int(attack.sum()),
+            int((attack & served.accepted).sum()),
+            int((attack & served.accepted & ~was_accepted).sum()),
+            int((attack & ~served.accepted & was_accepted).sum()),
+            int(bona_fide.sum()),
+            int((bona_fide & ~served.accepted).sum()),
+            int((bona_fide & ~before.accepted).sum()) if comparable else 0,
+        ]
+        wrong.append(served.accepted == attack)
+        captured_at.append(served.captured_at)
+    counts = LabelledCounts(list(rows), *np.array(list(rows.values()), np.int64).reshape(-1, 7).T)
+    return LabelledOutcomes(counts, np.concatenate(wrong), np.concatenate(captured_at))
+
+
+def labelled_sites(config: Config) -> list[str]:
+    """Returns the sites with recorded red-team presentations, sorted."""
+    folder = config.data.redteam
+    paths = Path(folder).glob("*-labels.parquet") if folder else []
+    return sorted(p.name.removesuffix("-labels.parquet") for p in paths)
+
+
+def _calls(config: Config, ledger: Ledger, site: str, end: int, pointer: Pointer) -> _Calls:
+    """Returns the calls of ``pointer`` on the site's labelled presentations before offset ``end``."""
+    model = load_model(source_model(ledger, pointer.source_version).path)
+    block = read_features(
+        config.place("features"),
+        model.manifest.trunk_digest,
+        site,
+        start=0,
+        end=end,
+        features=model.manifest.config.trunk.features,
+    )
+    labels = site_labels(config.data.redteam, site)
+    block = block.rows(np.array([s in labels for s in block.sample_id], bool))
+    label = np.array([labels[s][0] for s in block.sample_id], np.int64)
+    state = load_state(config, model, ledger.verdicts.state(pointer.state_id))
+    stream = features_of(block)
+    with torch.no_grad():
+        score = tail.score(tail.with_site_state(model.tail, state), stream.z, stream.present)
+    return _Calls(label, (score >= model.manifest.threshold).numpy(), block.captured_at)
