@@ -1,15 +1,11 @@
-"""Entry point of ``palisade``: options may stand anywhere, torch loads at its first use, a mistake is one line."""
+"""Entry point of ``palisade``: global options may stand anywhere, and a mistake is one line."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import re
 import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 from typer.exceptions import TyperException
 
@@ -22,38 +18,6 @@ COMMANDS = {  # earlier name → present one
 }
 OPTIONS = {"--as": "--actor", "--render": "palisade manifests render DIR"}
 OVERRIDE = re.compile(r"[a-z]+(\.[a-z_0-9]+)+=.*", re.DOTALL)
-
-
-class Later(ModuleType):
-    """Stands for a module until it is needed, then hands every question on.
-
-    ``importlib.util.LazyLoader`` would load at the second ``import`` of the name: the statement itself reads ``__spec__``.
-    """
-
-    def __getattr__(self, attribute: str) -> object:
-        name = self.__name__
-        if sys.modules.get(name) is self:
-            del sys.modules[name]
-        return getattr(importlib.import_module(name), attribute)
-
-
-class Brought:
-    """Finds a submodule that its package, when ``Later`` loaded it, has brought along: Python would load it once more."""
-
-    @staticmethod
-    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if target is not None or name not in sys.modules:
-            return None
-        return ModuleSpec(name, Brought, loader_state=sys.modules[name].__spec__)  # pyright: ignore[reportArgumentType]
-
-    @staticmethod
-    def create_module(spec: ModuleSpec) -> ModuleType:
-        return sys.modules[spec.name]
-
-    @staticmethod
-    def exec_module(module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__ = module.__spec__.loader_state
 
 
 def gather(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -71,15 +35,6 @@ def gather(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             rest.append(word)
     return front, rest
-
-
-def lazy(name: str) -> None:
-    """Import ``name`` when an attribute of it is first asked for: torch takes longer than a config error may."""
-    spec = importlib.util.find_spec(name)
-    if name not in sys.modules and spec is not None:
-        sys.modules[name] = later = Later(name)
-        later.__spec__ = spec
-        sys.meta_path.insert(0, Brought)  # pyright: ignore[reportArgumentType]
 
 
 def renamed(call: Sequence[str]) -> str | None:
@@ -104,7 +59,6 @@ def exit_code(e: Exception) -> Exit | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a person's mistake is one line."""
-    lazy("torch")
     front, command = gather(sys.argv[1:] if argv is None else argv)
     try:
         if moved := renamed(command):

@@ -161,10 +161,8 @@ def test_the_folder_is_the_registry():
 
 
 def test_a_config_error_needs_no_torch():
-    code = (
-        "import jobs.__main__ as m, sys; c = m.main(['train', 'site.lr=fast']); t = sys.modules.get('torch');"
-    )
-    code += "print(c, 'ray' in sys.modules, type(t).__name__)"
+    code = "import jobs.__main__ as m, sys; c = m.main(['train', 'site.lr=fast']); "
+    code += "print(c, [m for m in ('torch', 'ray', 'sqlalchemy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["2", "False", "Later"]
+    assert done.stdout == "2 []\n"
     assert "site.lr" in done.stderr

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from jobs.terminal import Exit, table
 from pipeline.control.deployment import now, open_ledger
-from pipeline.models.checkpoint import Manifest
+from pipeline.models.manifest import Manifest
 from pipeline.rollout.calendar import is_time_zone
 from pipeline.types import Modality
 

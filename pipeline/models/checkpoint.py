@@ -15,25 +15,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as dump_tensors
 
-from pipeline.models import ModelConfig
 from pipeline.models import tail as tails
+from pipeline.models.manifest import FORMAT, Manifest
 from pipeline.models.trunk import build_trunk, fold
 from pipeline.storage import StoreUnavailable, place, size, write_atomic
-from pipeline.types import Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import Tensor, nn
 
+    from pipeline.models import ModelConfig
     from pipeline.storage import Place
 
-FORMAT = 1
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
 MAX_MANIFEST = 2**20
 TRUNK, TAIL = "trunk.", "tail."
@@ -41,26 +40,6 @@ TRUNK, TAIL = "trunk.", "tail."
 
 class BadCheckpoint(ValueError):
     """A folder that is not a whole, unchanged checkpoint which this version reads; the message is one line."""
-
-
-class Manifest(Section):
-    """Everything about a source model that is not a tensor. ``save`` fills in the three digests."""
-
-    format: int = FORMAT
-    config: ModelConfig
-    size: int
-    threshold: float  # of the fused score, at the equal error rate of the pooled source validation; call is score >= threshold
-    method: str
-    domains: tuple[str, ...] = ()
-    data: dict[str, str] = Field(default={})  # domain → digest of its corpus
-    parents: tuple[str, ...] = ()  # digests of the checkpoints it was made from
-    fingerprint: str = ""  # of the resolved configuration
-    revision: str = ""  # of the code
-    metrics: dict[str, float] = Field(default={})
-    architecture: dict[str, JsonValue] = Field(default={})  # what build_trunk needs besides the config
-    trunk_digest: str = ""  # address of every feature that this trunk makes
-    weights_digest: str = ""  # of the bytes of model.safetensors
-    digest: str = ""  # of all of the above: names the model
 
 
 @dataclass(frozen=True)
