@@ -1,4 +1,4 @@
-"""Lineage against a real MLflow on SQLite: runs that resume, versions with parents, aliases, MLflow out of reach."""
+"""Lineage on a real MLflow with SQLite: runs that resume, versions, aliases, MLflow out of reach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Artifacts in an S3 store, over HTTP: the same round trips, no torn upload is seen, mistakes are one line."""
+"""Artifacts in an S3 store over HTTP: round trips, no torn upload is seen, mistakes are one line."""
 
 from __future__ import annotations
 
@@ -104,12 +104,13 @@ def test_names_of_a_prefix(root):
 
 
 def test_an_upload_that_was_killed_is_never_seen(root):
-    """More than one part, of which the first is in the store already when the writer dies; the old object stays."""
+    """The first of several parts is in the store when the writer dies; the old object stays."""
     write_atomic(root / "x", b"old")
     code = (
         f"import sys, os, signal; sys.path.insert(0, {str(REPO)!r})\nfrom pipeline.storage import place\n"
         f"r = place({str(root / 'x')!r}); s = r._store().open_output_stream(r.key)\n"
-        "for _ in range(3): s.write(bytes(6_000_000)); s.flush()\nprint('sent', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "for _ in range(3): s.write(bytes(6_000_000)); s.flush()\n"
+        "print('sent', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False

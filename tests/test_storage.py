@@ -1,4 +1,4 @@
-"""Writes that fail, writers that are killed, and bytes that change: nothing torn is ever seen, no changed bit is ever used."""
+"""Failed writes, killed writers and changed bytes: nothing torn is seen, no changed bit is used."""
 
 from __future__ import annotations
 
@@ -171,7 +171,8 @@ try:
 except StoreUnavailable as e:
     print(e)
 """
-SHORT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))\n"  # the kernel writes that much, then fails
+# the kernel writes that many bytes, then fails
+SHORT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))\n"
 
 
 def child(root: Path, code: str, *, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -193,8 +194,9 @@ def test_a_short_write_is_one_line_and_leaves_what_was_there(tmp_path, kind):
 
 
 def on_a_small_disk(root: Path, code: str, *, size: str) -> list[str] | None:
-    """Lines that ``code`` prints on a real file system of ``size`` at ``root``, mounted for a child alone; None where no
-    such thing may be mounted.
+    """Lines that ``code`` prints on a file system of ``size`` at ``root``, mounted for a child alone.
+
+    None where no file system may be mounted.
     """
     own = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
     mount = f'mount -t tmpfs -o size={size} none {root} && exec {sys.executable} -c "$0"'
@@ -255,7 +257,7 @@ print([s.learned for s in f.ledger.streams.sites()])
 
 
 def test_a_disk_that_is_full_at_the_commit_loses_nothing(tmp_path):
-    """Blobs are written, then the ledger's transaction finds no room: nothing counts, and the next run goes on."""
+    """Blobs are written, then the transaction finds no room: nothing counts, and the next run goes on."""
     lines = on_a_small_disk(tmp_path, COMMIT, size="2m")
     if lines is None:
         pytest.skip("no file system may be mounted here")
@@ -269,14 +271,17 @@ KILLS = {
     "half written": "write_atomic(ROOT / 'x', lambda tmp: (tmp.write_bytes(b'ne'), die()))",
     "before fsync": "storage._fsync = lambda p: die(); write_atomic(ROOT / 'x', b'new')",
     "before rename": "Path.replace = lambda a, b: die(); write_atomic(ROOT / 'x', b'new')",
-    "after rename": "f = Path.replace; Path.replace = lambda a, b: (f(a, b), die()); write_atomic(ROOT / 'x', b'new')",
+    "after rename": (
+        "f = Path.replace; Path.replace = lambda a, b: (f(a, b), die()); write_atomic(ROOT / 'x', b'new')"
+    ),
 }
 
 
 @pytest.mark.parametrize("when", KILLS)
 def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path, when):
     (tmp_path / "x").write_bytes(b"old")
-    die = "import os, signal; from pipeline import storage\ndie = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+    die = "import os, signal; from pipeline import storage\n"
+    die += "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
     assert child(tmp_path, die + KILLS[when]).returncode == -signal.SIGKILL
     assert (tmp_path / "x").read_bytes() == (b"new" if when == "after rename" else b"old")
     others = [f.place.name for f in files(tmp_path) if f.place.name != "x"]

@@ -1,4 +1,4 @@
-"""Submissions against a real head with token auth: once per id, exit codes, logs, and what a person is told."""
+"""Submissions to a real head with token auth: once per id, exit codes, logs, messages to a person."""
 
 from __future__ import annotations
 
@@ -122,7 +122,8 @@ def cli(config: Path, *args: str, token: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.cluster
 def test_a_job_runs_once_per_id_and_its_log_and_exit_code_come_back(head: str, deployment: Path) -> None:
-    code = "import yaml; c = yaml.safe_load(open('deployment.yaml')); print('at', c['cluster']['address']); exit(3)"
+    code = "import yaml; c = yaml.safe_load(open('deployment.yaml')); "
+    code += "print('at', c['cluster']['address']); exit(3)"
     command = f'{sys.executable} -c "{code}"'
     called = [sys.executable, "-c", SCRIPT, str(deployment), head, "once-1", command]
     done = subprocess.run(

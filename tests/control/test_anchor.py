@@ -1,4 +1,4 @@
-"""The anchor set: one content, one digest; what is wrong with it; the commands; two source models on the same samples."""
+"""The anchor set: its digest, its flaws, its commands, and two source models on the same samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sites go over to another trunk: what is retained of them, and that nothing else of them moves, without Ray."""
+"""Sites go over to another trunk: which samples are retained, and nothing else of them moves; no Ray."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_lies_before_a_hole_is_not_retained(counts):
 
 @pytest.fixture
 def crowd(tmp_path) -> Crowd:
-    """Two days are learned, a third has arrived; version 2 has another trunk, features of all days, an anchor set."""
+    """Two days are learned, a third has arrived; version 2 has its own trunk, features and anchor set."""
     root = tmp_path / "d"
     root.mkdir()
     crowd = new_crowd(root, SETTINGS, days=DAYS)

@@ -1,4 +1,4 @@
-"""A rollout on a real ledger: any order of events, deaths and late drivers; a death at every step; two drivers at once."""
+"""A rollout on a real ledger: any order of events, a death at every step, two drivers at once."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Died(Exception):
 
 
 class Mortal:
-    """A ledger whose process dies at the ``left``-th durable step or the next ``fatal`` one, before it or after it."""
+    """A ledger whose process dies before or after its ``left``-th durable step or the next ``fatal`` one."""
 
     def __init__(self, ledger):
         self.ledger, self.left, self.after, self.fatal = ledger, -1, False, ""
@@ -103,7 +103,7 @@ class MortalPart:
 
 
 def stored(path):
-    """A ledger with every site's candidates of all generations, before anything is served → pointers that passed."""
+    """Fills a ledger with every site's candidates of all generations; returns the pointers that passed."""
     ledger = Ledger.open(f"sqlite:///{path}")
     ledger.streams.register(TAGS, now=T0)
     for digest in "ab":
@@ -286,12 +286,13 @@ class World:
         self.ledger.streams.commit(self.cycle, rows, [], now=self.now)
 
     def on(self):
-        """Wave and way back (whether it is another) of the sites that serve what the newest plan gives them."""
+        """Wave of the sites that serve their target of the newest plan, and whether the way back differs."""
         ((champion,),) = self.asked("select value from meta where key = 'champion'")
         served = self.asked("select site, max(counter), state, source_version from served group by site")
         serving = {site: (state, version) for site, _, state, version in served}
         planned = self.asked(
-            "select site, wave, state, source_version, back_state, back_version from targets where rollout = ? and wave >= 0",
+            "select site, wave, state, source_version, back_state, back_version from targets "
+            "where rollout = ? and wave >= 0",
             self.row.id,
         )
         return {
@@ -573,7 +574,7 @@ DEATHS = tuple(itertools.product((0, 1, 2), ("carry_out",), (False, True)))
 
 
 def released(template, die=(), *, source=False):
-    """A release over three waves in which a site fails in the last, and then back → what was served, at the end and before.
+    """A release over three waves, a site of the last fails, and back; returns deaths and what was served.
 
     ``die``: (wave, durable step, after it): there the driver dies, once, and another one goes on.
     """
@@ -617,7 +618,7 @@ def test_a_death_at_every_step_of_every_wave_changes_nothing(template, source):
 
 
 def drives(me, path, barrier):
-    """A driver in its own process: goes on until the rollout has ended; number 2 aborts it in its second wave."""
+    """A driver in its own process, until the rollout has ended; number 2 aborts it in its second wave."""
     ledger = Ledger.open(f"sqlite:///{path}")
     barrier.wait()
     for _ in range(300):

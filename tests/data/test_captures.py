@@ -1,4 +1,4 @@
-"""Segments of strangers: whole files are refused or rows quarantined, and nothing in a file ever runs or explodes."""
+"""Segments of strangers: files are refused or rows quarantined, and nothing in a file runs or explodes."""
 
 from __future__ import annotations
 
@@ -321,7 +321,7 @@ def test_no_flipped_bit_changes_rows_unseen(path: Path, layout: str) -> None:
         row(k, rgb=bytes([k]) * 40, depth=bytes([k + 9]) * 40, ir=None if k % 3 else b"z" * 5)
         for k in range(8)
     ]
-    pq.write_table(table(*rows), path, write_page_checksum=True, **options)  # pyright: ignore[reportArgumentType]
+    pq.write_table(table(*rows), path, write_page_checksum=True, **options)  # pyright: ignore
     before, data = read(path), path.read_bytes()
     lines = list[str]()
     for bit in range(0, 8 * len(data), stride):

@@ -1,4 +1,4 @@
-"""Importers read each set's own layout, put what is broken aside, and let no personal data or leak through."""
+"""Importers read each set's own layout, put broken samples aside, and let no personal data through."""
 
 from __future__ import annotations
 
@@ -224,7 +224,8 @@ def test_wmca_splits_by_client_without_a_protocol_and_by_protocol_with_one(tmp_p
         ("001", "test"),
     }
     (root / "PROTOCOL-grandtest.csv").write_text(
-        "path,group\nface-station/05.12.17/002_01_000_0_00,eval\nface-station/05.12.17/003_01_000_0_01.hdf5,train\n"
+        "path,group\nface-station/05.12.17/002_01_000_0_00,eval\n"
+        "face-station/05.12.17/003_01_000_0_01.hdf5,train\n"
         "a/001_01_000_0_02,dev\na/001_01_000_4_11,train\na/001_01_000_4_11,eval\na/009_01_000_0_00,train\n"
     )
     _, reasons = imported("wmca", root, tmp_path / "b")

@@ -1,5 +1,6 @@
-"""The hostile-file corpus: one fresh process opens every file through the real entry points. Each is refused with its exact
-reason within a second and 512 MiB, and none of the code in them runs.
+"""The hostile-file corpus: one fresh process opens every file through the real entry points.
+
+Each is refused with its exact reason within a second and 512 MiB, and none of the code in them runs.
 """
 
 from __future__ import annotations

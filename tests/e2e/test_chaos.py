@@ -1,7 +1,7 @@
-"""Killing what adapts changes nothing: every offset has effect exactly once, states are those of an undisturbed run.
+"""Killed shards change nothing: every offset counts once, states are those of an undisturbed run.
 
-A shard process is here what it is in a Ray actor, ``adapt_sites`` on one call after another. Instants are random, with fixed
-seeds; what is asserted holds whatever they hit.
+A shard process does what a Ray actor does: ``adapt_sites`` on one call after another. Instants are random
+with fixed seeds; the assertions hold whichever instant is hit.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Born:
     seconds: float  # of a process that adapts a day
 
     def days(self, folder: Path, enough: Callable[[], bool]) -> Iterator[tuple[Crowd, Cycle]]:
-        """Days to adapt, crowd after crowd until it is ``enough``. Each must end in the undisturbed states (I7)."""
+        """Days to adapt, crowd after crowd until ``enough``; each must end in the undisturbed states (I7)."""
         for k in itertools.count():
             crowd = copy_crowd(self.crowd, folder / str(k))
             for day in range(DAYS):

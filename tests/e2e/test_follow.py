@@ -1,4 +1,4 @@
-"""``ingest --follow`` as a process of its own: what arrives is counted, a bad file is survived, a signal ends it cleanly."""
+"""``ingest --follow`` in a process: arrivals are counted, a bad file is survived, a signal ends it."""
 
 from __future__ import annotations
 

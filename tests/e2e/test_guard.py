@@ -1,4 +1,4 @@
-"""Verdicts by the commands a user types: explained, replayed, recounted, judged by other policies; a tampered anchor set."""
+"""Verdicts by the commands a user types: explained, checked again, judged by other policies."""
 
 from __future__ import annotations
 

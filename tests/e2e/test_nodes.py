@@ -1,4 +1,4 @@
-"""Several nodes of which some die: drivers and raylets are killed, nodes come and go, and every result stays what it is."""
+"""Several nodes of which some die: drivers and raylets are killed, and every result stays the same."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _cycle(d: Deployment, address: str, pipe: Connection) -> None:
-    """A driver of a whole cycle: it says what was ingested and which shards join, waits for an answer to each, ends with {}."""
+    """A driver of a whole cycle: sends what was ingested, then each shard that joins, waiting for answers."""
     config, ledger = _at(d.config, address, shards=3), d.ledger
 
     def joined(pid: int) -> None:
@@ -300,7 +300,7 @@ def _cmdline(process: psutil.Process) -> list[str]:
 
 
 def _host(pipe: Connection, temp: str) -> None:
-    """Start a cluster → its address; a node for every message, the environment of its own; the pipe's end ends it."""
+    """Starts a cluster and sends its address; adds a node for every message, in the environment it holds."""
     os.environ.update(NOTICED, RAY_TMPDIR=temp)  # its address must not become everybody's default
     from ray.cluster_utils import Cluster
 

@@ -1,4 +1,4 @@
-"""The fleet goes over to another source model: features under both trunks, sites rebased beside what they serve."""
+"""The fleet goes over to another source model: features under both trunks, sites rebased meanwhile."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Computes a short fit, a bank step, a verdict and a plan from fixed seeds and prints them as JSON.
 
 ``test_golden`` runs it in a process of its own, with every source of differing float arithmetic switched off,
-and compares the result bit for bit with ``golden.json``. Moving or renaming code never changes what it computes.
+and compares the result bit for bit with ``golden.json``. Moving or renaming code changes no result.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ MODEL = ModelConfig(trunk=TinyConfig(width=4, features=8), tail=TailConfig(width
 def digest(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """Returns the sha256 of each tensor's bytes, and its sum as a hint of how far a difference goes."""
     return {
-        name: f"{hashlib.sha256(t.detach().contiguous().numpy().tobytes()).hexdigest()[:16]} {t.double().sum():.9g}"
+        name: f"{hashlib.sha256(t.detach().contiguous().numpy().tobytes()).hexdigest()[:16]} "
+        f"{t.double().sum():.9g}"
         for name, t in sorted(tensors.items())
     }
 

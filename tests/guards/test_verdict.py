@@ -149,7 +149,7 @@ def test_paired_bound_moves_the_right_way(worse, better, rest):
 
 
 def test_paired_bound_covers():
-    """An exact enumeration would be long; 4,000 draws at a true difference of 1 pp miss it about 5 % of the time."""
+    """By 4,000 draws, an exact enumeration being long: a true difference of 1 pp is missed in about 5 %."""
     rng = np.random.default_rng(0)
     draws = rng.multinomial(600, [0.03, 0.02, 0.95], size=4000).astype(float)
     upper = guards.paired_upper95(draws[:, 0], draws[:, 1], np.full(4000, 600.0))
@@ -391,7 +391,7 @@ def test_ten_thousand_sites_are_watched_in_milliseconds():
 
 
 def presented(rng, runs, looks, rates, step):
-    """[looks, runs, sites] counts so far: attacks accepted now, and of them and the way back's those that differ."""
+    """[looks, runs, sites] counts so far: attacks accepted now, and those in which now and before differ."""
     now = rng.random((looks * step, runs, len(rates))) < rates
     back = rng.random(now.shape) < 0.02
     parts = (x.reshape(looks, step, runs, -1).sum(1).cumsum(0) for x in (now, now & ~back, back & ~now))
@@ -399,7 +399,7 @@ def presented(rng, runs, looks, rates, step):
 
 
 def stops(rng, runs, looks, rates, step):
-    """[runs] presentations per site until a breach, infinity where none comes; and how many sites ever failed."""
+    """[runs] presentations per site until a breach, infinity where none comes; and the sites that failed."""
     accepted, worse, better = presented(rng, runs, looks, rates, step)
     found, failed = np.full(runs, np.inf), np.zeros(runs)
     for r in range(runs):

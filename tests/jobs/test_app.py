@@ -94,7 +94,8 @@ def declared(tree):
 
 
 def test_an_option_that_is_declared_twice_is_seen():
-    source = "def f(out: Annotated[str, typer.Option(help='x')]): ...\nOUT = typer.Option('--out', '-o', help='y')\n"
+    source = "def f(out: Annotated[str, typer.Option(help='x')]): ...\n"
+    source += "OUT = typer.Option('--out', '-o', help='y')\n"
     assert [flag for flag, _ in declared(ast.parse(source))] == ["--out", "--out"]
 
 

@@ -1,4 +1,4 @@
-"""The what-if: a site's two replays compared, other settings validated, and the command on a deployment built without Ray."""
+"""The what-if: two replays compared, other settings validated, and the command on a deployment; no Ray."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def feature_files(d: Deployment, site: str) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> Deployment:
-    """Two rendered domains, a fitted model, three sites' captures ingested, and one cycle of the shard's own code."""
+    """Two rendered domains, a fitted model, three sites ingested, one cycle by the shard's own code."""
     d = new_deployment(tmp_path_factory.mktemp("recorded"), SETTINGS)
     config, ledger = d.config, d.ledger
     synth.write(Path(config.data.corpora), size=32, domains=("A", "B"), samples=60, workers=1)
@@ -138,7 +138,7 @@ def trace(score, pseudo=None) -> Trace:
 
 
 def verdict(outcome: str) -> Verdict:
-    reason = Reason(guard="trust", call=outcome, where="state", number=1.0, limit=0.5, text="moved")  # pyright: ignore
+    reason = Reason(guard="trust", call=outcome, where="state", number=1.0, limit=0.5, text="moved")
     return Verdict(outcome=outcome, reasons=(reason,))  # pyright: ignore
 
 
@@ -253,7 +253,7 @@ def test_other_settings_are_validated_and_touch_nothing_else(tmp_path):
     )
     config = load(tmp_path / "now.yaml", ["bank.batch_size=4"])
     made = altered(config, ["site.kind=tent"], sections=("site", "bank"))
-    assert (made.site.kind, made.site.lr) == ("tent", 1e-4), "what the file gives and both methods have stays"  # pyright: ignore
+    assert (made.site.kind, made.site.lr) == ("tent", 1e-4), "what the file gives and both methods have stays"
     assert (made.bank, made.data, made.guards) == (config.bank, config.data, config.guards)
     (tmp_path / "other.yaml").write_text("site: {kind: danet, lr: 2.0e-4}\ndata: {frame_px: 99}\n")
     made = altered(config, ["bank.slots=5"], sections=("site", "bank"), path=tmp_path / "other.yaml")
@@ -288,7 +288,7 @@ def test_a_mistake_in_other_settings(tmp_path, override, file, expected):
 
 
 def test_now_is_what_the_first_cycle_recorded(recorded, capsys):
-    """The left side is not an estimate: scores, labels used and errors are those of the shard, bit for bit."""
+    """The left side is no estimate: scores, labels used and errors are those of the shard, bit for bit."""
     d = recorded
     assert d.run("what-if", "--with", "site.kind=frozen", "--json") == 0
     found = printed(capsys)
@@ -444,7 +444,7 @@ SPOILED = {
 
 @pytest.mark.parametrize(("one", "other"), list(zip(list(SPOILED)[::2], list(SPOILED)[1::2], strict=True)))
 def test_a_broken_feature_file_of_a_site_stops_nobody(deployment, whole, capsys, one, other):
-    """Two sites with a file each that is broken in its own way; the third is as it was where nothing is broken."""
+    """Two sites have a broken file each; the third is as it was where nothing is broken."""
     for site, how in zip(SITES[1:], (one, other), strict=True):
         SPOILED[how](feature_files(deployment, site)[1])
     assert deployment.run("what-if", *WARM) == 0
@@ -553,7 +553,8 @@ def test_no_site_and_no_ledger(deployment, tmp_path, capsys):
 LOADED = """
 import sys
 from jobs.__main__ import main
-print(main(sys.argv[1:]), [m for m in ("torch", "pyarrow", "sqlalchemy", "ray", "mlflow") if m in sys.modules])
+heavy = ("torch", "pyarrow", "sqlalchemy", "ray", "mlflow")
+print(main(sys.argv[1:]), [m for m in heavy if m in sys.modules])
 """
 
 

@@ -1,4 +1,4 @@
-"""Verdicts of a fleet a page at a time, the digest over a cycle's evidence, and which anchor set counts when."""
+"""Verdicts of a fleet by pages, the digest over a cycle's evidence, and which anchor set counts when."""
 
 from __future__ import annotations
 

@@ -164,7 +164,8 @@ def test_waves_count_who_serves_the_target_and_who_is_silent_since(ledger, url):
     for i in range(4):
         execute(
             url,
-            "insert into targets (rollout, site, wave, zone, state, source_version, back_version, verdict, reason) values "
+            "insert into targets "
+            "(rollout, site, wave, zone, state, source_version, back_version, verdict, reason) values "
             f"('r1', 's{i}', {i // 2}, 'UTC', '{learner[f's{i}']}', 1, 1, '{learner[f's{i}']}', '')",
         )
     changes = {s: (learner[s], 1) for s in ("s0", "s1", "s2")}

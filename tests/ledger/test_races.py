@@ -121,7 +121,7 @@ def test_no_two_drivers_hold_one_generation(pool, ledger, url):
 
 
 def commits(me, url, generation):
-    """Every writer brings the same windows of overlapping sites, in its own order → the sites that were its."""
+    """Every writer brings the same windows in its own order; returns the sites that it committed."""
     ledger, mine = Ledger.open(url), []
     for i in range(ROUNDS):
         together.wait()
@@ -146,7 +146,7 @@ def test_a_window_is_committed_by_one(pool, ledger, url):
 
 
 def overtakes(me, url, cycle, sites):
-    """The first takes the cycle over while the others commit → what it sees then, or what the others were told."""
+    """The first takes the cycle over while the others commit; returns what each of them saw."""
     ledger = Ledger.open(url)
     together.wait()
     if me == 0:

@@ -263,7 +263,8 @@ def test_joined_sites_are_rows_of_the_last_wave(planned):
         "delete from served where site = 's0' and counter = 2",
         "delete from served where site = 's0' and counter = 1",
         "delete from served",
-        "insert into served select site, 3, state, source_version, rollout, wave, kind, since, audit from served "
+        "insert into served "
+        "select site, 3, state, source_version, rollout, wave, kind, since, audit from served "
         "where site = 's0' and counter = 1",
         "insert into served values ('s0', 3, null, 1, 'r1', 0, 'rollback', '2026', 0)",
         "insert into served values ('s0', 3, null, 1, 'r1', 0, 'rollback', '2026', 999)",

@@ -1,4 +1,4 @@
-"""A chunk of sites costs the same however large the fleet and its past: counted in steps of SQLite's machine, not seconds."""
+"""A chunk of sites costs the same in any fleet after any past, counted in steps of SQLite's machine."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Watched:
 
 
 def grown(path, sites, windows):
-    """A fleet in the middle of a cycle that has ``windows`` behind it; the last CHUNK sites have not been adapted yet."""
+    """A fleet with ``windows`` behind it in the middle of a cycle; the last CHUNK sites wait for it."""
     w = Watched(f"sqlite:///{path}")
     names = [f"site-{i:05d}" for i in range(sites)]
     w.ledger.streams.register({s: {} for s in names}, now=T0)

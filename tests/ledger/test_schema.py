@@ -116,7 +116,8 @@ def body_2(now):
 
 
 def test_a_rollout_of_an_older_version_goes_on(old):
-    values = f"'release-00002', '{'4' * 64}', 'baking', '{json.dumps(body_2(T0.isoformat()))}', 7, '2026-01-02', '2026-01-02'"
+    body = json.dumps(body_2(T0.isoformat()))
+    values = f"'release-00002', '{'4' * 64}', 'baking', '{body}', 7, '2026-01-02', '2026-01-02'"
     execute(old, f"insert into rollouts values ({values})")
     ledger = Ledger.open(old)
     row = ledger.plans.rollout("release-00002")

@@ -29,12 +29,13 @@ from pipeline.report.content import (
     WaveReport,
 )
 from pipeline.report.page import render, write
+from tests.support.pages import HOSTILE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 START = datetime(2026, 3, 14, 3, 0, tzinfo=UTC)
-HOSTILE = "<script>alert(1)</script>\"'><img src=https://evil.example/x onerror=alert(1)>\u202egnp.exe\x00\ud800{{7*7}}"
+
 VOID = {"meta", "br", "input", "link", "img"}
 
 

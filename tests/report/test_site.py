@@ -437,17 +437,20 @@ def rows_of(danet: Estimate, eata: float = 0.13, harmed: float = 0.0) -> tuple[M
     [
         (
             {"methods": rows_of(Estimate(0.1, 0.09, 0.11))},
-            "danet errs least on shifted streams: mean online HTER 10.0%, 28.6% less than frozen, none of the sites harmed by danet, "
+            "danet errs least on shifted streams: mean online HTER 10.0%, 28.6% less than frozen, "
+            "none of the sites harmed by danet, "
             "3 of 4 targets hold.",
         ),
         (
             {"methods": rows_of(Estimate(0.132, 0.11, 0.15), eata=0.12, harmed=0.125), "figures": ()},
-            "eata errs least on shifted streams: mean online HTER 12.0%, danet has 13.2%, 5.7% less than frozen (intervals overlap), "
+            "eata errs least on shifted streams: mean online HTER 12.0%, danet has 13.2%, "
+            "5.7% less than frozen (intervals overlap), "
             "12.5% of the sites harmed by danet.",
         ),
         (
             {"methods": rows_of(Estimate(0.21, 0.19, 0.23)), "figures": ()},
-            "eata errs least on shifted streams: mean online HTER 13.0%, danet has 21.0%, 50.0% more than frozen, "
+            "eata errs least on shifted streams: mean online HTER 13.0%, danet has 21.0%, "
+            "50.0% more than frozen, "
             "none of the sites harmed by danet.",
         ),
         (

@@ -199,7 +199,8 @@ def test_every_number_is_on_the_page() -> None:
         assert f"Target {target}" in section(html, "radii")
         for p in panels:
             out, inside = 100 * np.mean(p.bona_fide > p.rho), 100 * np.mean(p.attack <= p.rho)
-            said = f"{p.domain} , boundary 1.04 outside: {out:.1f}% of 300 bona fide inside: {inside:.1f}% of 700 attacks"
+            said = f"{p.domain} , boundary 1.04 outside: {out:.1f}% of 300 bona fide "
+            said += f"inside: {inside:.1f}% of 700 attacks"
             assert said in section(html, "radii")
 
 
@@ -235,7 +236,8 @@ def changed_erm(difference: Estimate, relative: Estimate, rise: float = 0.204) -
         ),
         (
             changed_erm(Estimate(0.03, 0.01, 0.05), Estimate(-0.11, -0.2, -0.04), rise=0.29),
-            "pgirm errs least: mean HTER 23.2% over 4 unseen domains, rise has 29.0%, +3.0 points more than erm (+1.0 to +5.0).",
+            "pgirm errs least: mean HTER 23.2% over 4 unseen domains, rise has 29.0%, "
+            "+3.0 points more than erm (+1.0 to +5.0).",
         ),
         (changed_erm(UNKNOWN, UNKNOWN), "rise errs least: mean HTER 20.4% over 4 unseen domains."),
         (bench(methods=()), "No method was measured."),

@@ -1,4 +1,4 @@
-"""Plans and the state machine: each rule by itself; tests/test_drive.py drives them in any order on a real ledger."""
+"""Plans and the state machine, each rule by itself; tests/control/test_rollout.py runs them in any order."""
 
 from __future__ import annotations
 

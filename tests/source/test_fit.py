@@ -23,7 +23,7 @@ MODEL = ModelConfig(trunk=TinyConfig(width=4, features=8), tail=TailConfig(width
 
 
 def corpus(name: str = "a", count: int = 60, *, seed: int = 0, live: float = 0.4) -> SimpleNamespace:
-    """Bona fide frames have a bright disc in the middle of depth and infrared, attacks are flat; RGB says nothing."""
+    """Bona fide frames have a bright disc in depth and infrared, attacks are flat; RGB says nothing."""
     random = np.random.default_rng(seed)
     label = (np.arange(count) % 10 < 10 * live).astype(np.int8)
     frame = random.integers(60, 120, (count, 5, SIZE, SIZE)).astype(np.uint8)

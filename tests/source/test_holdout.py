@@ -167,7 +167,7 @@ def test_degenerate_corpora_end_in_a_clear_error_or_finite_scores() -> None:
 
 
 def test_samples_drawn_ahead_are_those_of_their_step_and_an_error_arrives() -> None:
-    assert list(sampler.prefetch(lambda at: at * at, range(2, 6))) == [(2, 4), (3, 9), (4, 16), (5, 25)]  # pyright: ignore
+    assert list(sampler.prefetch(lambda at: at * at, range(2, 6))) == [(2, 4), (3, 9), (4, 16), (5, 25)]
 
     def breaks(at: int) -> int:
         if at == 1:

@@ -23,7 +23,7 @@ PRIOR_FREE = {"risk", "heads", "variance", "consistency", "inconsistency", "reba
 
 
 class Fake:
-    """What a method sees of the objective; its trunk hands out features that were stored as frames, absent ones too."""
+    """An objective whose trunk hands out features that were stored as frames, absent ones too."""
 
     def __init__(self, config: SourceMethod, head: str = "radial", *, seed: int = 0) -> None:
         shape = TailConfig(head=head, width=D, rank=4)

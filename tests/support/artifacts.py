@@ -1,4 +1,4 @@
-"""One small artifact of every kind: tensors, features, an anchor set, a source model; and how a bit of a file flips."""
+"""One small artifact of every kind: tensors, features, an anchor set, a source model; and flipped bits."""
 
 from __future__ import annotations
 

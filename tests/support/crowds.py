@@ -1,4 +1,4 @@
-"""A crowd for the chaos tests: its deployment, the processes that adapt it and are killed, and what must hold after every kill.
+"""A crowd of small sites: its deployment, shard processes to kill, and what must hold after every kill.
 
 The model is random and small, and every sample teaches, so that each site's state moves in every step.
 """
@@ -265,7 +265,7 @@ def _sent(k: int, day: int, n: int, *, hostile: bool) -> FeatureBlock:
 def _shard(
     job: ShardJob, parts: Sequence[Sequence[str]], instant: tuple[str, int] | None, gate: Connection | None
 ) -> None:
-    """Adapt ``parts``. At the n-th ``instant`` the process kills itself or, with a ``gate``, says so and waits there."""
+    """Adapts ``parts``; at the n-th ``instant`` the process kills itself or, with a ``gate``, waits there."""
     if instant:
         _arm(*instant, _die if gate is None else lambda: (gate.send(True), gate.recv()))
     try:

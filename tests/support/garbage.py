@@ -1,4 +1,4 @@
-"""Two sites that live from day to day, with real blobs and feature files, for what garbage collection may delete."""
+"""Two sites over many days, with real blobs and feature files, for tests of garbage collection."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WINDOW = 4  # samples
 
 @dataclass
 class Fleet:
-    """A deployment of two sites, moved on day by day; every blob and feature file is real and as old as its day."""
+    """A deployment of two sites that moves on by days; every blob and feature file is as old as its day."""
 
     config: Config
     ledger: Ledger
@@ -37,7 +37,7 @@ class Fleet:
         return T0 + timedelta(days=self.day)
 
     def window(self, sites: tuple[str, ...], evidence: Evidence, *, commit: bool = True) -> None:
-        """Ingest and adapt ``sites`` on this day; without ``commit`` the shard dies after its blobs were written."""
+        """Ingests and adapts ``sites`` on this day; without ``commit`` the shard dies after its blobs."""
         cycle = begin(self.ledger, fingerprint=f"day {self.day}", dead=lambda _: True, now=self.now)
         rows = []
         for site in sites:

@@ -12,7 +12,7 @@ import pytest
 
 
 def built_once(tmp_path_factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
-    """Lets ``build`` fill the folder ``name`` that all processes of this run share; the others wait until it is whole.
+    """Lets ``build`` fill the folder ``name``, which all processes of this run share; the others wait.
 
     No test may change it. A build that fails is made again by the next process that asks.
     """

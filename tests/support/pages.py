@@ -1,4 +1,4 @@
-"""Reads a report page as a test does: its tags, its text, one section of it, and whether it is safe to open."""
+"""Reads a report page as a test does: tags, text, one section, and whether it is safe to open."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 
 from pipeline.stats.intervals import Estimate
 
-HOSTILE = "<script>alert(1)</script>\"'><img src=https://evil.example/x onerror=alert(1)>\u202egnp.exe\x00\ud800{{7*7}}"
+HOSTILE = "<script>alert(1)</script>\"'><img src=https://evil.example/x onerror=alert(1)>"
+HOSTILE += "\u202egnp.exe\x00\ud800{{7*7}}"
 
 NAN = float("nan")
 

@@ -1,4 +1,4 @@
-"""Prometheus' text of rollout, guards and audit: from the ledger alone, read back by Prometheus' own parser."""
+"""Prometheus' text of rollout, guards and audit, from the ledger alone, read by Prometheus' own parser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``palisade audit`` finds what does not hold, and tags and retirement that people write; through the command line."""
+"""``palisade audit`` names every record that does not hold; tags and retirements are written by people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of ``palisade bench rollout`` on a few sites: they do their work, and their checks find what is wrong."""
+"""The parts of ``palisade bench rollout`` on a few sites: they work, and their checks find mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``palisade bench site --quick`` on three small rendered domains and one simulated site: figures, page, and it resumes."""
+"""``palisade bench site --quick`` on three rendered domains and one site: figures, page, a second call."""
 
 from __future__ import annotations
 

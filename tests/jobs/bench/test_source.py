@@ -1,4 +1,4 @@
-"""The source benchmark's engine on the session's cluster: stored fit by fit, resumed, and one failure stops no other."""
+"""The source benchmark's engine under Ray: stored fit by fit, resumed, and one failure stops no other."""
 
 from __future__ import annotations
 

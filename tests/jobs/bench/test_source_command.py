@@ -1,4 +1,4 @@
-"""``palisade bench source --quick`` on three small rendered domains: exit code, JSON and page, and a second call resumes."""
+"""``palisade bench source --quick`` on three rendered domains: exit code, JSON, page, a second call."""
 
 from __future__ import annotations
 

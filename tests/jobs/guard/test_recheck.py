@@ -1,4 +1,4 @@
-"""Verdicts on record: explained, judged again bit for bit, recounted from their blobs, and judged by another policy; no Ray."""
+"""Verdicts on record: explained, judged again bit for bit, recounted, judged by another policy; no Ray."""
 
 from __future__ import annotations
 

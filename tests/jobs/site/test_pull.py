@@ -1,4 +1,4 @@
-"""What an edge box pulls, and what it refuses: through the command line, with MLflow out of reach and no Ray."""
+"""What an edge box pulls and refuses, by the commands, with MLflow out of reach and no Ray."""
 
 from __future__ import annotations
 
