@@ -1,4 +1,4 @@
-"""``palisade rollout``: what people say to a release; rolling back needs nothing but the ledger."""
+"""``palisade rollout``: the commands of people to a release; a rollback needs nothing but the ledger."""
 
 from __future__ import annotations
 
@@ -32,62 +32,73 @@ def plan(
     states: str = "reset",
     dry_run: bool = False,
 ) -> int:
-    """Plan a release of every site's newest candidate that passes under today's limits, or of a new source model."""
+    """Plans a release of the sites' newest candidates that pass today's limits, or of a new source model."""
     if states not in ("rebase", "reset"):
         raise ValueError(f"--states {states!r}: allowed are rebase and reset")
     ledger = open_ledger(config, create=False)
     busy = next((r for r in ledger.plans.rollouts() if Status(r.status) not in machine.TERMINAL), None)
     if busy and Status(busy.status) != Status.PLANNED:
-        raise ValueError(
-            f"{busy.id} is {busy.status}; let it end, or `palisade rollout abort` it, before planning the next"
-        )
+        end = "let it end, or `palisade rollout abort` it, before planning the next"
+        raise ValueError(f"{busy.id} is {busy.status}; {end}")
     release = f"release-{len(ledger.plans.rollouts()) + 1:05d}"
-    before = ledger.sources.champion().version
-    if source is None:
-        facts = candidates(config, ledger, terminal)
-        made = machine.plan(release, facts, before, config.rollout, shadow=config.guards.shadow)
-    else:
-        rebase = partial(_rebase, config, ledger, terminal, source) if states == "rebase" else None
-        facts = candidates_of_source(config, ledger, terminal, version=source, rebase=rebase, dry_run=dry_run)
-        made = machine.plan(
-            release, facts, source, config.rollout, source_before=before, shadow=config.guards.shadow
+    draft = _draft(config, ledger, terminal, release, source=source, states=states, dry_run=dry_run)
+    if not draft.targets:
+        reasons = "; ".join(sorted({e.reason for e in draft.excluded.values()})[:3])
+        raise ValueError(
+            f"nothing to release: {reasons or 'no site is registered'}; run `palisade cycle` first"
         )
-    if not made.targets:
-        reasons = "; ".join(sorted({e.reason for e in made.excluded.values()})[:3]) or "no site is registered"
-        raise ValueError(f"nothing to release: {reasons}; run `palisade cycle` first")
-    started = machine.start(made.plan, now())
+    started = machine.start(draft.plan, now())
     if not dry_run:
         if busy:
             over = machine.supersede(load(busy), by="a newer plan", now=now())
             save(ledger, busy, over, over.reason, at=now())
         if source is None:
-            ledger.sources.set_challenger(
-                None, now=now()
-            )  # of a source release that ended or was never carried out
+            # forget the challenger of a source release that ended or was never applied
+            ledger.sources.set_challenger(None, now=now())
         ledger.plans.save(
             release,
             plan_hash=started.plan_hash,
             status=started.status,
             body=started.model_dump_json(),
             revision=0,
-            event={"event": "planned", "sites": len(made.targets)},
+            event={"event": "planned", "sites": len(draft.targets)},
             now=now(),
-            draft=made,
+            draft=draft,
         )
-    show_plan(terminal, started, made, stored=not dry_run)
+    show_plan(terminal, started, draft, stored=not dry_run)
     return Exit.DONE
 
 
+def _draft(
+    config: Config,
+    ledger: Ledger,
+    terminal: Terminal,
+    release: str,
+    *,
+    source: int | None,
+    states: str,
+    dry_run: bool,
+) -> machine.Draft:
+    """Returns a plan for the candidates of the sites, or for a move to source model ``source``."""
+    champion, shadow = ledger.sources.champion().version, config.guards.shadow
+    if source is None:
+        facts = candidates(config, ledger, terminal)
+        return machine.plan(release, facts, champion, config.rollout, shadow=shadow)
+    rebase = partial(_rebase, config, ledger, terminal, source) if states == "rebase" else None
+    facts = candidates_of_source(config, ledger, terminal, version=source, rebase=rebase, dry_run=dry_run)
+    return machine.plan(release, facts, source, config.rollout, source_before=champion, shadow=shadow)
+
+
 def diff(config: Config, terminal: Terminal) -> int:
-    """What the newest plan would change against what is served, and against the plan before it."""
+    """Shows the difference of the newest plan to what is served, and to the plan before it."""
     ledger = open_ledger(config, create=False)
     rows = newest(ledger)
     targets, serving = ledger.plans.targets(rows[0].id), ledger.releases.serving()
-    here = {site: pointer(ledger, serving.get(site)) for site in targets}
+    served = {site: pointer(ledger, serving.get(site)) for site in targets}
     changes = [
-        [site, name_of(here[site]), name_of(t.to), t.wave + 1]
+        [site, name_of(served[site]), name_of(t.to), t.wave + 1]
         for site, t in sorted(targets.items(), key=lambda x: (x[1].wave, x[0]))
-        if t.to != here[site]
+        if t.to != served[site]
     ]
     title = f"{rows[0].id} against what is served: {len(changes)} sites change"
     parts = [table(title, ["site", "serves", "would serve", "wave"], changes)]
@@ -95,15 +106,15 @@ def diff(config: Config, terminal: Terminal) -> int:
     if against:
         listed = [[k, ", ".join(map(str, v)) or None] for k, v in against.items()]
         parts.append(table(f"against {rows[1].id}", ["", "sites"], listed))
-    told = [dict(zip(("site", "serves", "would_serve", "wave"), c, strict=True)) for c in changes]
-    terminal.result({"release": rows[0].id, "changes": told, "previous": against}, *parts)
+    listed_changes = [dict(zip(("site", "serves", "would_serve", "wave"), c, strict=True)) for c in changes]
+    terminal.result({"release": rows[0].id, "changes": listed_changes, "previous": against}, *parts)
     return Exit.DONE
 
 
 def apply(
     config: Config, terminal: Terminal, *, plan_hash: str, who: str | None = None, watch: bool = False
 ) -> int:
-    """Approve the plan with this hash (or resume it when it is paused) and move it on."""
+    """Approves the plan with this hash, or resumes it if it is paused, and moves it on."""
     ledger = open_ledger(config, create=False)
     row = _named(ledger, plan_hash)
     if Status(row.status) == Status.PLANNED:
@@ -118,55 +129,55 @@ def apply(
 
 
 def approve(config: Config, terminal: Terminal, *, plan_hash: str, who: str | None = None) -> int:
-    """One more person's approval; nothing moves by it until the next tick."""
+    """Adds one person's approval; nothing moves before the next step of the rollout."""
     ledger = open_ledger(config, create=False)
     row = _approved(ledger, _named(ledger, plan_hash), who or getpass.getuser())
     return show_status(terminal, ledger, row.id, load(row))
 
 
 def watch(config: Config, terminal: Terminal) -> int:
-    """Move the newest rollout on until it ends or waits for a person or for data."""
+    """Moves the newest rollout on until it ends or waits for a person or for data."""
     ledger = open_ledger(config, create=False)
     return _go_on(config, ledger, newest(ledger)[0], terminal, watch=True)
 
 
 def status(config: Config, terminal: Terminal) -> int:
-    """Where the newest rollout stands."""
+    """Shows the status of the newest rollout."""
     ledger = open_ledger(config, create=False)
     row = newest(ledger)[0]
     return show_status(terminal, ledger, row.id, load(row))
 
 
 def pause(config: Config, terminal: Terminal, *, reason: str) -> int:
-    """Stop before the next wave."""
+    """Stops the newest rollout before its next wave."""
     ledger = open_ledger(config, create=False)
-    said = f"paused by {getpass.getuser()}: {reason}"
-    row = change(ledger, newest(ledger)[0], lambda r: machine.pause(r, reason=said, now=now()), said)
+    text = f"paused by {getpass.getuser()}: {reason}"
+    row = change(ledger, newest(ledger)[0], lambda r: machine.pause(r, reason=text, now=now()), text)
     return show_status(terminal, ledger, row.id, load(row))
 
 
 def retry(config: Config, terminal: Terminal, *, reason: str) -> int:
-    """Give the sites that failed another try."""
+    """Gives the sites that failed another try."""
     ledger = open_ledger(config, create=False)
     row = newest(ledger)[0]
-    said = f"retried by {getpass.getuser()}: {reason}"
-    row = change(ledger, row, lambda r: machine.retry(r, now=now()), said)
+    text = f"retried by {getpass.getuser()}: {reason}"
+    row = change(ledger, row, lambda r: machine.retry(r, now=now()), text)
     return show_status(terminal, ledger, row.id, load(row))
 
 
 def override(config: Config, terminal: Terminal, *, reason: str, who: str | None = None) -> int:
-    """One person's wish to go on in spite of a hold; two people's count, for a while."""
+    """Adds one person's override of a hold; two persons' overrides count, for a limited time."""
     ledger = open_ledger(config, create=False)
     row, person = newest(ledger)[0], who or getpass.getuser()
-    said = f"override by {person}: {reason}"
-    row = change(ledger, row, lambda r: machine.override(r, who=person, reason=reason, now=now()), said)
+    text = f"override by {person}: {reason}"
+    row = change(ledger, row, lambda r: machine.override(r, who=person, reason=reason, now=now()), text)
     if machine.override_active(load(row), now()):
         row = reconcile(config, ledger, row, terminal)
     return show_status(terminal, ledger, row.id, load(row))
 
 
 def abort(config: Config, terminal: Terminal, *, reason: str) -> int:
-    """End the running rollout and take every promoted site back."""
+    """Ends the running rollout and rolls every promoted site back."""
     ledger = open_ledger(config, create=False)
     row = newest(ledger)[0]
     if Status(row.status) in machine.TERMINAL:
@@ -178,7 +189,7 @@ def abort(config: Config, terminal: Terminal, *, reason: str) -> int:
 
 
 def rollback(config: Config, terminal: Terminal, *, reason: str) -> int:
-    """Undo the newest rollout that promoted anything."""
+    """Rolls back the newest rollout that promoted anything."""
     ledger = open_ledger(config, create=False)
     never = {Status.SUPERSEDED, Status.EXPIRED, Status.PLANNED}
     row = next((r for r in newest(ledger) if Status(r.status) not in never), None)
@@ -189,7 +200,10 @@ def rollback(config: Config, terminal: Terminal, *, reason: str) -> int:
 
 
 def tick_running(config: Config, ledger: Ledger, terminal: Terminal) -> None:
-    """Move the running rollout on, if there is one; ``cycle`` calls it. A paused one may still have to be rolled back."""
+    """Moves the running rollout on, if there is one; ``cycle`` calls it.
+
+    A paused rollout is included, because it may have to be rolled back.
+    """
     for row in ledger.plans.rollouts():
         if Status(row.status) in RUNNING | {Status.PAUSED}:
             row = _joined(config, ledger, row, terminal)
@@ -207,14 +221,14 @@ def _go_on(config: Config, ledger: Ledger, row: RolloutRow, terminal: Terminal, 
 
 
 def _joined(config: Config, ledger: Ledger, row: RolloutRow, terminal: Terminal) -> RolloutRow:
-    """With the sites that came after the plan."""
+    """Adds the sites that were registered after the plan to its last wave."""
     current = load(row)
     new = joiners(config, ledger, terminal, row.id, current)
     if not new:
         return row
     listed = ", ".join(sorted(new)[:3])
-    said = f"{len(new)} sites joined: {listed}"
-    return save(ledger, row, machine.join(current, count=len(new)), said, at=now(), joined=new)
+    text = f"{len(new)} sites joined: {listed}"
+    return save(ledger, row, machine.join(current, count=len(new)), text, at=now(), joined=new)
 
 
 def _approved(ledger: Ledger, row: RolloutRow, who: str) -> RolloutRow:
@@ -227,7 +241,7 @@ def _approved(ledger: Ledger, row: RolloutRow, who: str) -> RolloutRow:
 
 
 def _named(ledger: Ledger, plan_hash: str) -> RolloutRow:
-    """The newest rollout, if it has this plan."""
+    """Returns the newest rollout if its plan has this hash; raises ValueError otherwise."""
     row = newest(ledger)[0]
     if len(plan_hash) < 8 or not row.plan_hash.startswith(plan_hash):
         raise ValueError(
