@@ -203,7 +203,7 @@ def _tent_through_trunk(model: SourceModel, frames: Tensor, present: Tensor) -> 
 
 
 def _mixed(model: SourceModel, sites: int, batch: int) -> tuple[Tensor, Features]:
-    """Random frames [sites * batch, 5, S, S] and their features as one batch of a bank."""
+    """Random frames [sites * batch, 5, H, W] and their features as one batch of a bank."""
     random = torch.Generator().manual_seed(0)
     size, shape = model.manifest.size, (sites, batch)
     frames = torch.randint(0, 256, (sites * batch, 5, size, size), generator=random, dtype=torch.uint8)

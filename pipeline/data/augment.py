@@ -1,6 +1,6 @@
 """Sensor augmentation: what differs between cameras, per sample and independently per modality; geometry is joint.
 
-Frames here are float [B, 5, S, S] in [0, 1] (RGB, depth, infrared). Depth 0 means no return and stays 0.
+Frames here are float [B, 5, H, W] in [0, 1] (RGB, depth, infrared). Depth 0 means no return and stays 0.
 Ranges: ``methods.md`` §7. It is worth more than any loss, so every method gets the same.
 """
 

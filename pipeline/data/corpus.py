@@ -47,7 +47,7 @@ class Row(NamedTuple):
     pai: str  # PAI species; BONA_FIDE for label 1
     subject: str
     video: str  # clip or session: its frames are not independent
-    frame: np.ndarray  # uint8 [5, S, S]
+    frame: np.ndarray  # uint8 [5, H, W]
     present: int  # bit mask, bit m = modality m
     source_sha256: str  # of the bytes that the frame was made from
 
@@ -87,7 +87,7 @@ class Corpus:
     subject: np.ndarray  # [N] str
     video: np.ndarray  # [N] str
     present: np.ndarray  # [N] uint8
-    frame: np.ndarray  # [N, 5, S, S] uint8
+    frame: np.ndarray  # [N, 5, H, W] uint8
 
     def __len__(self) -> int:
         return len(self.label)
@@ -304,7 +304,7 @@ def _read_split(path: Path, manifest: CorpusManifest, split: str) -> pa.Table:
 
 
 def _frames(table: pa.Table, size: int) -> np.ndarray:
-    """Frames [N, 5, S, S] as views of Arrow's memory where possible."""
+    """Frames [N, 5, H, W] as views of Arrow's memory where possible."""
     width = CHANNELS * size * size
     parts = [np.zeros((0, CHANNELS, size, size), np.uint8)]
     for chunk in table.column("frame").chunks:

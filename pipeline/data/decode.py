@@ -1,6 +1,6 @@
 """Encoded captures → aligned frames: the header is judged before any pixel is decoded, because OpenCV opens every bomb.
 
-One frame is uint8 [5, S, S]: channels 0-2 RGB, 3 depth, 4 IR, zero where a modality is absent. Depth of any encoding is
+One frame is uint8 [5, H, W]: channels 0-2 RGB, 3 depth, 4 IR, zero where a modality is absent. Depth of any encoding is
 stretched per frame to 1..255 with 0 = no return; its polarity is not known. EXIF orientation is ignored: the modalities
 are aligned as stored.
 

@@ -58,7 +58,7 @@ class DecodedChunk(NamedTuple):
     """Captures that could be decoded, N of them, and those that could not."""
 
     captures: list[Capture]
-    pixels: np.ndarray  # [N, 5, S, S] uint8
+    pixels: np.ndarray  # [N, 5, H, W] uint8
     present: np.ndarray  # [N] uint8 bit mask
     bad: list[BadRow]
 

@@ -121,7 +121,7 @@ def as_bits(present: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 
 def zero_absent(frame: NDArray[np.uint8], present: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A copy of ``frame`` [N, 5, S, S] that is zero wherever a modality is absent."""
+    """A copy of ``frame`` [N, 5, H, W] that is zero wherever a modality is absent."""
     out = frame.copy()
     for modality, channels in CHANNELS.items():
         out[present & (1 << modality) == 0, channels] = 0

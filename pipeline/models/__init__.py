@@ -1,4 +1,4 @@
-"""Source model: a frozen trunk per modality and the small tail that sites may move. This file holds its config."""
+"""Configuration of the source model: a frozen trunk per modality, and the small tail that sites may move."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.types import Section
 
 
 class TinyConfig(Section):
-    """CNN of about 60 thousand parameters per modality; trains on a CPU."""
+    """A CNN of about 60 thousand parameters per modality, which trains on a CPU."""
 
     kind: Literal["tiny"] = "tiny"
     width: int = Field(default=16, ge=4, le=256)
@@ -18,7 +18,7 @@ class TinyConfig(Section):
 
 
 class VitConfig(Section):
-    """Pre-trained ViT from ``transformers`` (extra ``vit``), shared by the modalities, with a projection to F each."""
+    """A pre-trained ViT of ``transformers`` (extra ``vit``), shared by all modalities."""
 
     kind: Literal["vit"]
     pretrained: str | None = Field(
@@ -28,10 +28,10 @@ class VitConfig(Section):
 
 
 class TailConfig(Section):
-    """Widths of the tail (``methods.md`` §1)."""
+    """Widths of the tail; its formulas are in ``pipeline/source/README.md``."""
 
     head: Literal["radial", "linear"] = Field(
-        default="radial", description="linear: what the sphere is compared to"
+        default="radial", description="boundary of every head: a sphere, or a plane to compare it with"
     )
     width: int = Field(default=32, ge=4, le=512, description="D, head width")
     rank: int = Field(default=8, ge=1, le=64, description="r, site adapter rank")

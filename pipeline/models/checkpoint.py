@@ -1,7 +1,8 @@
-"""A source model at rest: a folder with model.safetensors (trunk.*, tail.*) and manifest.json; nothing else is loaded.
+"""Saves and loads a source model as a folder with ``model.safetensors`` and ``manifest.json``.
 
-The manifest is written last and makes the checkpoint: without it there is none. Every digest is verified before a tensor
-is used. The folder may be a prefix of an object store.
+The tensors are named ``trunk.*`` and ``tail.*``. The manifest is written last: a folder without it is no
+checkpoint. Every digest is verified before a tensor is used, and no other file is read. The folder may be a
+prefix of an object store.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ if TYPE_CHECKING:
     from pipeline.storage import Place
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
-MAX_MANIFEST = 2**20
+MAX_MANIFEST = 2**20  # bytes
 TRUNK, TAIL = "trunk.", "tail."
 
 
 class BadCheckpoint(ValueError):
-    """A folder that is not a whole, unchanged checkpoint which this version reads; the message is one line."""
+    """A folder that is no complete, unchanged checkpoint of a readable version; the message is one line."""
 
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A trunk for inference (folded, frozen) and the tail that every site starts from."""
+    """A folded, frozen trunk for inference and the tail that every site starts from."""
 
     trunk: nn.Module
     tail: dict[str, Tensor]
@@ -52,7 +53,10 @@ class SourceModel:
 
 
 def seal(trunk: nn.Module, tail: Mapping[str, Tensor], manifest: Manifest) -> SourceModel:
-    """A SourceModel whose manifest carries its digests. ``trunk`` is folded already."""
+    """Returns a SourceModel whose manifest carries its digests; ``trunk`` is folded already.
+
+    Raises BadCheckpoint if a tensor holds a value that is not finite.
+    """
     tail = {name: t.detach().cpu().clone().contiguous() for name, t in tail.items()}
     stamped = manifest.model_copy(
         update={
@@ -64,12 +68,12 @@ def seal(trunk: nn.Module, tail: Mapping[str, Tensor], manifest: Manifest) -> So
 
 
 def exists(path: Place) -> bool:
-    """Whether a checkpoint was written to ``path`` to its end."""
+    """Returns True if ``path`` holds a checkpoint that was written to its end."""
     return (path / MANIFEST).exists()
 
 
 def save(path: Place, model: SourceModel) -> str:
-    """Write the checkpoint folder ``path``, where no checkpoint may be, whole or not at all; return its digest."""
+    """Writes a new checkpoint folder ``path`` and returns its digest; raises BadCheckpoint if it exists."""
     sealed = seal(model.trunk, model.tail, model.manifest)
     if exists(path):
         raise BadCheckpoint(f"{path}: exists already; a checkpoint is never overwritten")
@@ -79,16 +83,14 @@ def save(path: Place, model: SourceModel) -> str:
 
 
 def load(path: Place | str) -> SourceModel:
-    """Read and verify a checkpoint folder (or what the ledger says of it, a path or URL); BadCheckpoint says in one line
-    what is wrong with it.
-    """
+    """Reads and verifies a checkpoint folder, given as a place, a path or a URL; raises BadCheckpoint."""
     path = place(path) if isinstance(path, str) else path
     manifest = read_manifest(path)
     payload = _read(path / WEIGHTS, None)
-    found = hashlib.sha256(payload).hexdigest()
-    if found != manifest.weights_digest:
+    digest = hashlib.sha256(payload).hexdigest()
+    if digest != manifest.weights_digest:
         raise BadCheckpoint(
-            f"{path / WEIGHTS}: digest is {found[:12]}…, the manifest says {manifest.weights_digest[:12]}…; "
+            f"{path / WEIGHTS}: digest is {digest[:12]}…, the manifest says {manifest.weights_digest[:12]}…; "
             "it was changed or torn: restore it or run `palisade train`"
         )
     try:
@@ -109,7 +111,7 @@ def load(path: Place | str) -> SourceModel:
 
 
 def read_manifest(path: Place) -> Manifest:
-    """The verified manifest alone: cheap, for listings and for the address of features."""
+    """Reads and verifies the manifest alone, which is cheap: for listings and for the address of features."""
     if not path.exists():
         raise BadCheckpoint(f"{path}: no such checkpoint folder; restore it or run `palisade train`")
     try:
@@ -121,7 +123,8 @@ def read_manifest(path: Place) -> Manifest:
         raise BadCheckpoint(f"{path / MANIFEST}: no format number; not a checkpoint manifest")
     if written > FORMAT:
         raise BadCheckpoint(
-            f"{path / MANIFEST}: format {written} is newer than {FORMAT}, the newest this version reads; upgrade"
+            f"{path / MANIFEST}: format {written} is newer than {FORMAT}, the newest this version reads; "
+            "upgrade"
         )
     try:
         manifest = Manifest.model_validate(raw)
@@ -138,7 +141,7 @@ def read_manifest(path: Place) -> Manifest:
 
 @contextmanager
 def local_folder(path: Place) -> Iterator[Path]:
-    """The checkpoint as a folder of this machine, for what reads nothing else; a copy where ``path`` is in a store."""
+    """Gives the checkpoint as a local folder, by a temporary copy if ``path`` is in an object store."""
     if isinstance(path, Path):
         yield path
         return
@@ -149,7 +152,7 @@ def local_folder(path: Place) -> Iterator[Path]:
 
 
 def trunk_digest(trunk: nn.Module, config: ModelConfig, size: int) -> str:
-    """sha256 over the trunk's tensors, its config and the frame size: equal digest, equal features."""
+    """Returns the sha256 of the trunk's tensors, config and frame side: equal digests, equal features."""
     h = hashlib.sha256(json.dumps([config.trunk.model_dump(mode="json"), size], sort_keys=True).encode())
     for name, t in sorted(trunk.state_dict().items()):
         h.update(f"{name}:{t.dtype}:{tuple(t.shape)};".encode())
@@ -158,7 +161,7 @@ def trunk_digest(trunk: nn.Module, config: ModelConfig, size: int) -> str:
 
 
 def manifest_digest(manifest: Manifest) -> str:
-    """sha256 over the manifest without its own digest; it covers the weights through weights_digest."""
+    """Returns the sha256 of the manifest without its own digest; weights_digest covers the weights."""
     content = manifest.model_dump(mode="json", exclude={"digest"})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -185,7 +188,8 @@ def _checked_tail(path: Place, tensors: Mapping[str, Tensor], manifest: Manifest
     for name, t in tail.items():
         if t.shape != wanted[name].shape or not bool(torch.isfinite(t).all()):
             raise BadCheckpoint(
-                f"{path / WEIGHTS}: tail tensor {name}: shape {tuple(t.shape)} or a value is not as configured"
+                f"{path / WEIGHTS}: tail tensor {name}: shape {tuple(t.shape)} or a value is not as "
+                "configured"
             )
     shapes = [tuple(t.shape[1:]) for t in memory.values()]
     if memory and shapes != [(tails.MODALITIES, config.trunk.features), (tails.MODALITIES,), ()]:
@@ -198,8 +202,8 @@ def _checked_tail(path: Place, tensors: Mapping[str, Tensor], manifest: Manifest
 
 def _read(path: Place, limit: int | None) -> bytes:
     try:
-        if limit is not None and (found := size(path)) > limit:
-            raise BadCheckpoint(f"{path}: {found} bytes, allowed {limit}")
+        if limit is not None and (count := size(path)) > limit:
+            raise BadCheckpoint(f"{path}: {count} bytes, allowed {limit}")
         return path.read_bytes()
     except StoreUnavailable:
         raise

@@ -1,4 +1,4 @@
-"""A fit under way at rest: a folder with tensors as safetensors and facts as JSON. No bit of either changes unseen."""
+"""Saves and loads an unfinished fit: tensors as safetensors and facts as JSON, under one digest."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ TENSORS, FACTS = "fit.safetensors", "fit.json"
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
-    """Store both in ``folder``, which must exist."""
+    """Writes both files into ``folder``, which must exist."""
     save_file({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, folder / TENSORS)
     digest = _digest((folder / TENSORS).read_bytes(), facts)
     (folder / FACTS).write_text(json.dumps({**facts, "digest": digest}))
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """(tensors, facts) that ``write`` stored; ValueError for anything else, in one line."""
+    """Returns the (tensors, facts) that ``write`` stored; raises ValueError in one line for anything else."""
     try:
         data, facts = (folder / TENSORS).read_bytes(), json.loads((folder / FACTS).read_bytes())
         if not isinstance(facts, dict) or facts.pop("digest", None) != _digest(data, facts):

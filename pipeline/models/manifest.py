@@ -1,4 +1,4 @@
-"""The manifest of a source model: all of a checkpoint that is not a tensor. Reading one needs no torch."""
+"""The manifest of a source model: everything in a checkpoint that is not a tensor, readable without torch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ FORMAT = 1
 
 
 class Manifest(Section):
-    """What a source model is, how it was made, and its digests, which ``checkpoint.seal`` fills in."""
+    """The facts about a source model that are not tensors; ``checkpoint.seal`` fills in the three digests."""
 
     format: int = FORMAT
     config: ModelConfig
-    size: int
-    threshold: float  # of the fused score, at the equal error rate of the pooled source validation; call is score >= threshold
-    method: str
+    size: int  # frame side, pixels
+    threshold: float  # of the fused score, at the EER of the pooled source validation
+    method: str  # source.kind
     domains: tuple[str, ...] = ()
     data: dict[str, str] = Field(default={})  # domain → digest of its corpus
-    parents: tuple[str, ...] = ()  # digests of the checkpoints it was made from
+    parents: tuple[str, ...] = ()  # digests of the checkpoints that the fit started from
     fingerprint: str = ""  # of the resolved configuration
     revision: str = ""  # of the code
-    metrics: dict[str, float] = Field(default={})
-    architecture: dict[str, JsonValue] = Field(default={})  # what build_trunk needs besides the config
-    trunk_digest: str = ""  # address of every feature that this trunk makes
+    metrics: dict[str, float] = Field(default={})  # on the source validation
+    architecture: dict[str, JsonValue] = Field(default={})  # facts that build_trunk needs besides the config
+    trunk_digest: str = ""  # address of every feature that this trunk computes
     weights_digest: str = ""  # of the bytes of model.safetensors
-    digest: str = ""  # of all of the above: names the model
+    digest: str = ""  # of all fields above; the name of the model

@@ -1,9 +1,11 @@
-"""The tail: pure functions from trunk features to radial scores, and the part of it that a site may move.
+"""Computes radial scores from trunk features by pure functions, and names the tensors that a site may move.
 
-RiSe-style and MFAS-DANet-style reconstruction from the papers' abstracts (arXiv 2511.14157, 2509.23475); the formulas are
-ours where the abstracts give none. Everything is a function of a flat dict of tensors, so ``torch.func`` maps it over sites.
+A reconstruction of RiSe and MFAS-DANet from their abstracts (arXiv 2511.14157, 2509.23475); where the
+abstracts give no formula, it is ours. ``pipeline/source/README.md`` writes the formulas down. The tail is a
+flat dict of tensors and every function takes that dict, so ``torch.func.vmap`` maps it over sites.
 
-Shapes: z [B, M, F], present [B, M], heads V = M + 1 (one per modality in enum order, the fused head last).
+Shapes: z [B, M, F], present [B, M]; V = M + 1 heads (one per modality in enum order, then the fused head); S
+is the modality that predicts another one.
 """
 
 from __future__ import annotations
@@ -21,53 +23,38 @@ if TYPE_CHECKING:
     Params = dict[str, Tensor]
 
 KAPPA = 5.0  # steepness of the radial boundary
-MIN_RADIUS = 1e-3  # radius: its logarithm is stored
+MIN_RADIUS = 1e-3  # smallest radius of a boundary, because its logarithm is stored
 MODALITIES = 3
 HEADS = MODALITIES + 1
-FUSED = MODALITIES
-GATE_INIT = 0.1  # how much a complement adds to a modality that is there
+FUSED = MODALITIES  # index of the fused head
+GATE_INIT = 0.1  # share of the complement that is added to a present modality
 SYNERGY_INIT = 0.1
-BOUNDARY = (
-    "log_rho",
-    "linear",
-)  # what decides between the classes, of which a domain may own a copy during a fit
-MOVABLE = ("site.gamma", "site.beta", "site.down", "site.up", "gate", "log_rho", "pattern")
+# The tensors that separate the classes; during a fit each domain may own a copy of them.
+BOUNDARY = ("log_rho", "linear")
+ADAPTER = ("site.gamma", "site.beta", "site.down", "site.up")
+MOVABLE = (*ADAPTER, "gate", "log_rho", "pattern")  # the tensors that a site may change
 LEARNED = MOVABLE[:-1]  # by gradients; ``pattern`` follows counts of scores
-REPLAY = (
-    "replay.z",
-    "replay.present",
-    "replay.label",
-)  # labelled source features a trained tail carries; no parameters
-REFERENCE = (
-    "reference.logit",
-    "reference.boundary",
-)  # what source validation says of its scores; see ``calibrate``
-QUANTILES = 33  # of reference.logit, from the lowest to the highest
-NO_DECAY = (
-    "fuse.out",
-    "head.out",
-    "log_rho",
-    "gate",
-    "synergy_gain",
-    "site.gamma",
-    "site.beta",
-    "site.down",
-    "site.up",
-)
+# Labelled source features that a trained tail carries along; they are no parameters.
+REPLAY = ("replay.z", "replay.present", "replay.label")
+# Statistics of the source model's scores on validation; see ``pipeline.source.calibrate``.
+REFERENCE = ("reference.logit", "reference.boundary")
+QUANTILES = 33  # number of quantiles in reference.logit, from the lowest to the highest logit
+# Tensors without weight decay: decay would shrink every radius, or move the adapter from the identity.
+NO_DECAY = ("fuse.out", "head.out", "log_rho", "gate", "synergy_gain", *ADAPTER)
 
 
 class Completed(NamedTuple):
-    """Features after the complement."""
+    """Features after the complement was added to present modalities and substituted for absent ones."""
 
     z: Tensor  # [B, M, F]
-    complement: Tensor  # [B, M, F] what the other present modalities say about m
+    complement: Tensor  # [B, M, F] prediction of modality m from the other present modalities
 
 
 class TailOutput(NamedTuple):
-    """What the tail makes of a batch."""
+    """The tail's outputs for a batch."""
 
-    logit: Tensor  # [B, V] kappa * (rho - radius); P(bona fide) = sigmoid
-    radius: Tensor  # [B, V] or, of linear heads, the coordinate across their plane
+    logit: Tensor  # [B, V] kappa * (rho - radius); P(bona fide) is its sigmoid
+    radius: Tensor  # [B, V]; for linear heads the coordinate across their plane
     hidden: Tensor  # [B, D] fused feature; its direction never enters the score
     intrinsic: Tensor  # [B, M, D]
     synergy: Tensor  # [B, M, D]
@@ -75,7 +62,7 @@ class TailOutput(NamedTuple):
 
 
 def init_tail(config: TailConfig, features: int, *, generator: torch.Generator) -> Params:
-    """Fresh tail for F = ``features``; the site adapter in it is the identity."""
+    """Returns a fresh tail for F = ``features``, whose site adapter is the identity."""
     m, f, d, r = MODALITIES, features, config.width, config.rank
     linear = (
         {"linear": torch.randn(HEADS, d, generator=generator) / math.sqrt(d)}
@@ -114,19 +101,19 @@ def init_tail(config: TailConfig, features: int, *, generator: torch.Generator) 
 
 
 def site_state(tail: Params) -> Params:
-    """The tensors that adaptation may change; everything else stays bit-equal."""
+    """Returns the tensors that adaptation may change; all others stay bit-equal."""
     return {name: tail[name] for name in MOVABLE}
 
 
 def with_site_state(tail: Params, state: Params) -> Params:
-    """``tail`` as one site serves it: with the movable tensors of ``state``."""
+    """Returns the tail that a site serves: ``tail`` with the movable tensors of ``state``."""
     return {**tail, **{name: state[name] for name in MOVABLE}}
 
 
 def forward(params: Params, z: Tensor, present: Tensor, *, substitute: bool = True) -> TailOutput:
-    """Score a batch. A row's score depends on that row alone and on no value of an absent modality.
+    """Scores a batch; a row's score depends on that row alone and on no value of an absent modality.
 
-    Without ``substitute`` an absent modality is zeros: what the complement is compared to.
+    Without ``substitute`` an absent modality is zeros, the baseline of the complement.
     """
     completed = complete(params, apply_adapter(params, z, present), present)
     if not substitute:
@@ -139,14 +126,15 @@ def forward(params: Params, z: Tensor, present: Tensor, *, substitute: bool = Tr
 
 
 def score(params: Params, z: Tensor, present: Tensor) -> Tensor:
-    """[B] P(bona fide) of the fused head."""
+    """Returns P(bona fide) [B] of the fused head."""
     return torch.sigmoid(forward(params, z, present).logit[..., FUSED])
 
 
 def apply_adapter(params: Params, z: Tensor, present: Tensor) -> Tensor:
-    """Site adapter: gamma z + beta + U relu(V LN(z)); absent modalities become exactly zero.
+    """Applies the site adapter gamma z + beta + U relu(V LN(z)); absent modalities become exactly zero.
 
-    The movable tensors may have a leading axis B here and below: a copy for each sample, whose gradients are the samples'.
+    The movable tensors may have a leading axis B here and below: one copy per sample, whose gradient is that
+    sample's.
     """
     z = torch.where(present[..., None], z, 0.0)
     normed = torch.nn.functional.layer_norm(z, z.shape[-1:])
@@ -160,28 +148,27 @@ def apply_adapter(params: Params, z: Tensor, present: Tensor) -> Tensor:
 
 
 def complete(params: Params, z: Tensor, present: Tensor) -> Completed:
-    """Substitute absent modalities and enhance present ones by what the others predict for them.
+    """Substitutes absent modalities and enhances present ones by predictions of the other present ones.
 
-    With nothing present the complement is zero and finite; such samples are quarantined before they get here.
+    With no modality present the complement is zero and finite; ingest quarantines such samples.
     """
     keys = per_modality(z, params["complement.key"])
     affinity = (keys @ params["complement.query"].mT).mT / math.sqrt(keys.shape[-1])
     other = ~torch.eye(MODALITIES, dtype=torch.bool, device=z.device)
-    weight = masked_softmax(affinity, present[..., None, :] & other)  # [B, M, K]
-    low = torch.relu(per_modality(z, params["complement.in"].flatten(1, 2))).unflatten(
-        -1, (MODALITIES, -1)
-    )  # [B, K, M, Q]
-    mixed = (weight.mT[..., None] * low).transpose(-3, -2).flatten(-2)  # [B, M, K * Q]
+    weight = masked_softmax(affinity, present[..., None, :] & other)  # [B, M, S]
+    low = torch.relu(per_modality(z, params["complement.in"].flatten(1, 2)))
+    low = low.unflatten(-1, (MODALITIES, -1))  # [B, S, M, F/4]
+    mixed = (weight.mT[..., None] * low).transpose(-3, -2).flatten(-2)  # [B, M, S * F/4]
     complement = per_modality(mixed, params["complement.out"].permute(1, 2, 0, 3).flatten(2))
     gate = torch.sigmoid(params["gate"])[..., None]
-    absent = params.get("fill", complement)  # [M, F] a constant in its place, for comparisons
+    absent = params.get("fill", complement)  # benchmarks give a constant [M, F] to compare with
     return Completed(torch.where(present[..., None], z + gate * complement, absent), complement)
 
 
 def split(params: Params, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Completed features [B, M, F] → intrinsic and synergy parts, each [B, M, D]."""
-    own = torch.cat([params[n] for n in ("intrinsic", "attend.query", "attend.key")], dim=1)
-    intrinsic, query, keys = per_modality(z, own).chunk(3, dim=-1)
+    """Splits completed features [B, M, F] into an intrinsic and a synergy part, each [B, M, D]."""
+    weight = torch.cat([params[n] for n in ("intrinsic", "attend.query", "attend.key")], dim=1)
+    intrinsic, query, keys = per_modality(z, weight).chunk(3, dim=-1)
     affinity = (query @ keys.mT) / math.sqrt(keys.shape[-1])
     other = ~torch.eye(MODALITIES, dtype=torch.bool, device=z.device)
     context = masked_softmax(affinity, other) @ z
@@ -189,7 +176,10 @@ def split(params: Params, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def radii(params: Params, intrinsic: Tensor, synergy: Tensor) -> tuple[Tensor, Tensor]:
-    """Fused feature [B, D] and the radius of every head [B, V]; nothing is normalised, or there would be one radius."""
+    """Returns the fused feature [B, D] and the radius of every head [B, V].
+
+    No feature is normalised on the way, because all normalised features have the same radius.
+    """
     joint = torch.cat([intrinsic, params["synergy_gain"] * synergy], dim=-1).flatten(-2)
     hidden = torch.relu(joint @ params["fuse.in"].T + params["fuse.bias"]) @ params["fuse.out"].T
     single = per_modality(
@@ -200,7 +190,10 @@ def radii(params: Params, intrinsic: Tensor, synergy: Tensor) -> tuple[Tensor, T
 
 
 def logit(params: Params, radius: Tensor, present: Tensor) -> Tensor:
-    """kappa (rho - r) per head: inside the sphere is bona fide. The fused head has a radius per set of modalities."""
+    """Returns kappa (rho - r) per head [B, V]: positive, hence bona fide, inside the sphere.
+
+    The fused head has a boundary of its own for every set of present modalities.
+    """
     rho = params["log_rho"] + torch.nn.functional.pad(
         params["pattern"][pattern_index(present)][..., None], (FUSED, 0)
     )
@@ -208,7 +201,7 @@ def logit(params: Params, radius: Tensor, present: Tensor) -> Tensor:
 
 
 def shifted_pattern(params: Params, logit: Tensor) -> Tensor:
-    """The ``pattern`` [2^M] with which the fused logit under every set of modalities is lower by ``logit`` [2^M]."""
+    """Returns the ``pattern`` [2^M] that lowers the fused logit of each set by ``logit`` [2^M]."""
     rho = params["log_rho"][FUSED] + params["pattern"]
     if "linear" in params:
         return params["pattern"] - logit / KAPPA
@@ -216,24 +209,25 @@ def shifted_pattern(params: Params, logit: Tensor) -> Tensor:
 
 
 def pattern_index(present: Tensor) -> Tensor:
-    """[B] which modalities are there, as a number: bit m = modality m."""
+    """Returns the set of present modalities [B] as an index of ``pattern``: bit m stands for modality m."""
     return (present.long() << torch.arange(MODALITIES, device=present.device)).sum(dim=-1)
 
 
 def per_modality(x: Tensor, weight: Tensor) -> Tensor:
-    """[B, M, F] times a matrix for each modality [M, D, F] → [B, M, D].
+    """Multiplies x [B, M, F] by one matrix per modality [M, D, F] and returns [B, M, D].
 
-    One product a modality: under ``vmap`` they fold K into the rows, where one batched product would copy the weights K times.
+    It is one product per modality, because ``vmap`` folds K into its rows; one batched product would copy the
+    weights K times.
     """
     return torch.stack([x[..., m, :] @ weight[m].mT for m in range(weight.shape[0])], dim=-2)
 
 
 def norm(x: Tensor) -> Tensor:
-    """Euclidean length over the last axis with a finite gradient at zero."""
+    """Returns the Euclidean length over the last axis, with a finite gradient at zero."""
     return torch.sqrt(torch.sum(x * x, dim=-1) + 1e-12)
 
 
 def masked_softmax(x: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last axis where ``mask``; all zero where nothing is allowed."""
+    """Returns the softmax over the last axis among the True of ``mask``; zeros where none is True."""
     x = torch.where(mask, x, -1e9)
     return torch.where(mask, torch.softmax(x, dim=-1), 0.0)

@@ -1,9 +1,10 @@
-"""The trunk: frames → one feature vector per modality. Frozen after source training and the same for every site.
+"""Computes one feature vector per modality from frames; it is frozen after source training.
 
-``tiny`` is a small CNN per modality; ``vit`` is one ViT shared by the modalities in the MMDG/DADM recipe. In both, a
-modality is read by itself: at inference no value of another modality or another sample reaches a feature.
+``tiny`` is a small CNN per modality; ``vit`` is one ViT that the modalities share, by the recipe of MMDG and
+DADM. Both read every modality by itself: at inference no value of another modality or another sample reaches
+a feature.
 
-Shapes: frames uint8 or float [B, 5, S, S] (RGB, depth, infrared), present [B, M], z [B, M, F].
+Shapes: frames uint8 or float [B, 5, H, W] (RGB, depth, infrared), present [B, M], z [B, M, F].
 """
 
 from __future__ import annotations
@@ -28,37 +29,41 @@ if TYPE_CHECKING:
 
 CHANNELS = ((0, 3), (3, 4), (4, 5))  # first and one past the last channel of each modality, enum order
 MODALITIES = len(CHANNELS)
-BLACK = 0.02  # level of [0, 1] below which a pixel holds no measurement
+BLACK = 0.02  # level in [0, 1] up to which a pixel holds no measurement
 FLAT = 0.05  # added to the spread, so that a flat frame does not become noise
-ADAPTER = 8  # bottleneck of the ViT adapters
+ADAPTER = 8  # width of the ViT adapters' bottleneck
 CENTRAL = 0.5  # share of the central difference in a ViT adapter's convolution (DADM)
 
 
 class BadTrunk(ValueError):
-    """A trunk that cannot be built as configured; one line."""
+    """A trunk that cannot be built as configured; the message is one line."""
 
 
 def build_trunk(
     config: TinyConfig | VitConfig, size: int, *, architecture: Architecture | None = None
 ) -> nn.Module:
-    """A fresh trunk. ``architecture`` is what a checkpoint says: then nothing is downloaded, weights are to follow."""
+    """Returns a fresh trunk; raises BadTrunk.
+
+    With the ``architecture`` of a checkpoint nothing is downloaded: the caller loads the checkpoint's
+    weights.
+    """
     if isinstance(config, TinyConfig):
         return TinyTrunk(config.width, config.features)
     return VitTrunk(_backbone(config.pretrained, architecture), config.features)
 
 
 def prepare(frames: Tensor) -> Tensor:
-    """uint8 [B, 5, S, S] → float of mean 0 and about unit spread per frame and modality; no frame can move another.
+    """Normalises uint8 frames [B, 5, H, W] to mean 0 and about unit spread, per frame and modality.
 
-    Black pixels (no return, removed background, borders) are left out of the statistics and stay 0: with them in, a set
-    that removes its background looks darker than all others, and its scores shift.
+    Black pixels (no return, removed background, borders) are left out of the statistics and stay 0. Otherwise
+    a data set that removes its background would look darker than the others, and its scores would shift.
     """
     x = frames.float() / 255
     return torch.cat([_standardised(x[:, begin:end]) for begin, end in CHANNELS], dim=1)
 
 
 def features(trunk: nn.Module, frames: Tensor, present: Tensor, *, batch: int = 256) -> Tensor:
-    """z [N, M, F] of uint8 frames [N, 5, S, S] at inference, in slices of ``batch``."""
+    """Returns the features z [N, M, F] of uint8 frames [N, 5, H, W] at inference, in slices of ``batch``."""
     trunk.eval()
     device = next(trunk.parameters()).device
     with torch.no_grad():
@@ -67,7 +72,7 @@ def features(trunk: nn.Module, frames: Tensor, present: Tensor, *, batch: int = 
 
 
 def fold(trunk: nn.Module) -> nn.Module:
-    """An equal trunk for inference: every norm merged into the convolution before it, frozen, in eval mode."""
+    """Returns an equal, frozen trunk in eval mode with each BatchNorm merged into its convolution."""
     folded = copy.deepcopy(trunk).eval()
     for block in [m for m in folded.modules() if isinstance(m, Block)]:
         if isinstance(block.norm, nn.BatchNorm2d):
@@ -77,7 +82,10 @@ def fold(trunk: nn.Module) -> nn.Module:
 
 
 class TinyTrunk(nn.Module):
-    """About 60 thousand parameters per modality at width 16. Norms learn from present rows only: absent ones are black."""
+    """A CNN per modality, about 60 thousand parameters each at width 16.
+
+    Its norms learn from rows where the modality is present, because absent ones are black.
+    """
 
     def __init__(self, width: int, features: int) -> None:
         super().__init__()
@@ -89,29 +97,28 @@ class TinyTrunk(nn.Module):
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, frames: Tensor, present: Tensor) -> Tensor:
-        return torch.stack([self._read(m, frames, present[:, m]) for m in range(MODALITIES)], dim=1)
+        return torch.stack([self._modality(m, frames, present[:, m]) for m in range(MODALITIES)], dim=1)
 
     def architecture(self) -> Architecture:
         return {}
 
-    def _read(self, m: int, frames: Tensor, there: Tensor) -> Tensor:
+    def _modality(self, m: int, frames: Tensor, present: Tensor) -> Tensor:
         begin, end = CHANNELS[m]
-        rows = there.nonzero()[:, 0]
+        rows = present.nonzero()[:, 0]
         z = frames.new_zeros(len(frames), self.features)
         if len(rows) < 1 + self.training:  # one row has no batch variance to normalise by
-            return z + 0.0 * sum(
-                p.sum() for p in self.branches[m].parameters()
-            )  # DDP wants every parameter in the graph
+            # DDP needs every parameter in the graph
+            return z + 0.0 * sum(p.sum() for p in self.branches[m].parameters())
         part = frames[:, begin:end] if len(rows) == len(frames) else frames[rows, begin:end]
-        read = self.branches[m](part.contiguous(memory_format=torch.channels_last))
-        return read if len(rows) == len(frames) else z.index_copy(0, rows, read.to(z.dtype))
+        feature = self.branches[m](part.contiguous(memory_format=torch.channels_last))
+        return feature if len(rows) == len(frames) else z.index_copy(0, rows, feature.to(z.dtype))
 
 
 class Branch(nn.Module):
-    """One modality's frames [B, C, S, S] → [B, F].
+    """Maps the frames of one modality [B, C, H, W] to features [B, F].
 
-    The first two blocks normalise each sample by itself, which takes contrast and illumination away (IBN-Net, Pan et
-    al., ECCV 2018); the others normalise the batch in training and are folded afterwards.
+    The first two blocks normalise each sample by itself, which removes contrast and illumination (IBN-Net,
+    Pan et al., ECCV 2018). The others normalise over the batch in training and are folded afterwards.
     """
 
     def __init__(self, channels: int, width: int, features: int) -> None:
@@ -130,7 +137,7 @@ class Branch(nn.Module):
 
 
 class Block(nn.Module):
-    """Convolution, norm, ReLU."""
+    """A convolution, a norm and a ReLU."""
 
     def __init__(self, inside: int, outside: int, *, stride: int, norm: nn.Module) -> None:
         super().__init__()
@@ -150,9 +157,9 @@ def _standardised(x: Tensor) -> Tensor:
 
 
 class VitTrunk(nn.Module):
-    """The MMDG/DADM recipe: all but the last layer frozen, small adapters per modality after each layer.
+    """The recipe of MMDG and DADM: all layers but the last frozen, with small adapters per modality.
 
-    Depth and infrared are read as grey RGB. Adapters start as the identity.
+    Depth and infrared are read as grey RGB. The adapters start as the identity.
     """
 
     def __init__(self, backbone: ViTModel, features: int) -> None:
@@ -166,18 +173,18 @@ class VitTrunk(nn.Module):
         self.project = nn.ModuleList(nn.Linear(width, features) for _ in CHANNELS)
 
     def forward(self, frames: Tensor, present: Tensor) -> Tensor:
-        return torch.stack([self._read(m, frames, present[:, m]) for m in range(MODALITIES)], dim=1)
+        return torch.stack([self._modality(m, frames, present[:, m]) for m in range(MODALITIES)], dim=1)
 
     def architecture(self) -> Architecture:
         return self.backbone.config.to_dict()
 
-    def _read(self, m: int, frames: Tensor, there: Tensor) -> Tensor:
+    def _modality(self, m: int, frames: Tensor, present: Tensor) -> Tensor:
         begin, end = CHANNELS[m]
-        rows = there.nonzero()[:, 0]
+        rows = present.nonzero()[:, 0]
         z = frames.new_zeros(len(frames), self.features)
-        own = [*self.adapters[m].parameters(), *self.project[m].parameters()]
-        if len(rows) == 0:
-            return z + 0.0 * torch.stack([p.sum() for p in own]).sum()
+        if len(rows) == 0:  # DDP needs every parameter in the graph
+            parameters = [*self.adapters[m].parameters(), *self.project[m].parameters()]
+            return z + 0.0 * torch.stack([p.sum() for p in parameters]).sum()
         x = frames[rows, begin:end].expand(-1, 3, -1, -1)
         side = cast("int", self.backbone.config.image_size)
         hidden = self.backbone.embeddings(
@@ -189,7 +196,7 @@ class VitTrunk(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Bottleneck with a central difference convolution over the patch grid, added to the tokens [B, 1 + P, W]."""
+    """A bottleneck with central difference convolution over the patch grid, added to tokens [B, 1 + P, W]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -210,7 +217,7 @@ class Adapter(nn.Module):
 
 def _backbone(pretrained: str | None, architecture: Architecture | None) -> ViTModel:
     try:
-        from transformers import ViTConfig, ViTModel  # 12 s cold: only for those who ask for it
+        from transformers import ViTConfig, ViTModel  # imported here: it takes 12 s cold
     except ImportError:
         raise BadTrunk("model.trunk.kind: vit needs the extra; pip install 'palisade[vit]'") from None
     if architecture is not None:

@@ -60,7 +60,7 @@ class SourceMethod(Method):
 class Batch(NamedTuple):
     """A labelled batch, stratified domain x class."""
 
-    frames: Tensor  # [B, 5, S, S] float, augmented and prepared for the trunk
+    frames: Tensor  # [B, 5, H, W] float, augmented and prepared for the trunk
     present: Tensor  # [B, M] bool
     label: Tensor  # [B] 1 bona fide, 0 attack
     domain: Tensor  # [B] index of the domain

@@ -70,7 +70,7 @@ def check_validation(corpora: Sequence[Corpus]) -> None:
 class Draw(NamedTuple):
     """What one step sees, in the eight bits that a sensor gives: small enough to keep for the next method."""
 
-    frames: Tensor  # uint8 [B, 5, S, S], augmented
+    frames: Tensor  # uint8 [B, 5, H, W], augmented
     present: Tensor  # [B, M] bool
     label: Tensor  # [B]
     domain: Tensor  # [B]
