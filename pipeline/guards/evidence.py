@@ -74,35 +74,23 @@ def evidence_of(
     """Returns the evidence from anchor scores [P, N] of candidate and champion under P patterns.
 
     ``label`` and ``species`` [N] are per anchor item; ``valid`` [P, N] is false where a pattern leaves no
-    modality of an item. ``threshold`` is the score from which a sample is called bona fide
-    (``champion_threshold`` where the champion has another). Species with fewer than ``merge_below`` items are
-    merged. A score that is not finite counts as an error and clears ``finite``. Raises ValueError for arrays
-    of other shapes.
+    modality of it. A sample is called bona fide from ``threshold`` on (``champion_threshold`` where the
+    champion has another). Species with fewer than ``merge_below`` items are merged. A score that is not
+    finite counts as an error and clears ``finite``. Raises ValueError for arrays of other shapes.
     """
     c, s = np.asarray(candidate, np.float64), np.asarray(champion, np.float64)
     y = np.ascontiguousarray(label, np.int8)
-    if not c.shape == s.shape == (len(patterns), len(y)) or len(species) != len(y):
-        needed = f"[{len(patterns)} patterns, {len(y)} items] and one species per item"
-        raise ValueError(
-            f"anchor scores {c.shape} and {s.shape}, {len(species)} species: {needed} are needed"
-        )
+    _check_shapes(c, s, len(patterns), len(y), len(species))
     ok = np.ones(c.shape, np.bool_) if valid is None else np.asarray(valid, np.bool_)
     names, member, merged = _groups(y.tobytes(), tuple(species), merge_below)
     good_c, good_s = np.isfinite(c), np.isfinite(s)
-    threshold_s = threshold if champion_threshold is None else champion_threshold
     wrong_c = ((c >= threshold) != (y == BONA_FIDE)) | ~good_c
+    threshold_s = threshold if champion_threshold is None else champion_threshold
     wrong_s = ((s >= threshold_s) != (y == BONA_FIDE)) | ~good_s
     flags = np.stack([ok, wrong_c & ok, wrong_c & ~wrong_s & ok, wrong_s & ~wrong_c & ok])
-    counts = np.rint(flags.astype(np.float64) @ member).astype(int)  # [4, P, species]
-    n, errors, worse, better = counts.tolist()
     finite = bool(stream_finite and (good_c & good_s | ~ok).all())
     return Evidence(
-        cells=tuple(
-            Cell(pattern=p, species=j, n=n[i][k], errors=errors[i][k], worse=worse[i][k], better=better[i][k])
-            for i, p in enumerate(patterns)
-            for k, j in enumerate(names)
-            if n[i][k]
-        ),
+        cells=_cells(patterns, names, flags, member),
         trust_ratio=float(trust_ratio),
         margin_drop=_margin_drop(c, s, ok, member[:, 1:]) if finite else None,
         stream_n=int(stream_n),
@@ -113,6 +101,26 @@ def evidence_of(
         rig=tuple(rig),
         unseen=tuple(unseen),
         stream=stream or Stream(),
+    )
+
+
+def _check_shapes(c: Floats, s: Floats, patterns: int, items: int, species: int) -> None:
+    if not c.shape == s.shape == (patterns, items) or species != items:
+        needed = f"[{patterns} patterns, {items} items] and one species per item"
+        raise ValueError(f"anchor scores {c.shape} and {s.shape}, {species} species: {needed} are needed")
+
+
+def _cells(
+    patterns: Sequence[str], names: Sequence[str], flags: NDArray[np.bool_], member: Floats
+) -> tuple[Cell, ...]:
+    """Returns the sums of ``flags`` [4, P, N] (shown, wrong, worse, better) by pattern and species."""
+    counts = np.rint(flags.astype(np.float64) @ member).astype(int)  # [4, P, species]
+    n, errors, worse, better = counts.tolist()
+    return tuple(
+        Cell(pattern=p, species=j, n=n[i][k], errors=errors[i][k], worse=worse[i][k], better=better[i][k])
+        for i, p in enumerate(patterns)
+        for k, j in enumerate(names)
+        if n[i][k]
     )
 
 

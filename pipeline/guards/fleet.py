@@ -1,10 +1,12 @@
-"""Guards over the whole fleet: promoted sites since their promotion, control sites, and the error budget. Pure, vectorised.
+"""Judges promoted sites, compares them with control sites, and watches the fleet's error budget.
 
-Everything is a count, looked at as often as one likes: the tests are e-processes (``pipeline.stats.sequential``). Of a healthy
-wave, one whose sites keep to ``shadow.apcer`` and are not more often worse than better than their way back, at most
-``shadow.alpha`` are ever stopped: RATE of it by the rate, the rest by the pairs, both on the sites' e-values merged as is
-best where FEW of them are bad (``sequential.merge_few``). A single bad site shows in that late; ``alpha_site`` takes it back by
-itself sooner, and it goes on to count. As each wave joins, part of it is over a new set of sites: its alpha is spent anew.
+Everything is a count that may be looked at as often as one likes: the tests are e-processes
+(``pipeline.stats.sequential``). A healthy wave is one whose sites keep to ``shadow.apcer`` and are not more
+often worse than better than their rollback target. Of healthy waves at most ``shadow.alpha`` are ever
+stopped: RATE of it by the rate, the rest by the pairs, both on the sites' e-values merged as is best where
+FEW of them are bad (``sequential.merge_few``). A single bad site shows late in that; ``alpha_site`` rolls it
+back alone sooner, and it goes on to count. As each wave joins, part of its alpha is spent on a new set of
+sites.
 """
 
 from __future__ import annotations
@@ -27,41 +29,44 @@ if TYPE_CHECKING:
     Counts = NDArray[np.int64]
     Floats = NDArray[np.float64]
 
-RATE = 0.9  # of an alpha is for the rate, which sees most; the rest for the pairs, which see what has a bad way back
-FEW = 0.05  # of a wave's sites
+# share of an alpha for the rate, which detects most; the rest is for the pairs
+RATE = 0.9
+FEW = 0.05  # share of a wave's sites
 MONTH = 720  # hours
-LARGEST = 690.0  # nats: e-values above are shown as this
+LARGEST = 690.0  # nats; larger e-values are shown as this
 
 
 @dataclass(frozen=True)
 class LabelledCounts:
-    """Counts [S] of promoted sites, also of those that were taken back one by one, of presentations whose label is known."""
+    """Counts labelled presentations of S promoted sites, also of sites that were rolled back alone."""
 
     sites: Sequence[str]
     attacks: Counts
-    accepted: Counts  # attacks that what the site serves calls bona fide
-    worse: Counts  # attacks served wrong where the way back is right
-    better: Counts  # and the other way round
+    accepted: Counts  # attacks that the served state calls bona fide
+    worse: Counts  # attacks that the served state gets wrong and the rollback target right
+    better: Counts  # the other way round
     bona_fide: Counts
-    refused: Counts  # bona fide that what the site serves calls attack
-    rollback_refused: Counts | None = None  # that the way back calls attack; None: not known
+    refused: Counts  # bona fide that the served state calls attack
+    # bona fide that the rollback target calls attack; None: not known
+    rollback_refused: Counts | None = None
 
 
 @dataclass(frozen=True)
 class PromotedFindings:
-    """What must be taken back: single sites, or with any ``breach`` the whole release."""
+    """Names what must be rolled back: single sites, or with any ``breach`` the whole release."""
 
     failing: dict[str, tuple[Reason, ...]]
-    breach: tuple[Reason, ...]  # where: the site, or "wave"
+    breach: tuple[Reason, ...]  # their ``where`` is the site, or "wave"
 
 
 def judge_promoted(limits: GuardsConfig, standing: LabelledCounts) -> PromotedFindings:
-    """Judge the promoted sites. What going back would not mend (worse <= better, as many refused) counts against no site.
+    """Returns the findings on promoted sites. What a rollback would not mend counts against no site.
 
-    Breach: the lower confidence-sequence bound of a site's APCER over the hard ceiling, at shadow.alpha over all sites
-    together (Bonferroni); or the wave's merged e-value of rate or pairs over its limit. Failing: a site's own e-value of
-    rate or pairs over 1/alpha_site, or the lower bound of its BPCER over the hard ceiling at alpha_site: 10,000 healthy
-    sites give 10 such stops in all their days by guarantee, far from a wave's abort share.
+    Not mended: worse <= better, or as many bona fide refused by the rollback target. Breach: the lower
+    confidence-sequence bound of a site's APCER over the hard ceiling, at shadow.alpha over all sites together
+    (Bonferroni); or the wave's merged e-value of rate or pairs over its limit. Failing: a site's own e-value
+    of rate or pairs over 1/alpha_site, or the lower bound of its BPCER over the hard ceiling at alpha_site:
+    by guarantee 10,000 healthy sites give 10 such rollbacks over the release, far from a wave's abort share.
     """
     s, rule = standing, limits.shadow
     count = len(s.sites)
@@ -91,7 +96,10 @@ def judge_promoted(limits: GuardsConfig, standing: LabelledCounts) -> PromotedFi
         merged = float(sequential.merge_few(every, FEW)) if len(harmed) else -np.inf
         if merged >= -np.log(rule.alpha * share):
             worst = int(harmed[np.argmax(log_e)])
-            text = f"{count} sites, most of it from {s.sites[worst]} ({_counts(name, s, worst, rule.apcer)}): their"
+            text = (
+                f"{count} sites, most of it from {s.sites[worst]} "
+                f"({_counts(name, s, worst, rule.apcer)}): their"
+            )
             breach.append(_finding("wave", merged, rule.alpha * share, text))
     return PromotedFindings({site: tuple(found) for site, found in failing.items()}, tuple(breach))
 
@@ -99,11 +107,11 @@ def judge_promoted(limits: GuardsConfig, standing: LabelledCounts) -> PromotedFi
 def compare_with_controls(
     limits: GuardsConfig, treated: LabelledCounts, controls: LabelledCounts, *, strata: Mapping[str, str]
 ) -> tuple[Reason, ...]:
-    """Strata in which promoted sites err more than the control sites of the same stratum, APCER and BPCER apart.
+    """Returns the strata in which promoted sites err more than the control sites, APCER and BPCER apart.
 
-    ``strata`` names the stratum of every site. The e-values of "the promoted sites' rate is at most the controls'" are
-    ``sequential.two_sample_e``; e-BH keeps false findings at ``fdr`` of all findings, however strata depend on each other.
-    Assumes that a stratum's presentations have one rate per group.
+    ``strata`` names the stratum of every site. The e-values of "the promoted sites' rate is at most the
+    controls'" are ``sequential.two_sample_e``; e-BH keeps false findings at ``fdr`` of all findings, however
+    strata depend on each other. Assumes that a stratum's presentations have one rate per group.
     """
     names = sorted({strata[s] for s in treated.sites} & {strata[s] for s in controls.sites})
     if not names:
@@ -120,7 +128,8 @@ def compare_with_controls(
     for i in map(int, sequential.e_bh(log_e, limits.controls.fdr)):
         what, name = rows[i]
         text = (
-            f"{what} in stratum {name}: {x[i]:.0f} of {n[i]:.0f} at promoted sites, {y[i]:.0f} of {m[i]:.0f} at control sites: "
+            f"{what} in stratum {name}: {x[i]:.0f} of {n[i]:.0f} at promoted sites, {y[i]:.0f} of "
+            f"{m[i]:.0f} at control sites: "
             f"e-value {_e(float(log_e[i])):.3g}, false findings at most {limits.controls.fdr:.1%}"
         )
         found.append(
@@ -138,10 +147,11 @@ def compare_with_controls(
 
 
 def error_budget(limits: GuardsConfig, errors: ArrayLike, total: ArrayLike) -> tuple[Reason, ...]:
-    """Why promotions must freeze, if they must: ``errors`` of ``total`` presentations of the fleet per hour [H], newest last.
+    """Returns why promotions must freeze; empty if they need not.
 
-    A month's budget is ``allowed`` of its presentations; burning ``burn_1h`` of it within 1 h or ``burn_6h`` within 6 h is a
-    rate of errors, and a finding is an e-value against every lower rate. Nothing presented burns nothing.
+    ``errors`` of ``total`` presentations of the fleet are per hour [H], newest last. A month's budget is
+    ``allowed`` of its presentations; burning ``burn_1h`` of it within 1 h or ``burn_6h`` within 6 h is a rate
+    of errors, and a finding is an e-value against every lower rate. Nothing presented burns nothing.
     """
     rule = limits.budget
     e, n = (np.asarray(x, np.float64) for x in (errors, total))
@@ -156,7 +166,8 @@ def error_budget(limits: GuardsConfig, errors: ArrayLike, total: ArrayLike) -> t
             continue
         burnt = bad / seen * hours / (MONTH * rule.allowed)
         text = (
-            f"{bad:.0f} of {seen:.0f} presentations went wrong in {hours} h: {burnt:.1%} of the month's error budget, "
+            f"{bad:.0f} of {seen:.0f} presentations went wrong in {hours} h: {burnt:.1%} of the month's "
+            "error budget, "
             f"limit {burn:.1%}"
         )
         found.append(
@@ -182,7 +193,7 @@ def _over_ceiling(limits: GuardsConfig, s: LabelledCounts, harmed: NDArray[np.in
 
 
 def _beyond(errors: Counts, n: Counts, limit: float, alpha: float) -> list[int]:
-    """Where the lower confidence-sequence bound of a rate is over ``limit``."""
+    """Returns the sites whose lower confidence-sequence bound of a rate is over ``limit``."""
     high = np.flatnonzero(errors > n * limit)
     if limit >= 1 or not len(high):
         return []

@@ -1,4 +1,4 @@
-"""The limits of every guard: the section ``guards``."""
+"""Defines the limits of every guard: the section ``guards``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Ceiling(PatternLimit):
 
 
 class NonInferiority(Section):
-    """Guard ``noninferiority``: how much worse than the champion a candidate may be, in shares of presentations."""
+    """Guard ``noninferiority``: how much worse than the champion a candidate may be, in shares of
+    presentations."""
 
     advisory: bool = False
     attacks: float = Field(default=0.005, gt=0, le=1, description="all attacks of a pattern together")
@@ -58,7 +59,8 @@ class NoData(Section):
 
 
 class Shadow(Section):
-    """Guard ``shadow``, of sites since their promotion: e-processes on labelled attack presentations, tested per wave."""
+    """Guard ``shadow``, of sites since their promotion: e-processes on labelled attack presentations, tested
+    per wave."""
 
     advisory: bool = False
     apcer: float = Field(default=0.02, gt=0, lt=1, description="APCER that is no reason to stop")
@@ -74,7 +76,8 @@ class Shadow(Section):
 
 
 class Risk(Section):
-    """Guard ``risk``: proxy risk of the stream (the mean error that its scores admit) against the anchor set's."""
+    """Guard ``risk``: proxy risk of the stream (the mean error that its scores admit) against the anchor
+    set's."""
 
     advisory: bool = True  # a shifted site is less certain than the source is at home: to be set per fleet
     epsilon: float = Field(default=0.02, ge=0, lt=1, description="how much higher its lower bound may be")
@@ -91,7 +94,8 @@ class Drift(Section):
 
 
 class Ratchet(Section):
-    """Guard ``ratchet``: the rate of bona fide calls against the site's own hours of the day. An alarm fails."""
+    """Guard ``ratchet``: the rate of bona fide calls against the site's own hours of the day. An alarm
+    fails."""
 
     advisory: bool = False
     kappa: float = Field(default=0.5, ge=0, description="how much the odds of a bona fide call may rise")
@@ -124,7 +128,8 @@ class Labels(Section):
 
 
 class ModalityFloor(Section):
-    """Guard ``modality``: samples with fewer modalities may move normalisation only, so none of them may teach."""
+    """Guard ``modality``: samples with fewer modalities may move normalisation only, so none of them may
+    teach."""
 
     advisory: bool = False
     modalities: int = Field(default=2, ge=1, le=3)
@@ -132,7 +137,8 @@ class ModalityFloor(Section):
 
 
 class Collapse(Section):
-    """Guard ``collapse``: nearly every call the same, where the champion's calls on the same samples are not."""
+    """Guard ``collapse``: nearly every call the same, where the champion's calls on the same samples are
+    not."""
 
     advisory: bool = False
     share: float = Field(default=0.99, gt=0.5, le=1, description="of the last calls that may be of one class")
@@ -162,7 +168,8 @@ class Controls(Section):
 
 
 class Budget(Section):
-    """Guard ``budget``: errors of the fleet against what a month (30 days) allows; burning too fast freezes promotions."""
+    """Guard ``budget``: errors of the fleet against what a month (30 days) allows; burning too fast freezes
+    promotions."""
 
     advisory: bool = False
     allowed: float = Field(

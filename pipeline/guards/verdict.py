@@ -1,10 +1,11 @@
-"""The guards: pure rules over counted evidence.
+"""Holds ``assess`` and the guards on labelled evidence.
 
 Ceiling: Clopper-Pearson upper bound of the candidate's APCER per PAI species and pattern, and of its BPCER.
-Non-inferiority: upper bound of the paired difference (worse - better) / n on the same anchor items: the Wald interval
-with Bonett & Price's adjustment (J. Educ. Behav. Stat. 37, 2012; recommended by Fagerland et al., Stat. Med. 33, 2014):
-unlike plain Wald it keeps a width without discordant items. A cell too small to show the margin even then
-("under-resolved": n < 231 for 1 pp) is judged by what no discordant item would give at its n, or held.
+Non-inferiority: upper bound of the paired difference (worse - better) / n on the same anchor items, by the
+Wald interval with Bonett and Price's adjustment (J. Educ. Behav. Stat. 37, 2012; recommended by Fagerland et
+al., Stat. Med. 33, 2014): unlike plain Wald it keeps a width without discordant items. A cell too small to
+show the margin even then ("under-resolved": n < 231 for 1 pp) is judged by what no discordant item would give
+at its n, or held.
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ Z95 = 1.6448536269514722
 
 
 class Verdict(Section):
-    """What was decided and why."""
+    """Says what was decided and why."""
 
     outcome: Call
     reasons: tuple[Reason, ...]
-    abort: bool = False  # too many holds in a row
+    abort: bool = False  # too many holds in a row: a person should look
     labels: str = "anchor"
 
     @property
     def decisive(self) -> str:
-        """The first finding that decided, in one line."""
+        """Returns the first finding that decided, in one line; empty for none."""
         found = (r for r in self.reasons if r.call == self.outcome and not r.advisory)
         return next((f"{r.guard}: {r.text}" for r in found), "")
 
 
 def assess(limits: GuardsConfig, evidence: Evidence) -> Verdict:
-    """The verdict on one candidate. fail before hold before pass; scores that are not finite can only hold."""
+    """Returns the verdict: fail before hold before pass; scores that are not finite can only hold."""
     reasons = list(_no_data(limits, evidence))
     if evidence.finite:
         reasons += _ceiling(limits, evidence.cells)
@@ -76,7 +77,7 @@ def _no_data(limits: GuardsConfig, e: Evidence) -> Iterator[Reason]:
         old = "unknown" if e.age_seconds is None else f"{e.age_seconds:.0f} s"
         text = f"age of the evidence: {old}, at most {rule.stale_seconds:.0f} s are allowed"
         yield _hold("stream", e.age_seconds, rule.stale_seconds, text)
-    have = {(c.pattern, c.species == REAL) for c in e.cells if c.n}
+    replayed = {(c.pattern, c.species == REAL) for c in e.cells if c.n}
     decisive = [g.patterns for g in (limits.ceiling, limits.noninferiority) if not g.advisory]
     wanted = {p: None for patterns in decisive for p in patterns}
     if not decisive or not all(decisive):
@@ -88,7 +89,7 @@ def _no_data(limits: GuardsConfig, e: Evidence) -> Iterator[Reason]:
         return
     for pattern in wanted or ["anchor"]:
         for real, what in ((False, "attacks"), (True, "bona fide presentations")):
-            if (pattern, real) not in have:
+            if (pattern, real) not in replayed:
                 yield _hold(
                     pattern, 0, rule.anchor_min, f"no anchor {what} were replayed under pattern {pattern}"
                 )
@@ -107,8 +108,10 @@ def _ceiling(limits: GuardsConfig, all_cells: tuple[Cell, ...]) -> Iterator[Reas
     cells = [c for c in all_cells if not rule.patterns or c.pattern in rule.patterns]
     errors, n = np.array([(c.errors, c.n) for c in cells], np.float64).reshape(-1, 2).T
     lower, upper = clopper_pearson(errors, n)
-    own = [rule.per_pattern.get(c.pattern, rule) for c in cells]
-    limit = np.array([o.bpcer if c.species == REAL else o.apcer for o, c in zip(own, cells)], np.float64)
+    limits_of = [rule.per_pattern.get(c.pattern, rule) for c in cells]
+    limit = np.array(
+        [o.bpcer if c.species == REAL else o.apcer for o, c in zip(limits_of, cells)], np.float64
+    )
     small = (n < limits.no_data.anchor_min) & (lower <= limit)  # no_data holds these
     call = np.where(small, "", np.where(upper > limit, "fail", "pass"))
 
@@ -168,7 +171,8 @@ def _findings(
     call: NDArray[np.str_],
     text: Callable[[int], str],
 ) -> Iterator[Reason]:
-    """Every fail and hold, and the pass that is nearest to its limit; texts are made only for these."""
+    """Yields every fail and hold, and the pass that is nearest to its limit; texts are made only for
+    these."""
     shown = np.flatnonzero((call == "fail") | (call == "hold")).tolist()
     passed = np.flatnonzero(call == "pass")
     if len(passed):
@@ -186,7 +190,8 @@ def _findings(
 
 
 def paired_upper95(worse: Floats, better: Floats, n: Floats) -> Floats:
-    """One-sided upper 95 % bound of (worse - better) / n of paired calls, Wald with Bonett & Price's adjustment."""
+    """Returns the one-sided upper 95 % bound of (worse - better) / n, Wald with Bonett and Price's
+    adjustment."""
     p, q, m = (worse + 1) / (n + 2), (better + 1) / (n + 2), n + 2
     return np.minimum(p - q + Z95 * np.sqrt((p + q - (p - q) ** 2) / m), 1.0)
 

@@ -60,8 +60,8 @@ def approvals_needed(plan: Plan, wave: int) -> int:
 def override(r: Rollout, *, who: str, reason: str, now: datetime) -> Rollout:
     """Returns ``r`` with one person's wish to go on in spite of a hold; two people's count.
 
-    It stands in for missing data or presentations, for failed sites that are too few to abort, and for a freeze;
-    never for an approval, a breach or a failed site that is not rolled back yet. Raises RolloutError.
+    It stands in for missing data or presentations, for failed sites that are too few to abort, and for a
+    freeze; never for an approval, a breach or a failed site that is not rolled back yet. Raises RolloutError.
     """
     if not reason.strip():
         raise RolloutError("an override needs a reason; say why with --reason")

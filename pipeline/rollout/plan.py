@@ -153,16 +153,7 @@ def plan(
     parts = _parts(release, {s: f.tags or {} for s, f in chosen.items() if not f.control}, config, late=last)
     targets = {s: _target(i, chosen[s], before) for i, (_, members) in enumerate(parts) for s in members}
     controls = tuple(s for s, f in sorted(sites.items()) if f.control)
-    waves = tuple(
-        Wave(
-            share=share,
-            sites=len(members),
-            abort_at=_abort_at(config, len(members)),
-            detects_days=_detects(len(members), config, shadow or Shadow()),
-        )
-        for share, members in parts
-    )
-    night = DAY if config.night else 0.0
+    waves = tuple(_wave(share, len(members), config, shadow or Shadow()) for share, members in parts)
     header = Plan(
         release=release,
         kind="candidates" if source_before is None else "source",
@@ -174,7 +165,7 @@ def plan(
         excluded=len(excluded),
         config=config,
         roster=roster(targets, excluded),
-        duration_seconds=len(waves) * (config.stage_seconds + config.bake_seconds + night),
+        duration_seconds=_duration(config, len(waves)),
         rollback_seconds=config.rollback_seconds,
     )
     return Draft(header, targets, excluded, controls)
@@ -221,10 +212,16 @@ def diff(a: Mapping[str, Target], b: Mapping[str, Target]) -> PlanDiff:
     )
 
 
-def _detects(sites: int, config: RolloutConfig, shadow: Shadow) -> float | None:
-    if shadow.advisory:
-        return None
-    return days_to_detect(sites, config.presentations_per_day, apcer=shadow.apcer, alpha=shadow.alpha)
+def _wave(share: float, sites: int, config: RolloutConfig, shadow: Shadow) -> Wave:
+    days = None
+    if not shadow.advisory:
+        days = days_to_detect(sites, config.presentations_per_day, apcer=shadow.apcer, alpha=shadow.alpha)
+    return Wave(share=share, sites=sites, abort_at=_abort_at(config, sites), detects_days=days)
+
+
+def _duration(config: RolloutConfig, waves: int) -> float:
+    night = DAY if config.night else 0.0
+    return waves * (config.stage_seconds + config.bake_seconds + night)
 
 
 def _exclusion(facts: SiteFacts) -> str:
