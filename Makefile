@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The stamp's name holds a checksum of the lock and of pyproject.toml: as long as both stay, nothing is installed.
 STAMP := .venv/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: help install lint format test chaos one demo manifests clean
+.PHONY: help install lint format test chaos one demo docs manifests clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## /\1\t/p' Makefile | expand -t 12
@@ -55,6 +55,9 @@ one: $(STAMP) ## one test, file or folder, whatever its marks: make one T=tests/
 
 demo: $(STAMP) ## the product in minutes, on rendered sites
 	@$(BIN)/palisade demo
+
+docs: $(STAMP) ## write conf/README.md from the descriptions of the settings
+	@PALISADE_WRITE_DOCS=1 $(BIN)/pytest tests/test_conf_readme.py
 
 manifests: $(STAMP) ## render the Kubernetes manifests in infra/kuberay
 	@$(BIN)/palisade manifests render infra/kuberay --config conf/fleet.yaml

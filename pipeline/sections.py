@@ -16,26 +16,28 @@ Severity = Literal["info", "warning", "critical"]
 class ClusterConfig(Section):
     """Section ``cluster``: how much of Ray is used. ``address: local`` starts an embedded cluster."""
 
-    address: str = "local"
+    address: str = Field(
+        default="local", description="local: an embedded cluster; auto: the one of this machine; or host:port"
+    )
     cpus: int = Field(default=2, ge=1, description="logical CPUs of the embedded cluster")
-    train_workers: int = Field(default=1, ge=1)
-    train_gpu: bool = False
+    train_workers: int = Field(default=1, ge=1, description="workers of a source fit")
+    train_gpu: bool = Field(default=False, description="a GPU for every worker of a source fit")
     shards: int = Field(default=2, ge=1, description="shard actors; about one per core")
     ingest_workers: int = Field(default=2, ge=1, description="parallel ingest tasks")
     ingest_gpus: float = Field(
         default=0, ge=0, description="share of a GPU per ingest task; has not been run on a GPU"
     )
-    object_store_mb: int = Field(default=512, ge=80)
+    object_store_mb: int = Field(default=512, ge=80, description="MiB of Ray's object store")
     image: str = Field(
         default="ghcr.io/palisade/palisade:0.1.0", description="container image of the manifests"
     )
-    namespace: str = "palisade"
+    namespace: str = Field(default="palisade", description="Kubernetes namespace of the manifests")
     schedule: str = Field(default="0 3 * * *", description="cron expression of the cycle")
-    time_zone: str = "Etc/UTC"
+    time_zone: str = Field(default="Etc/UTC", description="time zone of the schedule")
     workers: int = Field(default=2, ge=0, description="KubeRay worker pods")
-    worker_cpu: int = Field(default=4, ge=1)
-    worker_memory_gb: int = Field(default=16, ge=1)
-    gpus_per_worker: int = Field(default=0, ge=0)
+    worker_cpu: int = Field(default=4, ge=1, description="CPUs of a worker pod")
+    worker_memory_gb: int = Field(default=16, ge=1, description="GiB of memory of a worker pod")
+    gpus_per_worker: int = Field(default=0, ge=0, description="GPUs of a worker pod")
 
 
 class LedgerConfig(Section):
@@ -58,7 +60,7 @@ class LineageConfig(Section):
 
     uri: str = Field(default="sqlite:///run/mlflow.db", description="tracking and registry URI")
     artifacts: str = Field(default="run/mlflow-artifacts", description="artifact root of new experiments")
-    experiment: str = "palisade"
+    experiment: str = Field(default="palisade", description="MLflow experiment")
     model: str = Field(
         default="palisade.source", description="registered model that holds the source versions"
     )
@@ -83,38 +85,38 @@ class NotifyConfig(Section):
 class Choice(Section):
     """A search dimension over listed values."""
 
-    choice: tuple[float | int | bool | str, ...] = Field(min_length=1)
+    choice: tuple[float | int | bool | str, ...] = Field(min_length=1, description="listed values")
 
 
 class LogUniform(Section):
     """A search dimension, log-uniform between two positive bounds."""
 
-    loguniform: tuple[float, float]
+    loguniform: tuple[float, float] = Field(description="two positive bounds")
 
 
 class Uniform(Section):
     """A search dimension, uniform between two bounds."""
 
-    uniform: tuple[float, float]
+    uniform: tuple[float, float] = Field(description="two bounds")
 
 
 class SearchConfig(Section):
     """Section ``search``: ASHA over replayed features of sites, or over source training."""
 
     site_space: dict[str, Choice | LogUniform | Uniform] = Field(
-        default={}, description="dimensions in section site"
+        default={}, description="dimensions in section site, by key"
     )
     source_space: dict[str, Choice | LogUniform | Uniform] = Field(
-        default={}, description="dimensions in section source"
+        default={}, description="dimensions in section source, by key"
     )
     sites: tuple[str, ...] = Field(
         default=(), description="development sites with sealed labels; never a target"
     )
     trials: int = Field(default=8, ge=1, description="settings that are tried")
     rungs: int = Field(default=3, ge=1, description="times a trial reports on its way")
-    reduction: int = Field(default=3, ge=2)
+    reduction: int = Field(default=3, ge=2, description="one trial of so many goes on at each rung")
     concurrent_trials: int = Field(default=2, ge=1, description="trials that run at a time")
-    seed: int = 0
+    seed: int = Field(default=0, description="seed of the sampled settings")
 
 
 class BenchConfig(Section):
@@ -130,7 +132,7 @@ class BenchConfig(Section):
     pretrain: bool = Field(
         default=True, description="every fit begins from the one that palisade pretrain makes"
     )
-    seeds: int = Field(default=3, ge=1)
+    seeds: int = Field(default=3, ge=1, description="source fits per comparison")
     streams: str | None = Field(
         default=None, description="recorded site streams, sealed labels in its _sealed"
     )

@@ -10,7 +10,7 @@ import re
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class Section(BaseModel):
 class Method(Section):
     """Base of a method's settings. ``kind`` is the name of the method's module, which is its default in every subclass."""
 
-    kind: str
+    kind: str = Field(description="name of the method: a module of the folder methods")
 
     @field_validator("kind")
     @classmethod

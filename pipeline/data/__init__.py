@@ -39,7 +39,9 @@ class DataConfig(Section):
         ge=1,
         description="bytes of a capture segment, packed and unpacked; 5 times as much to read it",
     )
-    retention: Literal["keep", "until_ingested"] = "keep"
+    retention: Literal["keep", "until_ingested"] = Field(
+        default="keep", description="how long capture frames are kept"
+    )
     keep_days: int = Field(
         default=30, ge=0, description="days that `palisade gc` leaves features that were learned from"
     )

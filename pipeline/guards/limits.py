@@ -12,14 +12,14 @@ from pipeline.types import Section
 class PatternLimit(Section):
     """Highest upper bounds of one missing-modality pattern."""
 
-    apcer: float = Field(default=0.07, gt=0, le=1)
-    bpcer: float = Field(default=0.15, gt=0, le=1)
+    apcer: float = Field(default=0.07, gt=0, le=1, description="highest upper bound of the APCER")
+    bpcer: float = Field(default=0.15, gt=0, le=1, description="highest upper bound of the BPCER")
 
 
 class Ceiling(PatternLimit):
     """Guard ``ceiling``: bounds on the candidate alone. Default APCER: NIST SP 800-63A-4, IAPAR < 0.07."""
 
-    advisory: bool = False
+    advisory: bool = Field(default=False, description="its findings are reported and never decide")
     apcer_target: float | None = Field(default=0.02, description="exceeding it is reported, never decisive")
     patterns: tuple[str, ...] = Field(default=(), description="patterns it applies to; empty = all")
     per_pattern: dict[str, PatternLimit] = Field(default={}, description="other limits for these patterns")
@@ -29,10 +29,10 @@ class NonInferiority(Section):
     """Guard ``noninferiority``: how much worse than the champion a candidate may be, in shares of
     presentations."""
 
-    advisory: bool = False
+    advisory: bool = Field(default=False, description="its findings are reported and never decide")
     attacks: float = Field(default=0.005, gt=0, le=1, description="all attacks of a pattern together")
-    worst_species: float = Field(default=0.01, gt=0, le=1)
-    bona_fide: float = Field(default=0.01, gt=0, le=1)
+    worst_species: float = Field(default=0.01, gt=0, le=1, description="attacks of any one species")
+    bona_fide: float = Field(default=0.01, gt=0, le=1, description="bona fide of a pattern")
     patterns: tuple[str, ...] = Field(default=(), description="patterns it applies to; empty = all")
     under_resolved: Literal["floor", "hold"] = Field(
         default="floor", description="cells too small for the margin"
@@ -42,7 +42,7 @@ class NonInferiority(Section):
 class TrustRegion(Section):
     """Guard ``trust``: how far adaptation may move a site."""
 
-    advisory: bool = False
+    advisory: bool = Field(default=False, description="its findings are reported and never decide")
     rho: float = Field(default=0.1, gt=0, description="|theta_c - theta_0| / |theta_0|")
     margin: float = Field(
         default=0.5, gt=0, description="fall of the mean attack margin of any species, logits"
@@ -54,7 +54,9 @@ class NoData(Section):
 
     stream_min: int = Field(default=100, ge=0, description="samples of the stream behind a candidate")
     anchor_min: int = Field(default=30, ge=1, description="anchor presentations per species and pattern")
-    stale_seconds: float = Field(default=86_400, gt=0)
+    stale_seconds: float = Field(
+        default=86_400, gt=0, description="age of the newest sample that still counts"
+    )
     max_holds: int = Field(default=2, ge=0, description="more holds in a row than this abort")
 
 
@@ -62,7 +64,7 @@ class Shadow(Section):
     """Guard ``shadow``, of sites since their promotion: e-processes on labelled attack presentations, tested
     per wave."""
 
-    advisory: bool = False
+    advisory: bool = Field(default=False, description="its findings are reported and never decide")
     apcer: float = Field(default=0.02, gt=0, lt=1, description="APCER that is no reason to stop")
     alpha: float = Field(
         default=0.002,
@@ -79,7 +81,9 @@ class Risk(Section):
     """Guard ``risk``: proxy risk of the stream (the mean error that its scores admit) against the anchor
     set's."""
 
-    advisory: bool = True  # a shifted site is less certain than the source is at home: to be set per fleet
+    advisory: bool = Field(
+        default=True, description="its findings are reported and never decide"
+    )  # a shifted site is less certain than the source is at home: to be set per fleet
     epsilon: float = Field(default=0.02, ge=0, lt=1, description="how much higher its lower bound may be")
     alpha: float = Field(
         default=0.01, gt=0, lt=1, description="false alarms per window, both bounds together"
@@ -89,7 +93,9 @@ class Risk(Section):
 class Drift(Section):
     """Guard ``drift``: betting martingales on entropy and attack score against the source distribution."""
 
-    advisory: bool = True  # a shift is what adaptation is for
+    advisory: bool = Field(
+        default=True, description="its findings are reported and never decide"
+    )  # a shift is what adaptation is for
     alpha: float = Field(default=0.01, gt=0, lt=1, description="false alarms per window and kind of score")
 
 
@@ -97,7 +103,7 @@ class Ratchet(Section):
     """Guard ``ratchet``: the rate of bona fide calls against the site's own hours of the day. An alarm
     fails."""
 
-    advisory: bool = False
+    advisory: bool = Field(default=False, description="its findings are reported and never decide")
     kappa: float = Field(default=0.5, ge=0, description="how much the odds of a bona fide call may rise")
     alpha: float = Field(default=0.01, gt=0, lt=1, description="false alarms per window")
     baseline_min: int = Field(default=200, ge=1, description="earlier sessions before anything is compared")
@@ -106,7 +112,7 @@ class Ratchet(Section):
 class Influence(Section):
     """Guard ``influence``: how much of an update may come from one place. Of samples that taught."""
 
-    advisory: bool = False
+    advisory: bool = Field(default=False, description="its findings are reported and never decide")
     per_session: int = Field(default=2, ge=1, description="samples of one session that may teach")
     share: float = Field(
         default=0.05, gt=0, le=1, description="of a window's teaching samples from one session"
@@ -117,7 +123,7 @@ class Influence(Section):
 class Labels(Section):
     """Guard ``labels``: what the site learned from may not be one class, nor be disputed."""
 
-    advisory: bool = False
+    advisory: bool = Field(default=False, description="its findings are reported and never decide")
     bona_fide: float = Field(
         default=0.99, gt=0, le=1, description="share of pseudo labels that may be bona fide"
     )
@@ -131,8 +137,8 @@ class ModalityFloor(Section):
     """Guard ``modality``: samples with fewer modalities may move normalisation only, so none of them may
     teach."""
 
-    advisory: bool = False
-    modalities: int = Field(default=2, ge=1, le=3)
+    advisory: bool = Field(default=False, description="its findings are reported and never decide")
+    modalities: int = Field(default=2, ge=1, le=3, description="modalities that a teaching sample needs")
     share: float = Field(default=0.0, ge=0, le=1, description="of teaching samples that may show fewer")
 
 
@@ -140,7 +146,7 @@ class Collapse(Section):
     """Guard ``collapse``: nearly every call the same, where the champion's calls on the same samples are
     not."""
 
-    advisory: bool = False
+    advisory: bool = Field(default=False, description="its findings are reported and never decide")
     share: float = Field(default=0.99, gt=0.5, le=1, description="of the last calls that may be of one class")
     calls: int = Field(default=200, ge=1, description="newest calls it looks at; fewer are not judged")
     min_gap: float = Field(
@@ -154,7 +160,7 @@ class Collapse(Section):
 class Expiry(Section):
     """Guard ``expiry``: candidates and states do not live for ever."""
 
-    advisory: bool = False
+    advisory: bool = Field(default=False, description="its findings are reported and never decide")
     candidate_hours: float = Field(default=24.0, gt=0, description="unpromoted")
     state_days: float = Field(default=30.0, gt=0, description="since the state left the source model")
     state_steps: int = Field(default=10_000, ge=1, description="steps since then")
@@ -163,7 +169,7 @@ class Expiry(Section):
 class Controls(Section):
     """Guard ``controls``: promoted sites against those that stay on the source model, per stratum."""
 
-    advisory: bool = False
+    advisory: bool = Field(default=False, description="its findings are reported and never decide")
     fdr: float = Field(default=0.05, gt=0, lt=1, description="false findings among the findings (e-BH)")
 
 
@@ -171,7 +177,7 @@ class Budget(Section):
     """Guard ``budget``: errors of the fleet against what a month (30 days) allows; burning too fast freezes
     promotions."""
 
-    advisory: bool = False
+    advisory: bool = Field(default=False, description="its findings are reported and never decide")
     allowed: float = Field(
         default=0.01, gt=0, lt=1, description="share of a month's presentations that may go wrong"
     )

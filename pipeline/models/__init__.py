@@ -12,19 +12,19 @@ from pipeline.types import Section
 class TinyConfig(Section):
     """A CNN of about 60 thousand parameters per modality, which trains on a CPU."""
 
-    kind: Literal["tiny"] = "tiny"
-    width: int = Field(default=16, ge=4, le=256)
+    kind: Literal["tiny"] = Field(default="tiny", description="a small CNN per modality")
+    width: int = Field(default=16, ge=4, le=256, description="channels of the first block")
     features: int = Field(default=64, ge=8, le=1024, description="F, length of a modality's feature vector")
 
 
 class VitConfig(Section):
     """A pre-trained ViT of ``transformers`` (extra ``vit``), shared by all modalities."""
 
-    kind: Literal["vit"]
+    kind: Literal["vit"] = Field(description="one ViT shared by the modalities")
     pretrained: str | None = Field(
         default=None, description="hub name or local directory; null = small random ViT"
     )
-    features: int = Field(default=64, ge=8, le=1024)
+    features: int = Field(default=64, ge=8, le=1024, description="F, length of a modality's feature vector")
 
 
 class TailConfig(Section):
@@ -40,5 +40,7 @@ class TailConfig(Section):
 class ModelConfig(Section):
     """Section ``model``."""
 
-    trunk: TinyConfig | VitConfig = Field(default=TinyConfig(), discriminator="kind")
-    tail: TailConfig = TailConfig()
+    trunk: TinyConfig | VitConfig = Field(
+        default=TinyConfig(), discriminator="kind", description="frozen shared feature extractor"
+    )
+    tail: TailConfig = Field(default=TailConfig(), description="the small rest that sites may move")

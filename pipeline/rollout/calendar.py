@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
-from pydantic import AwareDatetime, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
 from pipeline.types import Section
 
@@ -22,9 +22,9 @@ DAY = timedelta(days=1)
 class Freeze(Section):
     """A window without promotions: from ``start`` until before ``end``."""
 
-    start: AwareDatetime
-    end: AwareDatetime
-    reason: str = "freeze window"
+    start: AwareDatetime = Field(description="when it begins, with a time zone")
+    end: AwareDatetime = Field(description="when it ends, with a time zone")
+    reason: str = Field(default="freeze window", description="why, in the plan and the log")
 
     @model_validator(mode="after")
     def _forwards(self) -> Freeze:

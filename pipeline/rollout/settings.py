@@ -78,7 +78,7 @@ class RolloutConfig(Section):
         ge=1,
         description="newest samples of a site that its state is fitted anew on for a new source model",
     )
-    seed: int = 0
+    seed: int = Field(default=0, description="seed of the choice of control sites and waves")
 
     @model_validator(mode="after")
     def _rising(self) -> RolloutConfig:

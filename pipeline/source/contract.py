@@ -27,16 +27,18 @@ class SourceMethod(Method):
     batch: int = Field(
         default=48, ge=4, description="samples per step over all workers, equal per domain x class"
     )
-    lr: float = Field(default=2e-3, gt=0)
-    weight_decay: float = Field(default=1e-4, ge=0)
-    seed: int = 0
+    lr: float = Field(default=2e-3, gt=0, description="highest learning rate")
+    weight_decay: float = Field(default=1e-4, ge=0, description="weight decay of AdamW")
+    seed: int = Field(default=0, description="seed of weights, batches and augmentation")
     start: str | None = Field(
         default=None, description="folder of a stored fit to begin from; palisade pretrain makes one"
     )
-    augment: bool = Field(default=True, description="geometry, gamma, gain, offset, noise, blur, depth flip")
+    augment: bool = Field(
+        default=True, description="augment: geometry, gamma, gain, offset, noise, blur, depth flip"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="of the trunk in training; auto: bfloat16 where the processor multiplies it",
+        description="number format of the trunk in training; auto: bfloat16 where the processor multiplies it",
     )
     heads: float = Field(default=0.3, ge=0, description="weight of the single-modality heads in the risk")
 

@@ -38,7 +38,7 @@ class Config(SiteMethod):
     """Settings of the baseline; the published ones hold for two classes too."""
 
     kind: str = "cotta"
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, description="learning rate of Adam")
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
     teacher: float = Field(default=0.999, ge=0, lt=1, description="momentum of the teacher, per step")
     restore: float = Field(

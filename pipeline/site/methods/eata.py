@@ -40,7 +40,7 @@ class Config(SiteMethod):
     """Settings of the baseline."""
 
     kind: str = "eata"
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, description="learning rate of Adam")
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
     margin: float = Field(
         default=0.4, gt=0, le=1, description="E0 in units of ln 2; a sample above it is not used"

@@ -38,7 +38,7 @@ class Config(SiteMethod):
     """Settings of the baseline."""
 
     kind: str = "read"
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, description="learning rate of Adam")
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
     confidence: float = Field(
         default=0.75, gt=0, lt=1, description="gamma; a sample below it becomes less sure"

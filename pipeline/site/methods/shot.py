@@ -40,7 +40,7 @@ class Config(SiteMethod):
     """Settings of the baseline."""
 
     kind: str = "shot"
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, description="learning rate of Adam")
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
     diversity: Literal["prior", "uniform"] = Field(
         default="prior",

@@ -43,7 +43,7 @@ class Config(SourceMethod):
     mutual: float = Field(default=0.1, ge=0, description="weight of the information between modalities")
     angle: float = Field(default=0.1, ge=0, description="weight of the contrast of directions by class")
     margin: float = Field(default=0.2, ge=0, le=1.5, description="angle margin, radians")
-    temperature: float = Field(default=0.1, gt=0)
+    temperature: float = Field(default=0.1, gt=0, description="temperature of the contrast")
     alpha: float = Field(
         default=0.995, gt=0, le=1, description="share of its own boundary a domain keeps per step"
     )

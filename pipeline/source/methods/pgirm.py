@@ -34,7 +34,7 @@ class Config(SourceMethod):
 
     kind: str = "pgirm"
     angle: float = Field(default=0.1, ge=0, description="weight of the contrast by (domain, class)")
-    temperature: float = Field(default=0.1, gt=0)
+    temperature: float = Field(default=0.1, gt=0, description="temperature of the contrast")
     alpha: float = Field(
         default=0.995, gt=0, le=1, description="share of its own boundary a domain keeps per step"
     )

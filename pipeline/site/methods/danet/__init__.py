@@ -30,7 +30,7 @@ class Config(Selective):
         default="tta", description="tta: stream only; da: labelled source features stay in the loss"
     )
     learn: bool = Field(default=True, description="gradients; without them only the boundary may move")
-    lr: float = Field(default=3e-4, gt=0)
+    lr: float = Field(default=3e-4, gt=0, description="learning rate of Adam")
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
     labels: Literal["all", "confidence", "vote"] = Field(
         default="vote", description="which pseudo labels teach"
@@ -49,14 +49,14 @@ class Config(Selective):
     )
     anchor: float = Field(default=1.0, ge=0, description="weight of KL(source || site) on the reservoir")
     source: float = Field(default=1.0, ge=0, description="weight of the labelled source features in mode da")
-    reservoir: int = Field(default=32, ge=8, le=256)
+    reservoir: int = Field(default=32, ge=8, le=256, description="samples that a site remembers")
     weight: Literal["one", "omega", "restore"] = Field(
         default="restore",
         description="of the loss: 1, following stability, and back to the last good state at the floor",
     )
     omega: float = Field(default=0.5, gt=0, description="initial loss weight")
-    omega_min: float = Field(default=0.05, gt=0)
-    omega_max: float = Field(default=2.0, gt=0)
+    omega_min: float = Field(default=0.05, gt=0, description="floor of the loss weight")
+    omega_max: float = Field(default=2.0, gt=0, description="ceiling of the loss weight")
     patience: int = Field(
         default=10, ge=1, description="steps at the floor before the last good snapshot returns"
     )

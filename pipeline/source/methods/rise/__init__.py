@@ -27,19 +27,21 @@ class Config(SourceMethod):
     """``source.kind: rise``. A weight of 0 switches its term off and saves its cost."""
 
     kind: str = "rise"
-    invariance: Literal["pgirm", "irmv1", "none"] = "pgirm"
+    invariance: Literal["pgirm", "irmv1", "none"] = Field(
+        default="pgirm", description="how the boundary becomes invariant over domains"
+    )
     margin: float = Field(
         default=0.1, ge=0, le=0.9, description="mu: bona fide inside rho - mu, attacks outside rho + mu"
     )
-    compact: float = Field(default=0.1, ge=0)
-    angle: float = Field(default=0.1, ge=0)
+    compact: float = Field(default=0.1, ge=0, description="weight of compact bona fide")
+    angle: float = Field(default=0.1, ge=0, description="weight of the contrast by (domain, class)")
     synergy: float = Field(default=0.1, ge=0, description="weight of MMSD")
     decorrelate: float = Field(default=0.1, ge=0, description="weight of the disentanglement inside MMSD")
-    complement: float = Field(default=0.3, ge=0)
+    complement: float = Field(default=0.3, ge=0, description="weight of predicting absent modalities")
     consistency: float = Field(
         default=0.5, ge=0, description="weight of full-to-dropped KL inside the complement term"
     )
-    temperature: float = Field(default=0.1, gt=0)
+    temperature: float = Field(default=0.1, gt=0, description="temperature of the contrast")
     alpha: float = Field(
         default=0.995, gt=0, le=1, description="pgirm: share of its own radius a domain keeps per step"
     )
