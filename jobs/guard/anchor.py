@@ -1,6 +1,7 @@
-"""``palisade anchor``: the labelled samples that every candidate is judged on: built, sealed by digest, verified.
+"""``palisade anchor``: builds, seals and verifies the labelled samples that every candidate is judged on.
 
-Sealing the same samples under the same source model gives the same digest, so a damaged set is mended by sealing it again.
+Sealing the same samples under the same source model gives the same digest, so sealing a damaged set again
+mends it.
 """
 
 from __future__ import annotations
@@ -22,48 +23,49 @@ if TYPE_CHECKING:
     from pipeline.data.anchor import Flaws
     from pipeline.ledger import Ledger, SourceRow
 
-PREFIX = 8  # digits of a digest that are enough
+PREFIX = 8  # digits that name a digest
 
 
 def build(config: Config, terminal: Terminal, *, version: int | None) -> int:
-    """Make the features of the labelled corpus and store them without pinning their digest."""
+    """Makes the features of the labelled corpus and stores them as a draft that nothing is judged on yet."""
     ledger = open_ledger(config)
     source = source_model(ledger, version)
     anchor = build_anchor(config, checkpoint.load(source.path), terminal)
     digest = seal(config.place("anchors"), anchor)
-    found = flaws(anchor, _trained(config))
-    title = f"draft {digest[:12]} for source v{source.version}: {len(anchor.label)} samples of {', '.join(anchor.corpora)}"
+    problems = flaws(anchor, _trained(config))
+    samples = f"{len(anchor.label)} samples of {', '.join(anchor.corpora)}"
+    title = f"draft {digest[:12]} for source v{source.version}: {samples}"
     _show(
         terminal,
         {"digest": digest, "version": source.version},
         anchor,
-        found,
+        problems,
         title,
         f"not sealed yet: palisade anchor seal {digest[:PREFIX]}"
-        if not found.errors
+        if not problems.errors
         else "not fit to be sealed",
     )
-    return Exit.GUARD_FAILED if found.errors else Exit.DONE
+    return Exit.GUARD_FAILED if problems.errors else Exit.DONE
 
 
 def seal_set(config: Config, terminal: Terminal, *, digest: str | None, version: int | None) -> int:
-    """Pin a draft, or an earlier set again; without ``digest`` build one first."""
+    """Pins a draft, or an earlier set again; without ``digest`` it builds one first."""
     ledger = open_ledger(config)
     if digest is None:
         source = source_model(ledger, version)
         anchor = build_anchor(config, checkpoint.load(source.path), terminal)
         whole = seal(config.place("anchors"), anchor)
     else:
-        whole = _found(config, digest)
+        whole = _whole_digest(config, digest)
         anchor = open_sealed(config.place("anchors"), whole)
         source = _source_of(ledger, anchor.trunk or ledger.verdicts.anchors().get(whole, ""), whole)
-    found, told = flaws(anchor, _trained(config)), {"digest": whole, "version": source.version}
-    if found.errors:
+    problems, identity = flaws(anchor, _trained(config)), {"digest": whole, "version": source.version}
+    if problems.errors:
         _show(
             terminal,
-            told,
+            identity,
             anchor,
-            found,
+            problems,
             f"anchor set {whole[:12]}",
             "not sealed; change data.anchor and build again",
         )
@@ -72,16 +74,16 @@ def seal_set(config: Config, terminal: Terminal, *, digest: str | None, version:
     title = (
         f"anchor set {whole[:12]} sealed for source v{source.version}: {len(anchor.label)} labelled samples"
     )
-    _show(terminal, told, anchor, found, title, "the next cycle is judged on it")
+    _show(terminal, identity, anchor, problems, title, "the next cycle is judged on it")
     return Exit.DONE
 
 
 def verify(config: Config, terminal: Terminal, *, version: int | None) -> int:
-    """The sealed set of a source version: its bytes, what it can show, and that nothing was trained on it."""
+    """Checks the sealed set of a source version: its bytes, its counts, and that no training used it."""
     ledger = open_ledger(config, create=False)
     source = ledger.sources.get(version)
     digest = ledger.verdicts.anchor(source.trunk)
-    told: dict[str, object] = {
+    identity: dict[str, object] = {
         "digest": digest,
         "version": source.version,
         "place": str(config.place("anchors")),
@@ -90,19 +92,19 @@ def verify(config: Config, terminal: Terminal, *, version: int | None) -> int:
         anchor = open_sealed(config.place("anchors"), digest)
     except BadBlob as e:
         again = f"palisade anchor seal --version {source.version}"
-        terminal.result({**told, "errors": [str(e)], "warnings": []}, f"error: {e}", f"next: {again}")
+        terminal.result({**identity, "errors": [str(e)], "warnings": []}, f"error: {e}", f"next: {again}")
         return Exit.GUARD_FAILED
-    found = flaws(anchor, _trained(config))
+    problems = flaws(anchor, _trained(config))
     title = f"anchor set {digest[:12]} of source v{source.version}: {len(anchor.label)} labelled samples"
     end = "its bytes are those that were sealed" + (
-        "; build another with `palisade anchor seal`" if found.errors else ""
+        "; build another with `palisade anchor seal`" if problems.errors else ""
     )
-    _show(terminal, told, anchor, found, title, end)
-    return Exit.GUARD_FAILED if found.errors else Exit.DONE
+    _show(terminal, identity, anchor, problems, title, end)
+    return Exit.GUARD_FAILED if problems.errors else Exit.DONE
 
 
 def _trained(config: Config) -> set[bytes] | None:
-    """Keys of every frame that a source model may have been fitted on; None where no corpus is left."""
+    """Returns the keys of all frames that a source model may have been fitted on; None without any corpus."""
     try:
         folders = corpora(config)
     except (ValueError, OSError):
@@ -113,50 +115,50 @@ def _trained(config: Config) -> set[bytes] | None:
         raise CorpusError(f"{e}; it is needed to see that nothing was trained on the anchor set") from None
 
 
-def _found(config: Config, prefix: str) -> str:
-    """The whole digest of a stored set."""
+def _whole_digest(config: Config, prefix: str) -> str:
+    """Returns the whole digest of the stored set whose digest starts with ``prefix``."""
     if len(prefix) < PREFIX or not set(prefix) <= set("0123456789abcdef"):
         raise ValueError(
             f"{prefix!r}: give at least the first {PREFIX} digits that `palisade anchor build` printed"
         )
     folder = config.place("anchors") / prefix[:2]
-    found = sorted(p.stem for p in folder.glob(f"{prefix}*.safetensors"))
-    if len(found) != 1:
+    digests = sorted(p.stem for p in folder.glob(f"{prefix}*.safetensors"))
+    if len(digests) != 1:
         what = (
             "no anchor set of that digest is stored"
-            if not found
-            else f"{len(found)} begin like this; give more digits"
+            if not digests
+            else f"{len(digests)} begin like this; give more digits"
         )
         raise ValueError(f"{prefix}: {what}; `palisade anchor build` makes one")
-    return found[0]
+    return digests[0]
 
 
 def _source_of(ledger: Ledger, trunk: str, digest: str) -> SourceRow:
-    own = [s for s in ledger.sources.all() if s.trunk == trunk]
-    if not own:
+    sources = [s for s in ledger.sources.all() if s.trunk == trunk]
+    if not sources:
         raise LedgerError(
             f"anchor set {digest[:12]}: made by a trunk of no source version; build another for this ledger"
         )
-    return own[-1]
+    return sources[-1]
 
 
 def _show(
-    terminal: Terminal, told: dict[str, object], anchor: AnchorSet, found: Flaws, title: str, end: str
+    terminal: Terminal, identity: dict[str, object], anchor: AnchorSet, problems: Flaws, title: str, end: str
 ) -> None:
     patterns, _ = anchor.replayed()
     counts = anchor.counts()
-    rows = [[species, *(seen[p] for p in patterns)] for species, seen in counts.items()]
-    said = [*(f"error: {e}" for e in found.errors), *(f"warning: {w}" for w in found.warnings)]
+    rows = [[species, *(count[p] for p in patterns)] for species, count in counts.items()]
+    messages = [*(f"error: {e}" for e in problems.errors), *(f"warning: {w}" for w in problems.warnings)]
     terminal.result(
         {
-            **told,
+            **identity,
             "items": len(anchor.label),
             "corpora": dict(anchor.corpora),
             "counts": counts,
-            "errors": list(found.errors),
-            "warnings": list(found.warnings),
+            "errors": list(problems.errors),
+            "warnings": list(problems.warnings),
         },
         table(title, ["samples shown by pattern", *patterns], rows),
-        *said,
+        *messages,
         end,
     )

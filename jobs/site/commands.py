@@ -91,7 +91,8 @@ def site_pull(
 ) -> int:
     """Write what the site's box is to serve, under a signed manifest: the model once, the state, release.json.
 
-    Everything is verified first, with --public-key or else the signing key's own public half. Needs neither MLflow nor Ray.
+    Everything is verified first, with --public-key or else the signing key's own public half. Needs neither
+    MLflow nor Ray.
     """
     config = ctx.obj.config
     from jobs.site.pull import pull
@@ -108,8 +109,8 @@ def site_verify(
 ) -> int:
     """Accept a release on a box before it is served, or refuse it with exit code 4. Needs no configuration.
 
-    Checked are signature, site, expiry, every file's digest, and that the counter is not below the last accepted one. --site
-    is needed until a release was accepted in this folder.
+    Checked are signature, site, expiry, every file's digest, and that the counter is not below the last
+    accepted one. --site is needed until a release was accepted in this folder.
     """
     from jobs.site.pull import verify_folder
 

@@ -1,9 +1,9 @@
-"""``palisade site pull`` and ``verify``: what one edge box needs in a folder, under a signed manifest. Needs neither MLflow
-nor Ray.
+"""``palisade site pull`` and ``verify``: one edge box's release in a folder, under a signed manifest.
 
-The folder: ``models/DIGEST/`` (the source model's checkpoint, trunk and tail), ``states/SHA256.safetensors`` (what the site
-moved of the tail), ``release.json`` (the signed manifest, written last: it makes the release) and ``accepted.json`` (what
-the box accepted last). A box serves ``{**tail, **state}``.
+The folder has ``models/DIGEST/`` (the source model's checkpoint, trunk and tail),
+``states/SHA256.safetensors`` (the site's adapted part of the tail), ``release.json`` (the signed manifest,
+written last: it makes the release) and ``accepted.json`` (the release that the box accepted last). A box
+serves ``{**tail, **state}``. Needs neither MLflow nor Ray.
 """
 
 from __future__ import annotations
@@ -41,15 +41,14 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.ledger import Ledger, ServingRow, SourceRow, StateRow
 
-    Content = Mapping[
-        str, tuple[str, Callable[[], bytes]]
-    ]  # name in the folder → sha256, and the bytes when they are needed
+    # name in the folder → its SHA-256, and a function that reads its bytes
+    Content = Mapping[str, tuple[str, Callable[[], bytes]]]
 
 RELEASE, ACCEPTED = "release.json", "accepted.json"
 
 
 def pull(config: Config, terminal: Terminal, *, site: str, to: Path, public_key: Path | None) -> int:
-    """Write what ``site`` is to serve into ``to``; a file that is there with the right digest is not written again."""
+    """Writes the release of ``site`` into ``to``; a file with the right digest is not written again."""
     key = signing_key(config)
     public = _public(public_key) if public_key else key.public_key()
     ledger = open_ledger(config, create=False)
@@ -58,33 +57,37 @@ def pull(config: Config, terminal: Terminal, *, site: str, to: Path, public_key:
     source = source_model(ledger, served.source_version if served else None)
     state = ledger.verdicts.state(served.state) if served else None
     content, delta = _content(config, source, state)
-    made = _manifest(
-        config, ledger, site, served, source, state, delta, {n: digest for n, (digest, _) in content.items()}
-    )
-    signed = sign(made, key)
+    digests = {name: digest for name, (digest, _) in content.items()}
+    manifest = _manifest(config, ledger, site, served, source, state, delta, digests)
+    signed = sign(manifest, key)
     verify(signed, public, site=site, last=_newest(to, public), now=now())
     written = [name for name, (digest, read) in content.items() if _put(to / name, digest, read)]
     write_atomic(to.resolve() / RELEASE, signed)
+    name = f"state {manifest.state}" if manifest.state else f"source v{manifest.source_version}"
     pub = public_key or f"{config.ledger.signing_key}.pub"
     terminal.result(
         {
             "site": site,
             "to": str(to),
-            "counter": made.counter,
-            "state": made.state,
-            "source_version": made.source_version,
-            "expires_at": made.expires_at,
+            "counter": manifest.counter,
+            "state": manifest.state,
+            "source_version": manifest.source_version,
+            "expires_at": manifest.expires_at,
             "written": [*written, RELEASE],
         },
-        f"{site}: release {made.counter} ({f'state {made.state}' if made.state else f'source v{made.source_version}'}) in {to}, "
-        f"good until {made.expires_at:%Y-%m-%d %H:%M} UTC; {len(content) - len(written)} of {len(content)} files were there",
+        f"{site}: release {manifest.counter} ({name}) in {to}, "
+        f"good until {manifest.expires_at:%Y-%m-%d %H:%M} UTC; "
+        f"{len(content) - len(written)} of {len(content)} files were there",
         f"on the box: `palisade site verify {to} --site {site} --public-key {pub}`",
     )
     return Exit.DONE
 
 
 def verify_folder(terminal: Terminal, folder: Path, *, public_key: Path, site: str | None) -> int:
-    """What the box runs before it serves ``folder``: signature, site, counter, expiry and every file; then it accepts."""
+    """Checks signature, site, counter, expiry and every file of ``folder``, then accepts the release.
+
+    A box runs it before it serves the folder. Raises ManifestError if anything does not hold.
+    """
     public, last = _public(public_key), _accepted(folder)
     site = site or (last.site if last else None)
     if site is None:
@@ -98,28 +101,30 @@ def verify_folder(terminal: Terminal, folder: Path, *, public_key: Path, site: s
     write_atomic(folder.resolve() / ACCEPTED, acceptance_of(m).model_dump_json().encode())
     terminal.result(
         {"site": site, "counter": m.counter, "expires_at": m.expires_at, **m.model_dump(mode="json")},
-        f"{site}: release {m.counter} accepted, {len(m.files)} files verified, good until {m.expires_at:%Y-%m-%d %H:%M} UTC",
+        f"{site}: release {m.counter} accepted, {len(m.files)} files verified, "
+        f"good until {m.expires_at:%Y-%m-%d %H:%M} UTC",
     )
     return Exit.DONE
 
 
 def signing_key(config: Config) -> Ed25519PrivateKey:
-    """The deployment's key; ValueError says how to get one."""
+    """Returns the deployment's key; raises ValueError, with the way to get one, if there is none."""
     if config.ledger.signing_key is None:
         raise ValueError(
-            "ledger.signing_key: not set, so nothing can be signed; run `palisade audit keygen --out release.pem` and set "
-            "ledger.signing_key to that file"
+            "ledger.signing_key: not set, so nothing can be signed; "
+            "run `palisade audit keygen --out release.pem` and set ledger.signing_key to that file"
         )
     path = Path(config.ledger.signing_key)
     if not path.exists():
         raise ValueError(
-            f"ledger.signing_key: {path}: no such file; restore it, or make one with `palisade audit keygen --out {path}`"
+            f"ledger.signing_key: {path}: no such file; restore it, or make one with "
+            f"`palisade audit keygen --out {path}`"
         )
     return parse_private(_read(path), str(path))
 
 
 def _content(config: Config, source: SourceRow, state: StateRow | None) -> tuple[Content, str | None]:
-    """The files of a release, and the digest of the state's; everything is verified before it is named."""
+    """Returns the verified files of a release, and the digest of the state's file if there is one."""
     path = place(source.path)
     manifest = checkpoint.read_manifest(path)
     if (manifest.digest, manifest.trunk_digest) != (source.digest, source.trunk):
@@ -143,12 +148,12 @@ def _content(config: Config, source: SourceRow, state: StateRow | None) -> tuple
 
 
 def delta(config: Config, state: StateRow) -> bytes:
-    """safetensors of what a site moved of the tail: its slot of the blob, without what only learning needs."""
+    """Returns the safetensors of a site's serving part of the tail, from its slot of the blob."""
     from safetensors.torch import save
 
     tensors = blobs.get(config.place("states"), state.blob)
-    mine = {n: tensors[n][state.slot].clone().contiguous() for n in tail.MOVABLE if n in tensors}
-    return save(mine)  # metadata would be written in any order, and the digest with it
+    adapted = {n: tensors[n][state.slot].clone().contiguous() for n in tail.MOVABLE if n in tensors}
+    return save(adapted)  # without metadata: its order is not fixed, so the digest would not be
 
 
 def _manifest(
@@ -181,7 +186,7 @@ def _manifest(
 
 
 def _verdict(ledger: Ledger, served: ServingRow) -> str | None:
-    """The verdict that lets the site serve it: of the plan, or the one on the state that it went back to."""
+    """Returns the verdict that allows the serving state: the plan's, or that of a state rolled back to."""
     target = (
         ledger.plans.targets(served.rollout, [served.site]).get(served.site)
         if served.kind == "promote"
@@ -193,13 +198,13 @@ def _verdict(ledger: Ledger, served: ServingRow) -> str | None:
 
 
 def _newest(folder: Path, public: Ed25519PublicKey) -> Accepted | None:
-    """The highest release that the folder has or has had; a manifest there that was not signed by the deployment is none."""
+    """Returns the highest release of the folder, now or earlier; a manifest that is not signed is ignored."""
     last = _accepted(folder)
     try:
-        here = acceptance_of(open_envelope((folder / RELEASE).read_bytes(), public))
+        stored = acceptance_of(open_envelope((folder / RELEASE).read_bytes(), public))
     except (FileNotFoundError, ManifestError):
         return last
-    return here if last is None or here.counter > last.counter else last
+    return stored if last is None or stored.counter > last.counter else last
 
 
 def _accepted(folder: Path) -> Accepted | None:
@@ -210,12 +215,13 @@ def _accepted(folder: Path) -> Accepted | None:
         return None
     except ValidationError:
         raise ManifestError(
-            f"{path}: torn or changed, so a replay could not be seen; restore it, or delete it to accept any release once"
+            f"{path}: torn or changed, so a replay could not be seen; "
+            "restore it, or delete it to accept any release once"
         ) from None
 
 
 def _put(path: Path, digest: str, read: Callable[[], bytes]) -> bool:
-    """Write what is not there yet → whether it was not."""
+    """Writes a file unless it already has this digest; returns True if it wrote."""
     if _whole(path, digest):
         return False
     write_atomic(path.resolve(), read())

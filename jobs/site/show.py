@@ -1,4 +1,4 @@
-"""``palisade site``: what is known of a site, why it serves what it serves, and what people say of it."""
+"""``palisade site``: lists, shows, explains and tags sites, takes them out of service and back."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from pipeline.types import Modality
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from datetime import datetime
     from pathlib import Path
+
+    from rich.table import Table
 
     from jobs.terminal import Terminal
     from pipeline.config import Config
-    from pipeline.ledger import Ledger, ServingRow, VerdictRow
+    from pipeline.ledger import Ledger, SegmentRow, ServingRow, VerdictRow
 
 TAG = re.compile(r"[a-z][a-z0-9_]{0,31}")
 MODALITIES = tuple(m.name.lower() for m in Modality)
 
 
 def list_sites(config: Config, terminal: Terminal) -> int:
-    """Every site in one line."""
+    """Shows every site in one line."""
     ledger = open_ledger(config, create=False)
     latest, serving = ledger.verdicts.latest(), ledger.releases.serving()
     rows: list[list[object]] = []
@@ -63,15 +66,11 @@ def list_sites(config: Config, terminal: Terminal) -> int:
 
 
 def show(config: Config, terminal: Terminal, *, site: str) -> int:
-    """Stream, quarantine and verdicts of one site."""
+    """Shows the stream, the quarantine and the verdicts of one site."""
     ledger = open_ledger(config, create=False)
     row = ledger.streams.site(site)
-    segments, verdicts, refused = (
-        ledger.streams.segments(site),
-        ledger.verdicts.find(site=site),
-        ledger.streams.quarantined(site),
-    )
-    reasons = Counter(q.reason for q in refused)
+    segments, verdicts = ledger.streams.segments(site), ledger.verdicts.find(site=site)
+    reasons = Counter(q.reason for q in ledger.streams.quarantined(site))
     status = f"{row.status}: {row.reason}" if row.reason else row.status
     head = f"{site}: {status}; stream at offset {row.ingested}, adapted to {row.learned}"
     terminal.result(
@@ -88,54 +87,43 @@ def show(config: Config, terminal: Terminal, *, site: str) -> int:
             ],
         },
         head,
-        table(
-            "segments",
-            ["segment", "offsets", "good", "refused", "ingested"],
-            [
-                [
-                    s.name,
-                    f"{s.base_offset}–{s.base_offset + s.rows}",
-                    s.good,
-                    s.quarantined,
-                    f"{at:%Y-%m-%d %H:%M}",
-                ]
-                for s, at in segments
-            ],
-        ),
-        *(
-            [table("refused", ["reason", "count"], [[r, n] for r, n in reasons.most_common()])]
-            if reasons
-            else []
-        ),
-        table(
-            "verdicts",
-            ["cycle", "offsets", "samples", "verdict", "why"],
-            [
-                [
-                    v.cycle,
-                    f"{v.offset_from}–{v.offset_to}",
-                    v.counters["samples"],
-                    v.outcome,
-                    v.verdict.decisive,
-                ]
-                for v in verdicts
-            ],
-        ),
+        *_site_tables(segments, reasons, verdicts),
     )
     return Exit.DONE
 
 
+def _site_tables(
+    segments: Sequence[tuple[SegmentRow, datetime]], reasons: Counter[str], verdicts: Sequence[VerdictRow]
+) -> list[Table]:
+    """Returns the tables of segments, of reasons for refusals (if any), and of verdicts."""
+    segment_rows = [
+        [s.name, f"{s.base_offset}–{s.base_offset + s.rows}", s.good, s.quarantined, f"{at:%Y-%m-%d %H:%M}"]
+        for s, at in segments
+    ]
+    verdict_rows = [
+        [v.cycle, f"{v.offset_from}–{v.offset_to}", v.counters["samples"], v.outcome, v.verdict.decisive]
+        for v in verdicts
+    ]
+    tables = [table("segments", ["segment", "offsets", "good", "refused", "ingested"], segment_rows)]
+    if reasons:
+        tables.append(table("refused", ["reason", "count"], [[r, n] for r, n in reasons.most_common()]))
+    return [*tables, table("verdicts", ["cycle", "offsets", "samples", "verdict", "why"], verdict_rows)]
+
+
 def explain(config: Config, terminal: Terminal, *, site: str) -> int:
-    """Source version → stream window → candidate → verdict → wave, of what the site serves now."""
+    """Shows the chain behind what the site serves: source version → window → candidate → verdict → wave."""
     ledger = open_ledger(config, create=False)
     ledger.streams.site(site)
     served = ledger.releases.serving([site]).get(site)
     source = ledger.sources.get(served.source_version if served else None)
-    made = Manifest.model_validate(source.manifest)
+    manifest = Manifest.model_validate(source.manifest)
     since = f" since {served.since:%Y-%m-%d %H:%M:%S} UTC, release {served.counter}" if served else ""
     steps: list[tuple[str, str]] = [
         ("serves", serving_name(ledger, served) + since),
-        ("source", f"v{source.version} {source.digest[:12]} ({made.method} on {', '.join(made.domains)})"),
+        (
+            "source",
+            f"v{source.version} {source.digest[:12]} ({manifest.method} on {', '.join(manifest.domains)})",
+        ),
         ("lineage", f"MLflow run {source.lineage}"),
     ]
     state = ledger.verdicts.state(served.state) if served else None
@@ -144,11 +132,13 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
         steps += [
             (
                 "window",
-                f"offsets {state.offset_from}–{state.offset_to}, {verdict.counters['samples']} samples, cycle {state.cycle}",
+                f"offsets {state.offset_from}–{state.offset_to}, {verdict.counters['samples']} samples, "
+                f"cycle {state.cycle}",
             ),
             (
                 "candidate",
-                f"{state.id} by {state.method}, blob {state.blob[:12]} slot {state.slot}, parent {state.parent or 'source'}",
+                f"{state.id} by {state.method}, blob {state.blob[:12]} slot {state.slot}, "
+                f"parent {state.parent or 'source'}",
             ),
             ("verdict", f"{verdict.outcome} at {verdict.at:%Y-%m-%d %H:%M:%S} UTC: {_findings(verdict)}"),
         ]
@@ -156,18 +146,11 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
         steps.append(("wave", _wave(ledger, served)))
     last = ledger.verdicts.find(site=site)[-1:]
     if last and (state is None or last[0].state != state.id):
-        steps.append(
-            (
-                "newest",
-                f"candidate of {last[0].cycle}: {last[0].outcome}: {last[0].verdict.decisive or 'not released yet'}",
-            )
-        )
+        reason = last[0].verdict.decisive or "not released yet"
+        steps.append(("newest", f"candidate of {last[0].cycle}: {last[0].outcome}: {reason}"))
     elif not last:
         steps.append(("newest", "no cycle has adapted this site yet"))
-    history = [
-        f"release {s.counter}: {s.kind} to {s.state or f'source v{s.source_version}'} by {s.rollout} wave {s.wave}"
-        for s in ledger.releases.history(site)
-    ]
+    history = [_release(s) for s in ledger.releases.history(site)]
     terminal.result(
         {"site": site, **dict(steps), "history": history},
         table(f"why {site} serves what it serves", ["", ""], steps),
@@ -179,7 +162,7 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
 def tag(
     config: Config, terminal: Terminal, *, site: str | None, pairs: Sequence[str], file: Path | None
 ) -> int:
-    """Give a site tags, or the sites of a CSV ``file``; nothing changes unless everything can."""
+    """Gives tags to a site, or to the sites of a CSV ``file``; changes all of them or, on an error, none."""
     if (site is None) == (file is None) or (site is not None and not pairs):
         raise ValueError(
             "site tag: write either SITE key=value …, or --from FILE.csv with a column site and one per tag"
@@ -196,7 +179,7 @@ def tag(
 
 
 def retire(config: Config, terminal: Terminal, *, site: str, reason: str, retired: bool) -> int:
-    """Take a site out of service, or back into it."""
+    """Takes a site out of service, or back into it."""
     if not reason.strip():
         raise ValueError("site: an empty --reason says nothing to an auditor; say why")
     who = getpass.getuser()
@@ -209,7 +192,7 @@ def retire(config: Config, terminal: Terminal, *, site: str, reason: str, retire
 
 
 def serving_name(ledger: Ledger, served: ServingRow | None) -> str:
-    """What a site serves, in a word."""
+    """Returns the name of the state or source model that a site serves."""
     if served is None:
         return "source (never released to)"
     return f"state {served.state}" if served.state else f"source v{served.source_version}"
@@ -219,6 +202,11 @@ def _findings(v: VerdictRow) -> str:
     return "; ".join(f"{r.guard}: {r.text}" for r in v.verdict.reasons if not r.advisory)
 
 
+def _release(s: ServingRow) -> str:
+    target = s.state or f"source v{s.source_version}"
+    return f"release {s.counter}: {s.kind} to {target} by {s.rollout} wave {s.wave}"
+
+
 def _wave(ledger: Ledger, served: ServingRow) -> str:
     release = next((r for r in ledger.plans.rollouts() if r.id == served.rollout), None)
     state = f" ({release.status}, plan {release.plan_hash[:8]})" if release else ""
@@ -226,7 +214,7 @@ def _wave(ledger: Ledger, served: ServingRow) -> str:
 
 
 def _listed(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """(site, its tags) of a CSV; an empty cell leaves the tag as it is."""
+    """Yields (site, tags) of a CSV; an empty cell leaves the tag as it is."""
     seen: set[str] = set()
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
@@ -256,9 +244,8 @@ def _tags(pairs: Sequence[tuple[str, str, str]], where: str) -> dict[str, str]:
     tags: dict[str, str] = {}
     for key, eq, value in pairs:
         if not eq or not TAG.fullmatch(key) or key in tags:
-            raise ValueError(
-                f"{where}: {key + eq + value!r}: write key=value, each key once, of a-z 0-9 _ and at most 32 long"
-            )
+            form = "write key=value, each key once, of a-z 0-9 _ and at most 32 long"
+            raise ValueError(f"{where}: {key + eq + value!r}: {form}")
         if len(value) > 100 or not value.isprintable():
             raise ValueError(f"{where}: {key}: a value has at most 100 characters, all printable")
         if key == "tz" and value and not is_time_zone(value):
