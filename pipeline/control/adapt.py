@@ -1,9 +1,9 @@
-"""A shard: the process that adapts and judges many sites at once. It holds no truth: killing it at any time is safe.
+"""Adapts and judges many sites and commits them in one transaction: the work of a shard, without Ray.
 
-``adapt_sites`` is the whole work on some sites, without Ray; ``Shard`` is the actor around it. The order that makes it
-exactly-once: read cursors and states → learn → judge → blobs to disk → one ledger transaction for all sites of the call. A
-repeated call finds its cursors moved and does nothing. What a process keeps between calls is a copy of what lies in blobs,
-found by the digests that the ledger gives out: the least recently used goes first, and is read again when it is needed.
+The order makes it exactly-once: read cursors and states, learn, judge, write blobs, then one ledger
+transaction for all sites of the call. A repeated call finds its cursors moved and does nothing. Killing the
+process at any time is safe: what it keeps between calls (``loaders``) is a copy of blobs, found by the
+digests that the ledger gives out.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What a shard needs to start: small, so that a restarted actor gets it again."""
+    """Holds what a shard needs to start; small, so that a restarted actor gets it again."""
 
     config: str  # resolved configuration, JSON
     checkpoint: str  # place of the source model
@@ -59,7 +59,7 @@ class ShardJob:
 def shard_job(
     config: Config, ledger: Ledger, cycle: Cycle, *, version: int | None = None, retained: int = 0
 ) -> ShardJob:
-    """What the shards of ``cycle`` are given: a source model (None: the champion) and the anchor set of its trunk."""
+    """Returns the job of the shards of ``cycle``: a source model (None: the champion) and its anchor set."""
     source = ledger.sources.get(version)
     anchor = ledger.verdicts.anchor(source.trunk)
     open_sealed(config.place("anchors"), anchor)  # damaged, it is said once and not of every site
@@ -67,7 +67,10 @@ def shard_job(
 
 
 def adapt_sites(job: ShardJob, sites: Sequence[str]) -> dict[str, str]:
-    """Adapt and judge ``sites``, ``bank.slots`` at a time, and commit them together → {site: reason} of those that failed."""
+    """Adapts and judges ``sites``, ``bank.slots`` at a time, and commits them together.
+
+    Returns {site: reason} of those that could not be adapted. A repeated call does nothing.
+    """
     torch.set_num_threads(1)  # a node holds one shard per core
     config, model = load_config(job.config), load_model(job.checkpoint)
     ledger = open_ledger_at(config.ledger.url)
@@ -105,7 +108,8 @@ def _windows(
             )
             if len(block) != want:
                 raise blobs.BadBlob(
-                    f"{len(block)} of {want} ingested samples have features of this source model; ingest again"
+                    f"{len(block)} of {want} ingested samples have features of this source model; ingest "
+                    "again"
                 )
             own = stored.get(row.learner) if row.learner else None
             own = own if own and own.source_version == job.source_version else None
@@ -126,7 +130,7 @@ def _windows(
 
 
 def _recalled(ledger: Ledger, windows: Sequence[Window], now: datetime) -> list[Window]:
-    """The windows with what earlier verdicts measured: of the site, whatever it learns from now, and of that state."""
+    """Returns the windows with the history that earlier verdicts measured of the site and of its state."""
     latest = ledger.verdicts.latest([w.row.site for w in windows])
     wanted = [w.parent for w in windows if w.parent and latest[w.row.site].state != w.parent]
     older = {v.state: v for v in ledger.verdicts.find(ids=wanted)} if wanted else {}
@@ -155,7 +159,7 @@ def _recalled(ledger: Ledger, windows: Sequence[Window], now: datetime) -> list[
 
 
 def _renewed(config: Config, w: Window, fresh: State) -> Window:
-    """A site whose state has come to its age (guard ``expiry``) begins again from the source model."""
+    """Resets a site to the source model when its state exceeds the ``expiry`` limits."""
     rule, age, steps = config.guards.expiry, w.history.age_days or 0.0, steps_of(w.learner) or 0
     if rule.advisory or w.parent is None or (age <= rule.state_days and steps <= rule.state_steps):
         return w
@@ -165,7 +169,7 @@ def _renewed(config: Config, w: Window, fresh: State) -> Window:
 
 
 def _learner(config: Config, model: SourceModel, row: StateRow | None, fresh: State) -> State | None:
-    """What learning goes on from; None where its blob is damaged: then the site goes on from what it serves."""
+    """Returns the state that learning continues from; None if its blob is corrupt."""
     try:
         return load_state(config, model, row, fresh=fresh)
     except blobs.BadBlob:
@@ -217,7 +221,11 @@ def _learn_and_judge(
 def _outcomes(
     windows: Sequence[Window], traces: Sequence[bank.Trace], scored: Sequence[tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
-    """What reports and scoring need per sample, site after site: the score served before, online (before learning), after."""
+    """Returns what reports and scoring need per sample, site after site.
+
+    ``before`` is the score by the champion, ``online`` the score before learning, ``after`` that by the
+    candidate.
+    """
     return {
         "offset": torch.from_numpy(np.concatenate([w.block.offset for w in windows])),
         "present": torch.from_numpy(np.concatenate([w.block.present for w in windows])),

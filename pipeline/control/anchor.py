@@ -1,4 +1,4 @@
-"""Builds the anchor set of a source model from labelled corpora, seals it, and compares two source models on it."""
+"""Builds and seals the anchor set of a source model, and compares two source models on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def build_and_seal(
     config: Config, ledger: Ledger, model: SourceModel, reporter: Reporter | None = None
 ) -> str:
-    """Build, store and pin the anchor set of ``model`` → its digest; what `train` and a release of a new source do."""
+    """Builds, stores and pins the anchor set of ``model``; returns its digest."""
     anchor = build_anchor(config, model, reporter)
     digest = seal(config.place("anchors"), anchor)
     ledger.verdicts.pin_anchor(
@@ -38,13 +38,14 @@ def build_and_seal(
     if reporter:
         species = len({s for s, y in zip(anchor.species, anchor.label.tolist(), strict=True) if not y})
         reporter.say(
-            f"anchor set {digest[:12]} sealed: {len(anchor.label)} labelled samples of {species} attack species"
+            f"anchor set {digest[:12]} sealed: {len(anchor.label)} labelled samples of {species} attack "
+            "species"
         )
     return digest
 
 
 def build_anchor(config: Config, model: SourceModel, reporter: Reporter | None = None) -> AnchorSet:
-    """The samples of data.anchor, or of the test splits of data.domains, as ``model`` sees them. Nothing is stored."""
+    """Returns data.anchor, or the test splits of data.domains, as ``model`` sees them; stores nothing."""
     folders = [Path(config.data.anchor)] if config.data.anchor else corpora(config)
     size = model.manifest.size
     for folder in folders:
@@ -68,7 +69,7 @@ def build_anchor(config: Config, model: SourceModel, reporter: Reporter | None =
 
 
 def anchor_summary(anchor: AnchorSet) -> dict[str, object]:
-    """What the ledger keeps of a sealed set."""
+    """Returns what the ledger keeps of a sealed set."""
     names, counts = np.unique(anchor.species, return_counts=True)
     return {
         "items": len(anchor.label),
@@ -78,9 +79,10 @@ def anchor_summary(anchor: AnchorSet) -> dict[str, object]:
 
 
 def compare_sources(config: Config, ledger: Ledger, old: SourceRow, new: SourceRow) -> Evidence:
-    """The bare source model ``new`` as candidate against ``old``, each at its own threshold, on the anchor samples of both.
+    """Returns the evidence on source model ``new`` against ``old`` on the anchor samples that both have.
 
-    Seals the set of a trunk that has none. Raises LedgerError when the two sealed sets share no sample.
+    Each is judged at its own threshold. Seals the set of a trunk that has none. Raises LedgerError when the
+    two sealed sets share no sample.
     """
     models = [checkpoint.load(source_model(ledger, row.version).path) for row in (old, new)]
     sets = [_sealed_or_built(config, ledger, model) for model in models]
@@ -88,7 +90,8 @@ def compare_sources(config: Config, ledger: Ledger, old: SourceRow, new: SourceR
     shared = [key for key in places[0] if key in places[1]]
     if not shared:
         raise LedgerError(
-            f"the anchor sets of source v{old.version} and v{new.version} share no sample; seal both anew from one corpus "
+            f"the anchor sets of source v{old.version} and v{new.version} share no sample; seal both "
+            "anew from one corpus "
             f"with `palisade anchor seal --version {old.version}` and `--version {new.version}`"
         )
     rows = [[place[key] for key in shared] for place in places]

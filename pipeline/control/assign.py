@@ -1,7 +1,8 @@
-"""Which shard a site belongs to, and which sites go out together; pure, so that every driver decides the same.
+"""Assigns sites to shards and groups them into calls; pure, so that every driver decides the same.
 
-Rendezvous hashing (Thaler & Ravishankar, 1998): a site belongs to the shard whose hash with it is the highest. A shard that
-joins takes only what becomes its own, one that leaves gives up only what it had: the states others keep in memory stay hot.
+Rendezvous hashing (Thaler and Ravishankar, 1998): a site belongs to the shard whose hash with it is the
+highest. A shard that joins takes only its own sites, one that leaves gives up only the sites it had: states
+that others keep in memory stay there.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def home_shards(sites: Sequence[str], shards: int) -> NDArray[np.int64]:
-    """[N] the shard of each site."""
+    """Returns the shard of each site [N]."""
     own = np.array([_hash(s) for s in sites], np.uint64)
     shard = _mixed(np.arange(1, shards + 1, dtype=np.uint64) * GOLDEN)
     return np.stack([_mixed(own ^ k) for k in shard]).argmax(axis=0)
 
 
 def group_calls(pending: Mapping[str, int], *, slots: int) -> list[list[str]]:
-    """Sites with so many samples each → calls of about SAMPLES in banks of ``slots``, the longest streams together.
+    """Groups sites (→ samples that are pending) into calls of about SAMPLES, the longest streams together.
 
-    A bank takes as many steps as its longest stream has batches, so streams of a length waste the fewest slots.
+    A bank of ``slots`` takes as many steps as its longest stream has batches, so equal lengths waste the
+    fewest slots.
     """
     found: list[list[str]] = [[]]
     samples = 0
@@ -51,7 +53,7 @@ def _hash(site: str) -> int:
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele et al., 2014)."""
+    """Applies the finaliser of splitmix64 (Steele et al., 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""What a plan may promote each site to: its newest passing candidate, or what it becomes under a new source model."""
+"""Says what a plan may promote each site to: its newest passing candidate, or a new source model."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 def candidates(
     config: Config, ledger: Ledger, reporter: Reporter, *, of: Sequence[SiteRow] | None = None
 ) -> dict[str, SiteFacts]:
-    """Every site (or those ``of``) with its newest candidate; a verdict counts only if its evidence passes under today's
-    limits as well, and not for longer than ``guards.expiry`` allows.
+    """Returns every site (or the sites ``of``) with its newest candidate.
+
+    A verdict counts only if its evidence passes under today's limits as well, and for no longer than
+    ``guards.expiry`` allows.
     """
     latest = ledger.verdicts.latest()
     states, champion = (
@@ -51,11 +53,11 @@ def candidates_of_source(
     rebase: Callable[[], Rebased] | None,
     dry_run: bool = False,
 ) -> dict[str, SiteFacts]:
-    """Every site under source model ``version``: its rebased state if that passes, else the bare model.
+    """Returns every site under source model ``version``: its passing rebased state, else the bare model.
 
-    ``rebase`` fits every site's state anew; None resets the fleet to the bare model. Raises ValueError unless the bare
-    model passes against the present one. From then on the version is the challenger: new captures get features under
-    both trunks.
+    ``rebase`` fits every site's state anew; None resets the fleet to the bare model. Raises ValueError unless
+    the bare model passes against the champion. From then on the version is the challenger: new captures get
+    features under both trunks.
     """
     from pipeline.control.anchor import compare_sources  # loads torch
 
@@ -93,7 +95,7 @@ def candidates_of_source(
 def joiners(
     config: Config, ledger: Ledger, reporter: Reporter, release: str, r: machine.Rollout
 ) -> dict[str, machine.Target]:
-    """Sites that were registered after the plan was made and have a passing candidate: they go with the last wave."""
+    """Returns sites that were registered after the plan and pass: they join its last wave."""
     if r.plan.kind != "candidates" or not machine.open_to_joiners(r):
         return {}
     planned = ledger.plans.sites(release)
@@ -113,7 +115,7 @@ def joiners(
 
 
 def pointer(ledger: Ledger, served: ServingRow | None) -> Pointer:
-    """What a site serves; without a row the champion source model."""
+    """Returns what a site serves; without a row the champion source model."""
     if served is None:
         return Pointer(None, ledger.sources.champion().version)
     return Pointer(served.state, served.source_version)

@@ -1,4 +1,4 @@
-"""What every job needs of a deployment: its ledger, its source model, and the fleet's lease."""
+"""Opens a deployment: its ledger, corpora, source models, clock, and the lease of the fleet."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ CLOCK_SECONDS = 2  # by which a start may seem to move when the boot time is cor
 
 
 class Reporter(Protocol):
-    """Where long work says how far it is; the command line's ``Terminal`` is one."""
+    """Receives the progress of long work; the command line's ``Terminal`` is one."""
 
     def say(self, text: str) -> None: ...
     def progress(self, label: str, unit: str = "") -> AbstractContextManager[Callable[[int, int], None]]: ...
 
 
 def now() -> datetime:
-    """The clock of the jobs, UTC; nothing below them reads one."""
+    """Returns the time, UTC; decisions get it as an argument."""
     return datetime.now(UTC)
 
 
 def open_ledger(config: Config, *, create: bool = True) -> Ledger:
-    """The deployment's ledger."""
+    """Opens the deployment's ledger."""
     return Ledger.open(config.ledger.url, create=create)
 
 
 def corpora(config: Config) -> list[Path]:
-    """Folders of the corpora that ``data.domains`` names (where it is empty, all that are not rendered for training alone)."""
+    """Returns the folders of ``data.domains``, or of all corpora that are not rendered for training alone."""
     from pipeline.data.corpus import read_manifest  # loads OpenCV, which reading the ledger does without
 
     root = Path(config.data.corpora)
@@ -65,13 +65,14 @@ def corpora(config: Config) -> list[Path]:
         size = read_manifest(path).size
         if size != config.data.frame_px:
             raise ValueError(
-                f"data.frame_px: {config.data.frame_px}, but {path} was imported at {size}; import it again or change data.frame_px"
+                f"data.frame_px: {config.data.frame_px}, but {path} was imported at {size}; import it "
+                "again or change data.frame_px"
             )
     return found
 
 
 def check_size(config: Config, source: SourceRow) -> None:
-    """Frames of another size would give features that only look right."""
+    """Raises ValueError if the model saw frames of another size: features would only look right."""
     if (size := int(str(source.manifest["size"]))) != config.data.frame_px:
         raise ValueError(
             f"data.frame_px: {config.data.frame_px}, but source v{source.version} was trained at {size}"
@@ -79,7 +80,7 @@ def check_size(config: Config, source: SourceRow) -> None:
 
 
 def source_model(ledger: Ledger, version: int | None = None) -> SourceRow:
-    """A source version (default: the champion) whose checkpoint is there."""
+    """Returns a source version (default: the champion) whose checkpoint exists. Raises LedgerError."""
     row = ledger.sources.get(version)
     if not place(row.path).exists():
         raise LedgerError(
@@ -89,7 +90,7 @@ def source_model(ledger: Ledger, version: int | None = None) -> SourceRow:
 
 
 def ingest_sources(config: Config, ledger: Ledger) -> list[SourceRow]:
-    """The source models whose trunks every new sample goes through: the champion, then the challenger while there is one."""
+    """Returns the source models whose trunks every new sample goes through: champion, then challenger."""
     rows, challenger = [source_model(ledger)], ledger.sources.challenger()
     if challenger is not None:
         rows.append(source_model(ledger, challenger))
@@ -100,9 +101,9 @@ def ingest_sources(config: Config, ledger: Ledger) -> list[SourceRow]:
 
 @contextmanager
 def lease(config: Config, ledger: Ledger, kind: str, *, purpose: str = "") -> Iterator[Cycle]:
-    """Hold the fleet's lease for a cycle of ``kind``; whoever dies in it is resumed by the next to call this.
+    """Holds the fleet's lease for a cycle of ``kind``; a cycle whose driver died is resumed by the next call.
 
-    The caller ends the cycle with ``ledger.cycles.finish``. A cycle that was begun for another ``purpose`` is not gone on with.
+    The caller ends the cycle. A cycle that was begun for another ``purpose`` is not resumed.
     """
     host = socket.gethostname()
     own = psutil.Process()
@@ -131,7 +132,7 @@ def lease(config: Config, ledger: Ledger, kind: str, *, purpose: str = "") -> It
 
 
 def _dead(holder: str) -> bool:
-    """Whether a holder on this very host is gone; of other hosts only the lease's end tells."""
+    """Returns whether a holder on this host is gone; on other hosts only the lease's end tells."""
     host, _, rest = holder.partition(":")
     pid, _, started = rest.partition(":")
     if host != socket.gethostname() or not (pid.isdigit() and started.isdigit()):

@@ -1,4 +1,4 @@
-"""What a shard holds of a site's window, and the judging of what it learned from it: no ledger, no blobs, no Ray."""
+"""Judges what a site learned from its window: no ledger, no blobs, no Ray."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Window:
 
 
 def features_of(block: FeatureBlock) -> Features:
-    """A block of the store as one site's stream."""
+    """Returns a block of the feature store as one site's stream."""
     present = torch.from_numpy(mask_to_bool(block.present))
     z, session = torch.from_numpy(block.z.astype(np.float32)), torch.from_numpy(block.session)
     return Features(z, present, torch.ones(len(block), dtype=torch.bool), session)
@@ -76,11 +76,11 @@ def judge(
     scored: Sequence[tuple[Tensor, Tensor]],
     cache: ScoreCache | None = None,
 ) -> list[tuple[Evidence, Verdict]]:
-    """Replay the anchor set against every candidate and champion under every missing-modality pattern, then assess.
+    """Scores the anchor set by every candidate and champion under every pattern, then assesses.
 
-    Where a site's rig is known a pattern leaves what the rig has of it, and one that leaves nothing is passed over.
-    ``scored`` is what ``stream_scores`` gives for each window. Each state is scored by itself, and once: sites that have
-    not moved share what ``cache`` has of the source model.
+    Where a site's rig is known, a pattern leaves what the rig has of it, and one that leaves nothing is
+    passed over. ``scored`` holds the ``stream_scores`` of each window. Each state is scored once: sites whose
+    state has not changed share the scores of the source model in ``cache``.
     """
     patterns, _ = anchor.replayed()
     cache = {} if cache is None else cache
@@ -118,7 +118,7 @@ def judge(
 
 
 def rig_of(tags: Mapping[str, str]) -> tuple[str, ...]:
-    """Modalities that the tag ``rig`` names, such as ``rgb+ir``; none where it is missing or names something else."""
+    """Returns the modalities of the tag ``rig``, such as ``rgb+ir``; none if it is missing or malformed."""
     named = tags.get("rig", "").lower().split("+")
     allowed = [m.name.lower() for m in Modality]
     return tuple(m for m in allowed if m in named) if set(named) <= set(allowed) else ()
@@ -127,7 +127,7 @@ def rig_of(tags: Mapping[str, str]) -> tuple[str, ...]:
 def anchor_scores(
     model: SourceModel, anchor: AnchorSet, state: State, cache: ScoreCache, *, rig: Sequence[str] = ()
 ) -> np.ndarray:
-    """Scores [P, N] of one state under every pattern, as ``rig`` shows it; looked up in and added to ``cache``."""
+    """Returns scores [P, N] of one state under every pattern as ``rig`` shows it, from ``cache`` if there."""
     key = state_digest(state) + "+".join(rig).encode()
     if key not in cache:
         params = tail.with_site_state(model.tail, state)
@@ -139,7 +139,7 @@ def anchor_scores(
 def stream_scores(
     model: SourceModel, window: Window, candidate: State, stream: Features
 ) -> tuple[Tensor, Tensor]:
-    """The stream's scores [N] by what the site serves and by the candidate."""
+    """Returns the stream's scores [N] by the champion and by the candidate."""
     with torch.no_grad():
         before = tail.score(tail.with_site_state(model.tail, window.champion), stream.z, stream.present)
         if state_digest(candidate) == state_digest(window.champion):
@@ -152,18 +152,18 @@ def slot_of(stacked: State, k: int) -> State:
 
 
 def steps_of(state: State) -> int | None:
-    """Steps that a state has taken since it left the source model; None where its method does not count them."""
+    """Returns the steps of a state since it left the source model; None if its method does not count them."""
     return next((int(state[n]) for n in ("step", "adam.t") if n in state), None)
 
 
 def _unseen(rig: Sequence[str]) -> list[str]:
-    """Patterns that leave nothing of a known rig."""
+    """Returns the patterns that leave nothing of a known rig."""
     has = sum(1 << m for m in Modality if m.name.lower() in rig)
     return [name for name, mask in PATTERNS.items() if rig and not mask & has]
 
 
 def _shown(anchor: AnchorSet, rig: Sequence[str]) -> Tensor:
-    """[P, N, M] what each pattern leaves present, of the modalities of a known rig."""
+    """Returns which modalities each pattern leaves present [P, N, M], within a known rig."""
     present = anchor.replayed()[1]
     return present & torch.tensor([m.name.lower() in rig for m in Modality]) if rig else present
 
@@ -178,9 +178,9 @@ def _measured(
     scored: tuple[Tensor, Tensor],
     cache: ScoreCache,
 ) -> Stream:
-    """What the window shows without labels, against the anchor set as its usual modalities show it to the source model.
+    """Returns the evidence of the window without labels, against the anchor set under its usual modalities.
 
-    Captures whose features are not finite score nothing and show nothing.
+    Captures whose features are not finite are left out.
     """
     scores = [t.numpy().astype(np.float64) for t in (trace.score, *scored)]
     sane = np.isfinite(scores).all(0)
@@ -204,7 +204,7 @@ def _measured(
 
 
 def _source_scores(model: SourceModel, anchor: AnchorSet, mask: int, cache: ScoreCache) -> np.ndarray:
-    """The source model's scores of the anchor items that a pattern shows with just the modalities of ``mask``."""
+    """Returns the source model's scores of the anchor items shown with just the modalities of ``mask``."""
     key = b"source" + bytes([mask])
     if key not in cache:
         scores = anchor_scores(model, anchor, tail.site_state(model.tail), cache)
@@ -219,7 +219,7 @@ def _source_scores(model: SourceModel, anchor: AnchorSet, mask: int, cache: Scor
 
 
 def state_digest(state: State) -> bytes:
-    """Digest of what decides a state's scores."""
+    """Returns the digest of the tensors that decide a state's scores."""
     digest = hashlib.blake2b(digest_size=16)
     for name in tail.MOVABLE:
         digest.update(state[name].contiguous().numpy().tobytes())

@@ -1,7 +1,8 @@
 """Loads what many calls of one process read again, and keeps a bounded number of each kind.
 
-Everything kept is a copy of something durable, found by path, URL or digest, so any entry may be dropped and read again.
-Nothing returned from here may be written to. A digest that does not verify raises BadBlob and is not kept.
+Everything kept is a copy of something durable, found by path, URL or digest, so any entry may be dropped and
+read again. Nothing returned from here may be written to. A digest that does not verify raises BadBlob and is
+not kept.
 """
 
 from __future__ import annotations

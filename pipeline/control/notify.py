@@ -1,4 +1,4 @@
-"""Tell people what they should know, once: by webhook and in a file. A sink that fails is a remark and is tried again."""
+"""Tells people once, by webhook and in a file; a sink that fails is tried again."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def notify(
     now: datetime,
     context: Mapping[str, object],
 ) -> list[str]:
-    """Say ``text`` of ``key`` to every sink, unless it was said already, and what an earlier call could not say → remarks.
+    """Sends ``text`` under ``key`` to every sink unless it was sent, and what an earlier call could not send.
 
-    ``context`` goes along as it is (JSON). Never raises for what a sink does.
+    Returns remarks on sinks that failed; never raises for them. ``context`` goes along as it is (JSON).
     """
     n = config.notify
     if LEVELS.index(severity) < LEVELS.index(n.min_severity):
@@ -62,7 +62,7 @@ def notify(
 
 
 def _send(n: NotifyConfig, message: Mapping[str, object]) -> list[str]:
-    """Hand ``message`` to every sink → what failed. The URL may be a secret: it is not named."""
+    """Hands ``message`` to every sink; returns the failures. The URL may be a secret, so it is not named."""
     failed: list[str] = []
     body = json.dumps(message, default=str) + "\n"
     if n.file:
@@ -76,7 +76,7 @@ def _send(n: NotifyConfig, message: Mapping[str, object]) -> list[str]:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """One write in append mode: lines of several drivers do not mix."""
+    """Appends ``line`` in one write, so that lines of several drivers do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -87,7 +87,7 @@ def _append(path: Path, line: bytes) -> None:
 
 
 def _post(webhook: str, body: str, seconds: float) -> str:
-    """Why the webhook did not take ``body``, empty where it did."""
+    """Returns why the webhook did not take ``body``; empty if it did."""
     import requests
 
     url = os.environ.get(webhook[1:], "") if webhook.startswith("$") else webhook

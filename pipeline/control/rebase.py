@@ -1,8 +1,8 @@
-"""A site on another trunk: what is retained of its stream, and the window from which it learns anew under that trunk.
+"""Prepares sites for another trunk: what is retained of a stream, and the windows to learn from.
 
-No tensor of a state means anything under another trunk, so that of what a site has learned only its samples go over. The
-window ends where the site has learned to, under whatever trunk: what comes after it is learned once, by whichever state
-the site goes on from.
+No tensor of a state means anything under another trunk, so only the samples that a site learned from go over.
+The window ends where the site has learned to, under whatever trunk: later samples are learned from once, by
+the state that the site goes on from.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rebased:
-    """What became of the fleet."""
+    """Reports a rebase of the fleet."""
 
     cycle: Cycle
     candidates: Mapping[str, VerdictRow]  # by site, the newest under the present configuration
@@ -37,9 +37,9 @@ class Rebased:
 def retained_segments(
     segments: Sequence[SegmentRow], *, learned: int, samples: int
 ) -> tuple[SegmentRow, ...]:
-    """The newest whole segments before offset ``learned`` that hold ``samples`` good samples, or all where there are fewer.
+    """Returns the newest whole segments before offset ``learned`` that hold ``samples`` good samples.
 
-    ``segments`` are those of one site, in stream order.
+    All of them where there are fewer. ``segments`` are those of one site, in stream order.
     """
     taken: list[SegmentRow] = []
     held = 0
@@ -55,15 +55,16 @@ def retained_segments(
 def unbroken_suffix(
     segments: Sequence[SegmentRow], whole: Callable[[SegmentRow], bool]
 ) -> tuple[SegmentRow, ...]:
-    """The newest of ``segments`` before which none is missing: a stream with a hole is not learned across it."""
+    """Returns the newest segments after the last gap: a stream with a hole is not learned across it."""
     return tuple(reversed(list(takewhile(whole, reversed(segments)))))
 
 
 def rebase_windows(
     config: Config, model: SourceModel, ledger: Ledger, sites: Sequence[str], *, samples: int
 ) -> tuple[list[Window], dict[str, str]]:
-    """What is retained of each site under the trunk of ``model``, to be learned from the model's own state →
-    {site: reason} of those that have nothing.
+    """Returns the retained window of each site under the trunk of ``model``, to learn from its own state.
+
+    Also returns {site: reason} of the sites that have nothing.
     """
     fresh, now = config.site.init(model.tail), datetime.now(UTC)
     found: list[Window] = []

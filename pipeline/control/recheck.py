@@ -1,6 +1,7 @@
-"""Judges stored verdicts again: the limits of their cycle, the evidence on record, and the basis it was counted on.
+"""Judges stored verdicts again under the limits of their cycle, and finds what they were counted on.
 
-A verdict is rechecked when ``assess`` gives its stored JSON byte for byte. Nothing here loads a model; ``recount`` does.
+A verdict is rechecked when ``assess`` gives its stored JSON byte for byte. Nothing here loads a model;
+``recount`` does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The anchor part of a verdict's evidence, counted anew: the sealed set scored by the stored states of candidate and champion.
+"""Counts the anchor part of a verdict's evidence again from the stored states of candidate and champion.
 
 Counts must be equal; the two measured numbers may differ by another machine's rounding.
 """
@@ -27,8 +27,9 @@ ROUNDING = 1e-4  # relative; of what float32 sums in another order may differ by
 
 
 def recount_evidence(config: Config, ledger: Ledger, row: VerdictRow, evidence: Evidence) -> Evidence:
-    """``evidence`` with what the anchor set says of the stored states again. Raises BadBlob, or ValueError where nothing was
-    stored.
+    """Returns ``evidence`` with its anchor part counted again from the stored states.
+
+    Raises BadBlob for a corrupt or missing blob, ValueError where no state was stored.
     """
     state = ledger.verdicts.state(row.state)
     if state is None:
@@ -62,7 +63,7 @@ def recount_evidence(config: Config, ledger: Ledger, row: VerdictRow, evidence: 
 
 
 def count_differences(stored: Evidence, counted: Evidence) -> list[str]:
-    """What the recount found otherwise, a line each."""
+    """Returns the differences between stored and recounted evidence, a line each."""
     was, now = ({(c.pattern, c.species): c for c in e.cells} for e in (stored, counted))
     said: list[str] = []
     for key in {**was, **now}:

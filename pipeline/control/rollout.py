@@ -1,7 +1,7 @@
-"""Moving a rollout on: see how its sites do, ask the state machine, do what it says, store what it remembers.
+"""Moves a rollout on: observes its sites, asks the state machine, carries its actions out, stores its memory.
 
-Every step is one transaction of the ledger that names the revision it was decided on. A crash between two of them is mended
-by the next tick, and of two drivers at once the slower one's step is refused.
+Every step is one transaction of the ledger that names the revision it was decided on. The next reconcile
+mends a crash between two steps, and of two drivers at once the slower one's step is refused.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ SEVERITY: dict[Status, Severity] = {
 
 
 def load(row: RolloutRow) -> Rollout:
-    """Returns the state machine's memory; a plan that an earlier version stored has its settings under their present names."""
+    """Returns the state machine's memory; a plan that an earlier version stored has its settings under their
+    present names."""
     body = json.loads(row.body)
     body["plan"]["config"] = translate_stored({"rollout": body["plan"]["config"]})["rollout"]
     return Rollout.model_validate(body)
 
 
 def newest(ledger: Ledger) -> list[RolloutRow]:
-    """Every rollout, newest first; ValueError where there is none."""
+    """Returns every rollout, newest first; raises ValueError where there is none."""
     rows = ledger.plans.rollouts()
     if not rows:
         raise ValueError("no rollout yet; run `palisade rollout plan` first")
@@ -64,7 +65,7 @@ def save(
     at: datetime,
     joined: Mapping[str, Target] | None = None,
 ) -> RolloutRow:
-    """Store what the state machine remembers, unless somebody else did."""
+    """Stores the memory of the state machine; raises StaleGeneration if another driver stored one."""
     ledger.plans.save(
         row.id,
         plan_hash=row.plan_hash,
@@ -80,7 +81,7 @@ def save(
 
 
 def change(ledger: Ledger, row: RolloutRow, to: Callable[[Rollout], Rollout], event: str) -> RolloutRow:
-    """A person's step, on top of whatever a tick did meanwhile."""
+    """Applies a person's step on top of what a reconcile did meanwhile."""
     for _ in range(OVERTAKEN):
         current = load(row)
         new = to(current)
@@ -96,7 +97,10 @@ def change(ledger: Ledger, row: RolloutRow, to: Callable[[Rollout], Rollout], ev
 
 
 def step(ledger: Ledger, row: RolloutRow, observation: Observation, at: datetime) -> tuple[RolloutRow, int]:
-    """Ask the state machine once and do what it says, in one transaction → the rollout as it is now, how many sites moved."""
+    """Asks the state machine once and carries its actions out, in one transaction.
+
+    Returns the rollout as it is now and how many sites moved.
+    """
     current = load(row)
     new, actions = machine.advance(current, observation, at)
     if new == current:
@@ -122,7 +126,7 @@ def step(ledger: Ledger, row: RolloutRow, observation: Observation, at: datetime
 
 
 def reconcile(config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporter) -> RolloutRow:
-    """Step until there is nothing more to do now, and tell people."""
+    """Steps until there is nothing more to do now, and notifies people."""
     while True:
         before = load(row)
         row, moved = step(ledger, row, observe(config, ledger, row.id, before), now())
@@ -135,7 +139,10 @@ def reconcile(config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporte
 def roll_back_now(
     config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporter, *, who: str, reason: str
 ) -> RolloutRow:
-    """Abort and roll back at once: looks at no site's health, waits for nothing, comes back when a tick got in between."""
+    """Aborts and rolls back at once, without any site's health or report.
+
+    Starts again from the newer state when a reconcile got in between.
+    """
     for _ in range(OVERTAKEN):
         try:
             row = change(
@@ -154,7 +161,7 @@ def roll_back_now(
 
 
 def record(config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporter) -> None:
-    """The ended rollout's run in MLflow; that it is out of reach costs the run, never the rollout."""
+    """Writes the run of an ended rollout to MLflow; if that is out of reach, the rollout stands anyway."""
     if Status(row.status) not in TERMINAL:
         return
     from pipeline.lineage import Lineage, LineageError
@@ -177,7 +184,7 @@ def record(config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporter) 
 
 
 def describe_transition(before: Rollout, after: Rollout) -> str:
-    """What changed, in a line."""
+    """Returns the transition in one line."""
     where = (
         f" wave {after.wave + 1} of {len(after.plan.waves)}"
         if 0 <= after.wave < len(after.plan.waves)
@@ -188,7 +195,7 @@ def describe_transition(before: Rollout, after: Rollout) -> str:
 
 
 def _roles(r: Rollout) -> dict[str, int | None]:
-    """What an ended source release makes of the source models."""
+    """Returns the roles of the source models after an ended release of one."""
     if r.plan.kind != "source" or r.status not in {Status.COMPLETED, Status.ROLLED_BACK, Status.EXPIRED}:
         return {}  # whoever supersedes it names the next challenger
     if r.status == Status.COMPLETED:  # the old trunk's features go on, for the way back, until the next plan

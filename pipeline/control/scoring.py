@@ -1,4 +1,4 @@
-"""Sealed labels joined to stored outcomes: the only place where a site's labels are read, and only to score."""
+"""Joins sealed labels to stored outcomes: the only reader of a site's labels, and only to score."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoredStream:
-    """A site's judged samples in stream order, N rows; label -1 where no sealed label is known."""
+    """Holds a site's judged samples in stream order, N rows; label -1 where no sealed label is known."""
 
     offset: np.ndarray  # [N]
     captured_at: np.ndarray  # [N] datetime64[us]
@@ -39,7 +39,8 @@ class ScoredStream:
     instability: np.ndarray  # [N]
 
     def pad(self, which: str, threshold: float) -> PadReport | None:
-        """ISO/IEC 30107-3 numbers of ``before``, ``online`` or ``after``; None without labels of both classes."""
+        """Returns ISO/IEC 30107-3 numbers of ``before``, ``online`` or ``after``; None without both
+        classes."""
         known = self.label >= 0
         try:
             return metrics.report(
@@ -50,14 +51,15 @@ class ScoredStream:
 
 
 def site_labels(folder: str | None, site: str) -> dict[str, tuple[int, str]]:
-    """Labels of a site in ``data.sealed`` or ``data.redteam``; empty where there are none."""
+    """Returns the labels of a site in ``data.sealed`` or ``data.redteam``; empty where there are none."""
     path = Path(folder) / f"{site}-labels.parquet" if folder else None
     return read_labels(path) if path and path.exists() else {}
 
 
 def join_labels(config: Config, source: SourceRow, verdicts: Sequence[VerdictRow]) -> ScoredStream | None:
-    """Join the outcomes of one site's ``verdicts`` with the feature store and the sealed labels; None if nothing is left of what
-    it saw.
+    """Returns the outcomes of one site's ``verdicts`` with features' times and sealed labels.
+
+    None if no outcome is left. Raises BadBlob if features of a judged window are gone.
     """
     parts = [v for v in verdicts if v.counters["samples"]]
     if not parts:

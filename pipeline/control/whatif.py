@@ -1,4 +1,4 @@
-"""Two configurations on the same recorded stream: what changes for each site, and for the fleet.
+"""Compares two configurations on the same recorded stream, for each site and for the fleet.
 
 Every pair is (now, what-if). Shares and rates are in [0, 1]; NaN or None where nothing is known.
 """
