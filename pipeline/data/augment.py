@@ -40,7 +40,8 @@ def augment(frames: Tensor, generator: Generator) -> Tensor:
 def change_geometry(frames: Tensor, generator: Generator) -> Tensor:
     """Flip, scale, stretch, turn and shift: another crop, the same for all modalities, as they look at one face.
 
-    Borders repeat. Depth is averaged over its returns alone, so that an edge does not become a surface half way.
+    Borders repeat. Depth is averaged over its returns alone, so that an edge does not become a surface half
+    way.
     """
     count = frames.shape[0]
 

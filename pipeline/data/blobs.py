@@ -24,8 +24,8 @@ class MissingBlob(BadBlob):
 
 
 def put(root: Place, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> str:
-    """Store ``tensors`` under ``root`` → their digest (64 hex digits). The same content is stored once; a damaged copy of
-    it is replaced.
+    """Store ``tensors`` under ``root`` → their digest (64 hex digits). The same content is stored once; a
+    damaged copy of it is replaced.
     """
     from safetensors.torch import save
 

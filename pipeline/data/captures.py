@@ -1,8 +1,8 @@
 """Site captures at rest, ``<captures>/<site>/segment-*.parquet`` (or ``site=<site>/``), and label files for scoring.
 
-``<captures>`` is a folder, or a prefix of an object store with the same names. A segment is written once and never changed.
-Whole files that break the rules raise BadSegment; single rows are returned with a reason, so that one bad capture costs one
-capture.
+``<captures>`` is a folder, or a prefix of an object store with the same names. A segment is written once and
+never changed. Whole files that break the rules raise BadSegment; single rows are returned with a reason, so
+that one bad capture costs one capture.
 """
 
 from __future__ import annotations

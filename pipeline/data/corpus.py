@@ -1,7 +1,7 @@
 """A labelled corpus at rest: a folder of ``train|val|test.parquet``, ``quarantine.parquet`` and ``manifest.json``.
 
-Demographic columns never enter it; subjects are the data set's own pseudonyms. Frames are a fixed-size binary column:
-no list decoding, no extension type.
+Demographic columns never enter it; subjects are the data set's own pseudonyms. Frames are a fixed-size binary
+column: no list decoding, no extension type.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def write_corpus(
 ) -> CorpusManifest:
     """Store ``rows`` as the folder ``out``, which appears complete or not at all.
 
-    A repeated sample id, and bytes that another split already has, go to quarantine: the split read first keeps them.
+    A repeated sample id, and bytes that another split already has, go to quarantine: the split read first
+    keeps them.
     """
     if not DOMAIN.fullmatch(domain):
         raise CorpusError(

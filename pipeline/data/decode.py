@@ -1,11 +1,12 @@
 """Encoded captures → aligned frames: the header is judged before any pixel is decoded, because OpenCV opens every bomb.
 
-One frame is uint8 [5, H, W]: channels 0-2 RGB, 3 depth, 4 IR, zero where a modality is absent. Depth of any encoding is
-stretched per frame to 1..255 with 0 = no return; its polarity is not known. EXIF orientation is ignored: the modalities
-are aligned as stored.
+One frame is uint8 [5, H, W]: channels 0-2 RGB, 3 depth, 4 IR, zero where a modality is absent. Depth of any
+encoding is stretched per frame to 1..255 with 0 = no return; its polarity is not known. EXIF orientation is
+ignored: the modalities are aligned as stored.
 
-Accepted are JPEG, PNG and, for depth and IR, binary Netpbm (PGM, 8 or 16 bits): raw planes that Parquet's own compression
-packs. OpenCV brings libjpeg-turbo; processes that decode side by side call ``cv2.setNumThreads(1)``, or its threads fight.
+Accepted are JPEG, PNG and, for depth and IR, binary Netpbm (PGM, 8 or 16 bits): raw planes that Parquet's own
+compression packs. OpenCV brings libjpeg-turbo; processes that decode side by side call
+``cv2.setNumThreads(1)``, or its threads fight.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The feature store: one Parquet file per site and offset range, addressed by trunk digest.
 
-``<root>/<trunk digest, 16>/site=<site>/<first offset>-<end>.parquet``. Features are float16 in a fixed-size binary column:
-no list decoding, no extension types. An offset is the position of a sample in its site's stream; quarantined rows leave gaps.
-The sha256 of all other bytes lies between the last page and the footer, where no Parquet reader looks: a Parquet file like
-any other, of which no bit can change unseen.
+``<root>/<trunk digest, 16>/site=<site>/<first offset>-<end>.parquet``. Features are float16 in a fixed-size
+binary column: no list decoding, no extension types. An offset is the position of a sample in its site's
+stream; quarantined rows leave gaps. The sha256 of all other bytes lies between the last page and the footer,
+where no Parquet reader looks: a Parquet file like any other, of which no bit can change unseen.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One segment of captures → features: validate, decode, trunk, store. What ingest tasks run; nothing here knows Ray.
 
-``read_segment`` and ``decode_chunks`` are the data plane, ``compute_features`` the models' share: while a release of another source
-model goes on, every sample is decoded once and goes through both trunks.
+``read_segment`` and ``decode_chunks`` are the data plane, ``compute_features`` the models' share: while a
+release of another source model goes on, every sample is decoded once and goes through both trunks.
 """
 
 from __future__ import annotations

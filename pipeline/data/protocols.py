@@ -1,6 +1,7 @@
 """Evaluation protocols over domains and modalities: leave one domain out, limited sources, modalities missing at test.
 
-``present`` is a uint8 bit mask per sample, bit m = modality m of ``Modality``. Nothing here reads or draws anything.
+``present`` is a uint8 bit mask per sample, bit m = modality m of ``Modality``. Nothing here reads or draws
+anything.
 """
 
 from __future__ import annotations

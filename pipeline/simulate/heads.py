@@ -1,8 +1,8 @@
 """Procedural people: heads as height fields on a canonical grid, in millimetres and reflectances.
 
-A solid is float32 [8, N, N] over 320 x 320 mm seen from the front, y down, z toward the camera. Identities are random
-draws of one shape model. NIR reflectances are assumed orders of magnitude, not measurements: melanin hardly matters,
-water darkens skin at 940 nm.
+A solid is float32 [8, N, N] over 320 x 320 mm seen from the front, y down, z toward the camera. Identities
+are random draws of one shape model. NIR reflectances are assumed orders of magnitude, not measurements:
+melanin hardly matters, water darkens skin at 940 nm.
 """
 
 from __future__ import annotations

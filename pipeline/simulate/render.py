@@ -1,8 +1,8 @@
 """Procedural presentations: bona fide faces and what attackers hold or wear, as maps of reflectance and height.
 
-Everything follows from the ``Presentation`` and the frame number: the same presentation under two rigs (``rig.py``)
-differs only in what the rig does to it. Materials in NIR: paper and resin are bright, inks fade, displays are dark,
-silicone is nearer to skin at 850 nm than at 940.
+Everything follows from the ``Presentation`` and the frame number: the same presentation under two rigs
+(``rig.py``) differs only in what the rig does to it. Materials in NIR: paper and resin are bright, inks fade,
+displays are dark, silicone is nearer to skin at 850 nm than at 940.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sensor rigs: what a camera, a depth sensor and an NIR camera make of a rendered scene.
 
-Four families are for training (A-D) and four are never trained on (E-H). They differ as deployed devices do: field and
-distance, light, colour, depth convention and noise, NIR wavelength and power. Each training family also carries one
-modest nuisance that is linked to attacks inside it alone, as collected sets do.
+Four families are for training (A-D) and four are never trained on (E-H). They differ as deployed devices do:
+field and distance, light, colour, depth convention and noise, NIR wavelength and power. Each training family
+also carries one modest nuisance that is linked to attacks inside it alone, as collected sets do.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rendered site streams in which one thing happens at a time: what ``palisade bench site`` adds to recorded streams.
 
-A scenario is drawn from a pool of rendered captures of its rig, so what happens is known for every sample. Nobody of the
-pool is in a training corpus. A long stream meets the same people again, as a door does. The probe of a pool is never in a
-stream: errors before and after are counted on it.
+A scenario is drawn from a pool of rendered captures of its rig, so what happens is known for every sample.
+Nobody of the pool is in a training corpus. A long stream meets the same people again, as a door does. The
+probe of a pool is never in a stream: errors before and after are counted on it.
 """
 
 from __future__ import annotations
@@ -224,8 +224,8 @@ def draw(
 ) -> Drawn:
     """Samples of ``scenario`` from the pool's rows: the rig, species, video and source logit of each [P].
 
-    A session is a video: its frames come together. The attacker's captures are those of POISON that the model calls bona
-    fide with the least margin; where there are too few, those it refuses with the least.
+    A session is a video: its frames come together. The attacker's captures are those of POISON that the model
+    calls bona fide with the least margin; where there are too few, those it refuses with the least.
     """
     rng = np.random.default_rng(sum(map(ord, scenario.name)))
     rows: list[NDArray[np.int64]] = []

@@ -1,6 +1,7 @@
 """What happens at simulated sites: who comes when, under which rig, and what goes wrong; nothing is rendered here.
 
-Hours count from the start of the script. A plan follows from (script, phase, seed), so labels never need the pixels.
+Hours count from the start of the script. A plan follows from (script, phase, seed), so labels never need the
+pixels.
 """
 
 from __future__ import annotations

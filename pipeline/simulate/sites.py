@@ -1,7 +1,7 @@
 """Simulated sites: unlabelled capture streams with the troubles that real fleets have, plus sealed and red-team labels.
 
-``simulate`` renders one phase of some ``SiteScript``s (``script.py``): phase 1 is the first day, phase 2 the morning
-after, with red-team presentations that nothing in a row gives away.
+``simulate`` renders one phase of some ``SiteScript``s (``script.py``): phase 1 is the first day, phase 2 the
+morning after, with red-team presentations that nothing in a row gives away.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def simulate(
 ) -> dict[str, int]:
     """Render ``phase`` of all sites below ``out`` → captures per site.
 
-    Writes captures/<site>/segment-<k>.parquet, and sealed/ and redteam/<site>-labels.parquet of all phases so far.
+    Writes captures/<site>/segment-<k>.parquet, and sealed/ and redteam/<site>-labels.parquet of all phases so
+    far.
     """
     if phase not in PHASES:
         raise ValueError(f"phase {phase}: allowed are {', '.join(map(str, PHASES))}")

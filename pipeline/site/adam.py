@@ -25,7 +25,8 @@ def moments(tail: Params, names: Sequence[str]) -> State:
 def adam(state: State, grads: Params, *, lr: float, clip: float, when: Tensor) -> State:
     """One Adam step (Kingma & Ba 2015) on the tensors named in ``grads``; unchanged where ``when`` is False.
 
-    The gradient is clipped to global norm ``clip``. A step that would leave a value that is not finite is not taken.
+    The gradient is clipped to global norm ``clip``. A step that would leave a value that is not finite is not
+    taken.
     """
     total = torch.sqrt(torch.stack([torch.sum(g * g) for g in grads.values()]).sum())
     scale = torch.clamp(clip / (total + 1e-12), max=1.0)

@@ -1,7 +1,7 @@
 """K sites as stacked tensors: the only place that knows the axis K.
 
-Shapes are fixed by configuration (K slots, B samples), so the arithmetic of one slot never depends on what its
-neighbours hold: their results are bit-equal whatever a hostile site sends.
+Shapes are fixed by configuration (K slots, B samples), so the arithmetic of one slot never depends on what
+its neighbours hold: their results are bit-equal whatever a hostile site sends.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def run(
 ) -> tuple[State, list[Trace]]:
     """Feed each site its samples in order, ``batch`` at a time: predict, then learn. ``stacked`` holds one state a stream.
 
-    ``on_step`` is shown the states after each step. Slots beyond ``len(streams)`` are filled with an idle copy, so every step
-    has the shape [slots, batch].
+    ``on_step`` is shown the states after each step. Slots beyond ``len(streams)`` are filled with an idle
+    copy, so every step has the shape [slots, batch].
     """
     count = len(streams)
     assert 0 < count <= slots

@@ -1,7 +1,8 @@
 """The contract of a site method: what to learn from one site's stream.
 
-A method is a module of ``pipeline/site/methods`` with a ``Config``, a subclass of ``SiteMethod`` (or ``Selective``) whose
-``kind`` is the module's name. This file imports no torch, so that a configuration is read at once.
+A method is a module of ``pipeline/site/methods`` with a ``Config``, a subclass of ``SiteMethod`` (or
+``Selective``) whose ``kind`` is the module's name. This file imports no torch, so that a configuration is
+read at once.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class SiteMethod(Method):
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
         """Predicts the batch of ONE site first and learns from it afterwards.
 
-        No Python branch depends on a tensor's value, so that ``torch.func.vmap`` gives K sites; ``pipeline.site.bank`` is the
-        only place that knows the axis K.
+        No Python branch depends on a tensor's value, so that ``torch.func.vmap`` gives K sites;
+        ``pipeline.site.bank`` is the only place that knows the axis K.
         """
 
 

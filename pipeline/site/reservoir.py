@@ -1,7 +1,8 @@
 """A site's memory: an even sample of everything it has shown, on which drift and instability are measured.
 
-Reservoir sampling (Vitter's algorithm R, 1985) with a hash of the running count in the place of a random generator, so that
-the same stream always leaves the same memory. Shapes: R slots, B samples, M modalities, F features.
+Reservoir sampling (Vitter's algorithm R, 1985) with a hash of the running count in the place of a random
+generator, so that the same stream always leaves the same memory. Shapes: R slots, B samples, M modalities, F
+features.
 """
 
 from __future__ import annotations

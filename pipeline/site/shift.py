@@ -1,10 +1,11 @@
 """How far a site's scores have moved against source validation, read off the scores alone.
 
-The fused logits of a site are a mixture: bona fide and attacks as source validation knows them (``reference.logit``), both
-moved by ``delta`` and the bona fide spread by ``scale``, in a share that the site alone knows. ``delta``, ``scale`` and, by
-expectation maximisation, the share are weighed on a grid by what they make of the logits seen: no prior of the site is
-assumed, so a stream of one class says nothing that it does not know. Only logits of the *source* model are counted: what
-adaptation does never feeds back. Our own construction; the share is estimated as by Saerens et al. (2002).
+The fused logits of a site are a mixture: bona fide and attacks as source validation knows them
+(``reference.logit``), both moved by ``delta`` and the bona fide spread by ``scale``, in a share that the site
+alone knows. ``delta``, ``scale`` and, by expectation maximisation, the share are weighed on a grid by what
+they make of the logits seen: no prior of the site is assumed, so a stream of one class says nothing that it
+does not know. Only logits of the *source* model are counted: what adaptation does never feeds back. Our own
+construction; the share is estimated as by Saerens et al. (2002).
 
 Shapes: P = 2^M sets of present modalities, S grid points, N bins of the logit.
 """

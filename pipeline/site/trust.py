@@ -1,7 +1,7 @@
 """Which samples of an unlabelled stream may teach, how much, and how their gradients are put together.
 
-The vote is MFAS-DANet-style (reconstruction, see ``site/danet.py``); prototypes, conformal acceptance, influence caps and
-medians of means are our own additions, each of which ``danet`` can switch.
+The vote is MFAS-DANet-style (reconstruction, see ``site/danet.py``); prototypes, conformal acceptance,
+influence caps and medians of means are our own additions, each of which ``danet`` can switch.
 
 Shapes: B samples, M modalities, V = M + 1 heads, R source features kept with the model.
 """
@@ -60,7 +60,8 @@ def unanimous(p: Tensor, present: Tensor) -> Tensor:
 def prototype(tail: Params, hidden: Tensor) -> Tensor:
     """[B] label of the labelled source feature whose fused direction is nearest to that of ``hidden`` [B, D].
 
-    The direction never enters the score, so this is a second opinion (RiSe-style angles keep what a radius drops).
+    The direction never enters the score, so this is a second opinion (RiSe-style angles keep what a radius
+    drops).
     """
     source = tails.forward(tail, tail["replay.z"], tail["replay.present"]).hidden
     alike = torch.nn.functional.normalize(hidden, dim=-1) @ torch.nn.functional.normalize(source, dim=-1).T
@@ -70,8 +71,9 @@ def prototype(tail: Params, hidden: Tensor) -> Tensor:
 def conformal(reference: Tensor, logit: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
     """How typical source logits [B] are of the classes: p-values (attack [B], bona fide [B]) from ``reference.logit``.
 
-    One-sided, towards the other class (Vovk et al. 2005): the share of validation samples of the class that look at least as
-    much like the other one. Exchangeable with source validation only; a shifted site makes them a score, not a guarantee.
+    One-sided, towards the other class (Vovk et al. 2005): the share of validation samples of the class that
+    look at least as much like the other one. Exchangeable with source validation only; a shifted site makes
+    them a score, not a guarantee.
     """
     q = reference[pattern]  # [B, 2, Q]
     return (q[:, 0] >= logit[:, None]).float().mean(-1), (q[:, 1] <= logit[:, None]).float().mean(-1)
@@ -107,8 +109,8 @@ def capped(state: State, batch: Features, *, cap: int) -> tuple[State, Tensor]:
 def median_of_means(each: Params, weight: Tensor, session: Tensor, *, groups: int) -> Params:
     """Coordinate-wise median over ``groups`` of sessions of the mean gradient, from those of the samples [B, ...].
 
-    A group's mean weighs its samples by ``weight`` [B] and divides by how many have any. What fewer than half of the groups
-    say cannot move the median (Lugosi & Mendelson, 2019). Groups without a sample do not count.
+    A group's mean weighs its samples by ``weight`` [B] and divides by how many have any. What fewer than half
+    of the groups say cannot move the median (Lugosi & Mendelson, 2019). Groups without a sample do not count.
     """
     member = (session % groups == torch.arange(groups)[:, None]) & (weight > 0)  # [G, B]
     share = weight * member / member.sum(-1, keepdim=True).clamp(min=1)

@@ -29,8 +29,9 @@ REPLAY = 64  # labelled source features that travel with the model
 def equal_error_boundaries(
     tail: Params, z: Tensor, present: Tensor, label: np.ndarray, *, substitute: bool = True
 ) -> Params:
-    """log_rho [V] and pattern [2^M] at which validation errors are equal: 0.5 then means the same for every head,
-    and for the fused head whatever sensors are left. A head or pattern without both classes stays as it is."""
+    """log_rho [V] and pattern [2^M] at which validation errors are equal: 0.5 then means the same for every
+    head, and for the fused head whatever sensors are left. A head or pattern without both classes stays as it
+    is."""
     log_rho, pattern = tail["log_rho"].clone(), torch.zeros_like(tail["pattern"])
 
     def boundary(head: int, there: Tensor, seen: Tensor) -> float | None:
@@ -57,9 +58,9 @@ def validation_reference(
 ) -> Params:
     """What label-free methods hold a site's scores against, from the pooled validation.
 
-    reference.logit [2^M, 2, QUANTILES]: quantiles of the fused logit of attacks (0) and bona fide (1) for every set of
-    present modalities; where a set cannot be shown, those of all modalities. reference.boundary [E]: the fused log radius
-    at which each domain's own errors are equal.
+    reference.logit [2^M, 2, QUANTILES]: quantiles of the fused logit of attacks (0) and bona fide (1) for
+    every set of present modalities; where a set cannot be shown, those of all modalities. reference.boundary
+    [E]: the fused log radius at which each domain's own errors are equal.
     """
     levels = np.linspace(0, 1, tails.QUANTILES)
     everything = 2**tails.MODALITIES - 1

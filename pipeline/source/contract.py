@@ -1,8 +1,9 @@
 """The contract of a source method: what to learn from labelled domains.
 
-A method is a module of ``pipeline/source/methods`` with a ``Config``, a subclass of ``SourceMethod`` whose ``kind`` is the
-module's name. Trunk, tail, augmentation, sampler, schedule, threshold rule and single-modality heads are the same for all
-methods. This file imports no torch, so that a configuration is read at once.
+A method is a module of ``pipeline/source/methods`` with a ``Config``, a subclass of ``SourceMethod`` whose
+``kind`` is the module's name. Trunk, tail, augmentation, sampler, schedule, threshold rule and
+single-modality heads are the same for all methods. This file imports no torch, so that a configuration is
+read at once.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class SourceMethod(Method):
     def extra(self, domains: int, tail: Params) -> Params:
         """Returns learnable tensors of the objective that are not part of the model; none by default.
 
-        One that is named after a tensor of the tail stands in for it during the fit, with a row per domain; the model gets
-        the mean.
+        One that is named after a tensor of the tail stands in for it during the fit, with a row per domain;
+        the model gets the mean.
         """
         return {}
 

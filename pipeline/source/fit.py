@@ -70,8 +70,8 @@ class Fit:
 class Objective(nn.Module):
     """Trunk, tail and the method's own tensors; ``forward`` is the loss, so DDP works unchanged.
 
-    A tensor of ``extra`` named after a tail tensor stands in for it during the fit, one row per domain; the model gets
-    their mean.
+    A tensor of ``extra`` named after a tail tensor stands in for it during the fit, one row per domain; the
+    model gets their mean.
     """
 
     def __init__(self, method: SourceMethod, trunk: nn.Module, tail: Params, *, domains: int) -> None:
@@ -135,8 +135,8 @@ def advance(
 ) -> None:
     """Take ``state`` from where it is to step ``until``, as one of ``world`` workers.
 
-    ``draws`` may hand out the samples of a step that were drawn before, for another method. ``report`` is called after
-    each ``every`` steps, and after the last, with the mean loss terms since the call before.
+    ``draws`` may hand out the samples of a step that were drawn before, for another method. ``report`` is
+    called after each ``every`` steps, and after the last, with the mean loss terms since the call before.
     """
     cells = stratify(corpora)
     method = state.task.method

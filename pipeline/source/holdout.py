@@ -1,7 +1,8 @@
 """Fit on some domains, score the others: what every comparison of source methods is made of.
 
-Thresholds are not chosen here. A result holds the scores of the sources' pooled validation beside those of the held-out
-test splits, under every pattern of missing modalities, with the complement and with zeros in its place.
+Thresholds are not chosen here. A result holds the scores of the sources' pooled validation beside those of
+the held-out test splits, under every pattern of missing modalities, with the complement and with zeros in its
+place.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ def logistic_loss(logit: Tensor, label: Tensor, margin: float = 0.0) -> Tensor:
 def domain_means(x: Tensor, batch: Batch, used: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over its classes of the class means of x [B, ...] in each domain of the batch, and where it has any row.
 
-    No class prior matters. Both are [E', ...]; ``used`` [B, ...] selects, zero stands where it selects nothing.
+    No class prior matters. Both are [E', ...]; ``used`` [B, ...] selects, zero stands where it selects
+    nothing.
     """
     cell = _cells(batch).to(x.dtype)
     used = used.expand(x.shape)
@@ -101,9 +102,9 @@ def sup_con(
 def irm_penalty(logit: Tensor, batch: Batch) -> Tensor:
     """IRMv1 (Arjovsky et al., 2019): squared gradient of a domain's risk by a scale w = 1 of the logit [B], unbiased.
 
-    The paper multiplies the gradients on two halves of the data. This is the mean over all such splits of every class,
-    so no order matters: a product of two classes' means, or of different samples within a class. In closed form,
-    because DDP knows no double backward.
+    The paper multiplies the gradients on two halves of the data. This is the mean over all such splits of
+    every class, so no order matters: a product of two classes' means, or of different samples within a class.
+    In closed form, because DDP knows no double backward.
     """
     signed = torch.where(batch.label == 1, logit, -logit)
     slope = -signed * torch.sigmoid(-signed)  # d softplus(-w signed) / dw at w = 1

@@ -1,6 +1,7 @@
 """Labelled data sets: one file of this package reads one set's own layout on disk.
 
-A kind is a module with ``rows(root, *, size) -> Iterator[Row | Rejected]`` and ``total(root) -> int``, about how many.
+A kind is a module with ``rows(root, *, size) -> Iterator[Row | Rejected]`` and ``total(root) -> int``, about
+how many.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """CASIA-SURF CeFA (C): RealSense RGB, depth and IR of three ethnicities; cloth prints, screens, 3D and silicone masks.
 
-Read from ``CeFA-Race/{AF,CA,EA}/<race>-<id>[-<id card>]/<P1_P2_P3_P4_P5>/{profile,depth,ir}/<n>.jpg`` (P1 race, P2
-subject, P3 device, P4 session, P5 instrument) and ``CeFA-Mask/{3D-Mask,Silicone-Mask}/<id>/<fields>/…``. Subjects
-000-199 are train, 200-299 val, 300-499 test, masks test, as in the published lists. A clip is bona fide only in a race
-folder with P5 = 1; the authors' own code labels it 0. An id card in a folder name is personal data: nothing repeats it.
+Read from ``CeFA-Race/{AF,CA,EA}/<race>-<id>[-<id card>]/<P1_P2_P3_P4_P5>/{profile,depth,ir}/<n>.jpg`` (P1
+race, P2 subject, P3 device, P4 session, P5 instrument) and
+``CeFA-Mask/{3D-Mask,Silicone-Mask}/<id>/<fields>/…``. Subjects 000-199 are train, 200-299 val, 300-499 test,
+masks test, as in the published lists. A clip is bona fide only in a race folder with P5 = 1; the authors' own
+code labels it 0. An id card in a folder name is personal data: nothing repeats it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """PADISI-Face (P): 360 participants in a multi-spectral rig; eyes, paper, masks, make-up, glasses and tattoos.
 
-Read from ``ID_<transaction>_<trial>_<name>.npz`` or ``<trial>.npz``, key ``data``: floats (1, 22, H, W) in [0, 1], with
-channels 0-2 BGR, 3 NIR, 4 depth. Labels come from the official ground truth, splits from partition 0 of three folds.
-Gender, ethnicity, race and age stand beside the labels in that file and are not kept.
+Read from ``ID_<transaction>_<trial>_<name>.npz`` or ``<trial>.npz``, key ``data``: floats (1, 22, H, W) in
+[0, 1], with channels 0-2 BGR, 3 NIR, 4 depth. Labels come from the official ground truth, splits from
+partition 0 of three folds. Gender, ethnicity, race and age stand beside the labels in that file and are not
+kept.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """CASIA-SURF (S): RealSense RGB, depth and IR of 1000 subjects, six attacks from printed faces with parts cut out.
 
-Read from the cropped full release, ``CASIA-SURF-CROP/{real,fake}_part/{real,fake}_{train,val,test}_part/<subject>/
-<video>/{color,depth,ir}/<n>.jpg``, or the challenge's ``Training/{real,fake}_part/<subject>/<video>/…`` (all train)
-with ``Val`` and ``Testing`` where their lists are beside them. Readers disagree on the order of the lists' columns, so
-a file's modality is its folder or suffix, never its column.
+Read from the cropped full release,
+``CASIA-SURF-CROP/{real,fake}_part/{real,fake}_{train,val,test}_part/<subject>/
+<video>/{color,depth,ir}/<n>.jpg``, or the challenge's ``Training/{real,fake}_part/<subject>/<video>/…`` (all
+train) with ``Val`` and ``Testing`` where their lists are beside them. Readers disagree on the order of the
+lists' columns, so a file's modality is its folder or suffix, never its column.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """WMCA (W): 72 people in front of a RealSense SR300; glasses, masks, fake heads, prints and replays.
 
-Read from the preprocessed pairs ``WMCA_preprocessed_{RGB,CDIT}/…/<client>_<session>_<presenter>_<type>_<pai>.hdf5``
-with datasets ``Frame_<i>/array``: (3, H, W) RGB, and (4, H, W) grey, depth, infrared, thermal. Splits are the official
+Read from the preprocessed pairs
+``WMCA_preprocessed_{RGB,CDIT}/…/<client>_<session>_<presenter>_<type>_<pai>.hdf5`` with datasets
+``Frame_<i>/array``: (3, H, W) RGB, and (4, H, W) grey, depth, infrared, thermal. Splits are the official
 ``PROTOCOL-grandtest.csv`` where it is there, else the published split by client id.
 """
 

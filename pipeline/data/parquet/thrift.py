@@ -1,6 +1,7 @@
 """Thrift's compact protocol, of which Parquet footers and page headers are made: bounded reading, minimal writing.
 
-A struct is a dict by field number of int, bytes, list or dict; booleans are 0 and 1. Only what Parquet uses is read.
+A struct is a dict by field number of int, bytes, list or dict; booleans are 0 and 1. Only what Parquet uses
+is read.
 """
 
 from __future__ import annotations

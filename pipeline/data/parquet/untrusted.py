@@ -1,9 +1,9 @@
 """Opens a Parquet file that a stranger wrote: nothing in it runs code, ends the process or allocates more than allowed.
 
-Arrow does all three from a footer alone: it rebuilds extension types from ``ARROW:schema`` (registered types may run
-code then), aborts on size statistics that do not fit (pyarrow 25), and allocates what is claimed. So the footer is read
-here, and Arrow gets one written here, with plain columns and nothing optional. Sizes in a footer are claims: decoders
-believe the page headers, so those are read and summed before any page is.
+Arrow does all three from a footer alone: it rebuilds extension types from ``ARROW:schema`` (registered types
+may run code then), aborts on size statistics that do not fit (pyarrow 25), and allocates what is claimed. So
+the footer is read here, and Arrow gets one written here, with plain columns and nothing optional. Sizes in a
+footer are claims: decoders believe the page headers, so those are read and summed before any page is.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ CONVERTED = {0: "STRING", 9: "TIMESTAMP(milliseconds, UTC)", 10: "TIMESTAMP(micr
 UNITS = {1: "milliseconds", 2: "microseconds", 3: "nanoseconds"}
 LOGICAL_STRING, LOGICAL_TIMESTAMP = 1, 8
 REQUIRED, OPTIONAL = 0, 1
-# PLAIN, PLAIN_DICTIONARY, RLE, BIT_PACKED, RLE_DICTIONARY; the delta encodings repeat megabytes with a few bits
+# PLAIN, PLAIN_DICTIONARY, RLE, BIT_PACKED, RLE_DICTIONARY; the delta encodings repeat megabytes with a few
+# bits
 ENCODINGS = frozenset((0, 2, 3, 4, 8))
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
 ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError)
@@ -94,11 +95,12 @@ def check_footer(path: Place, limits: Limits) -> int:
 def read_table(path: Place, limits: Limits) -> tuple[pa.Table, str]:
     """The table in ``path`` and the sha256 of the file, after checking size, footer and pages, in this order.
 
-    Byte columns stay dictionaries, so that repeats are held once. Raises BadParquet for what the file is, FileNotFoundError
-    and StoreUnavailable for what may be otherwise next time. No bit of a file of checksummed version 1 pages
-    (``write_segment``) changes what is read unseen: the pages' bytes by their checksums, and of the rest nothing is taken
-    that has a second legal reading one bit away, wherefore a column must be nullable (of a required one the same page gives
-    other values) and no two chunks may overlap (a page may be another column's).
+    Byte columns stay dictionaries, so that repeats are held once. Raises BadParquet for what the file is,
+    FileNotFoundError and StoreUnavailable for what may be otherwise next time. No bit of a file of
+    checksummed version 1 pages (``write_segment``) changes what is read unseen: the pages' bytes by their
+    checksums, and of the rest nothing is taken that has a second legal reading one bit away, wherefore a
+    column must be nullable (of a required one the same page gives other values) and no two chunks may overlap
+    (a page may be another column's).
     """
     with _open_regular(path, limits) as (file, size):
         data = file.read(size + 1)

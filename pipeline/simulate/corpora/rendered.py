@@ -1,7 +1,7 @@
 """An auxiliary source domain of rendered presentations: many people, every species, and no two videos under one rig.
 
-It is only ever trained on: it has no val and no test split, so thresholds and error rates stay those of real captures.
-Nothing is read from disk.
+It is only ever trained on: it has no val and no test split, so thresholds and error rates stay those of real
+captures. Nothing is read from disk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Rendered corpora: four labelled domains and an anchor set from ``pipeline.simulate.render``, nothing read from disk.
 
-A domain is one training rig, its own people and its own mix of PAI species, as gated sets differ. Subjects are disjoint
-between splits, domains and the anchor set. A tool to find bugs and to show the product, not evidence about people.
+A domain is one training rig, its own people and its own mix of PAI species, as gated sets differ. Subjects
+are disjoint between splits, domains and the anchor set. A tool to find bugs and to show the product, not
+evidence about people.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def anchor(
 ) -> Iterator[Row]:
     """Labelled rows for a sealed anchor set: ``attacks`` of each species, one frame per presentation, split ``test``.
 
-    The rigs are the training families and slight variations of them; the people are in no corpus and at no site.
+    The rigs are the training families and slight variations of them; the people are in no corpus and at no
+    site.
     """
     names = [BONA_FIDE] * bona_fide + [name for name in species for _ in range(attacks)]
     rng = np.random.default_rng([seed, 41])

@@ -1,9 +1,10 @@
 """CoTTA (Wang et al., CVPR 2022): a student learns from its slow mean, the teacher, and forgets back to the source by chance.
 
-What had to change: all that a site may learn stands in for all weights. There is nothing to colour or crop in a feature, so
-the augmentations of the averaged prediction are the sample itself and the sample without each one of its sensors, where it
-has two or more; a single sensor's sample keeps the plain prediction, and so does one the source is sure of, row by row
-instead of by the batch's mean. The coins of the stochastic restore are an integer hash of a counter. The teacher serves.
+What had to change: all that a site may learn stands in for all weights. There is nothing to colour or crop in
+a feature, so the augmentations of the averaged prediction are the sample itself and the sample without each
+one of its sensors, where it has two or more; a single sensor's sample keeps the plain prediction, and so does
+one the source is sure of, row by row instead of by the batch's mean. The coins of the stochastic restore are
+an integer hash of a counter. The teacher serves.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """DRM (Zhang et al., KDD 2023, domain-specific risk minimisation): weigh the source domains' boundaries by their certainty.
 
-What had to change: instead of a classifier per source domain there is the boundary at which that domain's own errors are
-equal, on one shared coordinate; the weights are a softmax of the running mean entropy under each boundary, since what serves
-must be fixed before a sample is seen, while the paper weighs each sample by its own. No gradient. Until a sample was seen the
-source's own boundary serves.
+What had to change: instead of a classifier per source domain there is the boundary at which that domain's own
+errors are equal, on one shared coordinate; the weights are a softmax of the running mean entropy under each
+boundary, since what serves must be fixed before a sample is seen, while the paper weighs each sample by its
+own. No gradient. Until a sample was seen the source's own boundary serves.
 """
 
 from __future__ import annotations

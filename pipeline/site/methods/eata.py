@@ -1,10 +1,11 @@
 """EATA (Niu et al., ICML 2022): entropy minimisation on reliable, non-redundant samples, anchored by the Fisher information.
 
-What had to change: gamma and beta of the site adapter stand in for batch-normalisation affines; Adam for SGD with momentum;
-the Fisher diagonal is the mean square over single source features, as the paper writes it (its code squares means of 64
-gradients, for unrelated ones 1/64 of that, and its weight 2000 goes with the code). Two classes: E0 is 0.4 ln 2. The cosine
-of a prediction to a running mean of (1/2, 1/2) is at least 0.7071, and to a confident mean it is below the published 0.05
-only for a confident prediction of the other class: the redundancy filter would learn from nothing but contradictions; off.
+What had to change: gamma and beta of the site adapter stand in for batch-normalisation affines; Adam for SGD
+with momentum; the Fisher diagonal is the mean square over single source features, as the paper writes it (its
+code squares means of 64 gradients, for unrelated ones 1/64 of that, and its weight 2000 goes with the code).
+Two classes: E0 is 0.4 ln 2. The cosine of a prediction to a running mean of (1/2, 1/2) is at least 0.7071,
+and to a confident mean it is below the published 0.05 only for a confident prediction of the other class: the
+redundancy filter would learn from nothing but contradictions; off.
 """
 
 from __future__ import annotations

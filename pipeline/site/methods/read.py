@@ -1,9 +1,10 @@
 """READ (Yang et al., ICLR 2024, multi-modal reliability bias): adapt the fusion with a loss that gives up on doubtful samples.
 
-What had to change: there is no attention between modality tokens to adapt; the complement gates and one factor per modality
-(site.gamma, moved by the mean of its gradient over the features) stand in for it. The loss p ln(e gamma / p) of a confidence
-p rises up to gamma and falls beyond: samples above it grow surer, samples below less sure. Two classes: a confidence is at
-least one half, so the published gamma = 1/e never bends, and the balance term asks for half attacks in every batch: off.
+What had to change: there is no attention between modality tokens to adapt; the complement gates and one
+factor per modality (site.gamma, moved by the mean of its gradient over the features) stand in for it. The
+loss p ln(e gamma / p) of a confidence p rises up to gamma and falls beyond: samples above it grow surer,
+samples below less sure. Two classes: a confidence is at least one half, so the published gamma = 1/e never
+bends, and the balance term asks for half attacks in every batch: off.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Recalibration: no weight moves; the boundary follows the stream's own scores.
 
-By default the site's share of bona fide is estimated from the last scores by EM under label shift (Saerens et al., Neural
-Computation 2002) and the boundary moves by its log odds, as Bayes' rule has it; the posteriors are the sigmoids of the
-source's logits, whose boundary of equal errors stands for equal priors. With a ``prior`` that share is assumed, as
-quantile thresholds do, and the boundary moves to where the share of bona fide calls equals it. Two classes: an assumed half
-makes half of a one-class door attacks, and the unbounded estimate of such a door would let everything in; hence the
-estimate, the bound and the least count.
+By default the site's share of bona fide is estimated from the last scores by EM under label shift (Saerens et
+al., Neural Computation 2002) and the boundary moves by its log odds, as Bayes' rule has it; the posteriors
+are the sigmoids of the source's logits, whose boundary of equal errors stands for equal priors. With a
+``prior`` that share is assumed, as quantile thresholds do, and the boundary moves to where the share of bona
+fide calls equals it. Two classes: an assumed half makes half of a one-class door attacks, and the unbounded
+estimate of such a door would let everything in; hence the estimate, the bound and the least count.
 """
 
 from __future__ import annotations

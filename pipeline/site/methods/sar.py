@@ -1,9 +1,9 @@
 """SAR (Niu et al., ICLR 2023): sharpness-aware entropy minimisation on reliable samples, with recovery of the source.
 
-What had to change: gamma and beta of the site adapter stand in for the affines of normalisation layers; Adam for SGD inside
-SAM. Two classes: E0 is 0.4 ln 2, and reliable samples then have a mean entropy below the published recovery constant 0.2 from
-the first step on, so that the model would never leave the source; scaled with E0 it is 0.02. The mean loss starts anew after a
-recovery, as the paper has it.
+What had to change: gamma and beta of the site adapter stand in for the affines of normalisation layers; Adam
+for SGD inside SAM. Two classes: E0 is 0.4 ln 2, and reliable samples then have a mean entropy below the
+published recovery constant 0.2 from the first step on, so that the model would never leave the source; scaled
+with E0 it is 0.02. The mean loss starts anew after a recovery, as the paper has it.
 """
 
 from __future__ import annotations

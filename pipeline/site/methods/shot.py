@@ -1,11 +1,12 @@
 """SHOT (Liang et al., ICML 2020): information maximisation and centroid pseudo labels under a frozen head.
 
-What had to change: the site adapter stands in for the feature extractor; the target is a stream, so the class centroids are
-running means instead of one pass over the data per epoch, seeded from the stored source features where a model carries
-them; a class nobody was assigned to keeps its centroid. Adam for SGD. Two classes: the plain diversity term -H(mean
-prediction) pushes every batch towards half attacks, also at a door that sees none, so by default the batch's mean is held to
-the site's own running mean prediction instead. A radial head reads a length, and attacks lie all around: their mean fused
-feature says little, so by default centroids are those of the coordinate the head reads.
+What had to change: the site adapter stands in for the feature extractor; the target is a stream, so the class
+centroids are running means instead of one pass over the data per epoch, seeded from the stored source
+features where a model carries them; a class nobody was assigned to keeps its centroid. Adam for SGD. Two
+classes: the plain diversity term -H(mean prediction) pushes every batch towards half attacks, also at a door
+that sees none, so by default the batch's mean is held to the site's own running mean prediction instead. A
+radial head reads a length, and attacks lie all around: their mean fused feature says little, so by default
+centroids are those of the coordinate the head reads.
 """
 
 from __future__ import annotations

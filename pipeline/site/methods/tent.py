@@ -1,7 +1,7 @@
 """TENT (Wang et al., ICLR 2021): minimise the entropy of the prediction over the affine part of the site adapter.
 
-The paper adapts batch-normalisation affines with batch statistics; there are none here, so gamma and beta of the site
-adapter take their place. Kept as a baseline: it has nothing that protects a one-class stream.
+The paper adapts batch-normalisation affines with batch statistics; there are none here, so gamma and beta of
+the site adapter take their place. Kept as a baseline: it has nothing that protects a one-class stream.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """CTNet-style training: what changes from one modality to the next is the same in all bona fide, and other in attacks.
 
-Chong et al., "Multi-Modal Face Anti-Spoofing via Cross-Modal Feature Transitions", 2025 (arXiv 2507.05575). From the
-abstract: consistent transitions between modalities among live samples, inconsistent ones between live and spoof, and
-infrared and depth features learned from RGB against missing modalities. A reconstruction from the abstract. Our reading:
-a transition is the direction of the difference of two modalities' intrinsic features; live ones are drawn to their mean
-over domains, attacks are kept a cosine margin away from it; the auxiliary features are the tail's complement when RGB
-alone is there.
+Chong et al., "Multi-Modal Face Anti-Spoofing via Cross-Modal Feature Transitions", 2025 (arXiv 2507.05575).
+From the abstract: consistent transitions between modalities among live samples, inconsistent ones between
+live and spoof, and infrared and depth features learned from RGB against missing modalities. A reconstruction
+from the abstract. Our reading: a transition is the direction of the difference of two modalities' intrinsic
+features; live ones are drawn to their mean over domains, attacks are kept a cosine margin away from it; the
+auxiliary features are the tail's complement when RGB alone is there.
 """
 
 from __future__ import annotations

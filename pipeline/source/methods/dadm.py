@@ -1,12 +1,13 @@
 """DADM-style training: modalities aligned by mutual information, domains by their boundaries and by angles.
 
-Yang et al., "DADM: Dual Alignment of Domain and Modality for Face Anti-spoofing", ICCV 2025 (arXiv 2503.00429). From the
-abstract: a module based on mutual information enhances favourable modalities and suppresses unfavourable ones, and a dual
-alignment acts on the hyperplanes of sub-domains and on the angle margins of modalities. A reconstruction; the paper's
-code is not used. Our reading: the information between two modalities is the InfoNCE bound on their intrinsic features
-(van den Oord et al., 2018) and is maximised; the odds with which a modality finds its own sample in the others weight
-its head's risk per sample, without gradient; hyperplanes are aligned by PG-IRM (Sun et al., CVPR 2023); the angle margin
-is ArcFace's (Deng et al., CVPR 2019) in a supervised contrast by class over all domains, in each modality.
+Yang et al., "DADM: Dual Alignment of Domain and Modality for Face Anti-spoofing", ICCV 2025 (arXiv
+2503.00429). From the abstract: a module based on mutual information enhances favourable modalities and
+suppresses unfavourable ones, and a dual alignment acts on the hyperplanes of sub-domains and on the angle
+margins of modalities. A reconstruction; the paper's code is not used. Our reading: the information between
+two modalities is the InfoNCE bound on their intrinsic features (van den Oord et al., 2018) and is maximised;
+the odds with which a modality finds its own sample in the others weight its head's risk per sample, without
+gradient; hyperplanes are aligned by PG-IRM (Sun et al., CVPR 2023); the angle margin is ArcFace's (Deng et
+al., CVPR 2019) in a supervised contrast by class over all domains, in each modality.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class Config(SourceMethod):
 def alignment(intrinsic: Tensor, present: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Mean information between two modalities, nats, and how much to trust each [B, M], of mean 1 over those there.
 
-    A modality is favourable in a sample when the others recognise it: the probability of the true match, in both
-    directions. A modality that is alone keeps weight 1.
+    A modality is favourable in a sample when the others recognise it: the probability of the true match, in
+    both directions. A modality that is alone keeps weight 1.
     """
     before, after = zip(*PAIRS, strict=True)
     u = torch.nn.functional.normalize(intrinsic, dim=-1).transpose(0, 1)
@@ -102,7 +103,8 @@ def alignment(intrinsic: Tensor, present: Tensor, temperature: float) -> tuple[T
 def match_log_p(u: Tensor, v: Tensor, both: Tensor, temperature: float) -> Tensor:
     """[..., B] mean log probability, over both directions, of telling a row's partner among those in ``both`` by cosine.
 
-    ``u``, ``v`` are [..., B, D] of unit length. Its mean plus log n is the InfoNCE bound on the mutual information.
+    ``u``, ``v`` are [..., B, D] of unit length. Its mean plus log n is the InfoNCE bound on the mutual
+    information.
     """
     similarity = torch.where(both[..., None] & both[..., None, :], u @ v.mT / temperature, -1e9)
     log_p = torch.log_softmax(similarity, dim=-1) + torch.log_softmax(similarity, dim=-2)

@@ -1,7 +1,7 @@
 """Empirical risk minimisation: the baseline that every other source method has to beat.
 
-The logistic loss of all heads with equal mass per class, no domain label. With ``model.tail.head: linear`` it is plain
-cross entropy on a linear head.
+The logistic loss of all heads with equal mass per class, no domain label. With ``model.tail.head: linear`` it
+is plain cross entropy on a linear head.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """IRMv1: the same scale of the logit has to be the best one in every domain.
 
-Arjovsky et al., "Invariant Risk Minimization", 2019 (arXiv 1907.02893): mean risk of the domains plus a penalty on the
-gradient of each domain's risk by a scale of the logit, weight 1 at first and ``penalty`` later, as in DomainBed
-(Gulrajani and Lopez-Paz, ICLR 2021). Ours: class means first, the fused head only, and no rescaling when the weight rises.
-The authors' code divides the loss by the weight and DomainBed resets Adam; Adam's memory of squared gradients is as long
-as a schedule here, so a division would cut the rate on the risk for the rest of the fit, and the gradient's clip is
-what bounds the jump.
+Arjovsky et al., "Invariant Risk Minimization", 2019 (arXiv 1907.02893): mean risk of the domains plus a
+penalty on the gradient of each domain's risk by a scale of the logit, weight 1 at first and ``penalty``
+later, as in DomainBed (Gulrajani and Lopez-Paz, ICLR 2021). Ours: class means first, the fused head only, and
+no rescaling when the weight rises. The authors' code divides the loss by the weight and DomainBed resets
+Adam; Adam's memory of squared gradients is as long as a schedule here, so a division would cut the rate on
+the risk for the rest of the fit, and the gradient's clip is what bounds the jump.
 """
 
 from __future__ import annotations

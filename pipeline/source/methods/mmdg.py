@@ -1,13 +1,14 @@
 """MMDG-style training: prototypes of one side per modality, and gradients balanced between modalities (ReGrad).
 
-Lin et al., "Suppress and Rebalance: Towards Generalized Multi-Modal Face Anti-Spoofing", CVPR 2024 (arXiv 2402.19298):
-prototypes per modality of {all bona fide, attacks of each domain}; uncertainty of a modality from Monte Carlo dropout; a
-gradient modulation that holds the fastest modality back. A reconstruction from the formulas; the cross-adapters inside
-the ViT are not here. Our reading: trunks are separate, so the weights that modalities share are the fusion's (``SHARED``);
-L_m is the risk of the fused head that sees modality m alone; U_m = 1 - 2 mean deviation of P(bona fide), 1 when certain;
-the modulated gradient is the mean of the modalities' formulas, so that equal directions and certain modalities give the
-plain sum back. ``fit`` keeps the only ``backward()``: a term of value zero turns the gradient of sum L_m into that. With
-several workers, each keeps prototypes of its own share of the batch and modulates its own gradient.
+Lin et al., "Suppress and Rebalance: Towards Generalized Multi-Modal Face Anti-Spoofing", CVPR 2024 (arXiv
+2402.19298): prototypes per modality of {all bona fide, attacks of each domain}; uncertainty of a modality
+from Monte Carlo dropout; a gradient modulation that holds the fastest modality back. A reconstruction from
+the formulas; the cross-adapters inside the ViT are not here. Our reading: trunks are separate, so the weights
+that modalities share are the fusion's (``SHARED``); L_m is the risk of the fused head that sees modality m
+alone; U_m = 1 - 2 mean deviation of P(bona fide), 1 when certain; the modulated gradient is the mean of the
+modalities' formulas, so that equal directions and certain modalities give the plain sum back. ``fit`` keeps
+the only ``backward()``: a term of value zero turns the gradient of sum L_m into that. With several workers,
+each keeps prototypes of its own share of the batch and modulates its own gradient.
 """
 
 from __future__ import annotations

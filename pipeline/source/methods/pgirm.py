@@ -1,9 +1,9 @@
 """SA-FAS-style training: domains stay apart in the features and come to share a boundary (PG-IRM).
 
-Sun et al., "Rethinking Domain Generalization for Face Anti-spoofing: Separability and Alignment", CVPR 2023 (arXiv
-2303.13662): a supervised contrast keeps (domain, class) groups separate; every domain has its own classifier, and after
-each step it is drawn to the one farthest from it; the mean classifies at inference. Ours: the same for every head of a
-multi-modal tail, radial or linear, and the weights.
+Sun et al., "Rethinking Domain Generalization for Face Anti-spoofing: Separability and Alignment", CVPR 2023
+(arXiv 2303.13662): a supervised contrast keeps (domain, class) groups separate; every domain has its own
+classifier, and after each step it is drawn to the one farthest from it; the mean classifies at inference.
+Ours: the same for every head of a multi-modal tail, radial or linear, and the weights.
 """
 
 from __future__ import annotations

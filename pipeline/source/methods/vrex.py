@@ -1,9 +1,9 @@
 """V-REx: no domain may have a larger risk than another.
 
-Krueger et al., "Out-of-Distribution Generalization via Risk Extrapolation", ICML 2021 (arXiv 2003.00688): mean risk of the
-domains plus a weight times the variance of their risks, weight 1 at first and ``penalty`` later, as in DomainBed
-(Gulrajani and Lopez-Paz, ICLR 2021). Ours: class means first, the variance on the fused head only, and no reset of Adam
-when the weight rises.
+Krueger et al., "Out-of-Distribution Generalization via Risk Extrapolation", ICML 2021 (arXiv 2003.00688):
+mean risk of the domains plus a weight times the variance of their risks, weight 1 at first and ``penalty``
+later, as in DomainBed (Gulrajani and Lopez-Paz, ICLR 2021). Ours: class means first, the variance on the
+fused head only, and no reset of Adam when the weight rises.
 """
 
 from __future__ import annotations

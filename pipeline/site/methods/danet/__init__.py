@@ -1,12 +1,13 @@
 """MFAS-DANet-style site adaptation: complementary features, reliable pseudo labels, a loss weight that follows stability.
 
-Reconstruction from the abstract of arXiv 2509.23475 ("Multi-modal Face Anti-Spoofing via Domain Adaptation"), not a
-reproduction: the abstract names the three parts; every formula is ours (``pipeline/site/README.md``). The complement lives in
-the tail. By gradients only the site adapter, the complement gates and log rho move.
+Reconstruction from the abstract of arXiv 2509.23475 ("Multi-modal Face Anti-Spoofing via Domain Adaptation"),
+not a reproduction: the abstract names the three parts; every formula is ours (``pipeline/site/README.md``).
+The complement lives in the tail. By gradients only the site adapter, the complement gates and log rho move.
 
-Not from the paper: the boundary follows the score shift of the site (``pipeline.site.shift``), nothing moves before there is
-evidence of a shift, and the guards on who may teach in ``pipeline.site.trust``. Each is a setting; ``palisade bench site`` has a
-row for each. This file holds the settings and imports no torch; ``algorithm`` holds what they set.
+Not from the paper: the boundary follows the score shift of the site (``pipeline.site.shift``), nothing moves
+before there is evidence of a shift, and the guards on who may teach in ``pipeline.site.trust``. Each is a
+setting; ``palisade bench site`` has a row for each. This file holds the settings and imports no torch;
+``algorithm`` holds what they set.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """RiSe-style source training: an invariant radial boundary (AsyIRM) and synergy disentanglement (MMSD).
 
-A *reconstruction from the abstract* of RiSe (arXiv 2511.14157), whose body we could not read. From the abstract: the
-boundary is a sphere in radial space that is invariant over domains and fits asymmetric classes (compact bona fide,
-attacks anywhere outside), domain cues stay in angular space, and a self-supervised task mixes modalities across samples
-and disentangles. Ours: every formula below. PG-IRM follows SA-FAS (Sun et al. 2023), IRMv1 Arjovsky et al. 2019, SupCon
-Khosla et al. 2020.
+A *reconstruction from the abstract* of RiSe (arXiv 2511.14157), whose body we could not read. From the
+abstract: the boundary is a sphere in radial space that is invariant over domains and fits asymmetric classes
+(compact bona fide, attacks anywhere outside), domain cues stay in angular space, and a self-supervised task
+mixes modalities across samples and disentangles. Ours: every formula below. PG-IRM follows SA-FAS (Sun et al.
+2023), IRMv1 Arjovsky et al. 2019, SupCon Khosla et al. 2020.
 
 This file holds the settings and imports no torch; ``terms`` holds the loss terms.
 """

@@ -136,7 +136,8 @@ def complement_terms(
 ) -> tuple[Tensor, Tensor]:
     """Predict what is there from the others, and judge a sample with modalities taken away as if it were complete.
 
-    The full score is the teacher (stop-gradient): learning to do without a sensor must not spoil the verdict with it.
+    The full score is the teacher (stop-gradient): learning to do without a sensor must not spoil the verdict
+    with it.
     """
     dropped = drop_modalities(present, 1.0, generator)
     fixed = {n: t.detach() if n in tails.BOUNDARY else t for n, t in tail.items()}
