@@ -40,7 +40,8 @@ def guard_recheck(
 ) -> int:
     """Judge stored evidence again under the limits of its cycle and compare the verdicts byte for byte.
 
-    --cycle: all verdicts of that cycle. Exit codes: 0 the same, 3 nothing to recheck or to recount, 4 different.
+    --cycle: all verdicts of that cycle. Exit codes: 0 the same, 3 nothing to recheck or to recount, 4
+    different.
     """
     if (what is None) != (every or cycle is not None):
         raise ValueError(
@@ -62,9 +63,9 @@ def guard_simulate(
 ) -> int:
     """Judge the recorded evidence under another policy (section guards), beside the recorded verdicts, and show the delay.
 
-    The candidates are those on record: what a site would have learned next under the policy is not known. --site may be
-    repeated; --out FILE.parquet or FILE.json holds every decision. Exit codes: 0 compared, 3 nothing is recorded, 4 the
-    policy would have passed what the recorded one stopped or held.
+    The candidates are those on record: what a site would have learned next under the policy is not known.
+    --site may be repeated; --out FILE.parquet or FILE.json holds every decision. Exit codes: 0 compared, 3
+    nothing is recorded, 4 the policy would have passed what the recorded one stopped or held.
     """
     if not (changes or against):
         raise ValueError("guard simulate: name a policy: --with guards.key=value, --against FILE, or both")

@@ -1,4 +1,4 @@
-"""``palisade guard explain``: the newest verdict of a site in plain words, what it rests on, and what would change it."""
+"""``palisade guard explain``: a site's newest verdict, its evidence, and the changes that would pass."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 ORDER = {"fail": 0, "hold": 1, "pass": 2}
 SHARES = ("ceiling", "noninferiority")  # their numbers are shares of presentations
 LABELS = {"anchor": "the sealed anchor set; labels of the stream were not used"}
-REMEDIES = 8  # lines of what would have to change
+REMEDIES = 8  # lines on changes that would give a pass
 
 
 def explain(config: Config, terminal: Terminal, *, what: str) -> int:
-    """Every finding, decisive first; the evidence; the change that would make it pass."""
+    """Shows every finding, the decisive one first, the evidence, and the changes that would give a pass."""
     ledger = open_ledger(config, create=False)
     row = find_verdict(ledger, what)
     verdict, evidence, limits = row.verdict, row.evidence, cycle_limits(ledger, row.cycle)
@@ -45,7 +45,7 @@ def explain(config: Config, terminal: Terminal, *, what: str) -> int:
             "evidence": dict(rests),
             "to_pass": change,
         },
-        f"{row.site}: {_said(verdict)}{aborts}",
+        f"{row.site}: {_sentence(verdict)}{aborts}",
         table(
             f"findings of verdict {row.id}",
             ["guard", "where", "number", "limit", "call", "advisory"],
@@ -69,12 +69,12 @@ def explain(config: Config, terminal: Terminal, *, what: str) -> int:
 
 
 def decisive_first(verdict: Verdict) -> list[Reason]:
-    """What decided, then what else was found, then what is advisory."""
+    """Returns the findings: the decisive ones, then the others, then the advisory ones."""
     return sorted(verdict.reasons, key=lambda r: (r.advisory, r.call != verdict.outcome, ORDER[r.call]))
 
 
 def changes(verdict: Verdict, limits: GuardsConfig, evidence: Evidence) -> list[str]:
-    """What would have to change for a pass, the nearest limit first; how near a limit was, for one that passed."""
+    """Returns the changes that would give a pass, the nearest limit first; for a pass, its nearest limit."""
     if verdict.outcome == "pass":
         near = [r for r in verdict.reasons if not r.advisory and r.number is not None and r.limit]
         if not near:
@@ -83,12 +83,12 @@ def changes(verdict: Verdict, limits: GuardsConfig, evidence: Evidence) -> list[
         return [f"nearest to a limit: {r.guard} {r.where}: {_number(r, r.number)} of {_number(r, r.limit)}"]
     against = [r for r in verdict.reasons if not r.advisory and r.call != "pass"]
     against.sort(key=_distance)
-    said = [f"to pass: {_remedy(r, limits, evidence)}" for r in against[:REMEDIES]]
+    remedies = [f"to pass: {_remedy(r, limits, evidence)}" for r in against[:REMEDIES]]
     more = [f"and {len(against) - REMEDIES} more findings"] if len(against) > REMEDIES else []
-    return said + more
+    return remedies + more
 
 
-def _said(verdict: Verdict) -> str:
+def _sentence(verdict: Verdict) -> str:
     aside = sum(r.advisory and r.call != "pass" for r in verdict.reasons)
     return {
         "pass": "the candidate may serve: no guard that decides objects"
@@ -101,38 +101,31 @@ def _said(verdict: Verdict) -> str:
 def _rests_on(
     ledger: Ledger, row: VerdictRow, evidence: Evidence, limits: CycleLimits
 ) -> list[tuple[str, str]]:
-    found, c = verdict_basis(ledger, row), row.counters
-    by_time = "" if found.recorded else " (by time)"
+    """Returns what the verdict was based on, as (name, text)."""
+    rests, c = verdict_basis(ledger, row), row.counters
+    by_time = "" if rests.recorded else " (by time)"
     age = "unknown" if evidence.age_seconds is None else f"{evidence.age_seconds:.0f} s"
-    window = f"offsets {row.offset_from}–{row.offset_to}, {c['samples']} samples of {c.get('sessions', '?')} sessions"
-    merged = (
-        [("merged", f"counted together as other: {', '.join(evidence.merged)}")] if evidence.merged else []
-    )
+    samples = f"{c['samples']} samples of {c.get('sessions', '?')} sessions"
+    merged = f"counted together as other: {', '.join(evidence.merged)}"
+    champion = rests.champion_state
+    since = "" if limits.sound else ", CHANGED since the cycle began"
     shown = sum(x.n for x in evidence.cells)
     return [
         (
             "verdict",
-            f"{row.outcome} at {row.at:%Y-%m-%d %H:%M:%S} UTC in {row.cycle}, holds before it: {evidence.holds_before}",
+            f"{row.outcome} at {row.at:%Y-%m-%d %H:%M:%S} UTC in {row.cycle}, "
+            f"holds before it: {evidence.holds_before}",
         ),
         ("candidate", f"state {row.state}" if row.state else "none: the window was empty"),
         (
             "champion",
-            (
-                f"state {found.champion_state}"
-                if found.champion_state
-                else f"source v{found.source.version} as it is"
-            )
-            + by_time,
+            (f"state {champion}" if champion else f"source v{rests.source.version} as it is") + by_time,
         ),
-        ("window", f"{window}, {age} old"),
+        ("window", f"offsets {row.offset_from}–{row.offset_to}, {samples}, {age} old"),
         ("labels", LABELS.get(evidence.labels, evidence.labels)),
-        ("anchor set", f"{found.anchor[:12]}{by_time}, {shown} presentations over all patterns"),
-        *merged,
-        (
-            "limits",
-            f"configuration {limits.fingerprint[:12]}"
-            + ("" if limits.sound else ", CHANGED since the cycle began"),
-        ),
+        ("anchor set", f"{rests.anchor[:12]}{by_time}, {shown} presentations over all patterns"),
+        *([("merged", merged)] if evidence.merged else []),
+        ("limits", f"configuration {limits.fingerprint[:12]}{since}"),
         ("evidence", f"sha256 {hashlib.sha256(row.evidence_json.encode()).hexdigest()}"),
     ]
 
@@ -150,13 +143,13 @@ def _distance(r: Reason) -> float:
 
 
 def _remedy(r: Reason, limits: GuardsConfig, evidence: Evidence) -> str:
+    """Returns the change that would turn a finding into a pass."""
     pattern, _, species = r.where.partition("/")
-    own = [c for c in evidence.cells if c.pattern == pattern]
-    cells = (
-        [c for c in own if c.species == species]
-        if species != ATTACKS
-        else [c for c in own if c.species != REAL]
-    )
+    cells = [
+        c
+        for c in evidence.cells
+        if c.pattern == pattern and (c.species != REAL if species == ATTACKS else c.species == species)
+    ]
     n, head = sum(c.n for c in cells), f"{r.guard} {r.where}"
     if r.guard == "ceiling" and r.limit is not None and cells:
         _, upper = clopper_pearson(np.arange(n + 1), np.full(n + 1, n))
@@ -164,7 +157,8 @@ def _remedy(r: Reason, limits: GuardsConfig, evidence: Evidence) -> str:
     if r.guard == "noninferiority" and r.limit is not None and cells:
         worse, better = sum(c.worse for c in cells), sum(c.better for c in cells)
         if r.call == "hold":
-            return f"{head}: {n} anchor presentations are too few for the margin; add to data.anchor and seal it anew"
+            few = f"{n} anchor presentations are too few for the margin"
+            return f"{head}: {few}; add to data.anchor and seal it anew"
         upper = paired_upper95(np.arange(n + 1.0), np.full(n + 1, float(better)), np.full(n + 1, float(n)))
         return (
             f"{head}: {_at_most(upper, r.limit + 1e-12, worse, n, 'presentations worse than the champion')}"
@@ -173,14 +167,15 @@ def _remedy(r: Reason, limits: GuardsConfig, evidence: Evidence) -> str:
         need = f"at least {r.limit:.0f} anchor presentations (there are {n})"
         return f"{head}: {need}; add to data.anchor and run `palisade anchor seal`"
     if r.guard == "no_data" and r.number is not None and r.limit is not None and r.number < r.limit:
-        return f"{head}: a window of at least {r.limit:.0f} instead of {r.number:.0f}; the next cycle brings another"
+        need = f"a window of at least {r.limit:.0f} instead of {r.number:.0f}"
+        return f"{head}: {need}; the next cycle brings another"
     if r.number is None:
         return f"{head}: {r.text}"
     return f"{head}: from {_number(r, r.number)} to {_number(r, r.limit)}; {r.text}"
 
 
 def _at_most(upper: np.ndarray, limit: float, now: int, n: int, what: str) -> str:
-    """How many of ``n`` the limit allows; ``upper`` [n + 1] is the bound that each count would give."""
+    """Returns how many of ``n`` the limit allows; ``upper`` [n + 1] is the upper bound of each count."""
     fit = np.flatnonzero(upper <= limit)
     if not len(fit):
         return f"no count of {n} can show it; more anchor presentations are needed"

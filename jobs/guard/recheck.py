@@ -1,7 +1,7 @@
 """``palisade guard recheck``: stored evidence judged again under the limits of its cycle, for an auditor.
 
-A verdict is replayed when ``assess`` gives its stored JSON byte for byte. Where the audit chain has the digest of a cycle's
-verdicts and evidence, those on record must still have it.
+A verdict is replayed when ``assess`` gives its stored JSON byte for byte. Where the audit chain has the
+digest of a cycle's verdicts and evidence, those on record must still have it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``palisade guard simulate`` shows: both sides in a table, and each site that they differ on as a line of calls."""
+"""Shows the result of ``palisade guard simulate``: both sides in a table, each differing site as a line."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 SHOWN = 40  # sites
 CYCLES = 32  # of a site, the newest
 MARKS = {"pass": "·", "hold": "h", "fail": "F", None: "?", True: "!", False: "·"}
-LEGEND = "one mark a cycle: · passed, h held, F failed; truth: ! over the ceiling by sealed labels, · under it, ? not known"
+LEGEND = (
+    "one mark a cycle: · passed, h held, F failed; "
+    "truth: ! over the ceiling by sealed labels, · under it, ? not known"
+)
 
 
-def show(terminal: Terminal, told: Mapping[str, object]) -> None:
-    """One line per side, one per site that differs, the summary."""
-    sites = cast("Sequence[Mapping[str, object]]", told["sites"])
-    if not told["verdicts"]:
-        terminal.result(told, "no verdict is on record; run `palisade cycle` first")
+def show(terminal: Terminal, result: Mapping[str, object]) -> None:
+    """Shows a line per side, a line per site that differs, and the summary."""
+    sites = cast("Sequence[Mapping[str, object]]", result["sites"])
+    if not result["verdicts"]:
+        terminal.result(result, "no verdict is on record; run `palisade cycle` first")
         return
-    shown: list[Table | str] = [_sides(told)]
+    shown: list[Table | str] = [_sides(result)]
     if sites:
         rows = [
             [
@@ -49,15 +52,15 @@ def show(terminal: Terminal, told: Mapping[str, object]) -> None:
         shown += [table("sites that differ, or were over the ceiling", columns, rows), LEGEND]
     if len(sites) > SHOWN:
         shown.append(f"and {len(sites) - SHOWN} more; --out writes all")
-    terminal.result(told, *shown, _summary(told))
+    terminal.result(result, *shown, _summary(result))
 
 
-def _sides(told: Mapping[str, object]) -> Table:
-    changed = cast("Mapping[str, Sequence[object]]", told["changed"])
+def _sides(result: Mapping[str, object]) -> Table:
+    changed = cast("Mapping[str, Sequence[object]]", result["changed"])
     title = ", ".join(f"{k} {a} → {b}" for k, (a, b) in changed.items()) or "the policy is the present one"
     rows: list[list[object]] = []
     for side in ("recorded", "policy"):
-        t = cast("Mapping[str, object]", told[side])
+        t = cast("Mapping[str, object]", result[side])
         late = cast("Mapping[str, float | None]", t["median_lag"])
         when = (
             "-"
@@ -113,11 +116,11 @@ def _lag(site: Mapping[str, object], side: str) -> str:
     )
 
 
-def _summary(told: Mapping[str, object]) -> str:
-    sites = cast("Sequence[Mapping[str, object]]", told["sites"])
+def _summary(result: Mapping[str, object]) -> str:
+    sites = cast("Sequence[Mapping[str, object]]", result["sites"])
     differ = sum(1 for s in sites if s["differ"])
-    loose = len(cast("Sequence[str]", told["looser"]))
+    loose = len(cast("Sequence[str]", result["looser"]))
     return (
-        f"{told['verdicts']} verdicts judged again; {differ} sites differ; the policy would have passed {loose} candidates that "
-        "were stopped or held"
+        f"{result['verdicts']} verdicts judged again; {differ} sites differ; "
+        f"the policy would have passed {loose} candidates that were stopped or held"
     )
