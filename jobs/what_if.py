@@ -1,4 +1,4 @@
-"""``palisade what-if``: replays recorded streams under other settings beside the present ones; stores nothing."""
+"""``palisade what-if``: replays recorded streams under other settings beside the present ones."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def log(config: Config, terminal: Terminal, *, site: str | None, limit: int) -> int:
-    """Shows the latest ``limit`` rows, newest first; with ``site`` those that name it or changed what it serves."""
+    """Shows the latest ``limit`` rows, newest first; with ``site``, those about this site."""
     ledger = open_ledger(config, create=False)
     if site is not None:
         ledger.streams.site(site)

@@ -24,7 +24,7 @@ CALLS = ("pass", "hold", "fail")
 
 
 def metrics(config: Config, terminal: Terminal, *, out: Path | None) -> int:
-    """Print the figures, or write them to ``out`` whole, for the node exporter's textfile collector."""
+    """Prints the figures, or writes them to ``out`` whole, for the node exporter's textfile collector."""
     registry = collect(open_ledger(config, create=False))
     text = generate_latest(registry)
     samples = [
@@ -41,7 +41,7 @@ def metrics(config: Config, terminal: Terminal, *, out: Path | None) -> int:
 
 
 def collect(ledger: Ledger) -> CollectorRegistry:
-    """The figures of now."""
+    """Returns the present figures."""
     registry = CollectorRegistry()
     _fleet(registry, ledger)
     rows = ledger.plans.rollouts()

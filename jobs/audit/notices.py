@@ -16,7 +16,7 @@ SHOWN = 20
 
 
 def show(config: Config, terminal: Terminal, *, test: bool) -> int:
-    """What was said, newest first; ``test`` sends one notice first."""
+    """Shows the notices, newest first; ``test`` sends one notice first."""
     ledger = open_ledger(config, create=False)
     remarks: list[str] = []
     if test:

@@ -1,4 +1,4 @@
-"""``palisade audit verify``: checks the audit chain, the releases and every stored artifact that is needed."""
+"""``palisade audit verify``: checks the audit chain, the releases and every needed artifact."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AT_ONCE = 8  # blobs that are read at a time
 
 
 def verify(config: Config, terminal: Terminal, *, head: str | None) -> int:
-    """Check everything that the record says of itself; a line for each thing that does not hold."""
+    """Checks the whole record and shows a line for each thing that does not hold."""
     ledger = open_ledger(config, create=False)
     findings: list[str] = []
     with terminal.progress("audit verify", "checks") as advance:
@@ -33,11 +33,12 @@ def verify(config: Config, terminal: Terminal, *, head: str | None) -> int:
             if not terminal.as_json:
                 terminal.out.print(finding, markup=False)
     seq, last = ledger.audit.head()
-    said = "the record holds" if not findings else f"{len(findings)} findings"
+    result = "the record holds" if not findings else f"{len(findings)} findings"
     terminal.result(
         {"findings": findings, "rows": seq, "head": last},
-        f"{said}: {seq} audit rows, head {last}",
-        "keep the head elsewhere: `palisade audit verify --head HASH` then also finds a chain that was cut or written anew",
+        f"{result}: {seq} audit rows, head {last}",
+        "keep the head elsewhere: "
+        "`palisade audit verify --head HASH` then also finds a chain that was cut or written anew",
     )
     return Exit.GUARD_FAILED if findings else Exit.DONE
 
@@ -61,23 +62,21 @@ def _findings(config: Config, ledger: Ledger, head: str | None, advance: Advance
             yield f"anchor set {digest[:12]}: {e}"
         advance(done := done + 1, total)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for found in pool.map(lambda digest: _blob(config, digest), wanted):
-            yield from found
+        for flaws in pool.map(lambda digest: _blob(config, digest), wanted):
+            yield from flaws
             advance(done := done + 1, total)
 
 
 def _chain(ledger: Ledger, head: str | None) -> list[str]:
     broken = ledger.audit.first_broken()
-    found = (
-        []
-        if broken is None
-        else [f"audit row {broken}: the chain does not hold from here on; rows were changed or cut"]
-    )
+    flaws: list[str] = []
+    if broken is not None:
+        flaws.append(f"audit row {broken}: the chain does not hold from here on; rows were changed or cut")
     if head is not None and head != GENESIS and not ledger.audit.has(head):
-        found.append(
+        flaws.append(
             f"audit head {head[:12]}: no row of the chain has it; rows were cut, or the chain was written anew"
         )
-    return found
+    return flaws
 
 
 def _source(ledger: Ledger, version: int) -> list[str]:
@@ -88,8 +87,9 @@ def _source(ledger: Ledger, version: int) -> list[str]:
         blobs.verified(path / checkpoint.WEIGHTS, manifest.weights_digest)
     except (checkpoint.BadCheckpoint, blobs.BadBlob) as e:
         return [f"source v{version}: {e}"]
-    found = manifest.digest
-    return [] if found == row.digest else [f"source v{version}: {row.path} holds another model, {found[:12]}"]
+    if manifest.digest == row.digest:
+        return []
+    return [f"source v{version}: {row.path} holds another model, {manifest.digest[:12]}"]
 
 
 def _blob(config: Config, digest: str) -> list[str]:

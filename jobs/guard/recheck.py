@@ -1,7 +1,7 @@
-"""``palisade guard recheck``: stored evidence judged again under the limits of its cycle, for an auditor.
+"""``palisade guard recheck``: judges stored evidence again under the limits of its cycle, for an auditor.
 
-A verdict is replayed when ``assess`` gives its stored JSON byte for byte. Where the audit chain has the
-digest of a cycle's verdicts and evidence, those on record must still have it.
+A verdict is the same if ``assess`` gives its stored JSON byte for byte. If the audit chain has the digest
+of a cycle's verdicts and evidence, those on record must still have it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ SHOWN = 20
 
 
 def recheck(config: Config, terminal: Terminal, *, what: str | None, cycle: str | None, recount: bool) -> int:
-    """Replay one verdict (``what``), those of a ``cycle``, or all."""
+    """Rechecks one verdict (``what``), those of a ``cycle``, or all."""
     ledger = open_ledger(config, create=False)
     if what is not None:
         return _one(config, ledger, terminal, find_verdict(ledger, what), recount=recount)
-    known = [c.id for c in reversed(ledger.cycles.history(kinds=("cycle", "adapt", "rebase")))]
-    if cycle is not None and cycle not in known:
-        raise LedgerError(f"cycle {cycle}: not on record; there are {', '.join(known[-5:]) or 'none'}")
-    wanted = known if cycle is None else [cycle]
+    cycles = [c.id for c in reversed(ledger.cycles.history(kinds=("cycle", "adapt", "rebase")))]
+    if cycle is not None and cycle not in cycles:
+        raise LedgerError(f"cycle {cycle}: not on record; there are {', '.join(cycles[-5:]) or 'none'}")
+    wanted = cycles if cycle is None else [cycle]
     started = time.monotonic()
     different: list[dict[str, object]] = []
     left_out: dict[str, str] = {}
@@ -57,47 +57,47 @@ def recheck(config: Config, terminal: Terminal, *, what: str | None, cycle: str 
                 )
                 different.append({"verdict": None, "site": None, "cycle": name, "differs": [text]})
             for row in cycle_verdicts(ledger, name):
-                found = recheck_verdict(config, ledger, row, recount=recount)
+                result = recheck_verdict(config, ledger, row, recount=recount)
                 counts["verdicts"] += 1
-                counts["same"] += not found.differs
-                counts["older"] += found.older
-                counts["recounted"] += found.recounted
-                if found.differs:
+                counts["same"] += not result.differs
+                counts["older"] += result.older
+                counts["recounted"] += result.recounted
+                if result.differs:
                     different.append(
-                        {"verdict": row.id, "site": row.site, "cycle": name, "differs": list(found.differs)}
+                        {"verdict": row.id, "site": row.site, "cycle": name, "differs": list(result.differs)}
                     )
-                if found.left_out:
-                    left_out[row.id] = found.left_out
+                if result.left_out:
+                    left_out[row.id] = result.left_out
                 advance(counts["verdicts"], total)
     seconds = time.monotonic() - started
-    told = {**counts, "different": different, "not_recounted": left_out, "seconds": round(seconds, 3)}
-    _show(terminal, told, different, left_out, recount=recount)
+    summary = {**counts, "different": different, "not_recounted": left_out, "seconds": round(seconds, 3)}
+    _show(terminal, summary, different, left_out, recount=recount)
     if different:
         return Exit.GUARD_FAILED
     return Exit.HOLD if not counts["verdicts"] or (recount and not counts["recounted"]) else Exit.DONE
 
 
 def _one(config: Config, ledger: Ledger, terminal: Terminal, row: VerdictRow, *, recount: bool) -> int:
-    found, rests = recheck_verdict(config, ledger, row, recount=recount), verdict_basis(ledger, row)
+    result, rests = recheck_verdict(config, ledger, row, recount=recount), verdict_basis(ledger, row)
     state, limits = ledger.verdicts.state(row.state), cycle_limits(ledger, row.cycle)
-    made = assess(limits.guards, row.evidence).model_dump_json()
+    again = assess(limits.guards, row.evidence).model_dump_json()
     digests = [
         ("evidence", _sha(row.evidence_json)),
         ("verdict on record", _sha(row.verdict_json)),
-        ("verdict again", _sha(made)),
+        ("verdict again", _sha(again)),
         ("configuration", limits.fingerprint),
         ("anchor set", rests.anchor),
         ("source model", rests.source.digest),
         ("candidate", f"{state.blob} slot {state.slot}" if state else "none"),
         ("champion", rests.champion_state or f"source v{rests.source.version}"),
     ]
-    said = "the same, byte for byte" if not found.differs else "DIFFERENT"
-    said += (
-        " but for fields that an earlier version did not have" if found.older and not found.differs else ""
+    answer = "the same, byte for byte" if not result.differs else "DIFFERENT"
+    answer += (
+        " but for fields that an earlier version did not have" if result.older and not result.differs else ""
     )
     counted = (
         "; the anchor set counted anew gives the same evidence"
-        if found.recounted and not found.differs
+        if result.recounted and not result.differs
         else ""
     )
     terminal.result(
@@ -106,25 +106,25 @@ def _one(config: Config, ledger: Ledger, terminal: Terminal, row: VerdictRow, *,
             "site": row.site,
             "cycle": row.cycle,
             "outcome": row.outcome,
-            "same": not found.differs,
-            "differs": list(found.differs),
-            "recounted": found.recounted,
-            "not_recounted": found.left_out,
+            "same": not result.differs,
+            "differs": list(result.differs),
+            "recounted": result.recounted,
+            "not_recounted": result.left_out,
             "digests": dict(digests),
         },
         table(f"verdict {row.id} on {row.site}, {row.cycle}", ["sha256 of", ""], digests),
-        *(f"differs: {d}" for d in found.differs),
-        *([f"not recounted: {found.left_out}"] if found.left_out else []),
-        f"{row.outcome} again: {said}{counted}" if not found.differs else said,
+        *(f"differs: {d}" for d in result.differs),
+        *([f"not recounted: {result.left_out}"] if result.left_out else []),
+        f"{row.outcome} again: {answer}{counted}" if not result.differs else answer,
     )
-    if found.differs:
+    if result.differs:
         return Exit.GUARD_FAILED
-    return Exit.HOLD if found.left_out else Exit.DONE
+    return Exit.HOLD if result.left_out else Exit.DONE
 
 
 def _show(
     terminal: Terminal,
-    told: dict[str, object],
+    summary: dict[str, object],
     different: list[dict[str, object]],
     left_out: dict[str, str],
     *,
@@ -136,10 +136,11 @@ def _show(
     lines += [f"and {len(different) - SHOWN} more; --json lists all"] if len(different) > SHOWN else []
     reasons = sorted(set(left_out.values()))[:SHOWN]
     lines += [f"not recounted: {sum(r == why for r in left_out.values())}: {why}" for why in reasons]
-    older = f" ({told['older']} written by an earlier version)" if told["older"] else ""
-    counted = f", {told['recounted']} recounted from their blobs" if recount else ""
-    end = f"{told['verdicts']} verdicts replayed, {told['same']} the same{older}, {len(different)} different{counted}"
-    terminal.result(told, *lines, f"{end}; {told['seconds']:.1f} s")
+    older = f" ({summary['older']} written by an earlier version)" if summary["older"] else ""
+    counted = f", {summary['recounted']} recounted from their blobs" if recount else ""
+    same = f"{summary['verdicts']} verdicts replayed, {summary['same']} the same{older}"
+    end = f"{same}, {len(different)} different{counted}"
+    terminal.result(summary, *lines, f"{end}; {summary['seconds']:.1f} s")
 
 
 def _sha(text: str) -> str:
