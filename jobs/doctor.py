@@ -1,4 +1,4 @@
-"""``palisade doctor``: does this machine, this environment and this deployment hold what the jobs need?"""
+"""``palisade doctor``: checks that machine, environment and deployment have what the jobs need."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 @dataclass(frozen=True)
 class Check:
-    """One finding; ``advice`` is the next step where ``state`` is not ok."""
+    """One check; ``advice`` is the next step if ``state`` is not ok."""
 
     name: str
     state: Literal["ok", "warn", "fail"]
-    found: str
+    found: str  # result in a few words
     advice: str = ""
 
 
 def doctor(config: Config, terminal: Terminal) -> int:
-    """Run every check, each on its own: exit 5 if one failed; a warning is something a job can do without."""
+    """Runs every check on its own; returns 5 if one failed. A warning does not stop any job."""
     checks = [
         _guarded(check, config)
         for check in (
@@ -80,10 +80,10 @@ def _guarded(check: Callable[[Config], Check], config: Config) -> Check:
 
 
 def _python(config: Config) -> Check:
-    found = f"{platform.python_implementation()} {platform.python_version()}, {os.cpu_count()} CPUs"
+    summary = f"{platform.python_implementation()} {platform.python_version()}, {os.cpu_count()} CPUs"
     if sys.version_info[:2] == (3, 11):
-        return Check("python", "ok", found)
-    return Check("python", "fail", found, "the pins are for CPython 3.11")
+        return Check("python", "ok", summary)
+    return Check("python", "fail", summary, "the pins are for CPython 3.11")
 
 
 def _packages(config: Config) -> Check:
@@ -105,9 +105,9 @@ def _packages(config: Config) -> Check:
 def _torch(config: Config) -> Check:
     import torch
 
-    found = f"{torch.__version__}, {torch.get_num_threads()} threads"
+    summary = f"{torch.__version__}, {torch.get_num_threads()} threads"
     assert float(torch.ones(3).sum()) == 3.0
-    return Check("torch", "ok", found)
+    return Check("torch", "ok", summary)
 
 
 def _gpu(config: Config) -> Check:
@@ -123,10 +123,10 @@ def _gpu(config: Config) -> Check:
 def _ray(config: Config) -> Check:
     version, address = importlib.import_module("ray").__version__, config.cluster.address
     if address == "local":
-        found, cpus = f"{version}, embedded with {config.cluster.cpus} CPUs", os.cpu_count() or 1
+        summary, cpus = f"{version}, embedded with {config.cluster.cpus} CPUs", os.cpu_count() or 1
         if config.cluster.cpus > 2 * cpus:
-            return Check("ray", "warn", found, f"cluster.cpus: this machine has {cpus}")
-        return Check("ray", "ok", found)
+            return Check("ray", "warn", summary, f"cluster.cpus: this machine has {cpus}")
+        return Check("ray", "ok", summary)
     host = urlsplit(address if "://" in address else f"//{address}")
     if not host.port:
         return Check("ray", "ok", f"{version}, attaches to the cluster it runs on ({address})")
@@ -165,12 +165,12 @@ def _mlflow(config: Config) -> Check:
     except (RuntimeError, ValueError) as e:
         return Check("mlflow", "fail", str(e), "start the server or correct lineage.uri")
     file = Path(uri.removeprefix("sqlite:///"))
-    there = (
+    condition = (
         "answers"
         if not uri.startswith("sqlite")
         else ("exists" if file.exists() else "is created by the first run")
     )
-    return Check("mlflow", "ok", f"{version}, {lineage.redacted(uri)} {there}")
+    return Check("mlflow", "ok", f"{version}, {lineage.redacted(uri)} {condition}")
 
 
 def _ledger(config: Config) -> Check:
@@ -201,9 +201,9 @@ def _store(config: Config) -> Check:
         same = probe.read_bytes() == b"palisade"
         probe.unlink()
     except OSError as e:
-        place, _, said = str(e).partition(": ")
-        found, _, advice = said.partition("; ")
-        return Check("store", "fail", f"{place}: {found}", advice)
+        place, _, message = str(e).partition(": ")
+        problem, _, advice = message.partition("; ")
+        return Check("store", "fail", f"{place}: {problem}", advice)
     if not same:
         return Check(
             "store",
@@ -228,23 +228,23 @@ def _folders(config: Config) -> Check:
 
 def _disk(config: Config) -> Check:
     free = shutil.disk_usage(_existing(str(config.folder()))).free / GB
-    found = f"{free:.0f} GB free for {config.folder()}"
+    summary = f"{free:.0f} GB free for {config.folder()}"
     if free < DISK_LOW_GB:
         return Check(
-            "disk", "fail" if free < DISK_FULL_GB else "warn", found, "make room, or move ledger.artifacts"
+            "disk", "fail" if free < DISK_FULL_GB else "warn", summary, "make room, or move ledger.artifacts"
         )
-    return Check("disk", "ok", found)
+    return Check("disk", "ok", summary)
 
 
 def _corpora(config: Config) -> Check:
-    there = sorted(p.parent.name for p in Path(config.data.corpora).glob("*/manifest.json"))
-    missing = sorted(set(config.data.domains) - set(there))
-    if not there or missing:
-        found = f"{len(there)} in {config.data.corpora}" + (
+    imported = sorted(p.parent.name for p in Path(config.data.corpora).glob("*/manifest.json"))
+    missing = sorted(set(config.data.domains) - set(imported))
+    if not imported or missing:
+        summary = f"{len(imported)} in {config.data.corpora}" + (
             f", without {', '.join(missing)}" if missing else ""
         )
-        return Check("corpora", "warn", found, "palisade import KIND FOLDER (needed to train)")
-    return Check("corpora", "ok", ", ".join(there))
+        return Check("corpora", "warn", summary, "palisade import KIND FOLDER (needed to train)")
+    return Check("corpora", "ok", ", ".join(imported))
 
 
 def _captures(config: Config) -> Check:
@@ -257,14 +257,14 @@ def _captures(config: Config) -> Check:
             "captures", "warn", f"no folder {root}", "let sites write data.captures/<site>/segment-*.parquet"
         )
     listing = list_segments(root)
-    found = (
+    summary = (
         f"{len(listing.segments)} sites, {sum(len(files) for files in listing.segments.values())} segments"
     )
     if listing.rejected:
         return Check(
-            "captures", "warn", f"{found}, {len(listing.rejected)} refused", str(listing.rejected[0])
+            "captures", "warn", f"{summary}, {len(listing.rejected)} refused", str(listing.rejected[0])
         )
-    return Check("captures", "ok", found)
+    return Check("captures", "ok", summary)
 
 
 def _existing(name: str) -> Path:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def render(config: Config, terminal: Terminal, *, folder: Path) -> int:
-    """Writes the manifests into ``folder`` and names the files; manifests of ours that are no longer needed are removed."""
+    """Writes the manifests into ``folder``, removes those no longer needed, and shows the files."""
     from pipeline.kubernetes.manifests import write
 
     files = [str(path) for path in write(config, folder)]

@@ -74,7 +74,8 @@ def _chain(ledger: Ledger, head: str | None) -> list[str]:
         flaws.append(f"audit row {broken}: the chain does not hold from here on; rows were changed or cut")
     if head is not None and head != GENESIS and not ledger.audit.has(head):
         flaws.append(
-            f"audit head {head[:12]}: no row of the chain has it; rows were cut, or the chain was written anew"
+            f"audit head {head[:12]}: no row of the chain has it; "
+            "rows were cut, or the chain was written anew"
         )
     return flaws
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,201 +14,24 @@ import pytest
 from pipeline.report import page as pages
 from pipeline.report import plots
 from pipeline.report.content import (
-    CycleReport,
     Det,
     DetCurve,
-    FleetTotals,
     PadSummary,
     PseudoLabels,
     QuarantineRow,
     RolloutEvent,
     RolloutReport,
-    SiteReport,
     WaveReport,
 )
 from pipeline.report.page import render, write
+from tests.support.cycle_report import START, cycle, fleet, site
 from tests.support.pages import HOSTILE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-START = datetime(2026, 3, 14, 3, 0, tzinfo=UTC)
 
 VOID = {"meta", "br", "input", "link", "img"}
-
-
-def site(i: int, rng: np.random.Generator, **changed: object) -> SiteReport:
-    """An adapted, promoted site whose errors about halved."""
-    steps, hter = 90, float(rng.uniform(0.05, 0.16))
-    ir = (np.arange(48) < rng.integers(20, 60)) * 0.97
-    found = SiteReport(
-        site=f"gate-{i:02d}",
-        tags=("airport", "indoor") if i % 2 else ("branch",),
-        rig="D435 + IR940",
-        status="ok",
-        samples=int(rng.integers(2000, 5000)),
-        offset_from=4096 * i,
-        offset_to=4096 * i + 3800,
-        captured=(START - timedelta(days=1), START),
-        quarantined=int(rng.integers(0, 4)),
-        availability=np.stack([np.full(48, 0.99), rng.uniform(0.85, 1, 48), ir], 1),
-        before=PadSummary(hter, 1.7 * hter, "replay", 0.8 * hter, 320, 540),
-        after=PadSummary(0.45 * hter, 0.05 + 0.1 * hter, "printed photo", 0.4 * hter, 320, 540),
-        pseudo_labels=PseudoLabels(0.21, 0.48, 0.97, 0.991),
-        omega=np.clip(0.5 + rng.normal(0.01, 0.06, steps).cumsum(), 0.05, 2),
-        instability=np.abs(rng.normal(0.05, 0.03, steps)),
-        restores=int(rng.integers(0, 2)),
-        verdict="pass",
-        reasons=("pass: 14 limits hold on the anchor set and on 3,800 captures",),
-        wave=min(i, 3),
-        promoted=i < 9,
-        serving=f"st:{rng.integers(2**32):08x}",
-    )
-    return replace(found, **changed)  # pyright: ignore[reportArgumentType]
-
-
-def det(rng: np.random.Generator) -> Det:
-    """Normal scores, better after than before."""
-    normal = NormalDist()
-
-    def curve(gap: float, at: float) -> DetCurve:
-        cuts = np.linspace(-5, gap + 5, 1500)
-        apcer, bpcer = (np.array([normal.cdf(c) for c in side]) for side in (-cuts, cuts - gap))
-        wobble = np.exp(rng.normal(0, 0.004, len(cuts)).cumsum() * 0.3)
-        return DetCurve(np.clip(apcer * wobble, 0, 1), bpcer, (normal.cdf(-at), normal.cdf(at - gap)))
-
-    return Det(curve(2.4, 1.1), curve(3.5, 1.8), 11, 3520, 5940)
-
-
-def cycle(sites: tuple[SiteReport, ...], **changed: object) -> CycleReport:
-    """A cycle with everything in it."""
-    waves = tuple(
-        WaveReport(
-            i, share, n, min(n, done), failing, state, START + timedelta(hours=6 * i) if done else None
-        )
-        for i, (share, n, done, failing, state) in enumerate(
-            [
-                (0.01, 1, 1, 0, "Completed"),
-                (0.05, 1, 1, 0, "Completed"),
-                (0.2, 4, 3, 1, "Baking"),
-                (1.0, 8, 0, 0, "Planned"),
-            ],
-            1,
-        )
-    )
-    report = CycleReport(
-        cycle_id="2026-03-14T03-00Z",
-        started=START,
-        finished=START + timedelta(minutes=7, seconds=12),
-        source_version="v7",
-        source_digest="sha256:" + "9f" * 32,
-        fingerprint="c1" * 32,
-        code_revision="0f3e9a7",
-        config_name="conf/fleet.yaml",
-        method="danet",
-        threshold=0.4317,
-        ceiling=0.07,
-        exit_code=3,
-        exit_summary="hold: 1 site waits for evidence",
-        digests=(("anchor set", "sha256:" + "ab" * 32), ("trunk", "sha256:" + "07" * 32)),
-        sites=sites,
-        det=det(np.random.default_rng(1)),
-        quarantine=(
-            QuarantineRow("gate-11", "segment-0007.parquet", None, "segment: not a Parquet file", 512),
-            QuarantineRow(
-                "gate-12", "segment-0003.parquet", 17, "rgb: header claims 12000x12000, allowed 4096", 3
-            ),
-        ),
-        rollout=RolloutReport(
-            "Baking(2)",
-            "sha256:5d41402abc4b2a76",
-            waves,
-            (
-                RolloutEvent(START, "a.jensen", "approved"),
-                RolloutEvent(START + timedelta(hours=1), "cycle", "wave 2 staged"),
-            ),
-        ),
-        totals=FleetTotals(16, 2, 1, (("ingest", 212.0), ("adapt", 164.0), ("guards", 41.0))),
-        notes=("Anchor set is 23 days old; it expires in 7.",),
-    )
-    return replace(report, **changed)  # pyright: ignore[reportArgumentType]
-
-
-def fleet() -> CycleReport:
-    """14 sites: good, held, refused, broken, hostile, unmeasured, control and harmed ones."""
-    rng = np.random.default_rng(7)
-    none = np.zeros((0, 3))
-    sites = [site(i, rng) for i in range(9)]
-    sites[4] = replace(
-        sites[4], before=None, after=None, pseudo_labels=PseudoLabels(0.2, 0.4, np.nan, np.nan)
-    )
-    sites[8] = replace(sites[8], after=PadSummary(0.148, 0.121, "silicone mask", 0.06, 320, 540))
-    sites += [
-        site(
-            9,
-            rng,
-            status="held",
-            verdict="hold",
-            wave=3,
-            serving="source v7",
-            restores=3,
-            reasons=(
-                "ceiling: APCER upper95 of silicone mask without IR 9.4 % > 7 % (n=158)",
-                "no data: 41 captures < 100",
-            ),
-        ),
-        site(
-            10,
-            rng,
-            status="failed",
-            verdict="fail",
-            wave=None,
-            serving="source v7",
-            instability=np.abs(rng.normal(0.4, 0.3, 90)),
-            after=PadSummary(0.19, 0.31, "replay", 0.07, 320, 540),
-            reasons=("non-inferiority: attacks +2.1 pp > 0.5 pp",),
-        ),
-        site(
-            11,
-            rng,
-            status="broken",
-            verdict=None,
-            wave=None,
-            promoted=False,
-            samples=0,
-            before=None,
-            after=None,
-            serving="source v7",
-            pseudo_labels=None,
-            availability=none,
-            omega=none[:, 0],
-            instability=none[:, 0],
-            captured=None,
-            quarantined=512,
-            restores=0,
-            reasons=("camera: every segment was refused",),
-        ),
-        site(
-            12,
-            rng,
-            site="kiosk-with-a-very-long-name-in-the-basement-of-the-south-annex-2",
-            tags=("hostile",),
-            promoted=False,
-            wave=4,
-        ),
-        site(
-            13,
-            rng,
-            tags=("control",),
-            wave=None,
-            promoted=False,
-            verdict=None,
-            serving="source v7",
-            omega=np.full(90, np.nan),
-            reasons=(),
-        ),
-    ]
-    return cycle(tuple(sites))
 
 
 class Page(HTMLParser):
@@ -245,18 +66,18 @@ class Page(HTMLParser):
 
 def check_safe(html: str) -> Page:
     """Nothing is fetched and only the page's own script runs."""
-    found = Page(html)
-    names = [t for t, _ in found.tags]
+    parsed = Page(html)
+    names = [t for t, _ in parsed.tags]
     assert names.count("script") == 1
     assert not {"link", "img", "iframe", "object", "embed", "form", "base", "image", "use"} & set(names)
-    for _, attrs in found.tags:
+    for _, attrs in parsed.tags:
         assert not [a for a in attrs if a.startswith("on") or a in ("src", "srcset", "action", "xlink:href")]
         assert (attrs.get("href") or "#").startswith("#")
     assert not re.search(r"@import|url\(", html)
-    ids = [a["id"] for _, a in found.tags if "id" in a]
+    ids = [a["id"] for _, a in parsed.tags if "id" in a]
     assert len(ids) == len(set(ids))
-    assert {a["href"] for t, a in found.tags if t == "a"} <= {f"#{i}" for i in ids}
-    return found
+    assert {a["href"] for t, a in parsed.tags if t == "a"} <= {f"#{i}" for i in ids}
+    return parsed
 
 
 def test_the_answer_comes_first() -> None:
@@ -271,10 +92,10 @@ def test_the_answer_comes_first() -> None:
 
 def test_page_has_every_part_and_loads_nothing() -> None:
     report = fleet()
-    found = check_safe(render(report))
+    parsed = check_safe(render(report))
     for s in report.sites:
-        assert s.site in found.text
-        assert all(why in found.text for why in s.reasons)
+        assert s.site in parsed.text
+        assert all(why in parsed.text for why in s.reasons)
     for text in (
         report.source_digest,
         report.fingerprint,
@@ -288,8 +109,8 @@ def test_page_has_every_part_and_loads_nothing() -> None:
         "silicone mask",
         "99.1%",
     ):
-        assert text in found.text
-    sections = {a.get("id") for t, a in found.tags if t == "section"}
+        assert text in parsed.text
+    sections = {a.get("id") for t, a in parsed.tags if t == "section"}
     assert sections == {
         "fleet",
         "accuracy",
@@ -305,8 +126,8 @@ def test_page_has_every_part_and_loads_nothing() -> None:
 
 
 def test_every_chart_says_what_it_shows() -> None:
-    found = Page(render(fleet()))
-    charts = [a for t, a in found.tags if t == "svg" and a.get("role") == "img"]
+    parsed = Page(render(fleet()))
+    charts = [a for t, a in parsed.tags if t == "svg" and a.get("role") == "img"]
     assert len(charts) > 14 * 4
     assert all(a.get("aria-label") for a in charts)
     assert any(
