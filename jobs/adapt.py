@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from pipeline.ledger import Cycle, Ledger, VerdictRow
 
 SHOWN = 40  # sites that the terminal lists
+STATISTICS = (  # of a verdict's window, as columns of the per-site table
+    *("samples", "accepted_bona_fide", "accepted_attack", "called_bona_fide_share"),
+    *("restores", "omega", "sessions"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def adapt_step(
 
     source = source_model(ledger)
     pending = {
-        r.site: r.ingested - r.learned
+        r.site: r.ingested_offset - r.learned_offset
         for r in ledger.streams.sites()
         if r.site in sites or (not sites and r.status != RETIRED)
     }
@@ -122,12 +126,12 @@ def show(
     order = {"fail": 0, "hold": 1, "pass": 2}
     worst = sorted(verdicts, key=lambda v: (order[v.outcome], v.site))
     rows = [
-        [v.site, v.counters["samples"], v.outcome, "" if v.outcome == "pass" else v.verdict.decisive]
+        [v.site, v.window.samples, v.outcome, "" if v.outcome == "pass" else v.verdict.decisive]
         for v in worst[:SHOWN]
     ]
     more = [f"and {len(worst) - SHOWN} more; see `palisade site list`"] if len(worst) > SHOWN else []
     listed = [
-        {"site": v.site, "outcome": v.outcome, "reason": v.verdict.decisive, "samples": v.counters["samples"]}
+        {"site": v.site, "outcome": v.outcome, "reason": v.verdict.decisive, "samples": v.window.samples}
         for v in worst
     ]
     terminal.result(
@@ -151,9 +155,6 @@ def exit_code(verdicts: Sequence[VerdictRow], *, failed: int) -> Exit:
 
 
 def _row(v: VerdictRow) -> dict[str, object]:
-    counters = {
-        k: c for k, c in v.counters.items() if k not in ("outcomes", "rows", "lost", "anchor", "stable")
-    }
     return {
         "site": v.site,
         "state": v.state,
@@ -162,5 +163,5 @@ def _row(v: VerdictRow) -> dict[str, object]:
         "offset_from": v.offset_from,
         "offset_to": v.offset_to,
         "trust_ratio": v.evidence.trust_ratio,
-        **counters,
+        **{name: getattr(v.window, name) for name in STATISTICS},
     }

@@ -160,7 +160,7 @@ def _show(
     for s in report.sites:
         why = s.reasons[0] if s.verdict != "pass" and s.reasons else ""
         if s.site == TAMPERED:
-            s = replace(s, samples=int(str(spoilt.counters["samples"])), verdict=spoilt.outcome)
+            s = replace(s, samples=spoilt.window.samples, verdict=spoilt.outcome)
             why = f"spoilt on purpose: {spoilt.verdict.decisive}"
         rows.append(
             [

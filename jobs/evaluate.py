@@ -132,7 +132,7 @@ def _streams(config: Config, terminal: Terminal, ledger: Ledger, source: SourceR
 
 def _stream_result(config: Config, ledger: Ledger, source: SourceRow, site: str) -> StreamResult | None:
     """Returns the error rates of a site's windows under ``source``; None without labelled samples."""
-    threshold = checkpoint.Manifest.model_validate(source.manifest).threshold
+    threshold = source.manifest.threshold
     verdicts = ledger.verdicts.find(site=site)
     states = ledger.verdicts.states([v.state for v in verdicts])
     of_source = [v for v in verdicts if v.state and states[v.state].source_version == source.version]

@@ -155,7 +155,7 @@ def _ingest(
 def _list_segments(
     config: Config, ledger: Ledger, *, limit: int | None = None, without: Collection[str] = ()
 ) -> IngestListing:
-    offsets = {row.site: row.ingested for row in ledger.streams.sites()}
+    offsets = {row.site: row.ingested_offset for row in ledger.streams.sites()}
     segments = ledger.streams.segment_names()
     return cluster_ingest.find(
         config.data, segments, lambda site: offsets.get(site, 0), most=limit, without=without
@@ -195,7 +195,7 @@ def _repair(
     failed = [
         r
         for r in ledger.streams.sites()
-        if r.status == "failed" and r.learned < r.ingested and r.site not in without
+        if r.status == "failed" and r.learned_offset < r.ingested_offset and r.site not in without
     ]
     if not failed:
         return
@@ -225,7 +225,7 @@ def _not_learned(ledger: Ledger, row: SiteRow) -> Iterator[SegmentRow]:
     return (
         s
         for s, _ in ledger.streams.segments(row.site)
-        if s.rows and row.learned <= s.base_offset < row.ingested
+        if s.rows and row.learned_offset <= s.base_offset < row.ingested_offset
     )
 
 

@@ -19,7 +19,6 @@ from pipeline.control.scoring import ScoredStream, join_labels
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment
 from pipeline.data.features import mask_to_bool
-from pipeline.models.checkpoint import Manifest
 from pipeline.report.content import (
     CycleReport,
     Det,
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
 
 BINS = 48  # of the availability strip
 STEPS = 200  # points of a curve over time
+NEVER = datetime.min.replace(tzinfo=UTC)
 NOTES = (
     "RiSe and MFAS-DANet are reconstructions from the papers' abstracts.",
     "Numbers before → after are on sealed labels that no site method saw; "
@@ -109,18 +109,18 @@ def write_report(config: Config, ledger: Ledger, cycle: str) -> Path:
 def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
     """Returns all content of the page of ``cycle``."""
     row = next(c for c in ledger.cycles.history() if c.id == cycle)
-    cycle_config = parse(row.config, f"config of {cycle}")
-    summary = StoredSummary.model_validate_json(row.summary)
+    cycle_config = parse(row.config_json, f"config of {cycle}")
+    summary = StoredSummary.model_validate_json(row.summary_json)
     source = ledger.sources.get(summary.source_version)
-    threshold = Manifest.model_validate(source.manifest).threshold
+    threshold = source.manifest.threshold
     verdicts = {v.site: v for v in ledger.verdicts.find(cycle=cycle)}
     refused = _refused(ledger, cycle)
     release = _release(ledger, verdicts)
     sites = _sites(config, ledger, source, verdicts, refused, release)
     return CycleReport(
         cycle_id=cycle,
-        started=datetime.fromisoformat(row.started),
-        finished=datetime.fromisoformat(row.finished),
+        started=row.started,
+        finished=row.finished or row.started,
         source_version=f"v{source.version}",
         source_digest=source.digest,
         fingerprint=row.fingerprint,
@@ -142,7 +142,7 @@ def gather(config: Config, ledger: Ledger, cycle: str) -> CycleReport:
         rollout=_rollout(ledger, release),
         totals=FleetTotals(
             registered=len(ledger.streams.sites()),
-            idle=sum(not v.counters["samples"] for v in verdicts.values()),
+            idle=sum(not v.window.samples for v in verdicts.values()),
             controls=release.plan.controls if release else 0,
             stage_seconds=summary.stages(),
         ),
@@ -154,7 +154,7 @@ def _refused(ledger: Ledger, cycle: str) -> list[Refused]:
     """Returns the rows that were quarantined since the full cycle before this one."""
     rows = ledger.cycles.history()
     this = next(c for c in rows if c.id == cycle)
-    before = max((c.started for c in rows if c.kind == "cycle" and c.started < this.started), default="")
+    before = max((c.started for c in rows if c.kind == "cycle" and c.started < this.started), default=NEVER)
     return [
         q
         for c in reversed(rows)
@@ -207,7 +207,7 @@ def _stream(config: Config, source: SourceRow, verdict: VerdictRow) -> ScoredStr
 
 def _site(parts: SiteParts, threshold: float, serving: str) -> SiteReport:
     row, v, stream = parts.row, parts.verdict, parts.stream
-    samples = int(str(v.counters["samples"])) if v else 0
+    samples = v.window.samples if v else 0
     outcome = v.outcome if v else None
     status = "failed" if outcome == "fail" else "ok" if outcome == "pass" else "held"
     if v is None or (samples == 0 and parts.refused):
@@ -218,8 +218,8 @@ def _site(parts: SiteParts, threshold: float, serving: str) -> SiteReport:
         rig=row.tags.get("hardware", ""),
         status=status,
         samples=samples,
-        offset_from=v.offset_from if v else row.learned,
-        offset_to=v.offset_to if v else row.learned,
+        offset_from=v.offset_from if v else row.learned_offset,
+        offset_to=v.offset_to if v else row.learned_offset,
         captured=_span(stream) if stream else None,
         quarantined=parts.refused,
         availability=_availability(stream) if stream else np.zeros((0, 3)),
@@ -228,7 +228,7 @@ def _site(parts: SiteParts, threshold: float, serving: str) -> SiteReport:
         pseudo_labels=_pseudo_labels(stream) if stream else None,
         omega=_thin(stream.omega) if stream else np.zeros(0),
         instability=_thin(stream.instability) if stream else np.zeros(0),
-        restores=int(str(v.counters["restores"])) if v else 0,
+        restores=(v.window.restores or 0) if v else 0,
         verdict=outcome,
         reasons=tuple([f"cluster: {row.reason}"] if row.reason else []) + (_reasons(v) if v else ()),
         wave=parts.wave,

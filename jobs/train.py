@@ -88,14 +88,7 @@ def _fit(config: Config, terminal: Terminal, run: Run, folders: list[Path], name
 
 def _add_version(ledger: Ledger, model: SourceModel, path: Place, run: Run) -> int:
     """Registers the model in the ledger and returns its version."""
-    return ledger.sources.add(
-        model.manifest.digest,
-        trunk=model.manifest.trunk_digest,
-        path=str(path),
-        manifest=model.manifest.model_dump(mode="json"),
-        lineage=run.id,
-        now=now(),
-    )
+    return ledger.sources.add(model.manifest, path=str(path), lineage=run.id, now=now())
 
 
 def _show(terminal: Terminal, model: SourceModel, row: SourceRow, *, champion: bool) -> None:

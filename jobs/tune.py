@@ -101,7 +101,7 @@ def _site_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[
             source.trunk,
             site,
             start=0,
-            end=row.ingested,
+            end=row.ingested_offset,
             features=config.model.trunk.features,
         )
         labels = site_labels(config.data.sealed, site)

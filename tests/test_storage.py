@@ -248,11 +248,11 @@ try:
 except LedgerUnavailable as e:
     print(e)
 (ROOT / "fill").unlink()
-print([(s.learned, s.learner) for s in f.ledger.streams.sites()] == [(s.learned, s.learner) for s in before])
+print([(s.learned_offset, s.learner) for s in f.ledger.streams.sites()] == [(s.learned_offset, s.learner) for s in before])
 Verdicts.commit = commit
 f.window(SITES, GOOD)
 verify(f, keep=9)
-print([s.learned for s in f.ledger.streams.sites()])
+print([s.learned_offset for s in f.ledger.streams.sites()])
 """
 
 

@@ -9,16 +9,17 @@ import numpy as np
 
 from jobs.terminal import Exit, table
 from pipeline.control.deployment import open_ledger
-from pipeline.control.recheck import cycle_limits, find_verdict, verdict_basis
+from pipeline.control.recheck import find_verdict, limits_of, verdict_basis
 from pipeline.guards import ATTACKS, REAL, GuardsConfig, paired_upper95
+from pipeline.ledger import VerdictRow
 from pipeline.stats.metrics import clopper_pearson
 
 if TYPE_CHECKING:
     from jobs.terminal import Terminal
     from pipeline.config import Config
-    from pipeline.control.recheck import CycleLimits
+    from pipeline.control.recheck import StoredLimits
     from pipeline.guards import Evidence, Reason, Verdict
-    from pipeline.ledger import Ledger, VerdictRow
+    from pipeline.ledger import Ledger, SourceVerdictRow
 
 ORDER = {"fail": 0, "hold": 1, "pass": 2}
 SHARES = ("ceiling", "noninferiority")  # their numbers are shares of presentations
@@ -30,14 +31,14 @@ def explain(config: Config, terminal: Terminal, *, what: str) -> int:
     """Shows every finding, the decisive one first, the evidence, and the changes that would give a pass."""
     ledger = open_ledger(config, create=False)
     row = find_verdict(ledger, what)
-    verdict, evidence, limits = row.verdict, row.evidence, cycle_limits(ledger, row.cycle)
+    verdict, evidence, limits = row.verdict, row.evidence, limits_of(ledger, row)
     findings = decisive_first(verdict)
     rests = _rests_on(ledger, row, evidence, limits)
     change = changes(verdict, limits.guards, evidence)
     aborts = " Too many holds in a row: the candidate is given up." if verdict.abort else ""
     terminal.result(
         {
-            "site": row.site,
+            "site": row.site if isinstance(row, VerdictRow) else None,
             "verdict": row.id,
             "outcome": verdict.outcome,
             "abort": verdict.abort,
@@ -45,7 +46,7 @@ def explain(config: Config, terminal: Terminal, *, what: str) -> int:
             "evidence": dict(rests),
             "to_pass": change,
         },
-        f"{row.site}: {_sentence(verdict)}{aborts}",
+        f"{row.subject}: {_sentence(verdict)}{aborts}",
         table(
             f"findings of verdict {row.id}",
             ["guard", "where", "number", "limit", "call", "advisory"],
@@ -99,35 +100,56 @@ def _sentence(verdict: Verdict) -> str:
 
 
 def _rests_on(
-    ledger: Ledger, row: VerdictRow, evidence: Evidence, limits: CycleLimits
+    ledger: Ledger, row: VerdictRow | SourceVerdictRow, evidence: Evidence, limits: StoredLimits
 ) -> list[tuple[str, str]]:
     """Returns what the verdict was based on, as (name, text)."""
-    rests, c = verdict_basis(ledger, row), row.counters
-    by_time = "" if rests.recorded else " (by time)"
-    age = "unknown" if evidence.age_seconds is None else f"{evidence.age_seconds:.0f} s"
-    samples = f"{c['samples']} samples of {c.get('sessions', '?')} sessions"
     merged = f"counted together as other: {', '.join(evidence.merged)}"
-    champion = rests.champion_state
-    since = "" if limits.sound else ", CHANGED since the cycle began"
-    shown = sum(x.n for x in evidence.cells)
+    changed = "" if limits.sound else ", CHANGED since the cycle began"
+    of_site = isinstance(row, VerdictRow)
     return [
-        (
-            "verdict",
-            f"{row.outcome} at {row.at:%Y-%m-%d %H:%M:%S} UTC in {row.cycle}, "
-            f"holds before it: {evidence.holds_before}",
-        ),
-        ("candidate", f"state {row.state}" if row.state else "none: the window was empty"),
-        (
-            "champion",
-            (f"state {champion}" if champion else f"source v{rests.source.version} as it is") + by_time,
-        ),
-        ("window", f"offsets {row.offset_from}–{row.offset_to}, {samples}, {age} old"),
-        ("labels", LABELS.get(evidence.labels, evidence.labels)),
-        ("anchor set", f"{rests.anchor[:12]}{by_time}, {shown} presentations over all patterns"),
+        *(_site_basis(ledger, row, evidence) if of_site else _source_basis(row, evidence)),
         *([("merged", merged)] if evidence.merged else []),
-        ("limits", f"configuration {limits.fingerprint[:12]}{since}"),
+        (
+            "limits",
+            f"configuration {limits.fingerprint[:12]}{changed}" if of_site else "stored with the verdict",
+        ),
         ("evidence", f"sha256 {hashlib.sha256(row.evidence_json.encode()).hexdigest()}"),
     ]
+
+
+def _site_basis(ledger: Ledger, row: VerdictRow, evidence: Evidence) -> list[tuple[str, str]]:
+    basis, window = verdict_basis(ledger, row), row.window
+    by_time = "" if basis.recorded else " (by time)"
+    champion = (
+        f"state {basis.champion_state}"
+        if basis.champion_state
+        else f"source v{basis.source.version} as it is"
+    )
+    age = "unknown" if evidence.age_seconds is None else f"{evidence.age_seconds:.0f} s"
+    sessions = "?" if window.sessions is None else window.sessions
+    size = f"{window.samples} samples of {sessions} sessions, {age} old"
+    when = f"{row.at:%Y-%m-%d %H:%M:%S} UTC in {row.cycle}, holds before it: {evidence.holds_before}"
+    return [
+        ("verdict", f"{row.outcome} at {when}"),
+        ("candidate", f"state {row.state}" if row.state else "none: the window was empty"),
+        ("champion", champion + by_time),
+        ("window", f"offsets {row.offset_from}–{row.offset_to}, {size}"),
+        ("labels", LABELS.get(evidence.labels, evidence.labels)),
+        ("anchor set", f"{basis.anchor[:12]}{by_time}, {_presentations(evidence)}"),
+    ]
+
+
+def _source_basis(row: SourceVerdictRow, evidence: Evidence) -> list[tuple[str, str]]:
+    return [
+        ("verdict", f"{row.outcome} at {row.at:%Y-%m-%d %H:%M:%S} UTC"),
+        ("candidate", f"source v{row.version} as it is"),
+        ("labels", LABELS.get(evidence.labels, evidence.labels)),
+        ("anchor set", f"the samples that both source models have, {_presentations(evidence)}"),
+    ]
+
+
+def _presentations(evidence: Evidence) -> str:
+    return f"{sum(c.n for c in evidence.cells)} presentations over all patterns"
 
 
 def _number(r: Reason, x: float | None) -> str:

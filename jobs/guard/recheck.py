@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING
 from jobs.terminal import Exit, table
 from pipeline.control.deployment import open_ledger
 from pipeline.control.recheck import (
-    cycle_limits,
+    cycle_of,
     cycle_verdicts,
     find_verdict,
+    limits_of,
     recheck_verdict,
     verdict_basis,
 )
 from pipeline.guards import assess
-from pipeline.ledger import LedgerError
+from pipeline.ledger import LedgerError, VerdictRow
 
 if TYPE_CHECKING:
     from jobs.terminal import Terminal
     from pipeline.config import Config
-    from pipeline.ledger import Ledger, VerdictRow
+    from pipeline.ledger import Ledger, SourceVerdictRow
 
 SHOWN = 20
 
@@ -77,19 +78,17 @@ def recheck(config: Config, terminal: Terminal, *, what: str | None, cycle: str 
     return Exit.HOLD if not counts["verdicts"] or (recount and not counts["recounted"]) else Exit.DONE
 
 
-def _one(config: Config, ledger: Ledger, terminal: Terminal, row: VerdictRow, *, recount: bool) -> int:
-    result, rests = recheck_verdict(config, ledger, row, recount=recount), verdict_basis(ledger, row)
-    state, limits = ledger.verdicts.state(row.state), cycle_limits(ledger, row.cycle)
+def _one(
+    config: Config, ledger: Ledger, terminal: Terminal, row: VerdictRow | SourceVerdictRow, *, recount: bool
+) -> int:
+    result, limits = recheck_verdict(config, ledger, row, recount=recount), limits_of(ledger, row)
     again = assess(limits.guards, row.evidence).model_dump_json()
     digests = [
         ("evidence", _sha(row.evidence_json)),
         ("verdict on record", _sha(row.verdict_json)),
         ("verdict again", _sha(again)),
         ("configuration", limits.fingerprint),
-        ("anchor set", rests.anchor),
-        ("source model", rests.source.digest),
-        ("candidate", f"{state.blob} slot {state.slot}" if state else "none"),
-        ("champion", rests.champion_state or f"source v{rests.source.version}"),
+        *(_basis_digests(ledger, row) if isinstance(row, VerdictRow) else ()),
     ]
     answer = "the same, byte for byte" if not result.differs else "DIFFERENT"
     answer += (
@@ -103,8 +102,8 @@ def _one(config: Config, ledger: Ledger, terminal: Terminal, row: VerdictRow, *,
     terminal.result(
         {
             "verdict": row.id,
-            "site": row.site,
-            "cycle": row.cycle,
+            "site": row.site if isinstance(row, VerdictRow) else None,
+            "cycle": cycle_of(row),
             "outcome": row.outcome,
             "same": not result.differs,
             "differs": list(result.differs),
@@ -112,7 +111,9 @@ def _one(config: Config, ledger: Ledger, terminal: Terminal, row: VerdictRow, *,
             "not_recounted": result.left_out,
             "digests": dict(digests),
         },
-        table(f"verdict {row.id} on {row.site}, {row.cycle}", ["sha256 of", ""], digests),
+        table(
+            f"verdict {row.id} on {row.subject}, {cycle_of(row) or 'in no cycle'}", ["sha256 of", ""], digests
+        ),
         *(f"differs: {d}" for d in result.differs),
         *([f"not recounted: {result.left_out}"] if result.left_out else []),
         f"{row.outcome} again: {answer}{counted}" if not result.differs else answer,
@@ -120,6 +121,16 @@ def _one(config: Config, ledger: Ledger, terminal: Terminal, row: VerdictRow, *,
     if result.differs:
         return Exit.GUARD_FAILED
     return Exit.HOLD if result.left_out else Exit.DONE
+
+
+def _basis_digests(ledger: Ledger, row: VerdictRow) -> list[tuple[str, str]]:
+    basis, state = verdict_basis(ledger, row), ledger.verdicts.state(row.state)
+    return [
+        ("anchor set", basis.anchor),
+        ("source model", basis.source.digest),
+        ("candidate", f"{state.blob} slot {state.slot}" if state else "none"),
+        ("champion", basis.champion_state or f"source v{basis.source.version}"),
+    ]
 
 
 def _show(

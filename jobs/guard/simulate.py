@@ -25,7 +25,6 @@ from pipeline.control.scoring import join_labels, site_labels
 from pipeline.data.blobs import BadBlob
 from pipeline.guards import assess
 from pipeline.ledger import LedgerError
-from pipeline.models.manifest import Manifest
 from pipeline.stats import metrics
 from pipeline.storage import write_atomic
 
@@ -235,7 +234,7 @@ def _decided(
                 row.site,
                 row.cycle,
                 row.id,
-                int(str(row.counters["samples"])),
+                row.window.samples,
                 row.at,
                 row.outcome,
                 verdict.outcome,
@@ -268,7 +267,7 @@ def _with_truth(config: Config, ledger: Ledger, row: VerdictRow, decision: Decis
     if window is None:
         return decision
     labelled = window.label >= 0
-    threshold = Manifest.model_validate(source.manifest).threshold
+    threshold = source.manifest.threshold
     rates = true_rates(window.after[labelled], window.label[labelled], window.pai[labelled], threshold)
     until = window.captured_at.max().item().replace(tzinfo=row.at.tzinfo)
     return replace(

@@ -105,7 +105,7 @@ def _rebase(config: Config, ledger: Ledger, cycle: Cycle, terminal: Terminal, so
         if samples:
             left[site] = samples
         else:
-            reset[site] = "its captures are gone" if row.learned else "it has learned from nothing yet"
+            reset[site] = "its captures are gone" if row.learned_offset else "it has learned from nothing yet"
     if left:
         job = shard_job(config, ledger, cycle, version=source.version, retained=config.rollout.rebase_samples)
         with terminal.progress("rebase", "sites") as advance:
@@ -127,8 +127,8 @@ def _make_features(
     for row in rows:
         segments = [s for s, _ in ledger.streams.segments(row.site) if s.rows]
         samples = config.rollout.rebase_samples
-        retained[row.site] = retained_segments(segments, learned=row.learned, samples=samples)
-        ahead = [s for s in segments if row.learned <= s.base_offset < row.ingested]
+        retained[row.site] = retained_segments(segments, learned=row.learned_offset, samples=samples)
+        ahead = [s for s in segments if row.learned_offset <= s.base_offset < row.ingested_offset]
         stretches.append(stretch(ledger, row.site, (*retained[row.site], *ahead), listing))
     with terminal.progress("features", "sites") as advance:
         repaired = repair.run(config, stretches, checkpoint=source.path, on_progress=advance)
@@ -137,4 +137,4 @@ def _make_features(
 
 def _up_to_date(before: VerdictRow, row: SiteRow, repaired: Repaired) -> bool:
     """Returns True if another rebase of the site would give the same candidate."""
-    return before.offset_to == row.learned and not repaired.restored
+    return before.offset_to == row.learned_offset and not repaired.restored

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from jobs.terminal import Exit, table
 from pipeline.control.deployment import now, open_ledger
-from pipeline.models.manifest import Manifest
 from pipeline.rollout.calendar import is_time_zone
 from pipeline.types import Modality
 
@@ -42,7 +41,7 @@ def list_sites(config: Config, terminal: Terminal) -> int:
             [
                 row.site,
                 row.status,
-                row.learned,
+                row.learned_offset,
                 outcome,
                 serving_name(ledger, served),
                 served.wave if served else None,
@@ -53,7 +52,7 @@ def list_sites(config: Config, terminal: Terminal) -> int:
                 "site": row.site,
                 "status": row.status,
                 "reason": row.reason,
-                "offset": row.learned,
+                "offset": row.learned_offset,
                 "verdict": outcome,
                 "serving": serving_name(ledger, served),
                 "wave": served.wave if served else None,
@@ -72,14 +71,14 @@ def show(config: Config, terminal: Terminal, *, site: str) -> int:
     segments, verdicts = ledger.streams.segments(site), ledger.verdicts.find(site=site)
     reasons = Counter(q.reason for q in ledger.streams.quarantined(site))
     status = f"{row.status}: {row.reason}" if row.reason else row.status
-    head = f"{site}: {status}; stream at offset {row.ingested}, adapted to {row.learned}"
+    head = f"{site}: {status}; stream at offset {row.ingested_offset}, adapted to {row.learned_offset}"
     terminal.result(
         {
             "site": site,
             "status": row.status,
             "reason": row.reason,
-            "ingested": row.ingested,
-            "learned": row.learned,
+            "ingested": row.ingested_offset,
+            "learned": row.learned_offset,
             "segments": [vars(s) for s, _ in segments],
             "quarantine": dict(reasons),
             "verdicts": [
@@ -101,7 +100,7 @@ def _site_tables(
         for s, at in segments
     ]
     verdict_rows = [
-        [v.cycle, f"{v.offset_from}–{v.offset_to}", v.counters["samples"], v.outcome, v.verdict.decisive]
+        [v.cycle, f"{v.offset_from}–{v.offset_to}", v.window.samples, v.outcome, v.verdict.decisive]
         for v in verdicts
     ]
     tables = [table("segments", ["segment", "offsets", "good", "refused", "ingested"], segment_rows)]
@@ -116,7 +115,7 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
     ledger.streams.site(site)
     served = ledger.releases.serving([site]).get(site)
     source = ledger.sources.get(served.source_version if served else None)
-    manifest = Manifest.model_validate(source.manifest)
+    manifest = source.manifest
     since = f" since {served.since:%Y-%m-%d %H:%M:%S} UTC, release {served.counter}" if served else ""
     steps: list[tuple[str, str]] = [
         ("serves", serving_name(ledger, served) + since),
@@ -132,7 +131,7 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
         steps += [
             (
                 "window",
-                f"offsets {state.offset_from}–{state.offset_to}, {verdict.counters['samples']} samples, "
+                f"offsets {state.offset_from}–{state.offset_to}, {verdict.window.samples} samples, "
                 f"cycle {state.cycle}",
             ),
             (

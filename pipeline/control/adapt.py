@@ -27,9 +27,9 @@ from pipeline.control.loaders import (
 )
 from pipeline.data import blobs
 from pipeline.data.anchor import open_sealed
-from pipeline.data.features import FeatureBlock, read_features
+from pipeline.data.features import read_features
 from pipeline.guards import SiteHistory, add_hours
-from pipeline.ledger import Cycle, Ledger, ShardRow, StateRow
+from pipeline.ledger import Cycle, Ledger, ShardRow, StateRow, WindowRecord
 from pipeline.site import bank
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def _windows(
                 store,
                 model.manifest.trunk_digest,
                 site,
-                start=row.learned,
-                end=row.ingested,
+                start=row.learned_offset,
+                end=row.ingested_offset,
                 features=model.manifest.config.trunk.features,
             )
             if len(block) != want:
@@ -195,22 +195,14 @@ def _learn_and_judge(
     return [
         ShardRow(
             site=w.row.site,
-            offset_from=w.row.learned,
-            offset_to=w.row.ingested,
+            offset_from=w.row.learned_offset,
+            offset_to=w.row.ingested_offset,
             source_version=job.source_version,
             method=method.kind,
             blob=blob if len(w.block) else None,
             slot=k,
             parent=w.parent,
-            counters={
-                "samples": len(w.block),
-                "outcomes": outcomes,
-                "rows": [ends[k] - len(w.block), ends[k]],
-                "lost": w.corrupt_parent,
-                "anchor": job.anchor,
-                "stable": w.champion_state,
-                **_counters(w.block, traces[k]),
-            },
+            window=_window_record(job, w, traces[k], outcomes_blob=outcomes, row_end=ends[k]),
             verdict=verdict,
             evidence=evidence,
         )
@@ -239,14 +231,23 @@ def _outcomes(
     }
 
 
-def _counters(block: FeatureBlock, trace: bank.Trace) -> dict[str, object]:
-    n = max(len(block), 1)
-    labels = trace.pseudo_label
-    return {
-        "accepted_bona_fide": int((labels == 1).sum()),
-        "accepted_attack": int((labels == 0).sum()),
-        "called_bona_fide_share": float((trace.score >= 0.5).sum()) / n,
-        "restores": int(trace.restored.sum()),
-        "omega": float(trace.omega[-1]) if len(block) else None,
-        "sessions": len(np.unique(block.session)),
-    }
+def _window_record(
+    job: ShardJob, w: Window, trace: bank.Trace, *, outcomes_blob: str, row_end: int
+) -> WindowRecord:
+    """Returns the record of a window that ends at row ``row_end`` of the outcomes blob of its call."""
+    samples, labels = len(w.block), trace.pseudo_label
+    return WindowRecord(
+        samples=samples,
+        outcomes_blob=outcomes_blob,
+        row_start=row_end - samples,
+        row_end=row_end,
+        anchor_digest=job.anchor,
+        champion_state=w.champion_state,
+        lost_state=w.corrupt_parent,
+        accepted_bona_fide=int((labels == 1).sum()),
+        accepted_attack=int((labels == 0).sum()),
+        called_bona_fide_share=float((trace.score >= 0.5).sum()) / max(samples, 1),
+        restores=int(trace.restored.sum()),
+        omega=float(trace.omega[-1]) if samples else None,
+        sessions=len(np.unique(w.block.session)),
+    )

@@ -74,9 +74,7 @@ def candidates_of_source(
         raise ValueError(
             f"source v{version} may not be released: verdict {verdict.outcome}: {verdict.decisive}"
         )
-    judged = ledger.sources.judge(
-        version, verdict, evidence, now=now(), limits=limits.model_dump(mode="json")
-    )
+    judged = ledger.sources.add_verdict(version, verdict, evidence, limits=limits, now=now())
     bare = Candidate(Pointer(None, version), judged, "pass")
     rows = _active_sites(ledger)
     found: dict[str, Candidate | None] = dict.fromkeys([r.site for r in rows], bare)

@@ -73,7 +73,7 @@ def corpora(config: Config) -> list[Path]:
 
 def check_size(config: Config, source: SourceRow) -> None:
     """Raises ValueError if the model saw frames of another size: features would only look right."""
-    if (size := int(str(source.manifest["size"]))) != config.data.frame_px:
+    if (size := source.manifest.size) != config.data.frame_px:
         raise ValueError(
             f"data.frame_px: {config.data.frame_px}, but source v{source.version} was trained at {size}"
         )

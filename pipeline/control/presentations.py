@@ -60,7 +60,7 @@ def replay_presentations(config: Config, ledger: Ledger, targets: Sequence[Repla
     """
     rows: dict[str, list[int]] = {}
     wrong, captured_at = [np.zeros(0, bool)], [np.zeros(0, "datetime64[us]")]
-    ends = {s.site: s.ingested for s in ledger.streams.named([t.site for t in targets])}
+    ends = {s.site: s.ingested_offset for s in ledger.streams.named([t.site for t in targets])}
     for site, serves, rollback in targets:
         try:
             served, before = (_calls(config, ledger, site, ends[site], p) for p in (serves, rollback))

@@ -72,7 +72,7 @@ def rebase_windows(
     for row in ledger.streams.named(sites):
         told = ledger.streams.segments(row.site)
         at = {s.name: ingested_at for s, ingested_at in told}
-        kept = retained_segments([s for s, _ in told], learned=row.learned, samples=samples)
+        kept = retained_segments([s for s, _ in told], learned=row.learned_offset, samples=samples)
         try:
             block = _block(config, model, row, kept)
         except (BadBlob, OSError) as e:
@@ -82,9 +82,11 @@ def rebase_windows(
         if not sum(s.good for s in kept):
             failed[row.site] = "nothing that it learned from has features of this source model"
             continue
-        window = replace(row, learned=kept[0].base_offset, ingested=row.learned, learner=None, holds=0)
+        window = replace(
+            row, learned_offset=kept[0].base_offset, ingested_offset=row.learned_offset, learner=None, holds=0
+        )
         age = (now - max(at[s.name] for s in kept)).total_seconds()
-        own = block.rows(block.offset >= window.learned)
+        own = block.rows(block.offset >= window.learned_offset)
         found.append(Window(window, own, fresh, fresh, None, None, age))
     return found, failed
 
@@ -94,8 +96,8 @@ def _block(config: Config, model: SourceModel, row: SiteRow, kept: Sequence[Segm
         config.place("features"),
         model.manifest.trunk_digest,
         row.site,
-        start=kept[0].base_offset if kept else row.learned,
-        end=row.learned,
+        start=kept[0].base_offset if kept else row.learned_offset,
+        end=row.learned_offset,
         features=model.manifest.config.trunk.features,
     )
 

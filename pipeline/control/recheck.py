@@ -9,28 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import ValidationError
 
 from pipeline.config import PLACES, RESULT_SECTIONS, translate_stored
 from pipeline.data.blobs import BadBlob, MissingBlob
 from pipeline.guards import GuardsConfig, assess
-from pipeline.ledger import LedgerError, UnknownSite
+from pipeline.ledger import LedgerError, SourceVerdictRow, UnknownSite, VerdictRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pipeline.config import Config
     from pipeline.guards import Verdict
-    from pipeline.ledger import Ledger, SourceRow, VerdictRow
+    from pipeline.ledger import Ledger, SourceRow
 
 
-class CycleLimits(NamedTuple):
-    """Holds the limits that the candidates of one cycle were judged by."""
+class StoredLimits(NamedTuple):
+    """Holds the limits that a verdict was given under."""
 
     guards: GuardsConfig
-    fingerprint: str
+    fingerprint: str  # of the cycle's configuration; for a source model's verdict, which holds its limits, the verdict's id
     sound: bool  # the stored configuration has the fingerprint that the cycle began with
 
 
@@ -52,10 +52,12 @@ class Rechecked(NamedTuple):
     left_out: str  # why it could not be recounted
 
 
-def find_verdict(ledger: Ledger, name: str) -> VerdictRow:
+def find_verdict(ledger: Ledger, name: str) -> VerdictRow | SourceVerdictRow:
     """Returns the verdict with the id ``name``, or the newest of the site ``name``. Raises LedgerError."""
     if verdicts := ledger.verdicts.find(ids=[name]):
         return verdicts[0]
+    if (of_source := ledger.sources.verdict(name)) is not None:
+        return of_source
     try:
         ledger.streams.site(name)
     except UnknownSite as e:
@@ -74,31 +76,39 @@ def cycle_verdicts(ledger: Ledger, cycle: str) -> Iterator[VerdictRow]:
         after = page[-1].site
 
 
-def cycle_limits(ledger: Ledger, cycle: str) -> CycleLimits:
-    """Returns the guards that ``cycle`` ran under; ``cycle`` may be the id of a source model's verdict.
+def limits_of(ledger: Ledger, row: VerdictRow | SourceVerdictRow) -> StoredLimits:
+    """Returns the limits that a verdict was given under. Raises LedgerError where they are not on record."""
+    if isinstance(row, VerdictRow):
+        return _cached_cycle_limits(ledger, row.cycle)
+    if row.guards_json is None:
+        raise LedgerError(f"verdict {row.id}: its limits are not on record, so it cannot be replayed")
+    guards = _parse_limits(json.loads(row.guards_json), f"verdict {row.id}")
+    return StoredLimits(guards, row.id, sound=True)
+
+
+def cycle_limits(ledger: Ledger, cycle: str) -> StoredLimits:
+    """Returns the guards that ``cycle`` ran under.
 
     Raises LedgerError where they are not on record or are of another version.
     """
     row = next((r for r in ledger.cycles.history() if r.id == cycle), None)
-    stored: dict[str, dict[str, object]] = json.loads(row.config) if row else {}
-    if row is None:  # a verdict on a bare source model holds its own limits
-        stored = next(
-            (cast("dict[str, dict[str, object]]", v.counters) for v in ledger.verdicts.find(ids=[cycle])), {}
-        )
-    if "guards" not in stored:
+    stored: dict[str, dict[str, object]] = json.loads(row.config_json) if row else {}
+    if row is None or "guards" not in stored:
         raise LedgerError(
             f"cycle {cycle}: its configuration is not on record, so its verdicts cannot be replayed"
         )
+    guards = _parse_limits(stored["guards"], f"cycle {cycle}")
+    return StoredLimits(guards, row.fingerprint, sound=stored_fingerprint(stored) == row.fingerprint)
+
+
+def _parse_limits(section: dict[str, object], owner: str) -> GuardsConfig:
     try:
-        guards = GuardsConfig.model_validate(translate_stored({"guards": stored["guards"]})["guards"])
+        return GuardsConfig.model_validate(translate_stored({"guards": section})["guards"])
     except ValidationError as e:
-        where = ".".join(str(part) for part in e.errors()[0]["loc"])
+        key = ".".join(str(part) for part in e.errors()[0]["loc"])
         raise LedgerError(
-            f"cycle {cycle}: its limits are of another version (guards.{where}); replay it with that"
+            f"{owner}: its limits are of another version (guards.{key}); replay it with that"
         ) from None
-    if row is None:
-        return CycleLimits(guards, cycle, True)
-    return CycleLimits(guards, row.fingerprint, stored_fingerprint(stored) == row.fingerprint)
 
 
 def stored_fingerprint(stored: dict[str, dict[str, object]]) -> str:
@@ -115,20 +125,20 @@ def verdict_basis(ledger: Ledger, row: VerdictRow) -> VerdictBasis:
     """Returns what ``row`` was counted on: as kept with it, else what was sealed and served at its time."""
     state = ledger.verdicts.state(row.state)
     source = ledger.sources.get(state.source_version if state else None)
-    if "anchor" in row.counters:
-        champion = row.counters["stable"]
-        return VerdictBasis(
-            source, str(row.counters["anchor"]), str(champion) if champion else None, recorded=True
-        )
+    window = row.window
+    if window.anchor_digest is not None:
+        return VerdictBasis(source, window.anchor_digest, window.champion_state, recorded=True)
     served = [s for s in ledger.releases.history(row.site) if s.since <= row.at]
     own = served[-1].state if served and served[-1].source_version == source.version else None
     return VerdictBasis(source, ledger.verdicts.anchor(source.trunk, at=row.at), own, recorded=False)
 
 
-def recheck_verdict(config: Config, ledger: Ledger, row: VerdictRow, *, recount: bool) -> Rechecked:
+def recheck_verdict(
+    config: Config, ledger: Ledger, row: VerdictRow | SourceVerdictRow, *, recount: bool
+) -> Rechecked:
     """Judges one stored verdict again; ``recount`` also counts its anchor evidence again from the blobs."""
     try:
-        limits, evidence = _limits(ledger, row.cycle), row.evidence
+        limits, evidence = limits_of(ledger, row), row.evidence
     except ValueError as e:
         return Rechecked((_line(e),), older=False, recounted=False, left_out="")
     verdict, differs = assess(limits.guards, evidence), []
@@ -139,9 +149,12 @@ def recheck_verdict(config: Config, ledger: Ledger, row: VerdictRow, *, recount:
     if verdict.outcome != row.outcome:
         differs.append(f"the ledger lists it as {row.outcome}, its evidence gives {verdict.outcome}")
     if not limits.sound:
-        differs.append(f"the configuration of {row.cycle} is not the one that it began with")
+        differs.append(f"the configuration of {cycle_of(row)} is not the one that it began with")
     if not recount:
         return Rechecked(tuple(differs), older, recounted=False, left_out="")
+    if isinstance(row, SourceVerdictRow):
+        reason = "a verdict on a source model is not counted again"
+        return Rechecked(tuple(differs), older, recounted=False, left_out=reason)
     from pipeline.control.recount import count_differences, recount_evidence  # loads torch
 
     try:
@@ -155,12 +168,17 @@ def recheck_verdict(config: Config, ledger: Ledger, row: VerdictRow, *, recount:
     return Rechecked((*differs, *count_differences(evidence, counted)), older, recounted=True, left_out="")
 
 
+def cycle_of(row: VerdictRow | SourceVerdictRow) -> str | None:
+    """Returns the cycle that a verdict was given in; a verdict on a source model was given in none."""
+    return row.cycle if isinstance(row, VerdictRow) else None
+
+
 @lru_cache(maxsize=8)  # a recheck asks for the same cycle once per verdict
-def _limits(ledger: Ledger, cycle: str) -> CycleLimits:
+def _cached_cycle_limits(ledger: Ledger, cycle: str) -> StoredLimits:
     return cycle_limits(ledger, cycle)
 
 
-def _rewritten(row: VerdictRow) -> str:
+def _rewritten(row: VerdictRow | SourceVerdictRow) -> str:
     """Returns the verdict on record as this version writes it; empty if it cannot be read."""
     try:
         return row.verdict.model_dump_json()
@@ -168,7 +186,7 @@ def _rewritten(row: VerdictRow) -> str:
         return ""
 
 
-def _difference(row: VerdictRow, verdict: Verdict) -> str:
+def _difference(row: VerdictRow | SourceVerdictRow, verdict: Verdict) -> str:
     try:
         stored = row.verdict
     except ValueError as e:

@@ -116,7 +116,7 @@ def _read_recording(config: Config, ledger: Ledger, model: SourceModel, row: Sit
         manifest.trunk_digest,
         row.site,
         start=0,
-        end=row.ingested,
+        end=row.ingested_offset,
         features=manifest.config.trunk.features,
     )
     if not len(block):

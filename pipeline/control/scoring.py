@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def join_labels(config: Config, source: SourceRow, verdicts: Sequence[VerdictRow
 
     None if no outcome is left. Raises BadBlob if features of a judged window are gone.
     """
-    parts = [v for v in verdicts if v.counters["samples"]]
+    parts = [v for v in verdicts if v.window.samples]
     if not parts:
         return None
     site = parts[0].site
@@ -100,9 +100,11 @@ def join_labels(config: Config, source: SourceRow, verdicts: Sequence[VerdictRow
 
 def _outcomes(config: Config, v: VerdictRow) -> dict[str, np.ndarray]:
     """Of one window; its blob holds those of the sites that were adapted together with it."""
-    first, end = cast("list[int]", v.counters["rows"])
+    window = v.window
+    if window.outcomes_blob is None or window.row_start is None:  # an early version kept no rows
+        return {}
     try:
-        stored = blobs.get(config.place("outcomes"), str(v.counters["outcomes"]))
+        stored = blobs.get(config.place("outcomes"), window.outcomes_blob)
     except blobs.MissingBlob:  # older than what gc keeps
         return {}
-    return {name: t[first:end].numpy() for name, t in stored.items()}
+    return {name: t[window.row_start : window.row_end].numpy() for name, t in stored.items()}

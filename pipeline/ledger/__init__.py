@@ -17,6 +17,7 @@ from pipeline.ledger.releases import Memory, Releases
 from pipeline.ledger.rows import (
     Cycle,
     CycleBusy,
+    CycleRow,
     LedgerError,
     LedgerUnavailable,
     Needed,
@@ -27,10 +28,12 @@ from pipeline.ledger.rows import (
     ShardRow,
     SiteRow,
     SourceRow,
+    SourceVerdictRow,
     StaleGeneration,
     StateRow,
     UnknownSite,
     VerdictRow,
+    WindowRecord,
 )
 from pipeline.ledger.schema import SCHEMA
 from pipeline.ledger.sources import Sources
@@ -44,6 +47,7 @@ __all__ = [
     "SCHEMA",
     "Cycle",
     "CycleBusy",
+    "CycleRow",
     "Ledger",
     "LedgerError",
     "LedgerUnavailable",
@@ -57,11 +61,13 @@ __all__ = [
     "ShardRow",
     "SiteRow",
     "SourceRow",
+    "SourceVerdictRow",
     "StaleGeneration",
     "StateRow",
     "Store",
     "UnknownSite",
     "VerdictRow",
+    "WindowRecord",
     "state_id",
 ]
 

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from pipeline.ledger.rows import Cycle, CycleBusy
-from pipeline.ledger.tables import cycles, dump, iso
+from pipeline.ledger.rows import Cycle, CycleBusy, CycleRow
+from pipeline.ledger.tables import cycles, dump, iso, make_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    from sqlalchemy.engine import Row
 
     from pipeline.ledger.store import Store
 
@@ -88,8 +86,8 @@ class Cycles:
             c.execute(cycles.update().where(cycles.c.id == cycle.id).values(values))
             self.store.append(c, "cycle", {"cycle": cycle.id, **summary}, now)
 
-    def history(self, *, kinds: Sequence[str] = ()) -> list[Row[*tuple[object, ...]]]:
-        """Cycle rows, newest first."""
+    def history(self, *, kinds: Sequence[str] = ()) -> list[CycleRow]:
+        """Returns every cycle, or those of ``kinds``, newest first."""
         query = sa.select(cycles).order_by(cycles.c.started.desc(), cycles.c.id.desc())
         with self.store.read() as c:
-            return [r for r in c.execute(query) if not kinds or r.kind in kinds]
+            return [make_row(CycleRow, r) for r in c.execute(query) if not kinds or r.kind in kinds]

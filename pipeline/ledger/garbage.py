@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,13 +46,16 @@ class Garbage:
         """
         with self.store.read() as c:
             kept = sa.or_(verdicts.c.at >= iso(since), verdicts.c.cycle.in_(_unfinished_cycles()))
-            features = {r.site: r.learned for r in c.execute(sa.select(sites.c.site, sites.c.learned))}
+            features = {
+                r.site: r.learned_offset for r in c.execute(sa.select(sites.c.site, sites.c.learned_offset))
+            }
             outcomes: set[str] = set()
             for r in c.execute(
-                sa.select(verdicts.c.site, verdicts.c.offset_from, verdicts.c.counters).where(kept)
+                sa.select(verdicts.c.site, verdicts.c.offset_from, verdicts.c.outcomes_blob).where(kept)
             ):
                 features[r.site] = min(features.get(r.site, r.offset_from), r.offset_from)
-                outcomes.update(v for k, v in json.loads(r.counters).items() if k == "outcomes" and v)
+                if r.outcomes_blob:
+                    outcomes.add(r.outcomes_blob)
             return Needed(frozenset(_state_blobs(c, iso(since))), frozenset(outcomes), features)
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from pipeline.ledger.store import Store
-from pipeline.ledger.tables import iso, notices, storable
+from pipeline.ledger.tables import iso, make_row, notices, storable
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Row
+    pass
 
 CLAIM = timedelta(seconds=30)  # a sender that is silent for longer is taken for dead; a sink may take 5 s
 HOUR = timedelta(hours=1)
@@ -78,7 +78,7 @@ class Notices:
             due = [r for r in waiting if not _within(r.last_at, now, CLAIM)]
             for r in due:
                 c.execute(notices.update().where(notices.c.key == r.key).values(last_at=iso(now)))
-        return [_notice(r) for r in due]
+        return [make_row(NoticeRow, r) for r in due]
 
     def mark_sent(self, key: str, *, text: str, now: datetime) -> None:
         """Every sink took ``text``."""
@@ -90,7 +90,7 @@ class Notices:
         """The latest, newest first."""
         with self.store.read() as c:
             return [
-                _notice(r)
+                make_row(NoticeRow, r)
                 for r in c.execute(sa.select(notices).order_by(notices.c.last_at.desc()).limit(limit))
             ]
 
@@ -98,11 +98,3 @@ class Notices:
 def _within(at: str, now: datetime, window: timedelta) -> bool:
     """Whether less than ``window`` has passed; a clock that was set back far has no memory of what will be."""
     return -HOUR <= now - datetime.fromisoformat(at) < window
-
-
-def _notice(r: Row[*tuple[object, ...]]) -> NoticeRow:
-    first, last, sent = (datetime.fromisoformat(t) if t else None for t in (r.first_at, r.last_at, r.sent_at))
-    assert first is not None and last is not None
-    return NoticeRow(
-        r.key, r.severity, r.text, first, last, r._mapping["count"], sent
-    )  # a row has a method count

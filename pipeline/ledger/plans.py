@@ -12,7 +12,6 @@ import sqlalchemy as sa
 from pipeline.ledger.rows import RolloutRow, StaleGeneration
 from pipeline.ledger.store import Store
 from pipeline.ledger.tables import (
-    FLEET,
     RETIRED,
     add,
     facts,
@@ -24,6 +23,7 @@ from pipeline.ledger.tables import (
     segments,
     served,
     sites,
+    source_verdicts,
     targets,
     verdicts,
 )
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pipeline.rollout import Draft
 
     Where = sa.ColumnElement[bool]
+    Column = sa.ColumnElement[object]
 
 CHAMPION = sa.select(facts.c.value).where(facts.c.key == "champion")
 OUT = -1  # wave of a site that is in none
@@ -332,11 +333,17 @@ def moves() -> Where:
 
 
 def has_verdict() -> Where:
-    """That a verdict is the passing one on a target: on that very state of that very site, or on the bare source model."""
-    t, v = targets.c, verdicts.c
-    own = sa.and_(v.site == t.site, v.state == t.state)
-    source = sa.and_(t.state.is_(None), v.site == FLEET, v.offset_to == t.source_version)
-    return sa.and_(v.id == t.verdict, v.outcome == "pass", sa.or_(own, source))
+    """Says that the passing verdict on a target is stored: on that very state of that site, or on the bare source model."""
+    t = targets.c
+    return passes(t.verdict, site=t.site, state=t.state, version=t.source_version)
+
+
+def passes(verdict: Column, *, site: Column, state: Column, version: Column) -> Where:
+    """Says that ``verdict`` is the id of a stored pass on ``state`` of ``site``; without a state, on the source model."""
+    v, s = verdicts.c, source_verdicts.c
+    on_state = sa.exists().where(v.id == verdict, v.outcome == "pass", v.site == site, v.state == state)
+    on_source = sa.exists().where(s.id == verdict, s.outcome == "pass", s.version == version)
+    return sa.or_(on_state, sa.and_(state.is_(None), on_source))
 
 
 def _after_all(c: Connection, now: datetime) -> str:

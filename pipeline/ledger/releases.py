@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import sqlalchemy as sa
 
-from pipeline.ledger.plans import beside_of, champion, has_verdict, living, moves, of_wave, remember
+from pipeline.ledger.plans import beside_of, champion, has_verdict, living, moves, of_wave, passes, remember
 from pipeline.ledger.rows import LedgerError, ServingRow, StaleGeneration
 from pipeline.ledger.tables import (
-    FLEET,
     audit,
     iso,
     make_row,
@@ -264,8 +263,7 @@ def _late(champion: int, everywhere: bool) -> tuple[sa.Select[*tuple[object, ...
     chosen = sa.and_(of_wave(), living(), ~now_on)
     if not everywhere:
         chosen = sa.and_(chosen, t.zone.in_(sa.bindparam("zones", expanding=True)))
-    judged = joined.outerjoin(verdicts, has_verdict())
-    unjudged = sa.select(t.site).select_from(judged).where(chosen, verdicts.c.id.is_(None)).limit(1)
+    unjudged = sa.select(t.site).select_from(joined).where(chosen, ~has_verdict()).limit(1)
     return unjudged, _rows(joined, t.state, t.source_version, chosen)
 
 
@@ -367,19 +365,12 @@ def _went_back(rows: sa.CursorResult[*tuple[object, ...]]) -> Iterator[str]:
 
 def _without_verdict() -> sa.Select[*tuple[object, ...]]:
     """Promotions whose verdict, of the plan or of the state itself, is not stored, of another site or state, or no pass."""
-    planned = sa.and_(targets.c.rollout == served.c.rollout, targets.c.site == served.c.site)
-    own = sa.func.coalesce(sa.func.nullif(targets.c.verdict, ""), served.c.state)
-    state = sa.and_(verdicts.c.site == served.c.site, verdicts.c.state == served.c.state)
-    source = sa.and_(
-        served.c.state.is_(None), verdicts.c.site == FLEET, verdicts.c.offset_to == served.c.source_version
-    )
-    passed = sa.and_(verdicts.c.id == own, verdicts.c.outcome == "pass", sa.or_(state, source))
-    query = (
-        sa.select(served)
-        .join_from(served, targets, planned, isouter=True)
-        .join(verdicts, passed, isouter=True)
-    )
-    query = query.where(served.c.kind == "promote", verdicts.c.id.is_(None))
+    s = served.c
+    planned = sa.and_(targets.c.rollout == s.rollout, targets.c.site == s.site)
+    verdict = sa.func.coalesce(sa.func.nullif(targets.c.verdict, ""), s.state)
+    passed = passes(verdict, site=s.site, state=s.state, version=s.source_version)
+    query = sa.select(served).join_from(served, targets, planned, isouter=True)
+    query = query.where(s.kind == "promote", ~passed)
     return query.order_by(served.c.site, served.c.counter)
 
 

@@ -1,4 +1,4 @@
-"""What the ledger hands out and takes: one frozen class per kind of row, and its errors."""
+"""The records that the ledger takes and returns, one frozen class per kind of row, and the errors it raises."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.guards import Call, Evidence, Verdict
+from pipeline.models.manifest import Manifest
 
 if TYPE_CHECKING:
     from datetime import datetime
 
 
 class LedgerError(ValueError):
-    """A request the ledger cannot serve: one line with the next step."""
+    """A request that the ledger cannot serve; the message is one line with the next step."""
 
 
 class LedgerUnavailable(RuntimeError):
-    """The database cannot be opened or is of a newer version."""
+    """The database cannot be opened, fails, or has a newer schema than this version."""
 
 
 class UnknownSite(LedgerError):
@@ -28,7 +29,7 @@ class CycleBusy(RuntimeError):
 
 
 class StaleGeneration(RuntimeError):
-    """This writer was replaced; nothing of what it brought was written."""
+    """This writer was replaced by a newer one; nothing of its transaction was written."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SegmentRow:
 
 @dataclass(frozen=True)
 class QuarantineRow:
-    """One refused row (``row`` -1: the whole file)."""
+    """One refused row of a segment; ``row`` is -1 where the whole file was refused."""
 
     site: str
     segment: str
@@ -57,14 +58,33 @@ class QuarantineRow:
 
 @dataclass(frozen=True)
 class Cycle:
-    """A cycle that this process holds; ``generation`` fences off everybody who held it before."""
+    """A cycle that this process holds; ``generation`` fences off every earlier holder."""
 
     id: str
     generation: int
     resumed: bool
 
 
-@dataclass(frozen=True, slots=True)  # a hundred thousand of them
+@dataclass(frozen=True)
+class CycleRow:
+    """A stored cycle, running or past."""
+
+    id: str
+    kind: str
+    generation: int
+    status: str  # running, finished or abandoned
+    fingerprint: str
+    config_json: (
+        str  # the resolved configuration as JSON, under the key names of the version that began the cycle
+    )
+    holder: str
+    lease_until: datetime
+    started: datetime
+    finished: datetime | None
+    summary_json: str  # counts that the driver stored at the end; {} before it
+
+
+@dataclass(frozen=True, slots=True)  # a fleet has a hundred thousand of them
 class SiteRow:
     """A registered site and how far its stream was read."""
 
@@ -73,9 +93,9 @@ class SiteRow:
     status: str
     reason: str
     registered_at: datetime
-    ingested: int  # next offset that ingest will assign
-    learned: int  # next offset that adaptation will use
-    learner: str | None  # state that learning goes on from; None = the source model's
+    ingested_offset: int  # next offset that ingest will assign
+    learned_offset: int  # next offset that adaptation will learn from
+    learner: str | None  # id of the state that learning goes on from; None = the source model's own
     holds: int  # verdicts "hold" in a row
 
 
@@ -96,9 +116,39 @@ class StateRow:
     created_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class WindowRecord:
+    """The window that a verdict judged: where its outcomes lie, what the candidate was compared with, and its statistics.
+
+    None stands for a value that does not exist, or that the version which wrote the verdict did not keep.
+    """
+
+    samples: int
+    outcomes_blob: str | None = (
+        None  # digest of the blob that holds the outcomes of every site judged in that call
+    )
+    row_start: int | None = None  # first row of this site in the outcomes blob
+    row_end: int | None = None  # row behind its last
+    anchor_digest: str | None = None
+    champion_state: str | None = (
+        None  # id of the state that the site served; None = the source model as it is
+    )
+    lost_state: str | None = (
+        None  # id of the state that learning should have gone on from, where its blob is corrupt
+    )
+    accepted_bona_fide: int | None = None  # samples with a pseudo label bona fide
+    accepted_attack: int | None = None  # samples with a pseudo label attack
+    called_bona_fide_share: float | None = (
+        None  # share of the samples that score at least 0.5 before learning
+    )
+    restores: int | None = None  # steps that took the state back to an earlier one
+    omega: float | None = None  # loss weight after the last sample; None for an empty window
+    sessions: int | None = None
+
+
 @dataclass(frozen=True)
 class ShardRow:
-    """One site's share of a shard commit. ``blob`` None: no candidate (an empty window), only a verdict."""
+    """One site's share of a shard commit; ``blob`` None: no candidate (an empty window), only a verdict."""
 
     site: str
     offset_from: int
@@ -108,14 +158,17 @@ class ShardRow:
     blob: str | None
     slot: int
     parent: str | None
-    counters: dict[str, object]
+    window: WindowRecord
     verdict: Verdict
     evidence: Evidence
 
 
 @dataclass(frozen=True)
 class VerdictRow:
-    """A stored verdict with everything it was decided on. A fleet's parsed evidence fills the memory: parsed when asked."""
+    """A stored verdict on a site's candidate.
+
+    The evidence of a whole fleet, parsed, fills the memory: verdict and evidence are parsed each time they are asked for.
+    """
 
     id: str
     site: str
@@ -124,25 +177,58 @@ class VerdictRow:
     outcome: Call  # that of the verdict
     verdict_json: str
     evidence_json: str
-    counters: dict[str, object]
     offset_from: int
     offset_to: int
     at: datetime
+    window: WindowRecord
+
+    @property
+    def subject(self) -> str:
+        """The site whose candidate was judged."""
+        return self.site
 
     @property
     def verdict(self) -> Verdict:
-        """What was decided and why."""
+        """The decision and its reasons."""
         return Verdict.model_validate_json(self.verdict_json)
 
     @property
     def evidence(self) -> Evidence:
-        """What it was decided on."""
+        """The evidence that was decided on."""
+        return Evidence.model_validate_json(self.evidence_json)
+
+
+@dataclass(frozen=True)
+class SourceVerdictRow:
+    """A stored verdict on a bare source model, with the guard limits that it was given under."""
+
+    id: str
+    version: int
+    outcome: Call
+    verdict_json: str
+    evidence_json: str
+    guards_json: str | None  # section guards of that time; None where an early version did not keep it
+    at: datetime
+
+    @property
+    def subject(self) -> str:
+        """The source model that was judged."""
+        return f"source v{self.version}"
+
+    @property
+    def verdict(self) -> Verdict:
+        """The decision and its reasons."""
+        return Verdict.model_validate_json(self.verdict_json)
+
+    @property
+    def evidence(self) -> Evidence:
+        """The evidence that was decided on."""
         return Evidence.model_validate_json(self.evidence_json)
 
 
 @dataclass(frozen=True)
 class ServingRow:
-    """What a site serves since when; ``state`` None = the source model as it is."""
+    """A state that a site serves, and since when; ``state`` None = the source model as it is."""
 
     site: str
     counter: int
@@ -162,9 +248,14 @@ class SourceRow:
     digest: str
     trunk: str
     path: str
-    manifest: dict[str, object]
+    manifest_json: str
     lineage: str  # MLflow run
     created_at: datetime
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the checkpoint, parsed each time it is asked for; an early version's may lack required keys."""
+        return Manifest.model_validate_json(self.manifest_json)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Source models by version: which one the fleet adapts from, and which one it may go over to.
+"""Source models by version: the champion that the fleet adapts from, and the challenger that it may go over to.
 
-The champion is what a site without a state of its own serves. While there is a challenger, every sample gets features under
-its trunk too, so that sites can go over to it and back.
+The champion is what a site without a state of its own serves. While there is a challenger, every sample gets features
+under its trunk too, so that sites can go over to it and back.
 """
 
 from __future__ import annotations
@@ -12,34 +12,29 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from pipeline.ledger.rows import LedgerError, SourceRow
-from pipeline.ledger.store import Store
-from pipeline.ledger.tables import FLEET, dump, iso, make_row, sources, verdicts
+from pipeline.ledger.rows import LedgerError, SourceRow, SourceVerdictRow
+from pipeline.ledger.tables import dump, iso, make_row, source_verdicts, sources
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from datetime import datetime
 
-    from pipeline.guards import Evidence, Verdict
+    from pipeline.guards import Evidence, GuardsConfig, Verdict
+    from pipeline.ledger.store import Store
+    from pipeline.models.manifest import Manifest
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Source models, their champion and their challenger."""
+    """Source models, their champion, their challenger, and the verdicts on them."""
 
     store: Store
 
-    def add(
-        self,
-        digest: str,
-        *,
-        trunk: str,
-        path: str,
-        manifest: Mapping[str, object],
-        lineage: str,
-        now: datetime,
-    ) -> int:
-        """Record a source model → its version; the same digest keeps its version. The first becomes the champion."""
+    def add(self, manifest: Manifest, *, path: str, lineage: str, now: datetime) -> int:
+        """Records the source model at ``path`` and returns its version; the same digest keeps its version.
+
+        The first one becomes the champion. ``lineage`` is the MLflow run that fitted it.
+        """
+        digest = manifest.digest
         with self.store.write(exclusive=True) as c:
             known = c.scalar(sa.select(sources.c.version).where(sources.c.digest == digest))
             if known is not None:
@@ -48,9 +43,9 @@ class Sources:
             values = {
                 "version": version,
                 "digest": digest,
-                "trunk": trunk,
+                "trunk": manifest.trunk_digest,
                 "path": path,
-                "manifest": dump(dict(manifest)),
+                "manifest": dump(manifest.model_dump(mode="json")),
                 "lineage": lineage,
                 "created_at": iso(now),
             }
@@ -61,13 +56,13 @@ class Sources:
             return version
 
     def all(self) -> list[SourceRow]:
-        """Every source model version, oldest first."""
+        """Returns every source model version, oldest first."""
         with self.store.read() as c:
             rows = list(c.execute(sa.select(sources).order_by(sources.c.version)))
         return [make_row(SourceRow, r) for r in rows]
 
     def get(self, version: int | None) -> SourceRow:
-        """A version (None: the champion); LedgerError names those that there are."""
+        """Returns a version (None: the champion). LedgerError names the versions that there are."""
         if version is None:
             return self.champion()
         known = {s.version: s for s in self.all()}
@@ -76,7 +71,7 @@ class Sources:
         return known[version]
 
     def champion(self) -> SourceRow:
-        """The version that the fleet adapts from; LedgerError says how to get one."""
+        """Returns the version that the fleet adapts from. LedgerError says how to get one."""
         with self.store.read() as c:
             version = self.store.fact(c, "champion")
         if version is None:
@@ -84,16 +79,16 @@ class Sources:
         return self.get(int(version))
 
     def set_champion(self, version: int, *, now: datetime) -> None:
-        """Make ``version`` the source model that the fleet adapts from."""
+        """Makes ``version`` the source model that the fleet adapts from."""
         self.get(version)
         with self.store.write(exclusive=True) as c:
             self.store.set_role(c, "champion", version, now)
 
     def challenger(self) -> int | None:
-        """The version that a release is planned or carried out for."""
+        """Returns the version that a release is planned or carried out for."""
         with self.store.read() as c:
-            found = self.store.fact(c, "challenger")
-        return int(found) if found else None
+            version = self.store.fact(c, "challenger")
+        return int(version) if version else None
 
     def set_challenger(self, version: int | None, *, now: datetime) -> None:
         """From now on every sample gets features under this version's trunk too; None: no longer."""
@@ -102,38 +97,36 @@ class Sources:
         with self.store.write(exclusive=True) as c:
             self.store.set_role(c, "challenger", version, now)
 
-    def judge(
-        self,
-        version: int,
-        verdict: Verdict,
-        evidence: Evidence,
-        *,
-        now: datetime,
-        limits: Mapping[str, object] | None = None,
+    def add_verdict(
+        self, version: int, verdict: Verdict, evidence: Evidence, *, limits: GuardsConfig, now: datetime
     ) -> str:
-        """Store the verdict on the bare source model ``version`` → its id; the same verdict keeps its id.
+        """Stores the verdict on the bare source model ``version`` and returns its id; the same verdict keeps its id.
 
-        ``limits`` is the section guards that it was given under.
+        ``limits`` are the guard limits that it was given under.
         """
-        said, on = verdict.model_dump_json(), evidence.model_dump_json()
-        own = f"source-{version}-{hashlib.sha256((said + on).encode()).hexdigest()[:8]}"
+        verdict_json, evidence_json = verdict.model_dump_json(), evidence.model_dump_json()
+        digest = hashlib.sha256((verdict_json + evidence_json).encode()).hexdigest()
+        verdict_id = f"source-{version}-{digest[:8]}"
         values = {
-            "id": own,
-            "site": FLEET,
-            "cycle": own,
-            "state": None,
+            "id": verdict_id,
+            "version": version,
             "outcome": verdict.outcome,
-            "verdict": said,
-            "evidence": on,
-            "counters": dump({"samples": 0, "guards": limits}),
-            "offset_from": version,
-            "offset_to": version,
+            "verdict": verdict_json,
+            "evidence": evidence_json,
+            "guards": dump(limits.model_dump(mode="json")),
             "at": iso(now),
         }
+        known = sa.select(source_verdicts.c.id).where(source_verdicts.c.id == verdict_id)
         with self.store.write(exclusive=True) as c:
-            if c.scalar(sa.select(verdicts.c.id).where(verdicts.c.id == own)) is None:
-                c.execute(verdicts.insert(), values)
-                self.store.append(
-                    c, "verdict", {"id": own, "outcome": verdict.outcome, "why": verdict.decisive}, now
-                )
-        return own
+            if c.scalar(known) is None:
+                c.execute(source_verdicts.insert(), values)
+                payload = {"id": verdict_id, "outcome": verdict.outcome, "why": verdict.decisive}
+                self.store.append(c, "verdict", payload, now)
+        return verdict_id
+
+    def verdict(self, verdict_id: str) -> SourceVerdictRow | None:
+        """Returns the verdict on a bare source model of that id, None where there is none."""
+        query = sa.select(source_verdicts).where(source_verdicts.c.id == verdict_id)
+        with self.store.read() as c:
+            row = c.execute(query).first()
+        return make_row(SourceVerdictRow, row) if row else None

@@ -49,8 +49,8 @@ class Streams:
                     "status": "active",
                     "reason": "",
                     "registered_at": iso(now),
-                    "ingested": 0,
-                    "learned": 0,
+                    "ingested_offset": 0,
+                    "learned_offset": 0,
                     "learner": None,
                     "holds": 0,
                 }
@@ -163,7 +163,9 @@ class Streams:
         Costs what is pending, not what was ever ingested.
         """
         own = segments.c.site == sites.c.site
-        ahead = sa.and_(segments.c.base_offset >= sites.c.learned, segments.c.base_offset < sites.c.ingested)
+        ahead = sa.and_(
+            segments.c.base_offset >= sites.c.learned_offset, segments.c.base_offset < sites.c.ingested_offset
+        )
         good = sa.select(sa.func.coalesce(sa.func.sum(segments.c.good), 0)).where(own, ahead)
         newest = sa.select(segments.c.ingested_at).where(own)
         newest = newest.order_by(segments.c.base_offset.desc(), segments.c.ingested_at.desc()).limit(1)
@@ -206,7 +208,7 @@ class Streams:
                 move = (
                     sites.update()
                     .where(sites.c.site == sa.bindparam("s"))
-                    .values(ingested=sa.bindparam("v_end"))
+                    .values(ingested_offset=sa.bindparam("v_end"))
                 )
                 c.execute(move, [{"s": s, "v_end": end} for s, end in sorted(moved.items())])
         return [(r.site, r.name) for r in rows if (r.site, r.name) in known]
@@ -276,8 +278,8 @@ class Streams:
 
 def _lock_ends(c: Connection, names: Sequence[str]) -> dict[str, int]:
     """Next offset of each site, which nobody else moves meanwhile; in one order, so that nobody waits in a circle."""
-    query = sa.select(sites.c.site, sites.c.ingested).order_by(sites.c.site).with_for_update()
-    return {r.site: r.ingested for r in named(c, query, sites.c.site, sorted(set(names)))}
+    query = sa.select(sites.c.site, sites.c.ingested_offset).order_by(sites.c.site).with_for_update()
+    return {r.site: r.ingested_offset for r in named(c, query, sites.c.site, sorted(set(names)))}
 
 
 def _known(c: Connection, rows: Sequence[SegmentRow]) -> set[tuple[str, str]]:

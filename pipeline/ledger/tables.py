@@ -1,10 +1,11 @@
-"""The tables, and how values are written to and read from their columns: JSON as canonical text, times as ISO text."""
+"""Declares the tables, and writes and reads the values of their columns: JSON as canonical text, times as ISO text."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import fields
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 import sqlalchemy as sa
@@ -17,15 +18,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 V = TypeVar("V")
 RETIRED = "retired"  # status of a site that no release plans or waits for
-FLEET = "*"  # the site of a verdict on a bare source model; its offsets are the version
 CHUNK = 1000  # names in one IN (...)
-# by code point on every database: the same fleet is listed in the same order
+# ordered by code point on every database, so that the same fleet is listed in the same order
 TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 meta = sa.MetaData()
 
 
 def _table(name: str, *columns: sa.Column[object] | sa.Index, clustered: bool = False) -> sa.Table:
-    """``clustered``: SQLite keeps the rows in order of their key, as a fleet's rows are read and written."""
+    """Returns a table; ``clustered``: SQLite keeps its rows in order of their key, as a fleet's are read and written."""
     return sa.Table(name, meta, *columns, sqlite_with_rowid=not clustered)
 
 
@@ -37,6 +37,15 @@ def _int(name: str, **options: bool) -> sa.Column[object]:
     return sa.Column(name, sa.BigInteger, nullable=options.pop("nullable", False), **options)  # pyright: ignore
 
 
+def _zero(name: str) -> sa.Column[object]:
+    """Returns a whole number that rows of an older schema have as 0."""
+    return sa.Column(name, sa.BigInteger, nullable=False, server_default="0")
+
+
+def _double(name: str) -> sa.Column[object]:
+    return sa.Column(name, sa.Double, nullable=True)
+
+
 facts = _table("meta", _text("key", primary_key=True), _text("value"))
 sites = _table(
     "sites",
@@ -45,8 +54,8 @@ sites = _table(
     _text("status"),
     _text("reason"),
     _text("registered_at"),
-    _int("ingested"),
-    _int("learned"),
+    _int("ingested_offset"),
+    _int("learned_offset"),
     _text("learner", nullable=True),
     _int("holds"),
 )
@@ -99,13 +108,36 @@ verdicts = _table(
     _text("outcome"),
     _text("verdict"),
     _text("evidence"),
-    _text("counters"),
     _int("offset_from"),
     _int("offset_to"),
     _text("at"),
+    # the window, column by column as in WindowRecord
+    _zero("samples"),
+    _text("outcomes_blob", nullable=True),
+    _int("row_start", nullable=True),
+    _int("row_end", nullable=True),
+    _text("anchor_digest", nullable=True),
+    _text("champion_state", nullable=True),
+    _text("lost_state", nullable=True),
+    _int("accepted_bona_fide", nullable=True),
+    _int("accepted_attack", nullable=True),
+    _double("called_bona_fide_share"),
+    _int("restores", nullable=True),
+    _double("omega"),
+    _int("sessions", nullable=True),
     sa.Index("verdicts_site", "site", "offset_to", "at"),
     sa.Index("verdicts_cycle", "cycle", "site", "outcome"),
     sa.Index("verdicts_at", "at"),
+)
+source_verdicts = _table(
+    "source_verdicts",
+    _text("id", primary_key=True),
+    _int("version"),
+    _text("outcome"),
+    _text("verdict"),
+    _text("evidence"),
+    _text("guards", nullable=True),
+    _text("at"),
 )
 cycles = _table(
     "cycles",
@@ -144,7 +176,7 @@ served = _table(
     _int("wave"),
     _text("kind"),
     _text("since"),
-    sa.Column("audit", sa.BigInteger, nullable=False, server_default="0"),
+    _zero("audit"),
     clustered=True,
 )
 targets = _table(
@@ -193,52 +225,70 @@ notices = _table(
 )
 
 
-READ: dict[str, Callable[[str], object]] = {
-    **dict.fromkeys(("registered_at", "created_at", "updated_at", "since", "at"), datetime.fromisoformat),
-    **dict.fromkeys(("tags", "manifest", "counters"), json.loads),
-}
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+TIMES = (
+    *("registered_at", "created_at", "updated_at", "since", "at"),
+    *("lease_until", "started", "finished", "first_at", "last_at", "sent_at"),
+)
+PARSERS: dict[str, Callable[[str], object]] = {**dict.fromkeys(TIMES, _time), "tags": json.loads}
 
 
 def named(
     c: Connection, query: sa.Select[*tuple[object, ...]], column: sa.Column[object], names: Sequence[str]
 ) -> list[Row[*tuple[object, ...]]]:
-    """Rows whose ``column`` is one of ``names``; databases bound how many values a statement may have."""
+    """Returns the rows whose ``column`` is one of ``names``; databases bound how many values a statement may have."""
     return [r for part in parts(names) for r in c.execute(query.where(column.in_(part)))]
 
 
 def add(c: Connection, table: sa.Table, rows: Sequence[tuple[object, ...]]) -> None:
-    """Insert rows whose values are in the order of the table's columns; a fleet of them, so past the ORM's own handling."""
+    """Inserts rows whose values are in the order of the table's columns.
+
+    They may be a fleet's, so they go past SQLAlchemy's own handling of each value.
+    """
     if not rows:
         return
     names = [column.name for column in table.columns]
-    made = table.insert().compile(c)
-    given = rows if made.positional else [dict(zip(names, row, strict=True)) for row in rows]
-    c.exec_driver_sql(str(made), given)  # pyright: ignore[reportArgumentType]
+    statement = table.insert().compile(c)
+    values = rows if statement.positional else [dict(zip(names, row, strict=True)) for row in rows]
+    c.exec_driver_sql(str(statement), values)  # pyright: ignore[reportArgumentType]
 
 
 def parts(values: Sequence[V]) -> Iterator[Sequence[V]]:
-    """``values`` in pieces that one statement may hold."""
+    """Yields ``values`` in pieces that one statement may hold."""
     return (values[i : i + CHUNK] for i in range(0, len(values), CHUNK))
 
 
-def make_row(row: Callable[..., T], r: Row[*tuple[object, ...]]) -> T:
-    """A row class from the columns of the same names."""
+def make_row(row: Callable[..., T], r: Row[*tuple[object, ...]], **more: object) -> T:
+    """Returns a record from the columns of the same names; a field ``x_json`` is column ``x`` as it is stored.
+
+    ``more`` are fields that are no column.
+    """
     values = r._mapping
+    read = {n: parse(values[c]) if parse else values[c] for n, c, parse in _fields(row) if n not in more}
+    return row(**read, **more)
+
+
+@lru_cache(maxsize=32)
+def _fields(row: Callable[..., object]) -> tuple[tuple[str, str, Callable[[str], object] | None], ...]:
+    """Returns for each field of a record its name, its column, and what parses that."""
     names = [f.name for f in fields(row)]  # pyright: ignore[reportArgumentType]
-    return row(**{n: READ[n](values[n]) if n in READ else values[n] for n in names})
+    return tuple((n, n.removesuffix("_json"), PARSERS.get(n)) for n in names)
 
 
 def dump(value: object) -> str:
-    """Canonical JSON: the audit chain hashes it."""
+    """Returns canonical JSON: the audit chain hashes it."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def iso(at: datetime) -> str:
-    """Of one width, so that text sorts like time."""
+    """Returns a time as text of one width, so that text sorts like time."""
     assert at.tzinfo is not None, "times are in UTC"
     return at.isoformat(timespec="microseconds")
 
 
 def storable(text: str) -> str:
-    """Text from a site as every database takes it: without NUL and halves of surrogate pairs."""
+    """Returns text from a site as every database takes it: without NUL and halves of surrogate pairs."""
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()

@@ -16,6 +16,7 @@ from pipeline.data.captures import read_segment
 from pipeline.data.features import write_features
 from pipeline.data.featurise import CHUNK, decode_chunks, store_segment
 from tests.support.captures import SIZE, Fleet, hash_of, image, save_model, segment
+from tests.support.ledgers import source_manifest
 
 
 def test_a_site_has_one_order_and_a_late_segment_comes_last(fleet: Fleet) -> None:
@@ -231,7 +232,7 @@ def test_who_featurises_is_the_champion_and_the_challenger(fleet: Fleet) -> None
         ("c", "t1", SIZE),
         ("d", "t3", 2 * SIZE),
     ):
-        ledger.sources.add(digest, trunk=trunk, path=path, manifest={"size": size}, lineage="", now=now())
+        ledger.sources.add(source_manifest(digest, trunk=trunk, size=size), path=path, lineage="", now=now())
     named = {}
     for challenger in (None, 1, 2, 3):
         ledger.sources.set_challenger(challenger, now=now())
@@ -270,7 +271,7 @@ def test_under_ray_the_fleet_is_the_same(fleet: Fleet, ray_local: None) -> None:
     assert not result.failed
     assert [(q.site, q.row) for q in result.quarantined] == [("site-3", -1)]
     fleet.ledger.streams.commit(fleet.begin(), result.segments, result.quarantined, now=now())
-    assert {s.site: s.ingested for s in fleet.ledger.streams.sites()} == {
+    assert {s.site: s.ingested_offset for s in fleet.ledger.streams.sites()} == {
         f"site-{s}": 5 if s == 3 else 10 for s in range(6)
     }
     alone = fleet.stored("site-5")

@@ -77,7 +77,7 @@ def test_a_site_whose_own_state_is_damaged_goes_on_from_what_it_serves(crowd):
     }
     adapted(crowd)
     newest = {v.site: v for v in crowd.ledger.verdicts.find() if v.offset_from > 0}
-    assert {site for site, v in newest.items() if v.counters["lost"]} == hit
+    assert {site for site, v in newest.items() if v.window.lost_state} == hit
     rows = crowd.ledger.verdicts.states([v.state for v in newest.values()])
     assert {r.site for r in rows.values() if r.parent is None} == hit, "the source model is what they serve"
 

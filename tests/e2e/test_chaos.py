@@ -203,7 +203,7 @@ def quiet(folder: Path) -> Born:
 
 def adapt(crowd: Crowd, cycle: Cycle, *, on_shard: Callable[[int], None] | None = None) -> dict[str, str]:
     bank = crowd.d.config.bank
-    pending = {s.site: s.ingested - s.learned for s in crowd.ledger.streams.sites()}
+    pending = {s.site: s.ingested_offset - s.learned_offset for s in crowd.ledger.streams.sites()}
     placement = fleet.Placement(shards=2, cpus=1, slots=bank.slots, cache_mb=bank.cache_mb)
     return fleet.run_fleet(
         crowd.job(cycle), pending, placement=placement, on_progress=lambda *_: None, on_shard=on_shard

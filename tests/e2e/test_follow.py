@@ -45,7 +45,7 @@ def test_follow(deployment, tmp_path: Path, number: signal.Signals) -> None:
     folder.mkdir(parents=True)
 
     def offset() -> int:
-        return next((s.ingested for s in ledger.streams.sites() if s.site == site), 0)
+        return next((s.ingested_offset for s in ledger.streams.sites() if s.site == site), 0)
 
     words = ["ingest", "--follow", "--interval", "0.3", "--json", "--config", deployment.yaml]
     with (

@@ -27,7 +27,7 @@ def test_from_captures_to_a_rollout_and_back(deployment, capsys):
     assert d.run("cycle") == 0
     sites = {s.site: s for s in d.ledger.streams.sites()}
     assert len(sites) == 5
-    assert all(s.learned == s.ingested for s in sites.values())
+    assert all(s.learned_offset == s.ingested_offset for s in sites.values())
     outcomes = {v.site: v.verdict.outcome for v in d.ledger.verdicts.find()}
     assert outcomes["yard-broken"] == "hold"
     assert "pass" in outcomes.values()

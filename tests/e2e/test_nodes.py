@@ -265,7 +265,7 @@ def _cycle(d: Deployment, address: str, pipe: Connection) -> None:
         summary = ingest_step(config, ledger, cycle, _silent()).to_json()
         pipe.send({k: summary[k] for k in ("segments", "samples", "failed_sites", "quarantined")})
         crowd = Crowd(d, ledger)
-        pending = {s.site: s.ingested - s.learned for s in ledger.streams.sites()}
+        pending = {s.site: s.ingested_offset - s.learned_offset for s in ledger.streams.sites()}
         placement = fleet.Placement(3, 1, config.bank.slots, config.bank.cache_mb)
         failed = fleet.run_fleet(
             crowd.job(cycle), pending, placement=placement, on_progress=lambda *_: None, on_shard=joined

@@ -59,7 +59,7 @@ def test_a_cycle_on_an_object_store(remote, capsys):
         open_sealed(config.place("anchors"), ledger.verdicts.anchor(ledger.sources.champion().trunk)).species
     )
     for site in ledger.streams.sites():
-        assert 0 < site.learned == site.ingested
+        assert 0 < site.learned_offset == site.ingested_offset
     for state in ledger.verdicts.states([s.learner for s in ledger.streams.sites()]).values():
         blobs.get(config.place("states"), state.blob)
     left = {f.inside[-2:] for f in files(place(config.data.captures))}

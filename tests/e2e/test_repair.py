@@ -36,7 +36,7 @@ def test_the_next_cycle_makes_damaged_features_again_or_goes_on_without_them(dep
     assert f"warning: {GONE}: {LOST}: {lost}: they do not verify and the captures are gone" in line
     for site in (SITE, GONE):
         row = ledger.streams.site(site)
-        assert (row.status, row.learned) == ("active", row.ingested)
+        assert (row.status, row.learned_offset) == ("active", row.ingested_offset)
     assert (ledger.streams.segments(SITE), ledger.streams.quarantined(SITE)) == before
     mine, theirs = learned(deployment), learned(undisturbed)
     for site in set(SITES) - {GONE}:

@@ -37,7 +37,7 @@ def stored(d: Deployment, version: int) -> dict[str, dict[str, int]]:
     ledger, store, found = d.ledger, d.config.place("features"), {}
     for row in ledger.streams.sites():
         block = read_features(
-            store, ledger.sources.get(version).trunk, row.site, start=0, end=row.ingested, features=32
+            store, ledger.sources.get(version).trunk, row.site, start=0, end=row.ingested_offset, features=32
         )
         found[row.site] = dict(zip(block.sample_id.tolist(), block.offset.tolist()))
     return found

@@ -104,7 +104,7 @@ def test_now_is_what_the_first_cycle_recorded(recorded, capsys):
         judged = d.ledger.verdicts.find(site=row["site"])
         joined = join_labels(d.config, source, judged)
         assert joined is not None
-        known, counted = joined.pad("online", float(str(source.manifest["threshold"]))), judged[0].counters
+        known, counted = joined.pad("online", source.manifest.threshold), judged[0].window
         assert known is not None
         assert [row["hter"][0], row["bpcer"][0], row["max_apcer"][0]] == [
             known.hter,
@@ -112,13 +112,13 @@ def test_now_is_what_the_first_cycle_recorded(recorded, capsys):
             known.max_apcer,
         ]
         assert [row["pseudo_bona_fide"][0], row["pseudo_attack"][0]] == [
-            counted["accepted_bona_fide"],
-            counted["accepted_attack"],
+            counted.accepted_bona_fide,
+            counted.accepted_attack,
         ]
         assert row["trust_ratio"] == [judged[0].evidence.trust_ratio, 0.0], "frozen stays where it is"
         assert row["verdict"][0] == judged[0].verdict.outcome
         assert row["pseudo_bona_fide"][1] == row["pseudo_attack"][1] == 0
-        assert row["labelled"] == row["samples"] == counted["samples"]
+        assert row["labelled"] == row["samples"] == counted.samples
 
 
 def test_other_settings_change_calls_and_fail_where_now_passes(recorded, capsys):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
 from pipeline.ledger import Ledger
 from tests.support.ledgers import T0, execute
+from tests.support.old_ledgers import write_old_ledger
 
 DATABASES = count()
-VERSION_1 = (Path(__file__).parent / "version-1.sql").read_text()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -38,9 +37,6 @@ def ledger(url) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def old(url, tmp_path) -> str:
+def old(url) -> str:
     """URL of a ledger of version 1."""
-    serial = "INTEGER NOT NULL" if url.startswith("sqlite") else "SERIAL NOT NULL"
-    (tmp_path / "deep").mkdir(exist_ok=True)
-    execute(url, *(s for s in VERSION_1.replace("{serial}", serial).split(";\n") if s.strip()))
-    return url
+    return write_old_ledger(url, 1)

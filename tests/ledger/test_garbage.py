@@ -36,11 +36,11 @@ class History:
         self.cycle = self.cycle or begin(
             self.ledger, now=self.now, dead=lambda _: True, fingerprint=str(self.day)
         )
-        at = {s: self.ledger.streams.site(s).learned for s in picked}
+        at = {s: self.ledger.streams.site(s).learned_offset for s in picked}
         rows = [segment(s, f"segment-{n}.parquet", n) for s, n in at.items()]
         self.ledger.streams.commit(
             self.cycle,
-            [r for r in rows if self.ledger.streams.site(r.site).ingested == r.base_offset],
+            [r for r in rows if self.ledger.streams.site(r.site).ingested_offset == r.base_offset],
             [],
             now=self.now,
         )
@@ -166,10 +166,10 @@ def test_nothing_that_a_job_may_ask_for_is_missing(steps, days):
     pointed = h.ledger.garbage.needed(since=since)
     states, kept = asked_for_next(h, since)
     assert {s.blob for s in states.values()} <= pointed.states
-    assert {v.counters["outcomes"] for v in kept} == pointed.outcomes
+    assert {v.window.outcomes_blob for v in kept} == pointed.outcomes
     for site in h.ledger.streams.sites():
         assert pointed.features[site.site] == min(
-            [site.learned, *(v.offset_from for v in kept if v.site == site.site)]
+            [site.learned_offset, *(v.offset_from for v in kept if v.site == site.site)]
         )
     old = [
         s

@@ -131,7 +131,7 @@ def commits(me, url, generation):
         mine += [(i, s) for s in names if s not in left]
         together.wait()
         if me == 0:
-            execute(url, "update sites set learned = 0")
+            execute(url, "update sites set learned_offset = 0")
     ledger.close()
     return mine
 

@@ -7,9 +7,10 @@ from datetime import timedelta
 import pytest
 
 from pipeline import rollout as ro
+from pipeline.guards import GuardsConfig
 from pipeline.ledger import LedgerError, StaleGeneration
 from pipeline.rollout import Candidate, Pointer, RolloutConfig, SiteFacts
-from tests.support.ledgers import BAD, HELD, T0, begin, segment, shard
+from tests.support.ledgers import BAD, HELD, T0, begin, segment, shard, source_manifest
 
 HOUR = timedelta(hours=1)
 SOURCE = Pointer(None, 1)
@@ -19,7 +20,7 @@ SOURCE = Pointer(None, 1)
 def planned(ledger):
     """Sites s0 to s4 with a passing state each; s3 and s4 are in Tokyo; a plan of one wave and another."""
     for digest in "ab":
-        ledger.sources.add(digest * 64, trunk="t" * 64, path="", manifest={}, lineage="", now=T0)
+        ledger.sources.add(source_manifest(digest * 64), path="", lineage="", now=T0)
     cycle = begin(ledger)
     ledger.verdicts.commit(cycle, [shard(f"s{i}", slot=i) for i in range(5)], now=T0)
     store(ledger, "r1", facts(ledger))
@@ -168,7 +169,7 @@ def test_nothing_moves_without_every_verdict(planned):
 @pytest.mark.parametrize("evidence, version, moves", [(None, 2, 5), (BAD, 2, 0), (None, 1, 0)])
 def test_a_bare_source_model_needs_the_fleets_verdict_on_that_version(planned, evidence, version, moves):
     row = shard("s0", evidence=evidence) if evidence else shard("s0")
-    judged = planned.sources.judge(version, row.verdict, row.evidence, now=T0)
+    judged = planned.sources.add_verdict(version, row.verdict, row.evidence, limits=GuardsConfig(), now=T0)
     sites = facts(planned, **{f"s{i}": Candidate(Pointer(None, 2), judged, "pass") for i in range(5)})
     made = ro.plan("r2", sites, 2, RolloutConfig(waves=(1.0,)), source_before=1)
     planned.plans.save(

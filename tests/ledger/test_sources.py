@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from pipeline.ledger import LedgerError, StaleGeneration
-from tests.support.ledgers import BAD, T0, begin, segment, shard
+from tests.support.ledgers import BAD, T0, begin, segment, shard, source_manifest
 
 
 @pytest.fixture
 def two(ledger):
     for digest in ("a", "b"):
-        ledger.sources.add(digest * 64, trunk=f"t{digest}", path="p", manifest={}, lineage="", now=T0)
+        ledger.sources.add(source_manifest(digest * 64, trunk=f"t{digest}"), path="p", lineage="", now=T0)
     return ledger
 
 

@@ -64,7 +64,7 @@ def test_lost_samples_are_quarantined_once_and_keep_their_offsets(ledger):
             cycle, [("s0", "segment-1.parquet"), ("s0", "unknown")], reason="features lost", now=T0
         )
     ((row, _),) = ledger.streams.segments("s0")
-    assert (row.rows, row.good, row.quarantined, ledger.streams.site("s0").ingested) == (10, 0, 10, 10)
+    assert (row.rows, row.good, row.quarantined, ledger.streams.site("s0").ingested_offset) == (10, 0, 10, 10)
     lost = [q.row for q in ledger.streams.quarantined("s0") if q.reason == "features lost"]
     assert lost == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     told = [payload for _, _, kind, payload in ledger.audit.rows() if kind == "features lost"]
@@ -79,7 +79,7 @@ def test_ingest_counts_rows_and_keeps_what_was_refused(ledger):
         cycle, [segment(), later], [QuarantineRow("s0", "segment-1.parquet", 3, "x", "rgb: torn")], now=T0
     )
     assert ledger.streams.segment_names() == {"s0": {"segment-1.parquet", "segment-2.parquet"}}
-    assert ledger.streams.site("s0").ingested == 20
+    assert ledger.streams.site("s0").ingested_offset == 20
     assert [s for s, _ in ledger.streams.segments("s0")] == [segment(), later]
     assert [q.row for q in ledger.streams.quarantined("s0", cycle=cycle.id)] == [3]
     assert ledger.streams.quarantined("s1") == []
@@ -115,7 +115,7 @@ def test_a_segment_counts_once(ledger):
         (segment(), T0),
         (second, T0 + timedelta(1)),
     ]
-    assert (ledger.streams.site("s0").ingested, len(ledger.streams.quarantined())) == (20, 1)
+    assert (ledger.streams.site("s0").ingested_offset, len(ledger.streams.quarantined())) == (20, 1)
 
 
 def test_two_samples_never_share_an_offset(ledger):
@@ -130,7 +130,7 @@ def test_two_samples_never_share_an_offset(ledger):
     with pytest.raises(UnknownSite, match="not registered; its segments were not counted"):
         ledger.streams.commit(cycle, [segment("s1"), segment("s9")], [], now=T0)
     assert ledger.streams.segment_names() == {"s0": {"segment-1.parquet"}}
-    assert (ledger.streams.site("s0").ingested, ledger.streams.site("s1").ingested) == (10, 0)
+    assert (ledger.streams.site("s0").ingested_offset, ledger.streams.site("s1").ingested_offset) == (10, 0)
 
 
 def test_text_that_no_database_takes_costs_nobody_else(ledger):
@@ -159,7 +159,7 @@ def test_the_lease_is_one_for_the_fleet_and_its_generation_fences(ledger):
     for write in writes(ledger, first):
         with pytest.raises(StaleGeneration, match="was replaced; nothing was written"):
             write()
-    assert ledger.streams.site("s0").learned == 0
+    assert ledger.streams.site("s0").learned_offset == 0
     ledger.cycles.finish(taken, summary={"sites": 1}, now=T0)
     for write in writes(ledger, taken):
         with pytest.raises(StaleGeneration, match="was replaced; nothing was written"):

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.guards import GuardsConfig, assess
 from pipeline.ledger import Ledger, LedgerError, state_id, verdicts
-from tests.support.ledgers import BAD, GOOD, HELD, T0, begin, shard
+from tests.support.ledgers import BAD, GOOD, HELD, T0, begin, shard, source_manifest
 
 
 def test_a_failed_site_is_marked_until_it_commits(ledger):
@@ -21,15 +21,15 @@ def test_a_failed_site_is_marked_until_it_commits(ledger):
     assert ledger.streams.site("s0").status == "active"
 
 
-def test_a_shard_commits_state_cursor_verdict_and_counters_together(ledger):
+def test_a_shard_commits_state_cursor_verdict_and_window_together(ledger):
     cycle = begin(ledger)
     assert ledger.verdicts.commit(cycle, [shard(), shard("s1", evidence=HELD, slot=1)], now=T0) == []
     row, held = ledger.streams.named(["s0", "s1"])
-    assert (row.learned, row.holds, held.holds) == (10, 0, 1)
+    assert (row.learned_offset, row.holds, held.holds) == (10, 0, 1)
     state = ledger.verdicts.states([row.learner, None])[row.learner]
     assert (state.blob, state.slot, state.offset_from, state.offset_to) == ("b" * 64, 0, 0, 10)
     verdict = ledger.verdicts.find(cycle=cycle.id, site="s0")[0]
-    assert (verdict.state, verdict.evidence, verdict.counters) == (state.id, GOOD, shard().counters)
+    assert (verdict.state, verdict.evidence, verdict.window) == (state.id, GOOD, shard().window)
     assert assess(GuardsConfig(), verdict.evidence) == verdict.verdict
     assert ledger.verdicts.latest()["s1"].verdict.outcome == "hold"
 
@@ -52,11 +52,11 @@ def test_a_failed_candidate_is_kept_but_not_learned_from(ledger):
     second = begin(ledger, now=T0 + timedelta(days=1), fingerprint="g")
     ledger.verdicts.commit(second, [shard(start=10, end=20, evidence=BAD)], now=T0)
     assert ledger.streams.site("s0").learner == good
-    assert ledger.streams.site("s0").learned == 20
+    assert ledger.streams.site("s0").learned_offset == 20
     assert ledger.verdicts.latest()["s0"].verdict.outcome == "fail"
 
 
-@pytest.mark.parametrize("broken", ["_moved", "_verdict_values"])
+@pytest.mark.parametrize("broken", ["_cursor_update", "_verdict_values"])
 def test_a_crash_before_the_commit_leaves_nothing(ledger, monkeypatch, broken):
     cycle = begin(ledger)
     real = getattr(verdicts, broken)
@@ -70,7 +70,7 @@ def test_a_crash_before_the_commit_leaves_nothing(ledger, monkeypatch, broken):
     with pytest.raises(KeyboardInterrupt):
         ledger.verdicts.commit(cycle, [shard(), shard("s1", slot=1)], now=T0)
     monkeypatch.undo()
-    assert ledger.streams.site("s0").learned == 0
+    assert ledger.streams.site("s0").learned_offset == 0
     assert ledger.verdicts.find() == []
     assert ledger.verdicts.states([state_id(cycle.id, "s0")]) == {}
     assert ledger.verdicts.commit(cycle, [shard(), shard("s1", slot=1)], now=T0) == []
@@ -112,11 +112,12 @@ def test_verdicts_by_id_are_oldest_first_however_many(ledger):
 def test_sources_and_anchors(ledger):
     with pytest.raises(LedgerError, match="run `palisade train` first"):
         ledger.sources.champion()
-    add = {"trunk": "t", "path": "p", "manifest": {"a": 1}, "lineage": "run", "now": T0}
-    assert [ledger.sources.add(d, **add) for d in ("d1", "d2", "d1")] == [1, 2, 1]
+    models = {d: source_manifest(d, trunk="t") for d in ("d1", "d2")}
+    add = {"path": "p", "lineage": "run", "now": T0}
+    assert [ledger.sources.add(models[d], **add) for d in ("d1", "d2", "d1")] == [1, 2, 1]
     assert ledger.sources.champion().version == 1
     ledger.sources.set_champion(2, now=T0)
-    assert (ledger.sources.champion().digest, ledger.sources.champion().manifest) == ("d2", {"a": 1})
+    assert (ledger.sources.champion().digest, ledger.sources.champion().manifest) == ("d2", models["d2"])
     with pytest.raises(LedgerError, match="versions: 1, 2"):
         ledger.sources.get(7)
     with pytest.raises(LedgerError, match="no anchor set"):

@@ -1,4 +1,4 @@
--- A ledger of schema version 1 as the first release wrote it; {serial} is the database's counting integer.
+-- A ledger of schema version 1 as the first release wrote it; {serial} is the counting integer of the database.
 CREATE TABLE anchors (
 	digest TEXT NOT NULL,
 	trunk TEXT NOT NULL,
@@ -8,7 +8,7 @@ CREATE TABLE anchors (
 );
 INSERT INTO "anchors" VALUES('aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa','t','{"items":8}','2026-01-01T00:00:00.000000+00:00');
 CREATE TABLE audit (
-	seq {serial},
+	seq {serial} NOT NULL,
 	at TEXT NOT NULL,
 	kind TEXT NOT NULL,
 	payload TEXT NOT NULL,
@@ -48,7 +48,7 @@ INSERT INTO "meta" VALUES('schema','1');
 INSERT INTO "meta" VALUES('audit_head','3c7e9d9e045fa1acced00ccb664879b28bf19222ae5b568ba04a0b53dabea452');
 INSERT INTO "meta" VALUES('champion','1');
 CREATE TABLE quarantine (
-	id {serial},
+	id {serial} NOT NULL,
 	site TEXT NOT NULL,
 	segment TEXT NOT NULL,
 	"row" BIGINT NOT NULL,
@@ -113,7 +113,7 @@ CREATE TABLE sites (
 INSERT INTO "sites" VALUES('Zeta','{"rig":"a"}','active','','2026-01-01T00:00:00.000000+00:00',20,20,'4112ada181aa3ef5',0);
 INSERT INTO "sites" VALUES('alpha','{}','active','','2026-01-01T00:00:00.000000+00:00',20,10,'bf7d9767b3bb0436',1);
 CREATE TABLE sources (
-	version {serial},
+	version {serial} NOT NULL,
 	digest TEXT NOT NULL,
 	trunk TEXT NOT NULL,
 	path TEXT NOT NULL,

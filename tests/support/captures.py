@@ -71,7 +71,7 @@ class Fleet:
         self.captures = place(config.data.captures)
 
     def find(self, **bounds: object) -> ingest.IngestListing:
-        offsets = {row.site: row.ingested for row in self.ledger.streams.sites()}
+        offsets = {row.site: row.ingested_offset for row in self.ledger.streams.sites()}
         return find(
             self.config.data, self.ledger.streams.segment_names(), lambda s: offsets.get(s, 0), **bounds
         )  # pyright: ignore
@@ -101,7 +101,7 @@ class Fleet:
 
     def stored(self, site: str, model: str = "m") -> dict[str, int]:
         """Offset by sample id of the features that can be read."""
-        end, trunk = self.ledger.streams.site(site).ingested, self.models[model].manifest.trunk_digest
+        end, trunk = self.ledger.streams.site(site).ingested_offset, self.models[model].manifest.trunk_digest
         block = read_features(self.config.place("features"), trunk, site, start=0, end=end, features=8)
         return dict(zip(block.sample_id.tolist(), block.offset.tolist()))
 

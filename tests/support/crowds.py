@@ -11,7 +11,7 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -160,8 +160,8 @@ class Crowd:
             assert [v.offset_from for v in own] == ends[:-1], (
                 f"{row.site}: its verdicts do not tile its stream"
             )
-            assert row.learned == ends[-1], row.site
-            assert sum(v.cycle == last for v in own) == (row.learned == row.ingested), row.site
+            assert row.learned_offset == ends[-1], row.site
+            assert sum(v.cycle == last for v in own) == (row.learned_offset == row.ingested_offset), row.site
         self._verify(rows, verdicts)
         return {v.site for v in verdicts if v.cycle == last}
 
@@ -187,11 +187,12 @@ class Crowd:
         states, outcomes = self.d.config.place("states"), self.d.config.place("outcomes")
         slots = {b: len(next(iter(blobs.get(states, b).values()))) for b in {s.blob for s in stored.values()}}
         assert all(s.slot < slots[s.blob] for s in stored.values())
-        named = [str(v.counters["outcomes"]) for v in verdicts]
+        named = [v.window.outcomes_blob for v in verdicts]
         offsets = {digest: blobs.get(outcomes, digest)["offset"].tolist() for digest in set(named)}
         for v, digest in zip(verdicts, named, strict=True):
-            first, end = cast("list[int]", v.counters["rows"])
-            assert offsets[digest][first:end] == list(range(v.offset_from, v.offset_to)), v.site
+            assert offsets[digest][v.window.row_start : v.window.row_end] == list(
+                range(v.offset_from, v.offset_to)
+            ), v.site
 
 
 def new_crowd(root: Path, settings: Settings = CROWD, *, days: int = DAYS, hostile: bool = True) -> Crowd:

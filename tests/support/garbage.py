@@ -17,7 +17,7 @@ from pipeline.guards import Evidence
 from pipeline.ledger import Ledger
 from pipeline.rollout import Draft, Pointer, RolloutConfig, Target, plan
 from tests.support.artifacts import TRUNK, F, block
-from tests.support.ledgers import T0, begin, segment, shard
+from tests.support.ledgers import T0, begin, segment, shard, source_manifest
 
 SITES = ("east", "west")
 
@@ -41,7 +41,7 @@ class Fleet:
         cycle = begin(self.ledger, fingerprint=f"day {self.day}", dead=lambda _: True, now=self.now)
         rows = []
         for site in sites:
-            base = self.ledger.streams.site(site).ingested
+            base = self.ledger.streams.site(site).ingested_offset
             features = block(WINDOW, start=base)
             self.aged(write_features(self.config.place("features"), TRUNK, site, features))
             arrived = segment(site, f"segment-{base}.parquet", base, WINDOW, good=WINDOW)
@@ -57,7 +57,7 @@ class Fleet:
                 "outcomes": outcomes,
                 "parent": row.learner,
             }
-            rows.append(shard(site, row.learned, row.ingested, **learned))
+            rows.append(shard(site, row.learned_offset, row.ingested_offset, **learned))
         if commit:
             assert self.ledger.verdicts.commit(cycle, rows, now=self.now) == []
         self.ledger.cycles.finish(cycle, summary={}, now=self.now)
@@ -105,7 +105,7 @@ def begun(root: Path) -> Fleet:
     config = load(None, [f"ledger.url=sqlite:///{root}/ledger.db", f"ledger.artifacts={root}/artifacts"])
     ledger = Ledger.open(config.ledger.url)
     ledger.streams.register({s: {} for s in SITES}, now=T0)
-    ledger.sources.add("s" * 64, trunk=TRUNK, path=str(root / "m"), manifest={}, lineage="", now=T0)
+    ledger.sources.add(source_manifest("s" * 64, trunk=TRUNK), path=str(root / "m"), lineage="", now=T0)
     return Fleet(config, ledger)
 
 
@@ -121,12 +121,12 @@ def verify(f: Fleet, *, keep: int) -> None:
         row = ledger.streams.site(site)
         recent = [v for v in ledger.verdicts.find(site=site) if v.at >= since]
         for v in recent:
-            blobs.get(f.config.place("outcomes"), str(v.counters["outcomes"]))
+            blobs.get(f.config.place("outcomes"), v.window.outcomes_blob)
             needed.add(v.state)
-        start = min([row.learned, *(v.offset_from for v in recent)])
+        start = min([row.learned_offset, *(v.offset_from for v in recent)])
         kept = read_features(
-            f.config.place("features"), TRUNK, site, start=start, end=row.ingested, features=F
+            f.config.place("features"), TRUNK, site, start=start, end=row.ingested_offset, features=F
         )
-        assert kept.offset.tolist() == list(range(start, row.ingested))
+        assert kept.offset.tolist() == list(range(start, row.ingested_offset))
     for state in ledger.verdicts.states(sorted(needed - {None})).values():
         assert blobs.get(f.config.place("states"), state.blob)["w"].shape[0] > state.slot

@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 
 from pipeline.guards import Cell, Evidence, GuardsConfig, assess
-from pipeline.ledger import SegmentRow, ShardRow
-from pipeline.models import checkpoint
+from pipeline.ledger import SegmentRow, ShardRow, WindowRecord
+from pipeline.models import ModelConfig, checkpoint
+from pipeline.models.manifest import Manifest
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 CELLS = tuple(
@@ -47,7 +48,6 @@ def shard(
     first_row=0,
 ):
     """A state learned on the offsets from ``start`` to ``end``, judged under the default guards."""
-    rows = [first_row, first_row + end - start]
     return ShardRow(
         site=site,
         offset_from=start,
@@ -57,7 +57,9 @@ def shard(
         blob=blob,
         slot=slot,
         parent=parent,
-        counters={"samples": end - start, "outcomes": outcomes, "rows": rows},
+        window=WindowRecord(
+            samples=end - start, outcomes_blob=outcomes, row_start=first_row, row_end=first_row + end - start
+        ),
         verdict=assess(GuardsConfig(), evidence),
         evidence=evidence,
     )
@@ -72,11 +74,11 @@ def segment(site="s0", name="segment-1.parquet", base=0, rows=10, *, good=None):
 def register_source(ledger, path, *, now=T0) -> int:
     """Registers the checkpoint at ``path`` as the next source model and returns its version."""
     manifest = checkpoint.read_manifest(path)
-    return ledger.sources.add(
-        manifest.digest,
-        trunk=manifest.trunk_digest,
-        path=str(path),
-        manifest=manifest.model_dump(mode="json"),
-        lineage="-",
-        now=now,
+    return ledger.sources.add(manifest, path=str(path), lineage="-", now=now)
+
+
+def source_manifest(digest: str, *, trunk: str = "t" * 64, size: int = 112) -> Manifest:
+    """The manifest of a source model that has no checkpoint."""
+    return Manifest(
+        config=ModelConfig(), size=size, threshold=0.5, method="erm", digest=digest, trunk_digest=trunk
     )

@@ -36,7 +36,7 @@ def learned(crowd) -> list[ShardRow]:
         ]
         blob = blobs.put(crowd.d.config.place("states"), bank.stack(moved))
         for slot, site in enumerate(SITES[first : first + 3]):
-            rows.append(shard(site, 0, crowd.ledger.streams.site(site).ingested, blob=blob, slot=slot))
+            rows.append(shard(site, 0, crowd.ledger.streams.site(site).ingested_offset, blob=blob, slot=slot))
     return rows
 
 

@@ -16,9 +16,10 @@ from pipeline import rollout as ro
 from pipeline.config import load
 from pipeline.control import rollout as drive
 from pipeline.control.health import observe, observe_rollback
+from pipeline.guards import GuardsConfig
 from pipeline.ledger import Ledger
 from pipeline.rollout import Candidate, FailingSite, Freeze, Pointer, RolloutConfig, SiteFacts, Status
-from tests.support.ledgers import BAD, GOOD, T0, begin, segment, shard
+from tests.support.ledgers import BAD, GOOD, T0, begin, segment, shard, source_manifest
 
 CONFIG = load(None, [])
 
@@ -104,9 +105,9 @@ def stored(path):
     ledger = Ledger.open(f"sqlite:///{path}")
     ledger.streams.register(TAGS, now=T0)
     for digest in "ab":
-        ledger.sources.add(digest * 64, trunk="t" * 64, path="", manifest={}, lineage="", now=T0)
+        ledger.sources.add(source_manifest(digest * 64), path="", lineage="", now=T0)
     verdict = shard().verdict
-    made = {(None, 2): ledger.sources.judge(2, verdict, GOOD, now=T0)}
+    made = {(None, 2): ledger.sources.add_verdict(2, verdict, GOOD, limits=GuardsConfig(), now=T0)}
     for k, (version, _) in enumerate(GENERATIONS):
         cycle = begin(ledger, now=T0 + timedelta(days=k - 9), fingerprint=str(k), dead=lambda _: True)
         rows = [

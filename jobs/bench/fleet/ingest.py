@@ -100,15 +100,8 @@ def _with_smallest_trunk(ground: Ground, name: str, *, sites: int, captures: int
         source.manifest.model_copy(update={"config": shape}),
     )
     path = config.place("models", "smallest")
-    digest = checkpoint.save(path, made)
-    version = ledger.sources.add(
-        digest,
-        trunk=made.manifest.trunk_digest,
-        path=str(path),
-        lineage="",
-        manifest=made.manifest.model_dump(mode="json"),
-        now=now(),
-    )
+    checkpoint.save(path, made)
+    version = ledger.sources.add(checkpoint.read_manifest(path), path=str(path), lineage="", now=now())
     ledger.sources.set_champion(version, now=now())
     return config
 

@@ -76,14 +76,7 @@ class Ground:
         config = self.named(name)
         mine, theirs = open_ledger(config), open_ledger(self.config)
         source = theirs.sources.champion()
-        mine.sources.add(
-            source.digest,
-            trunk=source.trunk,
-            path=source.path,
-            manifest=source.manifest,
-            lineage=source.lineage,
-            now=now(),
-        )
+        mine.sources.add(source.manifest, path=source.path, lineage=source.lineage, now=now())
         digest = theirs.verdicts.anchor(source.trunk)
         mine.verdicts.pin_anchor(digest, trunk=source.trunk, summary={}, now=now())
         shutil.copytree(str(self.config.place("anchors")), str(config.place("anchors")))
@@ -148,7 +141,7 @@ def plain(config: Config) -> Timed:
         taken = cluster_ingest.collect(found.new, done, {})
         ledger.streams.commit(held, taken.segments, taken.quarantined, now=now())
         ingested = time.perf_counter()
-        pending = {r.site: r.ingested - r.learned for r in ledger.streams.sites()}
+        pending = {r.site: r.ingested_offset - r.learned_offset for r in ledger.streams.sites()}
         for call in assign.group_calls(pending, slots=config.bank.slots):
             adapt_sites(shard_job(config, ledger, held), call)
         ledger.cycles.finish(held, summary={}, now=now())
@@ -163,7 +156,7 @@ def seen(config: Config) -> FeatureBlock:
     source, row = source_model(ledger), ledger.streams.sites()[0]
     width = int(config.model.trunk.features)
     return read_features(
-        config.place("features"), source.trunk, row.site, start=0, end=row.ingested, features=width
+        config.place("features"), source.trunk, row.site, start=0, end=row.ingested_offset, features=width
     )
 
 
@@ -175,7 +168,7 @@ def adapted(
     alive: list[int] = []
     killed: list[int] = []
     with lease(config, ledger, "adapt") as held, _killing(alive, killed, kill_every, most):
-        pending = {r.site: r.ingested - r.learned for r in ledger.streams.sites()}
+        pending = {r.site: r.ingested_offset - r.learned_offset for r in ledger.streams.sites()}
         began = time.perf_counter()
         with terminal.progress("bench fleet, adapt", "sites") as advance:
             failed = fleet.run_fleet(
@@ -217,7 +210,11 @@ def resumed(config: Config, terminal: Terminal) -> tuple[float, int]:
 
     with lease(config, ledger, "adapt") as held:
         assert held.resumed, "the killed driver's cycle is the one that goes on"
-        pending = {r.site: r.ingested - r.learned for r in ledger.streams.sites() if r.learned < r.ingested}
+        pending = {
+            r.site: r.ingested_offset - r.learned_offset
+            for r in ledger.streams.sites()
+            if r.learned_offset < r.ingested_offset
+        }
         fleet.run_fleet(
             shard_job(config, ledger, held), pending, placement=fleet.placement(config), on_progress=committed
         )
@@ -232,7 +229,7 @@ def resident(url: str) -> float:
     from pipeline.ledger import Ledger
 
     ledger = Ledger.open(url)
-    pending = {r.site: r.ingested - r.learned for r in ledger.streams.sites()}
+    pending = {r.site: r.ingested_offset - r.learned_offset for r in ledger.streams.sites()}
     ledger.verdicts.outcomes()
     ledger.releases.serving()
     assign.home_shards(list(pending), 28)
@@ -243,7 +240,7 @@ def resident(url: str) -> float:
 def _check(ledger: Ledger) -> None:
     """A run that did not do its work has no time."""
     rows, judged = ledger.streams.sites(), ledger.verdicts.outcomes()
-    left = [r.site for r in rows if r.learned != r.ingested or r.site not in judged]
+    left = [r.site for r in rows if r.learned_offset != r.ingested_offset or r.site not in judged]
     if left or not rows:
         raise RuntimeError(f"{len(left)} of {len(rows)} sites are not adapted, first {left[:1]}")
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pipeline import rollout as machine
 from pipeline.guards import Cell, Evidence, GuardsConfig, assess
-from pipeline.ledger import Ledger, SegmentRow, ShardRow, Store, state_id
+from pipeline.ledger import Ledger, SegmentRow, ShardRow, Store, WindowRecord, state_id
+from pipeline.models import ModelConfig
+from pipeline.models.manifest import Manifest
 from pipeline.rollout import Candidate, Pointer, Rollout, SiteFacts
 
 if TYPE_CHECKING:
@@ -49,7 +51,10 @@ class MortalStore(Store):
 def found(path: Path, tags: Mapping[str, Mapping[str, str]], at: datetime) -> Ledger:
     """A new ledger with a source model and these sites."""
     ledger = Ledger.open(f"sqlite:///{path}")
-    ledger.sources.add("d" * 64, trunk="t" * 64, path="source", manifest={}, lineage="", now=at)
+    manifest = Manifest(
+        config=ModelConfig(), size=112, threshold=0.5, method="rise", digest="d" * 64, trunk_digest="t" * 64
+    )
+    ledger.sources.add(manifest, path="source", lineage="", now=at)
     ledger.streams.register(tags, now=at)
     return ledger
 
@@ -80,7 +85,7 @@ def learn(
                     blob="b" * 64,
                     slot=i,
                     parent=None,
-                    counters={},
+                    window=WindowRecord(samples=1),
                     verdict=judged[evidence],
                     evidence=evidence,
                 )

@@ -80,7 +80,7 @@ def test_the_way_counts_each_report_once(tmp_path):
     assert not any(wrong)
     e = way.events
     assert min(e["messages_lost"], e["messages_doubled"], e["messages_delayed"], e["duplicates_refused"]) > 0
-    arrived = sum(s.ingested for s in ledger.streams.sites()) / bench_rollout_fleet.SAMPLES
+    arrived = sum(s.ingested_offset for s in ledger.streams.sites()) / bench_rollout_fleet.SAMPLES
     assert e["messages"] - e["messages_lost"] <= arrived <= e["messages"]
     ledger.close()
 

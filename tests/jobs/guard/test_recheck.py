@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from dataclasses import replace
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_every_verdict_is_the_same_again_and_its_anchor_counts_too(lived, capsys
     digests = found["digests"]
     assert (
         digests["verdict on record"] == digests["verdict again"]
-        and digests["champion"] == one.counters["stable"]
+        and digests["champion"] == one.window.champion_state
     )
 
 
@@ -52,8 +53,8 @@ def test_what_a_verdict_was_counted_on_is_kept_with_it_and_else_found_by_time(li
         kept = verdict_basis(ledger, v)
         second = v.offset_from > 0
         assert kept.recorded and kept.champion_state == (served.get(v.site) if second else None)
-        old = {k: x for k, x in v.counters.items() if k not in ("anchor", "stable")}
-        by_time = verdict_basis(ledger, v.__class__(**{**vars(v), "counters": old}))
+        old = replace(v, window=replace(v.window, anchor_digest=None, champion_state=None))
+        by_time = verdict_basis(ledger, old)
         assert by_time[:3] == kept[:3] and not by_time.recorded
 
 
@@ -193,7 +194,7 @@ def test_explain_says_what_decided_and_what_it_rests_on(lived, capsys):
         if v.outcome != "pass":
             assert found["findings"][0]["call"] == v.outcome and not found["findings"][0]["advisory"]
             assert all(line.startswith("to pass: ") for line in found["to_pass"])
-        assert v.counters["anchor"][:12] in found["evidence"]["anchor set"]
+        assert v.window.anchor_digest[:12] in found["evidence"]["anchor set"]
         assert lived.d.run("guard", "explain", v.id) == 0
         assert f"palisade guard recheck {v.id}" in capsys.readouterr().out
 
@@ -233,7 +234,7 @@ def test_limits_are_those_of_the_cycle_and_their_fingerprint_is_checked(lived):
     row = lived.ledger.cycles.history(kinds=["adapt"])[0]
     found = cycle_limits(lived.ledger, row.id)
     assert found.sound and found.guards == config.guards
-    assert stored_fingerprint(json.loads(row.config)) == config.fingerprint()
+    assert stored_fingerprint(json.loads(row.config_json)) == config.fingerprint()
     other = load(None, ["guards.trust.rho=0.2"])
     assert (
         stored_fingerprint(json.loads(other.model_dump_json())) == other.fingerprint() != config.fingerprint()
