@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from jobs.app import app
 from jobs.terminal import Exit
+from pipeline.types import PalisadeError
 
 COMMANDS = {  # earlier name → present one
     "replay": "what-if",
@@ -21,7 +22,9 @@ OVERRIDE = re.compile(r"[a-z]+(\.[a-z_0-9]+)+=.*", re.DOTALL)
 
 
 def gather(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the global options (--config, --json, overrides), wherever they stand, and the command with its own words."""
+    """Returns the global options (--config, --json, overrides), wherever they stand, and the command with its
+    own words.
+    """
     front: list[str] = []
     rest: list[str] = []
     words = iter(argv)
@@ -38,7 +41,7 @@ def gather(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def renamed(call: Sequence[str]) -> str | None:
-    """Returns one line that names the present command or option if ``call`` uses an earlier name, else None."""
+    """Returns one line that names the present command or option if ``call`` uses an earlier one."""
     words = [word.partition("=")[0] for word in call]
     for earlier, name in COMMANDS.items():
         if words[: earlier.count(" ") + 1] == earlier.split():
@@ -47,14 +50,15 @@ def renamed(call: Sequence[str]) -> str | None:
 
 
 def exit_code(e: Exception) -> Exit | None:
-    """The exit code of an error that a person can act on; None for a bug of ours, which keeps its traceback."""
+    """Returns the exit code of an error that a person can act on.
+
+    None stands for a bug of ours, which keeps its traceback.
+    """
+    if isinstance(e, PalisadeError):
+        return Exit(e.exit_code)
     if isinstance(e, (TyperException, ValueError)):
-        return getattr(e, "palisade_exit", Exit.USAGE)
-    if isinstance(e, (OSError, RuntimeError)) and (
-        type(e).__module__.startswith("pipeline.") or isinstance(e, OSError)
-    ):
-        return Exit.INFRASTRUCTURE
-    return None
+        return Exit.USAGE
+    return Exit.INFRASTRUCTURE if isinstance(e, OSError) else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,7 @@
-"""The commands of ``palisade`` and their options. A job's module is imported by the command that needs it, after the
-configuration was read: ``--help`` and a mistake in a YAML are answered at once.
+"""The commands of ``palisade``.
+
+A command imports its job's module after the configuration was read: ``--help`` and a mistake in a YAML are
+answered at once.
 """
 
 from __future__ import annotations
@@ -278,9 +280,10 @@ def what_if(
 ) -> int:
     """Replay the recorded streams under other settings.
 
-    The sections site and bank may differ; the present ones are replayed beside them. Every site starts from the source model; nothing is recorded. --site may be repeated; --out FILE.parquet or FILE.json
-    holds the comparison. Exit codes: 0 compared, 3 nothing could be compared, 4 some site's verdict would be worse (pass,
-    then hold, then fail).
+    The sections site and bank may differ; the present ones are replayed beside them. Every site starts from
+    the source model; nothing is recorded. --site may be repeated; --out FILE.parquet or FILE.json holds the
+    comparison. Exit codes: 0 compared, 3 nothing could be compared, 4 some site's verdict would be worse
+    (pass, then hold, then fail).
     """
     if not (changes or against):
         raise ValueError(

@@ -40,7 +40,9 @@ class Exit(IntEnum):
 
 @dataclass(frozen=True)
 class Terminal:
-    """Where a job speaks: results on stdout (one JSON object with ``--json``), progress and remarks on stderr."""
+    """Where a job speaks: results on stdout (one JSON object with ``--json``), progress and remarks on
+    stderr.
+    """
 
     as_json: bool = False
     out: Console = field(default_factory=lambda: _console(sys.stdout))

@@ -1,5 +1,6 @@
-"""One flat YAML → one validated, frozen Config. Section classes live beside what they configure; those of layers above, in
-``sections``.
+"""Reads one flat YAML file into one validated, frozen ``Config``.
+
+A section's class lives beside what it configures; those of layers above are in ``sections``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pipeline.site import BankConfig
 from pipeline.site.contract import SiteMethod
 from pipeline.source.contract import SourceMethod
 from pipeline.storage import Place, place, without_secrets
-from pipeline.types import Section
+from pipeline.types import PalisadeError, Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ PLACES = {  # where things are, not what comes out; what lies there has a digest
     "source": {"start"},
 }
 
-RENAMED = {  # old key → what it is called now; a person's file is refused, a stored configuration is translated
+RENAMED = {  # old key → new key; a person's file is refused, a stored configuration is translated
     "data.size": "data.frame_px",
     "site.smallest": "site.shift_min_logits",
     "site.attacks": "site.min_attack_count",
@@ -76,7 +77,7 @@ OFF: dict[
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(PalisadeError, ValueError):
     """A person's mistake in the configuration; the message is one line per mistake."""
 
 
@@ -98,11 +99,11 @@ class Config(Section):
     bench: BenchConfig
 
     def place(self, *parts: str) -> Place:
-        """Below ``ledger.artifacts``: an absolute path, or a place in an object store."""
+        """Returns a place below ``ledger.artifacts``: an absolute path, or one in an object store."""
         return place(self.ledger.artifacts).joinpath(*parts)
 
     def folder(self, *parts: str) -> Path:
-        """The same for what is made and read on this machine: where the artifacts are a URL, below ``run/artifacts``."""
+        """Returns the same place on this machine; below ``run/artifacts`` if the artifacts are a URL."""
         return (
             there
             if isinstance(there := self.place(*parts), Path)
@@ -110,14 +111,14 @@ class Config(Section):
         )
 
     def fingerprint(self) -> str:
-        """sha256 over what changes results; never over paths, URIs or cluster sizes."""
+        """Returns the sha256 of what changes results, never of paths, URIs or cluster sizes."""
         full = self.model_dump(mode="json")
         kept = {s: {k: v for k, v in full[s].items() if k not in PLACES.get(s, ())} for s in RESULT_SECTIONS}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read ``path`` (None = defaults), apply ``section.key=value`` overrides, validate the whole.
+    """Reads ``path`` (None = defaults), applies ``section.key=value`` overrides, validates the whole.
 
     Raises ConfigError naming file, field, what was given and what is allowed.
     """
@@ -130,14 +131,15 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse(text: str, where: str) -> Config:
-    """Reads the configuration that was stored as YAML or JSON ``text``; old keys count as what they are called now."""
+    """Reads a configuration stored as YAML or JSON; old keys are translated to their present names."""
     return _compose(translate_stored(_mapping(text, where)), where, {})
 
 
 def translate_stored(raw: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, object]]:
-    """Returns a stored configuration, or some sections of one, under the present names (``RENAMED``, ``OFF``).
+    """Returns a stored configuration, or some of its sections, under the present names.
 
-    What is computed stays the same. ``raw`` is not changed; a key that is not known is left for validation to refuse.
+    Keys are translated by ``RENAMED``, numbers that meant "off" by ``OFF``. What is computed stays the same. ``raw`` is not changed; a key that is not known is left for validation to
+    refuse.
     """
     now = cast("dict[str, dict[str, object]]", deepcopy(dict(raw)))
     for old, new in RENAMED.items():
@@ -155,7 +157,7 @@ def translate_stored(raw: Mapping[str, Mapping[str, object]]) -> dict[str, dict[
 def altered(
     config: Config, overrides: Sequence[str], *, sections: Sequence[str], path: Path | None = None
 ) -> Config:
-    """``config`` with those of ``sections`` that the file ``path`` has, then ``overrides`` in them; the rest is as it is.
+    """Returns ``config`` with the ``sections`` of the file ``path`` and then ``overrides`` in them.
 
     Validated as by ``load``, and the file as a whole. Raises ConfigError.
     """

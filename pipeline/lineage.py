@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+from pipeline.types import PalisadeError
+
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = (
     "false"  # default true: a pyfunc would run code when loaded
 )
@@ -52,8 +54,10 @@ Alias = Literal["champion", "challenger"]
 Value = str | int | float | bool | None
 
 
-class LineageError(RuntimeError):
+class LineageError(PalisadeError, RuntimeError):
     """MLflow cannot be used; one line naming its URI and what to do."""
+
+    exit_code = 5
 
 
 @dataclass(frozen=True)

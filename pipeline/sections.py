@@ -1,4 +1,6 @@
-"""Sections of the configuration that belong to layers above it: cluster, ledger, lineage, notify, search, bench."""
+"""Sections of the configuration that belong to layers above it: cluster, ledger, lineage, notify, search,
+bench.
+"""
 
 from __future__ import annotations
 

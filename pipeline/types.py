@@ -1,14 +1,14 @@
 """The nouns: modalities, labels, batches of features and what a site step reports.
 
-Tensor letters everywhere: ``K`` sites, ``B`` samples, ``M`` modalities, ``F`` features, ``D`` head width, ``C,H,W`` image.
-A score is P(bona fide) in [0, 1], everywhere.
+Tensor letters everywhere: ``K`` sites, ``B`` samples, ``M`` modalities, ``F`` features, ``D`` head width,
+``C,H,W`` image. A score is P(bona fide) in [0, 1], everywhere.
 """
 
 from __future__ import annotations
 
 import re
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SITE_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+
+class PalisadeError(Exception):
+    """Base of the errors that a person can act on: the message is one line, and the class has its exit code."""
+
+    exit_code: ClassVar[int] = 2  # usage or configuration; 4: a guard failed; 5: infrastructure
 
 
 class Modality(IntEnum):
@@ -41,7 +47,10 @@ class Section(BaseModel):
 
 
 class Method(Section):
-    """Base of a method's settings. ``kind`` is the name of the method's module, which is its default in every subclass."""
+    """Base of a method's settings.
+
+    ``kind`` is the name of the method's module, which is its default in every subclass.
+    """
 
     kind: str = Field(description="name of the method: a module of the folder methods")
 
@@ -86,7 +95,9 @@ class Outcome(NamedTuple):
 
 
 def check_site_id(site: str) -> str:
-    """Return ``site`` if it is a safe site id, else raise ValueError; paths are built from ids that passed here."""
+    """Return ``site`` if it is a safe site id, else raise ValueError; paths are built from ids that passed
+    here.
+    """
     if not SITE_ID.fullmatch(site):
         raise ValueError(
             f"site id {site!r}: allowed are 1-63 of a-z 0-9 _ -, starting with a letter or digit"

@@ -1,4 +1,6 @@
-"""The commands of ``palisade audit``, and the two that tell others how the fleet is: ``notify`` and ``metrics``."""
+"""The commands of ``palisade audit``, and the two that tell others how the fleet is: ``notify`` and
+``metrics``.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def audit_verify(
         str | None, typer.Option(help="Head that an earlier verify printed, 64 hex digits, kept elsewhere.")
     ] = None,
 ) -> int:
-    """Check the hash chain, served releases, verdicts behind promotions, and every stored artifact that is needed.
+    """Check the hash chain, served releases, verdicts behind promotions, and every stored artifact that is
+    needed.
 
     Exit codes: 0 all holds, 4 something does not, with a line for each finding.
     """
@@ -76,7 +79,8 @@ def notify(
 def metrics(ctx: typer.Context, out: ResultFile = None) -> int:
     """Print figures of rollout, guards and audit for Prometheus.
 
-    The text is for the node exporter's textfile collector. With --out FILE.prom the file is written, whole or not at all, and nothing is printed.
+    The text is for the node exporter's textfile collector. With --out FILE.prom the file is written, whole or
+    not at all, and nothing is printed.
     """
     config = ctx.obj.config
     from jobs.audit.metrics import metrics

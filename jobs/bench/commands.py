@@ -11,7 +11,8 @@ bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: figures against 
 
 @bench_app.command("source", epilog=EVERYWHERE)
 def bench_source(ctx: typer.Context, quick: Quick = False, seeds: Seeds = None) -> int:
-    """Compare all source methods over domains left out, missing modalities and few sources; resumes by itself.
+    """Compare all source methods over domains left out, missing modalities and few sources; resumes by
+    itself.
 
     Uses conf/bench.yaml where no --config is given. --quick: erm and rise, one seed, short fits.
     """

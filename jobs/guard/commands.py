@@ -17,7 +17,9 @@ def guard_explain(
     ctx: typer.Context,
     what: Annotated[str, typer.Argument(metavar="SITE|VERDICT", help="Id of a site or of a verdict.")],
 ) -> int:
-    """Explain the newest verdict on a site: every finding, the evidence, and what would have to change for a pass."""
+    """Explain the newest verdict on a site: every finding, the evidence, and what would have to change for a
+    pass.
+    """
     config = ctx.obj.config
     from jobs.guard.explain import explain
 
@@ -61,7 +63,8 @@ def guard_simulate(
     site: Sites = None,
     out: ResultFile = None,
 ) -> int:
-    """Judge the recorded evidence under another policy (section guards), beside the recorded verdicts, and show the delay.
+    """Judge the recorded evidence under another policy (section guards), beside the recorded verdicts, and
+    show the delay.
 
     The candidates are those on record: what a site would have learned next under the policy is not known.
     --site may be repeated; --out FILE.parquet or FILE.json holds every decision. Exit codes: 0 compared, 3
@@ -110,7 +113,8 @@ def anchor_seal(
 
 @anchor_app.command("verify", epilog=EVERYWHERE)
 def anchor_verify(ctx: typer.Context, version: Version = None) -> int:
-    """Check the sealed set: its bytes, its counts under every missing-modality pattern, that nothing was trained on it.
+    """Check the sealed set: its bytes, its counts under every missing-modality pattern, that nothing was
+    trained on it.
 
     Exit codes: 0 sound (warnings may be shown), 4 not.
     """

@@ -21,7 +21,9 @@ def rollout_plan(
     ] = "reset",
     dry_run: DryRun = False,
 ) -> int:
-    """Plan a release of all passing candidates in waves; with --source, of that source model to the whole fleet."""
+    """Plan a release of all passing candidates in waves; with --source, of that source model to the whole
+    fleet.
+    """
     config = ctx.obj.config
     from jobs.rollout.operate import plan
 
@@ -110,7 +112,10 @@ def rollout_retry(ctx: typer.Context, reason: Reason) -> int:
 
 @rollout_app.command("override", epilog=EVERYWHERE)
 def rollout_override(ctx: typer.Context, reason: Reason, actor: Actor = None) -> int:
-    """Go on in spite of a hold. Counts once two people ask for it, for rollout.override_seconds; never for a breach."""
+    """Go on in spite of a hold.
+
+    Counts once two people ask for it, for rollout.override_seconds; never for a breach.
+    """
     config = ctx.obj.config
     from jobs.rollout.operate import override
 

@@ -54,7 +54,8 @@ def site_tag(
         typer.Option("--from", help="CSV: a column site, then one per tag; an empty cell changes nothing."),
     ] = None,
 ) -> int:
-    """Tag a site: region, tenant, hardware, tz (IANA), rig (rgb, depth, ir), or tags of your own; KEY= removes one.
+    """Tag a site: region, tenant, hardware, tz (IANA), rig (rgb, depth, ir), or tags of your own; KEY=
+    removes one.
 
     Waves, caps, control sites and nights of a rollout go by these tags.
     """
@@ -89,7 +90,8 @@ def site_pull(
     to: Annotated[Path, typer.Option(help="Folder of the site's box.")],
     public_key: Annotated[Path | None, PUBLIC_KEY] = None,
 ) -> int:
-    """Write what the site's box is to serve, under a signed manifest: the model once, the state, release.json.
+    """Write what the site's box is to serve, under a signed manifest: the model once, the state,
+    release.json.
 
     Everything is verified first, with --public-key or else the signing key's own public half. Needs neither
     MLflow nor Ray.

@@ -8,6 +8,8 @@ import tempfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pipeline.types import PalisadeError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -25,8 +27,10 @@ QUIET = {
 }
 
 
-class ClusterError(RuntimeError):
+class ClusterError(PalisadeError, RuntimeError):
     """Ray cannot be reached or started."""
+
+    exit_code = 5
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from pipeline.cluster import ClusterError
 from pipeline.cluster.shard import remote_shard
 from pipeline.control.assign import group_calls, home_shards
+from pipeline.ledger import LedgerUnavailable, StaleGeneration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -154,7 +155,7 @@ def _settled(ready: ray.ObjectRef, sites: list[str], k: int, work: _Work) -> boo
         work.done += len(sites)
     except RayTaskError as e:
         cause = e.cause if isinstance(e.cause, Exception) else e
-        if type(cause).__name__ in ("StaleGeneration", "LedgerUnavailable"):
+        if isinstance(cause, StaleGeneration | LedgerUnavailable):
             raise cause from None
         _halve(sites, k, work, reason=f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
     except DIED:

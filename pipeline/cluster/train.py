@@ -27,6 +27,7 @@ from pipeline.models import checkpoint, fit_state
 from pipeline.revision import code_revision
 from pipeline.source import fit as fits
 from pipeline.source.sampler import FitError, check_validation
+from pipeline.types import PalisadeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,8 +42,10 @@ POLL = 0.3  # seconds between looks at the progress file
 MODEL, PROGRESS, FAILURE = "model", "progress.jsonl", "failure.txt"
 
 
-class TrainError(RuntimeError):
+class TrainError(PalisadeError, RuntimeError):
     """The cluster could not finish the fit; the cause is in the message."""
+
+    exit_code = 5
 
 
 @dataclass(frozen=True)

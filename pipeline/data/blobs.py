@@ -6,6 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from pipeline.storage import write_atomic
+from pipeline.types import PalisadeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from pipeline.storage import Place
 
 
-class BadBlob(ValueError):
+class BadBlob(PalisadeError, ValueError):
     """A stored artifact is missing or its bytes are not the ones its name promises."""
 
 

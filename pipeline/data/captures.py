@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.data.parquet.rows import BadRow, Capture, judge_rows, printable, printable_text, python_values
 from pipeline.data.parquet.untrusted import BadParquet, Limits, check_footer, read_table
 from pipeline.storage import Remote, write_atomic
-from pipeline.types import Label, check_site_id
+from pipeline.types import Label, PalisadeError, check_site_id
 
 if TYPE_CHECKING:
     from pipeline.data import DataConfig
@@ -53,7 +53,7 @@ OBJECT_NAME = re.compile(
 )  # names go into logs and URLs, and a key may hold anything
 
 
-class BadSegment(ValueError):
+class BadSegment(PalisadeError, ValueError):
     """A whole file that is refused; the message names it and gives the reason."""
 
 

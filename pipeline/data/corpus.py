@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.decode import CHANNELS
 from pipeline.storage import write_atomic
+from pipeline.types import PalisadeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +35,7 @@ BATCH_BYTES = 32 * 2**20  # frames held per split before they are written
 TEXTS = ("sample_id", "pai", "subject", "video")
 
 
-class CorpusError(ValueError):
+class CorpusError(PalisadeError, ValueError):
     """A data set or a stored corpus that cannot be used; one line naming the folder."""
 
 

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import cv2
 import numpy as np
 
+from pipeline.types import PalisadeError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -49,7 +51,7 @@ AS_GREY = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTA
 ModalityName = Literal["rgb", "depth", "ir"]
 
 
-class BadImage(ValueError):
+class BadImage(PalisadeError, ValueError):
     """A capture that is not decoded; the message is its quarantine reason and starts with the modality."""
 
 

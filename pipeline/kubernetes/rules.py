@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypeGuard
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
+from pipeline.types import PalisadeError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -25,7 +27,7 @@ CRON_FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day", 1, 31), ("month", 1, 
 TOKEN_AUTH = (2, 52)  # first Ray version that the operator gives a token
 
 
-class ManifestError(ValueError):
+class ManifestError(PalisadeError, ValueError):
     """A deployment that cannot work on Kubernetes; the message names the field and the allowed values."""
 
 

@@ -7,29 +7,36 @@ from typing import TYPE_CHECKING
 
 from pipeline.guards import Call, Evidence, Verdict
 from pipeline.models.manifest import Manifest
+from pipeline.types import PalisadeError
 
 if TYPE_CHECKING:
     from datetime import datetime
 
 
-class LedgerError(ValueError):
+class LedgerError(PalisadeError, ValueError):
     """A request that the ledger cannot serve; the message is one line with the next step."""
 
 
-class LedgerUnavailable(RuntimeError):
+class LedgerUnavailable(PalisadeError, RuntimeError):
     """The database cannot be opened, fails, or has a newer schema than this version."""
+
+    exit_code = 5
 
 
 class UnknownSite(LedgerError):
     """No site of that name is registered."""
 
 
-class CycleBusy(RuntimeError):
+class CycleBusy(PalisadeError, RuntimeError):
     """Another driver holds the lease."""
 
+    exit_code = 5
 
-class StaleGeneration(RuntimeError):
+
+class StaleGeneration(PalisadeError, RuntimeError):
     """This writer was replaced by a newer one; nothing of its transaction was written."""
+
+    exit_code = 5
 
 
 @dataclass(frozen=True)

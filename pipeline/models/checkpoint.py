@@ -25,6 +25,7 @@ from pipeline.models import tail as tails
 from pipeline.models.manifest import FORMAT, Manifest
 from pipeline.models.trunk import build_trunk, fold
 from pipeline.storage import StoreUnavailable, place, size, write_atomic
+from pipeline.types import PalisadeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -39,7 +40,7 @@ MAX_MANIFEST = 2**20  # bytes
 TRUNK, TAIL = "trunk.", "tail."
 
 
-class BadCheckpoint(ValueError):
+class BadCheckpoint(PalisadeError, ValueError):
     """A folder that is no complete, unchanged checkpoint of a readable version; the message is one line."""
 
 

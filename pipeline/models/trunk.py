@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.models import TinyConfig, VitConfig
+from pipeline.types import PalisadeError
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -35,7 +36,7 @@ ADAPTER = 8  # width of the ViT adapters' bottleneck
 CENTRAL = 0.5  # share of the central difference in a ViT adapter's convolution (DADM)
 
 
-class BadTrunk(ValueError):
+class BadTrunk(PalisadeError, ValueError):
     """A trunk that cannot be built as configured; the message is one line."""
 
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import AfterValidator, AwareDatetime, Field, ValidationError
 
-from pipeline.types import Section, check_site_id
+from pipeline.types import PalisadeError, Section, check_site_id
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -35,14 +35,14 @@ MINUTE = "%Y-%m-%d %H:%M"
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class BadKey(ValueError):
+class BadKey(PalisadeError, ValueError):
     """A file without a key of the needed kind; the message is one line with the next step."""
 
 
-class ManifestError(ValueError):
+class ManifestError(PalisadeError, ValueError):
     """A manifest that is refused; the message is one line with the next step."""
 
-    palisade_exit = 4  # a guard failed
+    exit_code = 4
 
 
 def _inside(names: dict[str, Digest]) -> dict[str, Digest]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pydantic import AwareDatetime, Field
 
 from pipeline.rollout.plan import Plan
-from pipeline.types import Section
+from pipeline.types import PalisadeError, Section
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -41,7 +41,7 @@ IN_ROLLBACK = frozenset({Status.ABORTING, Status.ROLLING_BACK})
 TERMINAL = frozenset({Status.COMPLETED, Status.ROLLED_BACK, Status.SUPERSEDED, Status.EXPIRED})
 
 
-class RolloutError(ValueError):
+class RolloutError(PalisadeError, ValueError):
     """A step that the present state of a rollout does not allow; the message is one line."""
 
 

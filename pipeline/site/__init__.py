@@ -1,4 +1,7 @@
-"""Adaptation of the sites: methods, and the bank that steps many sites at once. This file holds the section ``bank``."""
+"""Adaptation of the sites: methods, and the bank that steps many sites at once.
+
+This file holds the section ``bank``.
+"""
 
 from __future__ import annotations
 

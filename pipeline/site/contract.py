@@ -26,7 +26,7 @@ class SiteMethod(Method):
 
     @abstractmethod
     def init(self, tail: Params) -> State:
-        """Returns the state of one new site: a flat dict of tensors of fixed shapes that holds ``tail.MOVABLE``."""
+        """Returns the state of one new site: tensors of fixed shapes, ``tail.MOVABLE`` among them."""
 
     @abstractmethod
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
@@ -38,9 +38,9 @@ class SiteMethod(Method):
 
 
 class Selective(SiteMethod):
-    """A method whose step is ``observe``, then ``conclude``: a bank skips the gradients when no site has anything to learn.
+    """A method whose step is ``observe``, then ``conclude``.
 
-    Without a used sample ``conclude`` must give the same bits with and without ``learn``.
+    A bank skips the gradients when no site has anything to learn. Without a used sample ``conclude`` must give the same bits with and without ``learn``.
     """
 
     @abstractmethod

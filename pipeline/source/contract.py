@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 class SourceMethod(Method):
-    """Section ``source``: the fields that every method shares, so that comparisons are fair, and what a method computes."""
+    """Section ``source``: the fields that every method shares, so that comparisons are fair, and what a
+    method computes.
+    """
 
     steps: int = Field(default=700, ge=1, description="optimizer steps")
     batch: int = Field(
@@ -53,7 +55,9 @@ class SourceMethod(Method):
 
     @abstractmethod
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
-        """Returns weighted loss terms by name, scalars; ``pipeline.source.fit`` adds them up and owns the only ``backward()``."""
+        """Returns weighted loss terms by name, scalars; ``pipeline.source.fit`` adds them up and owns the
+        only ``backward()``.
+        """
 
     def after_step(self, extra: Params) -> None:
         """Projects ``extra`` in place after each optimizer step; does nothing by default."""

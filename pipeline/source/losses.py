@@ -33,7 +33,9 @@ def with_domain_boundaries(model: Model, batch: Batch) -> Params:
 
 
 def pg_irm_step(extra: Params, alpha: float) -> None:
-    """PG-IRM (SA-FAS, Sun et al., CVPR 2023): each domain's boundary moves to the one farthest from it, in place."""
+    """PG-IRM (SA-FAS, Sun et al., CVPR 2023): each domain's boundary moves to the one farthest from it, in
+    place.
+    """
     with torch.no_grad():
         for name in (n for n in tails.BOUNDARY if n in extra and len(extra[n]) > 1):
             beta = extra[name]
@@ -49,7 +51,8 @@ def logistic_loss(logit: Tensor, label: Tensor, margin: float = 0.0) -> Tensor:
 
 
 def domain_means(x: Tensor, batch: Batch, used: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over its classes of the class means of x [B, ...] in each domain of the batch, and where it has any row.
+    """Mean over its classes of the class means of x [B, ...] in each domain of the batch, and where it has
+    any row.
 
     No class prior matters. Both are [E', ...]; ``used`` [B, ...] selects, zero stands where it selects
     nothing.
@@ -82,7 +85,8 @@ def head_risks(logit: Tensor, batch: Batch, present: Tensor, margin: float = 0.0
 def sup_con(
     hidden: Tensor, group: Tensor, temperature: float, *, used: Tensor | None = None, margin: float = 0.0
 ) -> Tensor:
-    """Supervised contrast (Khosla et al., NeurIPS 2020) of the directions of ``hidden`` [B, D] by ``group`` [B].
+    """Supervised contrast (Khosla et al., NeurIPS 2020) of the directions of ``hidden`` [B, D] by ``group``
+    [B].
 
     Rows of a group have to be closer by ``margin`` (radians) than those of others; ``used`` [B] selects rows.
     """
@@ -100,7 +104,8 @@ def sup_con(
 
 
 def irm_penalty(logit: Tensor, batch: Batch) -> Tensor:
-    """IRMv1 (Arjovsky et al., 2019): squared gradient of a domain's risk by a scale w = 1 of the logit [B], unbiased.
+    """IRMv1 (Arjovsky et al., 2019): squared gradient of a domain's risk by a scale w = 1 of the logit [B],
+    unbiased.
 
     The paper multiplies the gradients on two halves of the data. This is the mean over all such splits of
     every class, so no order matters: a product of two classes' means, or of different samples within a class.
@@ -126,7 +131,9 @@ def head_mask(present: Tensor) -> Tensor:
 
 
 def drop_modalities(present: Tensor, share: float, generator: Generator) -> Tensor:
-    """Take D, I, both, or RGB away from ``share`` of the samples (odds .25 .25 .25 .1); never the last modality."""
+    """Take D, I, both, or RGB away from ``share`` of the samples (odds .25 .25 .25 .1); never the last
+    modality.
+    """
     kept = torch.tensor([[1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1]], dtype=torch.bool)
     count = present.shape[0]
     pattern = torch.multinomial(

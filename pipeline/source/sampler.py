@@ -15,6 +15,7 @@ from pipeline.data.augment import augment
 from pipeline.data.features import mask_to_bool
 from pipeline.models.trunk import prepare
 from pipeline.source.contract import Batch
+from pipeline.types import PalisadeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from pipeline.source.contract import SourceMethod
 
 
-class FitError(ValueError):
+class FitError(PalisadeError, ValueError):
     """There is nothing to learn from, or learning broke; one line."""
 
 

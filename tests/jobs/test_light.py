@@ -1,4 +1,6 @@
-"""Commands that read the ledger alone import neither torch nor Ray nor MLflow nor a reader of Parquet or images."""
+"""Commands that read the ledger alone import neither torch nor Ray nor MLflow nor a reader of Parquet or
+images.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The text of ``conf/README.md``: every setting with its type, default and meaning, from the configuration's own classes."""
+"""The text of ``conf/README.md``: every setting with its type, default and meaning, from the configuration's
+own classes.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +19,24 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 FILES = {
-    "bench.yaml": "Holds the data sets, recorded streams and search space of `palisade bench` and `palisade tune source`.",
+    "bench.yaml": "Names the data sets, streams and search space of `palisade bench` and `palisade tune`.",
     "demo.yaml": "Runs everything embedded on rendered data, in minutes on two cores, below `./demo`.",
-    "fleet.yaml": "Is production on KubeRay: a standing cluster, Postgres for ledger and MLflow, one shared volume.",
+    "fleet.yaml": "Is production on KubeRay: a standing cluster, Postgres, one shared volume.",
 }
 HEAD = """# Configuration
 
-One YAML file is one deployment. Its sections are checked as a whole before a command does anything, and an unknown key, an
-old name or a value out of range is an error of one line with the file, the key and what is allowed. Any key can be
-overridden on the command line, `palisade --config conf/fleet.yaml cycle site.lr=1e-4`; what is left out has its default.
+One YAML file is one deployment. Its sections are checked as a whole before a command does anything, and an
+unknown key, an old name or a value out of range is an error of one line with the file, the key and what is
+allowed. Any key can be overridden on the command line, `palisade --config conf/fleet.yaml cycle site.lr=1e-4`;
+what is left out has its default.
 
 | file | what it does |
 |---|---|
 {files}
 
-To add a deployment, copy the nearest file and keep only what differs from the defaults. To add a setting, give its field a
-description with its unit, then run `make docs`: the tables below are written from the fields, and a test compares them.
-A key that was renamed is listed in `RENAMED` of `pipeline/config.py`.
+To add a deployment, copy the nearest file and keep only what differs from the defaults. To add a setting,
+give its field a description with its unit, then run `make docs`: the tables below are written from the
+fields, and a test compares them. A key that was renamed is listed in `RENAMED` of `pipeline/config.py`.
 """
 
 

@@ -1,1 +1,4 @@
-"""Source methods: ``source.kind: erm`` is the module ``erm``. ``rise`` is a folder, its settings apart from its loss terms."""
+"""Source methods: ``source.kind: erm`` is the module ``erm``.
+
+``rise`` is a folder, its settings apart from its loss terms.
+"""

@@ -83,7 +83,9 @@ def _within_cap(config: Config, state: State, batch: Features) -> tuple[State, T
 def _follow(
     config: Config, tail: Params, state: State, logit: Tensor, batch: Features, teaches: Tensor
 ) -> tuple[State, Tensor]:
-    """Count the source's logits and move the boundary to where errors are equal → state, [] whether the site moved."""
+    """Count the source's logits and move the boundary to where errors are equal → state, [] whether the site
+    moved.
+    """
     if "reference.logit" not in tail:
         return state, torch.ones((), dtype=torch.bool)
     state = shift.count(state, logit, tails.pattern_index(batch.present), teaches, half_life=config.half_life)
@@ -160,7 +162,9 @@ def _learn(config: Config, tail: Params, state: State, lesson: Lesson) -> tuple[
 
 
 def _gradients(config: Config, tail: Params, state: State, lesson: Lesson) -> Params:
-    """Of every sample's cross entropy with its label, summed over the heads: [B, ...] for each learned tensor."""
+    """Of every sample's cross entropy with its label, summed over the heads: [B, ...] for each learned
+    tensor.
+    """
     batch, count = lesson.batch, len(lesson.label)
 
     def loss(own: Params) -> Tensor:
@@ -175,7 +179,9 @@ def _gradients(config: Config, tail: Params, state: State, lesson: Lesson) -> Pa
 def _steadiness(
     config: Config, tail: Params, state: State, own: Params, held: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What holds the site near its source: KL on the reservoir and, in mode da, labelled features → loss [], scores [R]."""
+    """What holds the site near its source: KL on the reservoir and, in mode da, labelled features → loss [],
+    scores [R].
+    """
     params, present = {**tail, **own}, state["reservoir.present"]
     radius = tails.forward(params, state["reservoir.z"], present).radius
     now, at_source = (
@@ -199,7 +205,9 @@ def _source_loss(config: Config, tail: Params, params: Params) -> Tensor:
 
 
 def _weigh(config: Config, state: State, instability: Tensor, *, measured: Tensor) -> tuple[State, Tensor]:
-    """Move omega with the running instability; at the floor for ``patience`` steps go back to the good snapshot."""
+    """Move omega with the running instability; at the floor for ``patience`` steps go back to the good
+    snapshot.
+    """
     step = state["step"]
     warm = step < WARM_UP
     slot = torch.arange(WARM_UP) == step
@@ -231,7 +239,9 @@ def _weigh(config: Config, state: State, instability: Tensor, *, measured: Tenso
 
 
 def _class_weight(state: State, label: Tensor) -> Tensor:
-    """[B] weight that gives both classes equal mass, from the votes in the reservoir; at most 3, 1 while it is empty."""
+    """[B] weight that gives both classes equal mass, from the votes in the reservoir; at most 3, 1 while it
+    is empty.
+    """
     share = _mean((state["reservoir.vote"] >= 0.5).float(), reservoir.filled(state))
     own = torch.where(label > 0.5, share, 1 - share)
     return torch.where(state["seen"] > 0, (0.5 / own.clamp(min=1e-3)).clamp(max=3.0), 1.0)

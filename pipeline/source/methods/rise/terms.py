@@ -95,7 +95,9 @@ def synergy_terms(
     mixed: Mixed,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """MMSD without a label: find each intrinsic feature's owner, keep intrinsic and synergy features uncorrelated."""
+    """MMSD without a label: find each intrinsic feature's owner, keep intrinsic and synergy features
+    uncorrelated.
+    """
     own = [
         retrieval_loss(
             intrinsic[:, m],
@@ -114,7 +116,9 @@ def synergy_terms(
 def retrieval_loss(
     query: Tensor, keys: Tensor, owner: Tensor, there: Tensor, candidate: Tensor, temperature: float
 ) -> Tensor:
-    """Cross entropy of finding row ``owner`` among ``keys`` by cosine; over rows that are there, among candidates."""
+    """Cross entropy of finding row ``owner`` among ``keys`` by cosine; over rows that are there, among
+    candidates.
+    """
     similarity = (
         torch.nn.functional.normalize(query, dim=1)
         @ torch.nn.functional.normalize(keys, dim=1).T
@@ -134,7 +138,8 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 def complement_terms(
     tail: Params, z: Tensor, present: Tensor, full: tails.TailOutput, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Predict what is there from the others, and judge a sample with modalities taken away as if it were complete.
+    """Predict what is there from the others, and judge a sample with modalities taken away as if it were
+    complete.
 
     The full score is the teacher (stop-gradient): learning to do without a sensor must not spoil the verdict
     with it.
