@@ -1,6 +1,7 @@
-"""MLflow: one run per training, cycle, rollout or search; source models as registered versions. Drivers only.
+"""Keeps lineage in MLflow: one run per training, cycle, rollout or search, and source models as versions.
 
-The only ``import mlflow``. A projection for people: the ledger is the record. No flavour is used, nothing is pickled.
+The only ``import mlflow``, called by drivers alone. It is a projection for people: the ledger is the record.
+No flavour is used and nothing is pickled.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class Run:
             self.client.log_batch(self.id, metrics=rows)
 
     def params(self, values: Mapping[str, Value]) -> None:
-        """Log parameters by dotted name (see ``flat``); they cannot change, so a resumed run keeps what it has."""
+        """Log parameters by dotted name (see ``flat``); they cannot change, so a resumed run keeps what it
+        has."""
         with _named(self.place):
             had = self.client.get_run(self.id).data.params
             new = {_key(k): str(v)[:CHARS] for k, v in values.items() if _key(k) not in had}
@@ -134,7 +136,8 @@ class Lineage:
 
     @classmethod
     def open(cls, config: LineageConfig, *, code_revision: str) -> Lineage:
-        """Connect; create database, experiment and artifact root where there are none. LineageError = out of reach."""
+        """Connect; create database, experiment and artifact root where there are none. LineageError = out of
+        reach."""
         logging.getLogger("alembic").setLevel(logging.WARNING)
         file = Path(config.uri.removeprefix(SQLITE)).resolve() if config.uri.startswith(SQLITE) else None
         uri = f"{SQLITE}{file}" if file else config.uri
@@ -159,7 +162,8 @@ class Lineage:
     ) -> Iterator[Run]:
         """A run that ends FINISHED, KILLED (interrupt) or FAILED (any other exception, which goes on).
 
-        ``key`` names the work: a job started again with the same kind and key continues its run. ``parent`` is a run.
+        ``key`` names the work: a job started again with the same kind and key continues its run. ``parent``
+        is a run.
         """
         with _named(self.place):
             found = self._find(kind, key) if key else None
@@ -198,7 +202,8 @@ class Lineage:
         parent: int | None,
         tags: Mapping[str, Value],
     ) -> SourceVersion:
-        """Register the checkpoint folder as the next version; the same weights from the same run stay one version.
+        """Register the checkpoint folder as the next version; the same weights from the same run stay one
+        version.
 
         ``data`` is the digest of each domain it was trained on, ``parent`` the version it was trained from.
         """
@@ -240,7 +245,8 @@ class Lineage:
         return found[0]
 
     def set_alias(self, alias: Alias, version: int) -> None:
-        """Point ``champion`` or ``challenger`` at a version. The ledger decides and remembers; this shows it."""
+        """Point ``champion`` or ``challenger`` at a version. The ledger decides and remembers; this shows
+        it."""
         self.version(version)
         with _named(self.place):
             self.client.set_registered_model_alias(self.model, alias, str(version))
@@ -299,7 +305,8 @@ def probe(uri: str) -> None:
 
 
 def _artifact_location(artifacts: str, uri: str) -> str | None:
-    """Always explicit and absolute: MLflow's default is relative to whoever reads. None = the server decides."""
+    """Always explicit and absolute: MLflow's default is relative to whoever reads. None = the server
+    decides."""
     if "://" in artifacts or artifacts.startswith("mlflow-artifacts:"):
         return artifacts
     return (

@@ -1,4 +1,4 @@
-"""The only package that imports Ray: ingest, train, fleet (driver), shard (actor), search, submit."""
+"""Connects to Ray for the length of a job; this is the only package that imports Ray."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ class ClusterError(PalisadeError, RuntimeError):
 
 @contextmanager
 def connected(config: ClusterConfig) -> Iterator[None]:
-    """Ray for the length of a job: an embedded cluster that this process owns and ends, or the one at ``address``.
+    """Connects to the Ray at ``address``, or to an embedded cluster that this process owns and ends.
 
-    Inside an already connected process (tests, a job that calls another) it does nothing. Raises ClusterError.
+    Inside a process that is connected already (tests, a job that calls another) it does nothing. Raises
+    ClusterError.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)

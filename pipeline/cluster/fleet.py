@@ -1,7 +1,7 @@
-"""Drive the shards over the fleet: each site has its shard, shards come and go, and what breaks is isolated.
+"""Drives the shards over the fleet: each site has its shard, shards come and go, a failing site is isolated.
 
-A shard that cannot be placed yet joins when it can; one that dies, with its process or its node, leaves, and its calls go
-to whoever is free. Every call is safe to repeat (``shard``), so nothing here is durable.
+A shard that cannot be placed yet joins when it can; one that dies, with its process or its node, leaves, and
+its calls go to idle shards. Every call is safe to repeat (``shard``), so nothing here is durable.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DIED = (RayActorError, OutOfMemoryError)  # the latter: killed by its node, whic
 
 @dataclass(frozen=True)
 class Placement:
-    """How many shards there may be, and what each asks of Ray."""
+    """Says how many shards there may be, and what each asks of Ray."""
 
     shards: int
     cpus: float
@@ -43,14 +43,14 @@ class Placement:
 
 
 def placement(config: Config) -> Placement:
-    """What the deployment gives its shards."""
+    """Returns what the deployment gives its shards."""
     size = config.cluster
     return Placement(size.shards, min(1.0, size.cpus / size.shards), config.bank.slots, config.bank.cache_mb)
 
 
 @dataclass
 class _Work:
-    """What is left to do, by shard, and who does what."""
+    """Holds the calls that are left, by shard, and the failures so far."""
 
     queues: dict[int, deque[list[str]]]
     died: Counter[str] = field(default_factory=Counter[str])  # deaths while a site was alone in a call
@@ -67,21 +67,20 @@ def run_fleet(
     on_progress: Callable[[int, int], None],
     on_shard: Callable[[int], None] | None = None,
 ) -> dict[str, str]:
-    """Adapt and judge every site in ``pending`` (→ samples) → {site: reason} of those that could not be. Needs a connected Ray.
+    """Adapts and judges every site in ``pending`` (→ samples); returns {site: reason} of those that failed.
 
-    ``on_shard`` is told the process id of every shard that joins. A call that breaks is halved until one site is left, so
-    that one site cannot hide others.
+    Needs a connected Ray. ``on_shard`` gets the process id of every shard that joins. A call that breaks is
+    halved until one site is left, so one site cannot hide others.
     """
-    work, made = (
-        _planned(pending, placement),
-        remote_shard(cpus=placement.cpus, memory_bytes=(BASE_MB + placement.cache_mb) * 2**20),
-    )
+    work = _planned(pending, placement)
+    memory_bytes = (BASE_MB + placement.cache_mb) * 2**20
+    shard_class = remote_shard(cpus=placement.cpus, memory_bytes=memory_bytes)
     shards: dict[int, ActorProxy] = {}
     starting: dict[ray.ObjectRef, int] = {}
     running: dict[ray.ObjectRef, tuple[int, list[str]]] = {}
 
     def start(k: int) -> None:
-        shards[k] = made.remote(job)
+        shards[k] = shard_class.remote(job)
         starting[shards[k].pid.remote()] = k
 
     try:
@@ -93,12 +92,8 @@ def run_fleet(
             if ready in starting:
                 free = starting.pop(ready)
                 if reason := _joined(ready, free, work, on_shard):
-                    if work.unstarted[free] <= RETRIES:
+                    if _may_restart(free, work, shards, reason):
                         start(free)
-                    elif len(shards) > 1:
-                        del shards[free]  # its node is sick: its calls go to the others
-                    else:
-                        raise ClusterError(f"the last shard died {RETRIES} times while it started: {reason}")
                     continue
             else:
                 free, sites = running.pop(ready)
@@ -112,6 +107,16 @@ def run_fleet(
         for shard in shards.values():
             ray.kill(cast("ActorHandle", shard))
     return work.failed
+
+
+def _may_restart(k: int, work: _Work, shards: dict[int, ActorProxy], reason: str) -> bool:
+    """Returns whether to start the shard again; else it leaves. Raises ClusterError for the last one."""
+    if work.unstarted[k] <= RETRIES:
+        return True
+    if len(shards) == 1:
+        raise ClusterError(f"the last shard died {RETRIES} times while it started: {reason}")
+    del shards[k]  # its node is sick: its calls go to the others
+    return False
 
 
 def _planned(pending: Mapping[str, int], placement: Placement) -> _Work:
@@ -129,14 +134,16 @@ def _next(
     if not ready:
         has = ray.cluster_resources()
         raise ValueError(
-            f"cluster.shards: no shard with {placement.cpus:g} CPU and {BASE_MB + placement.cache_mb} MiB could be placed; the "
-            f"cluster has {has.get('CPU', 0):g} CPU, {has.get('memory', 0) / 2**20:.0f} MiB; ask for less or add a node"
+            f"cluster.shards: no shard with {placement.cpus:g} CPU and {BASE_MB + placement.cache_mb} "
+            "MiB could be placed; the "
+            f"cluster has {has.get('CPU', 0):g} CPU, {has.get('memory', 0) / 2**20:.0f} MiB; ask for "
+            "less or add a node"
         )
     return ready[0]
 
 
 def _joined(ready: ray.ObjectRef, k: int, work: _Work, on_shard: Callable[[int], None] | None) -> str:
-    """Why the shard has not started; empty where it has."""
+    """Returns why the shard has not started; empty if it has."""
     try:
         pid = ray.get(ready)
     except DIED as e:
@@ -149,7 +156,7 @@ def _joined(ready: ray.ObjectRef, k: int, work: _Work, on_shard: Callable[[int],
 
 
 def _settled(ready: ray.ObjectRef, sites: list[str], k: int, work: _Work) -> bool:
-    """Take in a call's result or the way it broke → whether its shard lives."""
+    """Takes in a call's result or its failure; returns whether its shard lives."""
     try:
         work.failed |= ray.get(ready)
         work.done += len(sites)
@@ -188,7 +195,7 @@ def _idle(
 
 
 def _take(work: _Work, k: int) -> list[str]:
-    """The shard's own next call; else the last one of whoever has the most left."""
+    """Returns the shard's own next call, else the last one of the shard with the most left."""
     if work.queues[k]:
         return work.queues[k].popleft()
     longest = max(work.queues.values(), key=len)

@@ -1,12 +1,14 @@
-"""Captures → features: one Ray Data execution per cycle for the new segments of the whole fleet.
+"""Turns captures into features: one Ray Data execution per cycle for the new segments of the whole fleet.
 
-The driver lists segments; one task at a time works on a site, so that its stream has one order: it validates, decodes, runs
-the trunks, writes feature files and counts offsets on from the site's last. One ledger transaction at the end makes them
-count; a crash before it repeats the same files with the same offsets. A segment counts when it has its features under
-every trunk: the champion's, and the challenger's while there is one.
+The driver lists segments; one task at a time works on a site, so that its stream has one order: it validates,
+decodes, runs the trunks, writes feature files and counts offsets on from the site's last. One ledger
+transaction at the end makes them count; a crash before it repeats the same files with the same offsets. A
+segment counts when it has its features under every trunk: the champion's, and the challenger's while there is
+one.
 
-What counts is known by its name: later bytes under that name are not looked at. What was refused as a whole is known by
-name and content (``segment-0003.parquet@<sha256, 12>``), so that a file which was mended counts as new.
+A segment that counts is known by its name: later bytes under that name are not read. A file that was refused
+as a whole is known by name and content (``segment-0003.parquet@<sha256, 12>``), so that a file which was
+mended counts as new.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ SITE_BYTES = 2**16  # what a site costs however little it sent, in bytes of capt
 
 @dataclass(frozen=True)
 class Backlog:
-    """New segments of one site in stream order."""
+    """Lists new segments of one site in stream order."""
 
     site: str
     base_offset: int  # of the first row
@@ -59,7 +61,7 @@ class Backlog:
 
 @dataclass(frozen=True)
 class IngestListing:
-    """What the captures hold beyond the ledger."""
+    """Lists what the captures hold beyond the ledger."""
 
     sites: tuple[str, ...]
     new: tuple[Backlog, ...]
@@ -69,7 +71,7 @@ class IngestListing:
 
 @dataclass(frozen=True)
 class Ingested:
-    """The result of a Ray Data execution, ready to be committed."""
+    """Holds the result of a Ray Data execution, ready to be committed."""
 
     segments: tuple[SegmentRow, ...]
     quarantined: tuple[QuarantineRow, ...]
@@ -80,7 +82,7 @@ class Ingested:
 
 
 class SegmentResult(TypedDict):
-    """What became of one segment: ``refused`` is final, ``error`` is tried again."""
+    """Reports one segment: ``refused`` is final, ``error`` is tried again."""
 
     site: str
     name: str
@@ -100,7 +102,7 @@ def find(
     most: int | None = None,
     without: Collection[str] = (),
 ) -> IngestListing:
-    """List the segments that the ledger does not know; ``known`` maps a site to its segment names.
+    """Lists the segments that the ledger does not know; ``known`` maps a site to its segment names.
 
     At most ``most`` of them, every site's first before any site's second; none of the sites in ``without``.
     """
@@ -130,9 +132,9 @@ def run(
     history: Callable[[str], Mapping[str, str]],
     on_progress: Callable[[int, int], None],
 ) -> Ingested:
-    """Featurise ``new`` with the trunks in ``checkpoints``, of which the first is the champion's; needs a connected Ray.
+    """Makes features of ``new`` with the trunks in ``checkpoints``, the champion's first.
 
-    ``history``: the sha256 of the site's segments that count → their names.
+    Needs a connected Ray. ``history`` returns the sha256 of the site's segments that count → their names.
     """
     if not new:
         return Ingested((), (), (), ())
@@ -183,7 +185,8 @@ def forget_orphans(config: Config, trunks: Sequence[str], done: Ingested) -> Non
 def collect(
     new: Sequence[Backlog], done: Sequence[SegmentResult], history: Mapping[str, Mapping[str, str]]
 ) -> Ingested:
-    """Results in stream order. After a failed segment the site's later ones wait: its rows come before theirs."""
+    """Results in stream order. After a failed segment the site's later ones wait: its rows come before
+    theirs."""
     by_key = {(d["site"], d["name"]): d for d in done}
     segments: list[SegmentRow] = []
     quarantined: list[QuarantineRow] = []
@@ -217,7 +220,7 @@ def collect(
 def ingest_site(
     backlog: Backlog, limits: DataConfig, checkpoints: Sequence[str], features: Place
 ) -> list[SegmentResult]:
-    """One site's segments in order: one that breaks is reported, never raised, so that it stops no other site."""
+    """Works through one site's segments in order; a failure is reported, so it stops no other site."""
     done: list[SegmentResult] = []
     site, base, earlier = backlog.site, backlog.base_offset, None
     for path in map(segment_at, backlog.paths):
@@ -246,12 +249,12 @@ def ingest_site(
 
 
 def segment_at(text: str) -> Place:
-    """The place of one of ``Backlog.paths``; a link keeps its own name."""
+    """Returns the place of one of ``Backlog.paths``; a link keeps its own name."""
     return place(text) if "://" in text else Path(text)
 
 
 def digest(path: Place, limit: int) -> str:
-    """sha256 of a file of at most ``limit`` bytes; empty when it is no file, larger, or cannot be read."""
+    """Returns the sha256 of a file of at most ``limit`` bytes; empty if it is larger or unreadable."""
     try:
         if isinstance(path, Path) and not path.is_file():
             return ""
@@ -262,7 +265,7 @@ def digest(path: Place, limit: int) -> str:
 
 
 def task_model(path: str) -> SourceModel:
-    """Returns the source model of this process's tasks, with its trunk on the GPU that Ray gave the task, if any."""
+    """Returns the source model of this process's tasks, on the GPU that Ray gave the task, if any."""
     import ray
 
     torch.set_num_threads(1)
@@ -279,7 +282,7 @@ def _backlog(site: str, base: int, paths: Sequence[Place], sizes: Mapping[Place,
 
 
 def _not_refused(paths: list[Place], names: Collection[str], limit: int) -> list[Place]:
-    """``paths`` without those whose very content was refused; a file is only read for it where its name was refused."""
+    """Returns ``paths`` without refused content; a file is read for it only if its name was refused."""
     marks = {n for n in names if "@" in n} if paths else set()
     if not marks:
         return paths
@@ -292,7 +295,7 @@ def _marked(name: str, sha256: str) -> str:
 
 
 def _dealt(new: Sequence[Backlog], workers: int) -> list[dict[str, str]]:
-    """Sites in groups of about equal size, the large ones dealt first."""
+    """Returns the sites in groups of about equal size, the large ones dealt first."""
     n = min(len(new), max(4 * workers, sum(b.size for b in new) // BLOCK_BYTES))
     hands: list[list[Backlog]] = [[] for _ in range(n)]
     heap = [(0, k) for k in range(n)]
@@ -306,7 +309,7 @@ def _dealt(new: Sequence[Backlog], workers: int) -> list[dict[str, str]]:
 def _ingest_batch(
     batch: dict[str, np.ndarray], *, limits: str, checkpoints: list[str], features: str
 ) -> dict[str, list[str]]:
-    """Ray Data UDF over groups of sites."""
+    """Ingests one group of sites; the function that Ray Data maps over groups."""
     data = DataConfig.model_validate_json(limits)
     sites = [Backlog(**b) for text in batch["sites"] for b in json.loads(text)]
     return {"result": [json.dumps(ingest_site(b, data, checkpoints, place(features))) for b in sites]}

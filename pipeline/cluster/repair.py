@@ -1,7 +1,8 @@
-"""Features that are damaged, missing, or not made yet under another trunk → made from captures that are still there.
+"""Makes features again that are damaged, missing, or not made yet under another trunk.
 
-A sample that counts keeps its offset: only the features of segments that the ledger has are made, from the very bytes that
-were ingested. What cannot be made again is lost, and the caller says so in the ledger.
+They are made from captures that are still there. A sample that counts keeps its offset: only the segments
+that the ledger has are made, from the very bytes that were ingested. Features that cannot be made again are
+lost; the caller says so in the ledger.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TASK = 32  # sites in a task
 
 @dataclass(frozen=True)
 class Stretch:
-    """Segments of a site, in stream order, whose features are needed."""
+    """Lists segments of a site, in stream order, whose features are needed."""
 
     site: str
     segments: tuple[SegmentRow, ...]
@@ -40,7 +41,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Repaired:
-    """What became of a site's features."""
+    """Reports the repair of one site."""
 
     site: str
     restored: tuple[str, ...] = ()  # segments
@@ -57,7 +58,7 @@ def run(
     checkpoint: str,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Repaired]:
-    """``repair_site`` for all of them, as Ray tasks, under the trunk in ``checkpoint``; needs a connected Ray."""
+    """Repairs all ``stretches`` as Ray tasks, under the trunk in ``checkpoint``; needs a connected Ray."""
     import ray
     from ray.exceptions import RayError
 
@@ -77,7 +78,7 @@ def run(
 
 
 def repair_site(stretch: Stretch, limits: DataConfig, checkpoint: str, features: Place) -> Repaired:
-    """Make again the features of those segments that do not verify; what breaks is reported, never raised."""
+    """Makes the features of damaged segments again; a failure is reported, never raised."""
     restored, lost = list[str](), list[str]()
     try:
         model = task_model(checkpoint)
@@ -108,7 +109,7 @@ def _repair_sites(
 
 
 def _whole(row: SegmentRow, model: SourceModel, features: Place) -> bool:
-    """Whether every good sample of the segment has its features."""
+    """Returns whether every good sample of the segment has its features."""
     trunk, width = model.manifest.trunk_digest, model.manifest.config.trunk.features
     try:
         block = read_features(
@@ -120,7 +121,7 @@ def _whole(row: SegmentRow, model: SourceModel, features: Place) -> bool:
 
 
 def _same(row: SegmentRow, path: Place | None, limits: DataConfig) -> Segment | None:
-    """The segment that was ingested, None where it is gone or another."""
+    """Returns the segment that was ingested; None if it is gone or was changed."""
     if path is None:
         return None
     try:

@@ -1,6 +1,8 @@
-"""Ray Tune: ASHA on the online HTER of development sites, replayed, or on the HTER of the worst held-out source domain.
+"""Searches hyper-parameters with Ray Tune (ASHA).
 
-Nothing here decides what may serve. A target is what ``data.domains`` does not name: it is never read.
+A site method is scored by the online HTER of development sites, replayed; a source method by the HTER of the
+worst held-out source domain. Nothing here decides what may serve. A target domain is one that
+``data.domains`` does not name: it is never read.
 """
 
 from __future__ import annotations
@@ -87,8 +89,9 @@ def search_source(
 ) -> list[Trial]:
     """Try ``search.trials`` settings of ``search.source_space`` → trials, best first. Needs a connected Ray.
 
-    A trial is a Ray Train run: each domain of ``corpora`` that has a val split is held out of a fit on the others, and the
-    one that comes out worst judges, at the threshold of the others' validation. At least three domains.
+    A trial is a Ray Train run: each domain of ``corpora`` that has a val split is held out of a fit on the
+    others, and the one that comes out worst judges, at the threshold of the others' validation. At least
+    three domains.
     """
     if len(corpora) < 3:
         raise ValueError(f"data.domains: {len(corpora)} for tune source; holding one out needs at least 3")
@@ -135,7 +138,8 @@ def held_out(given: dict[str, object]) -> None:
     ]  # a rendered domain is only learned from
     if len(tested) < 2:
         raise FitError(
-            f"data.domains: {len(tested)} with both classes in their val split; at least 2 are held out in turn"
+            f"data.domains: {len(tested)} with both classes in their val split; at least 2 are held out "
+            "in turn"
         )
     others = [[c for c in corpora if c is not held] for held in tested]
     states = [fits.begin(task, domains=len(part), wrap=ray.train.torch.prepare_model) for part in others]

@@ -1,4 +1,4 @@
-"""The actor in which many sites are adapted and judged; it holds no truth, so killing it at any time is safe."""
+"""Wraps the work on many sites in an actor; it holds no truth, so killing it at any time is safe."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 
 class Shard:
-    """The actor around ``adapt_sites``; torch runs on one thread in it, since a node holds one shard per core."""
+    """Runs ``adapt_sites`` on one torch thread, since a node holds one shard per core."""
 
     def __init__(self, job: ShardJob) -> None:
         torch.set_num_threads(1)
         self.job = job
 
     def pid(self) -> int:
-        """Process id, for operators and chaos tests."""
+        """Returns the process id, for operators and chaos tests."""
         return os.getpid()
 
     def run(self, sites: Sequence[str]) -> dict[str, str]:
-        """Adapt ``sites``; see ``adapt_sites``."""
+        """Adapts ``sites``; see ``adapt_sites``."""
         return adapt_sites(self.job, sites)
 
 
 def remote_shard(*, cpus: float, memory_bytes: int) -> ActorClass:
-    """The actor class with its share of a node; a dead shard is replaced by ``fleet``, not restarted by Ray."""
+    """Returns the actor class with its share of a node; ``fleet`` replaces a dead shard, Ray does not."""
     made = cast("ActorClass", ray.remote(Shard))
     return made.options(num_cpus=cpus, memory=memory_bytes, max_restarts=0)

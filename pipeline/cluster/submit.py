@@ -1,7 +1,7 @@
-"""One job on a running Ray cluster through its Jobs API, at most once per submission id.
+"""Runs one job on a running Ray cluster through its Jobs API, at most once per submission id.
 
-Ray keeps no schedule: what repeats is the caller (CronJob, Airflow, a person), with an id that says which piece of work
-it means. The resolved configuration travels along, so the job runs what was submitted.
+Ray keeps no schedule: what repeats is the caller (CronJob, Airflow, a person), with an id that says which
+piece of work it means. The resolved configuration travels along, so the job runs what was submitted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def submission_id(config: Config, job: Sequence[str], day: date) -> str:
 
 
 def submit(config: Config, job: Sequence[str], *, address: str, id: str) -> Submission:
-    """Hand ``palisade JOB …`` to the cluster at ``address`` (http://head:8265), or find that ``id`` is already there.
+    """Hand ``palisade JOB …`` to the cluster at ``address`` (http://head:8265), or find that ``id`` is
+    already there.
 
     Raises ClusterError when the cluster does not answer or wants a token, ValueError for a bad id or path.
     """
@@ -123,10 +124,14 @@ def _client(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(address)
     except AuthenticationError as e:
         raise ClusterError(
-            f"Ray at {address}: wants a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            f"Ray at {address}: wants a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH"
         ) from e
     except (OSError, RuntimeError, ValueError) as e:
-        line = f"Ray at {address}: no Jobs API there ({_line(e)}); start a head or pass --address http://HEAD:8265"
+        line = (
+            f"Ray at {address}: no Jobs API there ({_line(e)}); start a head or pass --address "
+            "http://HEAD:8265"
+        )
         raise ClusterError(line) from e
 
 

@@ -24,10 +24,11 @@ class Failed(NamedTuple):
 def run_tasks(
     task: Callable[..., R], calls: Sequence[tuple[object, ...]], *, on_progress: Callable[[int], None]
 ) -> list[R | Failed]:
-    """Runs ``task(*call)`` for every call, one CPU each, and returns what each call returned or why it failed, in order.
+    """Runs ``task(*call)`` for every call, one CPU each, and returns what each call returned or why it
+    failed, in order.
 
-    One failure stops no other call. ``on_progress`` gets the number of ended calls at least every POLL seconds. A task
-    may be started again after it has stored something. Needs a connected Ray.
+    One failure stops no other call. ``on_progress`` gets the number of ended calls at least every POLL
+    seconds. A task may be started again after it has stored something. Needs a connected Ray.
     """
     remote = ray.remote(num_cpus=1, max_retries=RETRIES)(task)
     refs = [remote.remote(*call) for call in calls]

@@ -1,7 +1,8 @@
-"""Source training on Ray Train: one fit, 1..n workers, resumable under a stable run name.
+"""Fits the source model on Ray Train: one fit, 1..n workers, resumable under a stable run name.
 
-Workers return numbers through a progress file beside the run (the driver cannot be called from Train's controller), and
-the model through the run's last checkpoint. A worker may die at any time; a job submitted again goes on where it was.
+Workers return numbers through a progress file beside the run (the driver cannot be called from Train's
+controller), and the model through the run's last checkpoint. A worker may die at any time; a job submitted
+again goes on where it was.
 """
 
 from __future__ import annotations
@@ -77,31 +78,16 @@ def train(
     on_progress: Callable[[int, int], None] | None = None,
     every: int = EVERY,
 ) -> TrainResult:
-    """Fit ``config.source`` on the imported ``corpora`` and leave the checkpoint in ``out``. Ray must be initialised.
+    """Fits ``config.source`` on the imported ``corpora`` and leaves the checkpoint in ``out``.
 
-    ``on_progress`` gets (step, steps). The same ``run_name`` continues an unfinished fit of the same configuration.
-    Raises FitError for what a person has to mend and TrainError when workers failed more than MAX_FAILURES times.
+    Needs a connected Ray. ``on_progress`` gets (step, steps). The same ``run_name`` continues an unfinished
+    fit of the same configuration. Raises FitError for a person's mistake, TrainError after MAX_FAILURES
+    failures of workers.
     """
     folder = (storage / run_name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FAILURE).unlink(missing_ok=True)
-    trainer = ray.train.torch.TorchTrainer(
-        _loop,
-        train_loop_config={
-            "config": config.model_dump_json(),
-            "corpora": [str(p.resolve()) for p in corpora],
-            "folder": str(folder),
-            "revision": code_revision(),
-            "every": every,
-        },
-        scaling_config=_scaling(config),
-        run_config=ray.train.RunConfig(
-            name=run_name,
-            storage_path=str(storage.resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-        ),
-    )
+    trainer = _trainer(config, corpora, folder, storage=storage, run_name=run_name, every=every)
     done = threading.Event()
     follower = threading.Thread(target=_follow, args=(folder / PROGRESS, on_progress, done), daemon=True)
     follower.start()
@@ -118,6 +104,28 @@ def train(
     model = checkpoint.load(Path(result.checkpoint.path) / MODEL)
     checkpoint.save(out, model)
     return TrainResult(out, model.manifest, _history(_progress(folder / PROGRESS, 0)[0]))
+
+
+def _trainer(
+    config: Config, corpora: Sequence[Path], folder: Path, *, storage: Path, run_name: str, every: int
+) -> ray.train.torch.TorchTrainer:
+    return ray.train.torch.TorchTrainer(
+        _loop,
+        train_loop_config={
+            "config": config.model_dump_json(),
+            "corpora": [str(p.resolve()) for p in corpora],
+            "folder": str(folder),
+            "revision": code_revision(),
+            "every": every,
+        },
+        scaling_config=_scaling(config),
+        run_config=ray.train.RunConfig(
+            name=run_name,
+            storage_path=str(storage.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
 
 
 def started(start: str | None) -> tuple[str, ...]:
