@@ -30,7 +30,7 @@ class StoredLimits(NamedTuple):
     """Holds the limits that a verdict was given under."""
 
     guards: GuardsConfig
-    fingerprint: str  # of the cycle's configuration; for a source model's verdict, which holds its limits, the verdict's id
+    fingerprint: str  # of the cycle's configuration; of a source model's verdict its id
     sound: bool  # the stored configuration has the fingerprint that the cycle began with
 
 

@@ -73,10 +73,9 @@ def evidence_of(
 ) -> Evidence:
     """Returns the evidence from anchor scores [P, N] of candidate and champion under P patterns.
 
-    ``label`` and ``species`` [N] are per anchor item; ``valid`` [P, N] is false where a pattern leaves no
-    modality of it. A sample is called bona fide from ``threshold`` on (``champion_threshold`` where the
-    champion has another). Species with fewer than ``merge_below`` items are merged. A score that is not
-    finite counts as an error and clears ``finite``. Raises ValueError for arrays of other shapes.
+    ``label`` and ``species`` [N] are per anchor item; ``valid`` [P, N] is false where it is not shown.
+    Bona fide is called from ``threshold`` on (the champion: ``champion_threshold``). Species with fewer than
+    ``merge_below`` items are merged. A score that is not finite is an error and clears ``finite``.
     """
     c, s = np.asarray(candidate, np.float64), np.asarray(champion, np.float64)
     y = np.ascontiguousarray(label, np.int8)
@@ -84,8 +83,8 @@ def evidence_of(
     ok = np.ones(c.shape, np.bool_) if valid is None else np.asarray(valid, np.bool_)
     names, member, merged = _groups(y.tobytes(), tuple(species), merge_below)
     good_c, good_s = np.isfinite(c), np.isfinite(s)
-    wrong_c = ((c >= threshold) != (y == BONA_FIDE)) | ~good_c
     threshold_s = threshold if champion_threshold is None else champion_threshold
+    wrong_c = ((c >= threshold) != (y == BONA_FIDE)) | ~good_c
     wrong_s = ((s >= threshold_s) != (y == BONA_FIDE)) | ~good_s
     flags = np.stack([ok, wrong_c & ok, wrong_c & ~wrong_s & ok, wrong_s & ~wrong_c & ok])
     finite = bool(stream_finite and (good_c & good_s | ~ok).all())
