@@ -34,6 +34,18 @@ def test_no_test_imports_another(path: Path) -> None:
     assert layout.test_imports(ast.parse(read(path))) == [], "what two tests share stands in tests/support/"
 
 
+def test_an_option_is_declared_once() -> None:
+    assert layout.declared_twice({str(p): ast.parse(read(p)) for p in modules("jobs")}) == []
+
+
+def test_the_root_readme_is_short_and_draws_folders_that_are_there() -> None:
+    text = read(Path("README.md"))
+    assert len(text.splitlines()) <= layout.README_LINES
+    folders = layout.tree_folders(text)
+    assert {"pipeline/", "jobs/", "tests/"} <= set(folders)
+    assert [f for f in folders if not (REPO / f).is_dir()] == []
+
+
 def test_the_root_of_the_pipeline_has_few_modules() -> None:
     modules_ = [p.name for p in modules("pipeline") if len(p.parts) == 2 and p.name != "__init__.py"]
     assert len(modules_) <= layout.ROOT_MODULES, modules_
