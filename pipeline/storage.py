@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 from urllib.parse import urlsplit
 
+from pipeline.types import PalisadeError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -42,8 +44,10 @@ CREDENTIAL_ERRORS = (
 )
 
 
-class StoreUnavailable(OSError):
+class StoreUnavailable(PalisadeError, OSError):
     """Bytes that could not be read or written; the message is one line with the place and the next step."""
+
+    exit_code = 5
 
 
 @dataclass(frozen=True, order=True)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from pipeline.types import PalisadeError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -24,7 +26,7 @@ DRAWS = 2000
 MAX_WEIGHTS = 2**21  # weights in memory at once where every sample needs one of its own
 
 
-class MetricError(ValueError):
+class MetricError(PalisadeError, ValueError):
     """Arrays from which the requested number cannot be computed; the message is one line."""
 
 

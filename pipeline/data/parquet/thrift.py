@@ -6,13 +6,15 @@ is read.
 
 from __future__ import annotations
 
+from pipeline.types import PalisadeError
+
 TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
 MAX_DEPTH = 12  # of nested structs; Parquet has 6
 
 Struct = dict[int, "int | bytes | list[object] | Struct"]
 
 
-class BadThrift(ValueError):
+class BadThrift(PalisadeError, ValueError):
     """Bytes that are no struct."""
 
 

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.parquet import thrift
 from pipeline.storage import StoreUnavailable
+from pipeline.types import PalisadeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
 ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError)
 
 
-class BadParquet(ValueError):
+class BadParquet(PalisadeError, ValueError):
     """A file that is not opened; the message is the reason, without the file's name."""
 
 
