@@ -1,4 +1,4 @@
-"""Captures, corpora and features at rest. This file holds the section ``data``."""
+"""Configuration of the data: where captures, corpora and labels lie, and the bounds of reading."""
 
 from __future__ import annotations
 

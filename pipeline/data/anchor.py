@@ -1,4 +1,7 @@
-"""The sealed anchor set: labelled features replayed against every candidate, never trained on, pinned by digest."""
+"""Seals and checks the anchor set: labelled features that every candidate is judged on.
+
+No model is ever trained on it; the ledger pins its digest.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,14 @@ MIN_SAMPLES = {
     "attacks": 150,
     "species": 4,
     "bona_fide": 500,
-}  # attacks per species; see guards.md, section 1
+}  # attacks per species; see pipeline/guards/README.md
 REQUIRED_TENSORS = {"z", "present", "label", "species", "names"}
 OPTIONAL_TENSORS = {"key", "about"}  # sets that earlier versions sealed have neither
 
 
 @dataclass(frozen=True)
 class AnchorSet:
-    """N labelled samples under one trunk."""
+    """N labelled samples with their features under one trunk."""
 
     z: Tensor  # [N, M, F] float32
     present: Tensor  # [N, M] bool
@@ -46,38 +49,41 @@ class AnchorSet:
     )  # domain → digest of the corpus that the samples are from
 
     def replayed(self) -> tuple[tuple[str, ...], Tensor]:
-        """Names of the missing-modality patterns and what each leaves present: [P, N, M] bool."""
+        """Returns the names of the missing-modality patterns and the presence under each: [P, N, M] bool."""
         keep = torch.tensor(
             [[bool(mask >> m & 1) for m in range(self.present.shape[1])] for mask in PATTERNS.values()]
         )
         return tuple(PATTERNS), self.present & keep[:, None, :]
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Species (bona fide among them) → pattern → samples of which the pattern shows anything."""
+        """Returns the number of samples with any modality left, by species (with bona fide) and pattern."""
         patterns, present = self.replayed()
         seen, names = present.any(-1).numpy(), np.array(self.species)  # [P, N]
         listed = np.unique(names).tolist()
         return {s: dict(zip(patterns, seen[:, names == s].sum(1).tolist(), strict=True)) for s in listed}
 
     def keys(self) -> list[bytes]:
-        """Each sample's key; empty where an earlier version sealed the set."""
+        """Returns each sample's key; empty if an earlier version sealed the set."""
         return [] if self.key is None else [bytes(k) for k in self.key.numpy()]
 
 
 class Flaws(NamedTuple):
-    """What is wrong with an anchor set, a line each."""
+    """The flaws of an anchor set, one line each."""
 
     errors: tuple[str, ...]  # it must not be used
     warnings: tuple[str, ...]  # it shows less than it should
 
 
 def frame_keys(frames: NDArray[np.uint8]) -> list[bytes]:
-    """sha256 of each of N frames."""
+    """Returns the sha256 of each of N frames."""
     return [hashlib.sha256(np.ascontiguousarray(f).data).digest() for f in frames]
 
 
 def flaws(anchor: AnchorSet, trained: Collection[bytes] | None) -> Flaws:
-    """Judge an anchor set by its own samples and the frames that models were ``trained`` on (None: not known)."""
+    """Returns the flaws of an anchor set, judged by its own samples and the training frames.
+
+    ``trained`` holds the keys of the frames that models were trained on, or None if they are not available.
+    """
     errors: list[str] = []
     warnings: list[str] = []
     if not torch.isfinite(anchor.z[anchor.present]).all():
@@ -110,7 +116,7 @@ def flaws(anchor: AnchorSet, trained: Collection[bytes] | None) -> Flaws:
 
 
 def seal(root: Place, anchor: AnchorSet) -> str:
-    """Store ``anchor`` → its digest, the same for the same content; the ledger pins it."""
+    """Stores ``anchor`` and returns its digest, which is the same for the same content."""
     names = sorted(set(anchor.species))
     index = torch.tensor([names.index(s) for s in anchor.species])
     tensors = {
@@ -126,7 +132,7 @@ def seal(root: Place, anchor: AnchorSet) -> str:
 
 
 def open_sealed(root: Place, digest: str) -> AnchorSet:
-    """The anchor set whose bytes have ``digest``; raises BadBlob when they have changed."""
+    """Returns the anchor set with this ``digest``; raises BadBlob if its bytes have changed."""
     try:
         t = get(root, digest)
     except BadBlob as e:

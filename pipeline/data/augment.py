@@ -1,7 +1,9 @@
-"""Sensor augmentation: what differs between cameras, per sample and independently per modality; geometry is joint.
+"""Augments frames as another sensor and another crop would show them.
+
+Sensor effects are drawn per sample and modality; geometry is joint, because all modalities look at one face.
 
 Frames here are float [B, 5, H, W] in [0, 1] (RGB, depth, infrared). Depth 0 means no return and stays 0.
-Ranges: ``methods.md`` §7. It is worth more than any loss, so every method gets the same.
+It is worth more than any loss, so every source method gets the same.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ CHANNEL_MODALITY = (0, 0, 0, 1, 2)
 
 
 def augment(frames: Tensor, generator: Generator) -> Tensor:
-    """One draw of everything for every sample; the input is left as it is."""
+    """Returns augmented frames, with one draw of every effect per sample; the input stays as it is."""
     moved = change_geometry(frames, generator)
     no_return = moved[:, DEPTH : DEPTH + 1] == 0
     seen = change_sensor(invert_depth(moved, generator), generator)
@@ -38,7 +40,7 @@ def augment(frames: Tensor, generator: Generator) -> Tensor:
 
 
 def change_geometry(frames: Tensor, generator: Generator) -> Tensor:
-    """Flip, scale, stretch, turn and shift: another crop, the same for all modalities, as they look at one face.
+    """Flips, scales, stretches, rotates and shifts: another crop, the same for all modalities.
 
     Borders repeat. Depth is averaged over its returns alone, so that an edge does not become a surface half
     way.
@@ -64,7 +66,7 @@ def change_geometry(frames: Tensor, generator: Generator) -> Tensor:
 
 
 def invert_depth(frames: Tensor, generator: Generator) -> Tensor:
-    """Exchange near and far in some samples: the polarity of a sensor's depth is not known."""
+    """Exchanges near and far in some samples, because the polarity of a sensor's depth is not known."""
     flip = torch.rand(frames.shape[0], 1, 1, generator=generator) < INVERT_SHARE
     depth = frames[:, DEPTH]
     return torch.cat(
@@ -73,7 +75,7 @@ def invert_depth(frames: Tensor, generator: Generator) -> Tensor:
 
 
 def change_sensor(frames: Tensor, generator: Generator) -> Tensor:
-    """Gamma, gain, offset, blur and noise of another sensor."""
+    """Applies the gamma, gain, offset, blur and noise of another sensor."""
     count, channels, side = frames.shape[0], frames.shape[1], frames.shape[-1]
     modality = torch.tensor(CHANNEL_MODALITY)
 

@@ -1,4 +1,4 @@
-"""Content-addressed tensors at rest: safetensors named by the sha256 of their bytes."""
+"""Stores tensors as safetensors files that are named by the sha256 of their bytes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class BadBlob(PalisadeError, ValueError):
-    """A stored artifact is missing or its bytes are not the ones its name promises."""
+    """A stored artifact that is missing, or whose bytes are not those that its name promises."""
 
 
 class MissingBlob(BadBlob):
-    """It is not there: lost, or older than what `palisade gc` keeps."""
+    """An artifact that does not exist: lost, or deleted by `palisade gc`."""
 
 
 def put(root: Place, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> str:
@@ -39,24 +39,25 @@ def put(root: Place, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, st
 
 
 def get(root: Place, digest: str) -> dict[str, Tensor]:
-    """Load the tensors stored under ``digest``; raises BadBlob unless every byte is as it was written."""
+    """Loads the tensors stored under ``digest``; raises BadBlob unless every byte is as it was written."""
     from safetensors.torch import load
 
     return load(verified(_path(root, digest), digest))
 
 
 def verified(path: Place, digest: str) -> bytes:
-    """The bytes of ``path``; raises MissingBlob, or BadBlob when its sha256 is not ``digest``."""
+    """Returns the bytes of ``path``; raises MissingBlob, or BadBlob if their sha256 is not ``digest``."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise MissingBlob(
             f"{path}: missing, though a record points to it; restore it from a backup"
         ) from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != digest:
         raise BadBlob(
-            f"{path}: changed or torn: sha256 is {found[:12]}, the record says {digest[:12]}; restore it from a backup"
+            f"{path}: changed or torn: sha256 is {actual[:12]}, the record says {digest[:12]}; "
+            "restore it from a backup"
         )
     return data
 

@@ -1,4 +1,6 @@
-"""Site captures at rest, ``<captures>/<site>/segment-*.parquet`` (or ``site=<site>/``), and label files for scoring.
+"""Lists, checks and reads capture segments of sites, and reads label files for scoring.
+
+Segments lie at ``<captures>/<site>/segment-*.parquet`` (or ``site=<site>/``).
 
 ``<captures>`` is a folder, or a prefix of an object store with the same names. A segment is written once and
 never changed. Whole files that break the rules raise BadSegment; single rows are returned with a reason, so
@@ -54,11 +56,11 @@ OBJECT_NAME = re.compile(
 
 
 class BadSegment(PalisadeError, ValueError):
-    """A whole file that is refused; the message names it and gives the reason."""
+    """A file that is refused as a whole; the message names it and gives the reason."""
 
 
 class Listing(NamedTuple):
-    """What a captures folder or prefix holds."""
+    """The content of a captures folder or prefix."""
 
     segments: dict[str, list[Place]]  # by site, in stream order
     rejected: list[str]  # one line for each folder or file that is no site or segment
@@ -66,7 +68,7 @@ class Listing(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A segment after its rows were judged."""
+    """A segment whose rows were judged."""
 
     good: list[Capture]
     bad: list[BadRow]
@@ -74,7 +76,10 @@ class Segment(NamedTuple):
 
 
 def write_segment(path: Path, table: pa.Table) -> None:
-    """Write ``table`` (SCHEMA) to ``path`` so that a reader sees all of it or nothing; refuses to replace a segment."""
+    """Writes ``table`` (SCHEMA) to ``path`` so that readers see all of it or nothing.
+
+    Raises BadSegment for another schema, or if ``path`` exists: a segment is never replaced.
+    """
     if not table.schema.equals(SCHEMA):
         raise BadSegment(
             f"{path}: table has schema {_schema_text(table.schema)}, allowed {_schema_text(SCHEMA)}"
@@ -96,7 +101,11 @@ def write_segment(path: Path, table: pa.Table) -> None:
 
 
 def list_segments(root: Place) -> Listing:
-    """Sites and their segments below ``root``. Names starting with ``_`` or ``.`` are not looked at (``_sealed``)."""
+    """Lists the sites below ``root`` and their segments in stream order.
+
+    Names that start with ``_`` or ``.`` are skipped (``_sealed``). Raises BadSegment if there is no such
+    folder.
+    """
     listing = Listing({}, [], {})
     if isinstance(root, Remote):
         _add_objects(listing, root)
@@ -110,7 +119,7 @@ def list_segments(root: Place) -> Listing:
 
 
 def check_segment(path: Place, *, site: str, limits: DataConfig) -> int:
-    """Judge a segment by its footer, without reading a page; returns its number of rows (0 is allowed).
+    """Checks a segment by its footer, without reading a page, and returns its number of rows (0 is allowed).
 
     Raises BadSegment, and FileNotFoundError where nothing is.
     """
@@ -122,7 +131,7 @@ def check_segment(path: Place, *, site: str, limits: DataConfig) -> int:
 
 
 def read_segment(path: Place, *, site: str, limits: DataConfig) -> Segment:
-    """Read a segment and judge every row; images are judged by ``decode``, whose BadImage is a row's reason too.
+    """Reads a segment and judges every row; its images are judged later by ``decode``.
 
     Raises BadSegment, FileNotFoundError where nothing is, and StoreUnavailable.
     """
@@ -142,7 +151,7 @@ def read_segment(path: Place, *, site: str, limits: DataConfig) -> Segment:
 
 
 def read_labels(path: Path) -> dict[str, tuple[int, str]]:
-    """Labels by sample id: (1 bona fide / 0 attack, PAI species). For scoring only."""
+    """Returns labels by sample id (1 bona fide / 0 attack, PAI species), for scoring only."""
     try:
         table, _ = read_table(path, Limits(LABEL_COLUMNS, MAX_LABELS, MAX_LABEL_BYTES))
         columns = [python_values(table.column(name)) for name in LABEL_COLUMNS]
@@ -162,7 +171,7 @@ def read_labels(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def _add_objects(listing: Listing, root: Remote) -> None:
-    """One listing of everything below ``root``. A key is no path: ``..`` and ``//`` are only odd names."""
+    """Adds the segments below ``root`` from one listing; in a key, ``..`` and ``//`` are only odd names."""
     rejected = dict[str, None]()  # one line for each folder that is none, however much is in it
     taken = set[tuple[str, str]]()
     for found in sorted(root.files()):
@@ -237,7 +246,10 @@ def _add_segments(listing: Listing, site: str, folder: os.DirEntry[str], root: P
 
 
 def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
-    """By name. What an entry is comes with it: at 10,000 sites every further question to the disk takes seconds."""
+    """Returns a folder's entries by name; each entry knows its kind.
+
+    At 10,000 sites, asking the disk for every path again would take seconds.
+    """
     with os.scandir(folder) as found:
         return sorted(found, key=lambda entry: entry.name)
 
@@ -256,7 +268,7 @@ def _check_link(path: Place, site: str) -> None:
 
 
 def _stream_order(path: Place) -> tuple[list[tuple[int, str]], str]:
-    """Numbers by value, so that segment-10000 comes after segment-9999."""
+    """Orders names with their numbers by value, so that segment-10000 comes after segment-9999."""
     return [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"([0-9]+)", path.name)], str(path)
 
 

@@ -1,4 +1,4 @@
-"""A labelled corpus at rest: a folder of ``train|val|test.parquet``, ``quarantine.parquet`` and ``manifest.json``.
+"""Writes and reads a labelled corpus: a folder of three splits, a quarantine and a manifest.
 
 Demographic columns never enter it; subjects are the data set's own pseudonyms. Frames are a fixed-size binary
 column: no list decoding, no extension type.
@@ -36,7 +36,7 @@ TEXTS = ("sample_id", "pai", "subject", "video")
 
 
 class CorpusError(PalisadeError, ValueError):
-    """A data set or a stored corpus that cannot be used; one line naming the folder."""
+    """A data set or a stored corpus that cannot be used; the message is one line that names the folder."""
 
 
 class Row(NamedTuple):
@@ -62,7 +62,7 @@ class Rejected(NamedTuple):
 
 @dataclass(frozen=True)
 class CorpusManifest:
-    """What a corpus folder holds."""
+    """The content of a corpus folder in numbers and digests."""
 
     format: int
     kind: str
@@ -103,7 +103,7 @@ def write_corpus(
     size: int,
     progress: Callable[[int], None] | None = None,
 ) -> CorpusManifest:
-    """Store ``rows`` as the folder ``out``, which appears complete or not at all.
+    """Stores ``rows`` as the folder ``out``, which appears complete or not at all; raises CorpusError.
 
     A repeated sample id, and bytes that another split already has, go to quarantine: the split read first
     keeps them.
@@ -126,7 +126,7 @@ def write_corpus(
 
 
 def read_manifest(path: Path) -> CorpusManifest:
-    """The manifest of the corpus folder ``path``; raises CorpusError."""
+    """Returns the manifest of the corpus folder ``path``; raises CorpusError."""
     try:
         manifest = CorpusManifest(**json.loads((path / "manifest.json").read_text()))
     except FileNotFoundError:
@@ -141,7 +141,7 @@ def read_manifest(path: Path) -> CorpusManifest:
 
 
 def read_corpus(path: Path, splits: Sequence[str] = SPLITS) -> Corpus:
-    """The rows of ``splits`` in the corpus folder ``path``; every byte is checked against the manifest's digest."""
+    """Returns the rows of ``splits`` after checking every byte against the digests; raises CorpusError."""
     manifest = read_manifest(path)
     if not splits or not set(splits) <= set(SPLITS):
         raise CorpusError(f"{path}: splits {', '.join(splits) or 'none'}; allowed: {', '.join(SPLITS)}")
@@ -163,7 +163,7 @@ def read_corpus(path: Path, splits: Sequence[str] = SPLITS) -> Corpus:
 
 @dataclass
 class _SplitWriter:
-    """A split while it is written; frames leave memory in batches."""
+    """A split that is being written; its frames leave memory in batches."""
 
     file: pq.ParquetWriter
     digest: hashlib._Hash
@@ -264,7 +264,7 @@ def _flush(split: _SplitWriter, schema: pa.Schema) -> None:
 
 
 def _update(digest: hashlib._Hash, table: pa.Table) -> None:
-    """Row by row, so that the digest does not depend on how rows were batched."""
+    """Updates the digest row by row, so that it does not depend on how rows were batched."""
     *columns, frames = (c.to_pylist() for c in table.columns)
     for cells in zip(*columns, frames):
         digest.update(json.dumps(cells[:-1]).encode())
@@ -306,7 +306,7 @@ def _read_split(path: Path, manifest: CorpusManifest, split: str) -> pa.Table:
 
 
 def _frames(table: pa.Table, size: int) -> np.ndarray:
-    """Frames [N, 5, H, W] as views of Arrow's memory where possible."""
+    """Returns the frames [N, 5, H, W], as views of Arrow's memory where possible."""
     width = CHANNELS * size * size
     parts = [np.zeros((0, CHANNELS, size, size), np.uint8)]
     for chunk in table.column("frame").chunks:

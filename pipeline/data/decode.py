@@ -1,4 +1,6 @@
-"""Encoded captures → aligned frames: the header is judged before any pixel is decoded, because OpenCV opens every bomb.
+"""Decodes an encoded capture into an aligned frame, after its header was checked.
+
+The header is judged before any pixel is decoded, because OpenCV would open a decompression bomb.
 
 One frame is uint8 [5, H, W]: channels 0-2 RGB, 3 depth, 4 IR, zero where a modality is absent. Depth of any
 encoding is stretched per frame to 1..255 with 0 = no return; its polarity is not known. EXIF orientation is
@@ -35,7 +37,9 @@ HARMLESS_BYTES = (
 MAX_SCANS = 64  # cameras write about 10; each scan of a progressive JPEG costs a pass over all pixels
 NO_RETURN_8BIT = 8  # 8-bit depth is mostly JPEG, whose ringing puts 1..8 around pixels without a return
 CLIP_QUANTILES = (0.02, 0.98)  # share of returns below and above which depth is clipped
-CLIP_DEVIATIONS = 4.0  # median absolute deviations from the median at which it is clipped: a far wall must not flatten the face
+# Depth is clipped at this many median absolute deviations from the median, or a far wall would flatten the
+# face.
+CLIP_DEVIATIONS = 4.0
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_ANIMATION = frozenset((b"acTL", b"fcTL", b"fdAT"))
@@ -64,7 +68,10 @@ class _Header(NamedTuple):
 def decode(
     rgb: bytes | None, depth: bytes | None, ir: bytes | None, *, size: int
 ) -> tuple[NDArray[np.uint8], int]:
-    """Decode one capture → (frame uint8 [5, size, size], present bit mask); None means that the modality is absent."""
+    """Decodes one capture into (frame uint8 [5, size, size], present bit mask); raises BadImage.
+
+    None stands for an absent modality.
+    """
     return frame_from_arrays(
         None if rgb is None else read_pixels(rgb, "rgb"),
         None if depth is None else read_pixels(depth, "depth"),
@@ -74,7 +81,7 @@ def decode(
 
 
 def read_pixels(data: bytes, name: ModalityName) -> np.ndarray:
-    """Pixels of one JPEG, PNG or PGM: uint8 [H, W, 3] RGB, or uint8 / uint16 [H, W] of depth and IR."""
+    """Returns the pixels of one JPEG, PNG or PGM: uint8 [H, W, 3] RGB, or uint8 / uint16 [H, W]."""
     header = _check_header(data, name)
     if data.startswith(b"P5"):
         kind = np.uint8 if header.bytes_per_pixel == 1 else np.dtype(">u2")
@@ -94,7 +101,11 @@ def read_pixels(data: bytes, name: ModalityName) -> np.ndarray:
 def frame_from_arrays(
     rgb: NDArray[np.uint8] | None, depth: np.ndarray | None, ir: np.ndarray | None, *, size: int
 ) -> tuple[NDArray[np.uint8], int]:
-    """One frame from rgb uint8 [H, W, 3]; depth and ir [H, W] uint8, uint16 or float (depth: any unit, IR: [0, 1])."""
+    """Returns (frame, present bit mask) from decoded planes; raises BadImage.
+
+    ``rgb`` is uint8 [H, W, 3]; ``depth`` (any unit) and ``ir`` ([0, 1] if float) are uint8, uint16 or float
+    [H, W].
+    """
     frame = np.zeros((CHANNELS, size, size), np.uint8)
     present = 0
     if rgb is not None:
@@ -149,7 +160,7 @@ def _check_size(header: _Header, packed: int) -> None:
 
 
 def _png(data: bytes) -> _Header:
-    """Walk every chunk: the file must be one still PNG from its first byte to its last."""
+    """Walks every chunk: the file must be one still PNG from its first byte to its last."""
     at, header = len(PNG_MAGIC), None
     while True:
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -180,7 +191,7 @@ def _png_header(data: bytes, at: int, length: int) -> _Header:
 
 
 def _jpeg(data: bytes) -> _Header:
-    """Walk the segments up to the first scan; the first end-of-image marker after it must be the end of the file."""
+    """Walks the segments up to the first scan; the file must end with the next end-of-image marker."""
     at, header = 2, None
     while True:
         if data[at] != 0xFF:
@@ -221,7 +232,7 @@ def _jpeg_header(data: bytes, at: int, marker: int) -> _Header:
 
 
 def _pgm(data: bytes) -> _Header:
-    """Exactly one plane behind exactly one short header: nothing is claimed that is not there."""
+    """Reads the header of a file that must be one short header and exactly one plane."""
     found = PGM_HEADER.match(data)
     if found is None:
         raise BadImage("PGM header is damaged")
@@ -265,7 +276,10 @@ def _ir8(ir: np.ndarray) -> NDArray[np.uint8]:
 
 
 def _stretch_depth(depth: np.ndarray, size: int) -> NDArray[np.uint8]:
-    """uint8 [size, size]: the robust range of the returns on 1..255, 0 = no return; neither bleeds into the other."""
+    """Returns depth as uint8 [size, size]: the robust range of the returns on 1..255, 0 = no return.
+
+    Returns and missing returns do not bleed into each other when the plane is resized.
+    """
     values = depth.astype(np.float32)
     floor = NO_RETURN_8BIT if depth.dtype == np.uint8 else 0
     valid = cv2.threshold(values, floor, 1, cv2.THRESH_BINARY)[1]

@@ -1,4 +1,4 @@
-"""The feature store: one Parquet file per site and offset range, addressed by trunk digest.
+"""Stores features: one Parquet file per site and offset range, addressed by the trunk's digest.
 
 ``<root>/<trunk digest, 16>/site=<site>/<first offset>-<end>.parquet``. Features are float16 in a fixed-size
 binary column: no list decoding, no extension types. An offset is the position of a sample in its site's
@@ -52,23 +52,23 @@ class FeatureBlock:
         return len(self.offset)
 
     def rows(self, index: np.ndarray | slice) -> FeatureBlock:
-        """The block of the rows that ``index`` selects."""
+        """Returns the block of the rows that ``index`` selects."""
         return FeatureBlock(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
 
 def pseudonym(site: str, session_id: str) -> int:
-    """A session id as 63 bits that reveal nothing without the site's own list of sessions."""
+    """Returns a session id as 63 bits, which reveal nothing without the site's own list of sessions."""
     digest = hashlib.blake2b(session_id.encode(), key=site.encode()[:64], digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def mask_to_bool(present: np.ndarray) -> np.ndarray:
-    """Bit masks [N] → bool [N, M]."""
+    """Converts bit masks [N] to bool [N, M]."""
     return (present[:, None] >> np.arange(M) & 1).astype(bool)
 
 
 def write_features(root: Place, trunk: str, site: str, block: FeatureBlock) -> Place:
-    """Store a block; writing the same range again replaces it, so a repeated ingest changes nothing."""
+    """Stores a block; writing the same range again replaces it, so a repeated ingest changes nothing."""
     n, m, f = block.z.shape
     flat = np.ascontiguousarray(block.z, dtype=np.float16)
     z = pa.FixedSizeBinaryArray.from_buffers(pa.binary(m * f * 2), n, [None, pa.py_buffer(flat)])
@@ -91,14 +91,14 @@ def write_features(root: Place, trunk: str, site: str, block: FeatureBlock) -> P
 
 
 def delete_range(root: Place, trunk: str, site: str, *, start: int, end: int) -> None:
-    """Remove what an ingest that never counted left in a range of offsets that is being assigned again."""
+    """Deletes the files of an uncommitted ingest in a range of offsets that is being assigned again."""
     for path, (first, last) in _files_with_ranges(_folder(root, trunk, site)):
         if last > start and first < end:
             path.unlink(missing_ok=True)
 
 
 def read_features(root: Place, trunk: str, site: str, *, start: int, end: int, features: int) -> FeatureBlock:
-    """Every stored sample of ``site`` with ``start <= offset < end``, ascending; F = ``features``. Raises BadBlob."""
+    """Returns the samples with ``start <= offset < end``, ascending; F = ``features``; raises BadBlob."""
     blocks = [_empty(features)]
     for path, (first, last) in sorted(_files_with_ranges(_folder(root, trunk, site))):
         if last > start and first < end:
@@ -111,7 +111,7 @@ def read_features(root: Place, trunk: str, site: str, *, start: int, end: int, f
 
 
 def offset_range(path: Place) -> tuple[int, int] | None:
-    """(first, end) of the offsets in a feature file, by its name; None for another file."""
+    """Returns (first, end) of the offsets in a feature file, from its name; None for another file."""
     found = FILE_NAME.fullmatch(path.name)
     return (int(found[1]), int(found[2])) if found else None
 
@@ -126,7 +126,7 @@ def _with_digest(parquet: bytes) -> bytes:
 
 
 def _without_digest(data: bytes) -> bytes:
-    """The Parquet file without its digest; raises ValueError unless every byte is as it was written."""
+    """Returns the Parquet file without its digest; raises ValueError if any byte has changed."""
     at = _footer_start(data)
     parquet = data[: at - DIGEST] + data[at:]
     if at < DIGEST or hashlib.sha256(parquet).digest() != data[at - DIGEST : at]:
@@ -135,7 +135,7 @@ def _without_digest(data: bytes) -> bytes:
 
 
 def _footer_start(parquet: bytes) -> int:
-    """Where the footer begins: before its own length and the magic at the end."""
+    """Returns the position of the footer, which stands before its own length and the magic at the end."""
     return max(len(parquet) - 8 - int.from_bytes(parquet[-8:-4], "little"), 0)
 
 
@@ -148,7 +148,8 @@ def _read_block(path: Place, features: int) -> FeatureBlock:
         raise
     except (OSError, pa.ArrowException, KeyError, ValueError) as e:
         raise BadBlob(
-            f"{path}: not a readable feature file ({' '.join(str(e).split())[:120]}); ingest the segment again"
+            f"{path}: not a readable feature file ({' '.join(str(e).split())[:120]}); "
+            "ingest the segment again"
         ) from None
     for name, wanted in {**COLUMNS, "z": pa.binary(width)}.items():
         if columns[name].type != wanted or columns[name].null_count:

@@ -1,4 +1,4 @@
-"""One segment of captures → features: validate, decode, trunk, store. What ingest tasks run; nothing here knows Ray.
+"""Turns one segment of captures into stored features: decode, trunk, store; it knows no Ray.
 
 ``read_segment`` and ``decode_chunks`` are the data plane, ``compute_features`` the models' share: while a
 release of another source model goes on, every sample is decoded once and goes through both trunks.
@@ -45,7 +45,7 @@ REPEAT_WINDOW = (
 
 @dataclass(frozen=True)
 class NewSegment:
-    """A segment that passed, with the offset of its first row."""
+    """A segment that passed its check, with the offset of its first row."""
 
     site: str
     name: str
@@ -55,7 +55,7 @@ class NewSegment:
 
 
 class DecodedChunk(NamedTuple):
-    """Captures that could be decoded, N of them, and those that could not."""
+    """N captures that were decoded, and those that could not be."""
 
     captures: list[Capture]
     pixels: np.ndarray  # [N, 5, H, W] uint8
@@ -66,7 +66,7 @@ class DecodedChunk(NamedTuple):
 def ingest_segment(
     segment: NewSegment, limits: DataConfig, model: SourceModel, features: Place
 ) -> tuple[str, list[BadRow]]:
-    """Validate, decode, featurise and store one segment → its sha256 and bad rows."""
+    """Reads, decodes, featurises and stores one segment; returns its sha256 and its bad rows."""
     read = read_segment(Path(segment.path), site=segment.site, limits=limits)
     return read.sha256, store_segment(segment, read, {}, limits.frame_px, [model], features)
 
@@ -79,7 +79,7 @@ def store_segment(
     models: Sequence[SourceModel],
     features: Place,
 ) -> list[BadRow]:
-    """Decode, featurise and store what was ``read``, under the trunk of each of ``models`` → the bad rows.
+    """Decodes, featurises and stores a segment under the trunk of each of ``models``; returns the bad rows.
 
     ``earlier``: offsets by sample id of the site's samples before it; those of this segment come to it.
     """
@@ -105,12 +105,12 @@ def restore_segment(
     model: SourceModel,
     features: Place,
 ) -> None:
-    """Store under one trunk what ``store_segment`` stored under another or the same; ``refused``: the rows that it refused."""
+    """Stores a segment under one trunk, without the rows that ``store_segment`` ``refused``."""
     _store(segment, [c for c in read.good if c["row"] not in refused], size, [model], features)
 
 
 def recent_offsets(features: Place, model: SourceModel, site: str, *, end: int) -> dict[str, int]:
-    """Offset by sample id of the site's stored samples in the REMEMBERED offsets before ``end``."""
+    """Returns the offset by sample id of the stored samples in the REPEAT_WINDOW offsets before ``end``."""
     trunk, width = model.manifest.trunk_digest, model.manifest.config.trunk.features
     try:
         block = read_features(
@@ -122,7 +122,7 @@ def recent_offsets(features: Place, model: SourceModel, site: str, *, end: int) 
 
 
 def decode_chunks(captures: Sequence[Capture], size: int) -> Iterator[DecodedChunk]:
-    """Frames of side ``size`` in chunks of at most CHUNK; a capture that cannot be decoded comes back with its reason."""
+    """Yields decoded frames of side ``size`` in chunks of at most CHUNK, with the captures that fail."""
     for start in range(0, len(captures), CHUNK):
         part = captures[start : start + CHUNK]
         pixels = np.empty((len(part), CHANNELS, size, size), np.uint8)
@@ -146,7 +146,7 @@ def decode_chunks(captures: Sequence[Capture], size: int) -> Iterator[DecodedChu
 
 
 def compute_features(model: SourceModel, frames: DecodedChunk) -> np.ndarray:
-    """z float16 [N, M, F]."""
+    """Returns the features z float16 [N, M, F]."""
     there = torch.from_numpy(mask_to_bool(frames.present))
     if not len(there):
         return np.zeros((0, there.shape[1], model.manifest.config.trunk.features), np.float16)
@@ -164,7 +164,10 @@ def _store(
     models: Sequence[SourceModel],
     features: Place,
 ) -> tuple[list[BadRow], dict[str, int]]:
-    """Decode once, featurise and store under every trunk → the bad rows and the offsets of the others by sample id."""
+    """Decodes once, then featurises and stores under every trunk.
+
+    Returns the bad rows, and the offsets of the others by sample id.
+    """
     bad, blocks = list[BadRow](), list[list[FeatureBlock]]()
     for frames in decode_chunks(captures, size):
         own, worse = _blocks(frames, segment, [compute_features(model, frames) for model in models])
@@ -186,7 +189,7 @@ def _store(
 def _blocks(
     frames: DecodedChunk, segment: NewSegment, zs: Sequence[np.ndarray]
 ) -> tuple[list[FeatureBlock], list[BadRow]]:
-    """One block for each of ``zs``, of the same samples: those that every trunk gives finite features."""
+    """Returns one block for each of ``zs`` with the samples whose features are finite under every trunk."""
     fine = np.logical_and.reduce([np.isfinite(z).all(axis=(1, 2)) for z in zs])
     kept = frames.captures
     bad = [
@@ -204,6 +207,6 @@ def _blocks(
 
 
 def _informative_modalities(frame: np.ndarray) -> int:
-    """Bit mask of the modalities that are more than one constant value; a constant one is as good as absent."""
+    """Returns the bit mask of the modalities with more than one value; a constant one counts as absent."""
     planes = (frame[:3], frame[3], frame[4])
     return sum(1 << m for m, plane in enumerate(planes) if plane.min() != plane.max())

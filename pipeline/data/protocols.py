@@ -1,4 +1,4 @@
-"""Evaluation protocols over domains and modalities: leave one domain out, limited sources, modalities missing at test.
+"""Defines evaluation protocols over domains and patterns of missing modalities.
 
 ``present`` is a uint8 bit mask per sample, bit m = modality m of ``Modality``. Nothing here reads or draws
 anything.
@@ -52,7 +52,7 @@ INSTRUMENTS: tuple[
 
 
 class Protocol(NamedTuple):
-    """Train on ``sources``, test on ``target``."""
+    """A protocol that trains on ``sources`` and tests on ``target``."""
 
     sources: tuple[str, ...]
     target: str
@@ -60,7 +60,7 @@ class Protocol(NamedTuple):
 
 
 class LimitedProtocol(NamedTuple):
-    """Train on ``sources``, test on all ``targets`` together."""
+    """A protocol that trains on ``sources`` and tests on all ``targets`` together."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
@@ -68,7 +68,7 @@ class LimitedProtocol(NamedTuple):
 
 
 def leave_one_domain_out(domains: Sequence[str]) -> list[Protocol]:
-    """One protocol per domain, which is the target; at least two domains."""
+    """Returns one protocol per domain, which is the target; raises ValueError for fewer than two domains."""
     ordered = _ordered(domains, at_least=2)
     protocols: list[Protocol] = []
     for target in ordered:
@@ -78,7 +78,10 @@ def leave_one_domain_out(domains: Sequence[str]) -> list[Protocol]:
 
 
 def limited_source(domains: Sequence[str], keep: int = 2) -> list[LimitedProtocol]:
-    """Every choice of ``keep`` source domains; the others are the targets. CW->PS and PS->CW are the published two."""
+    """Returns every choice of ``keep`` source domains; the others are the targets.
+
+    CW->PS and PS->CW are the two that papers publish. Raises ValueError for an impossible ``keep``.
+    """
     ordered = _ordered(domains, at_least=2)
     if not 1 <= keep < len(ordered):
         raise ValueError(f"keep: {keep}; allowed are 1 to {len(ordered) - 1} of the {len(ordered)} domains")
@@ -90,39 +93,39 @@ def limited_source(domains: Sequence[str], keep: int = 2) -> list[LimitedProtoco
 
 
 def instrument(species: str) -> str:
-    """Kind of instrument that a species belongs to, comparable between sets; an unknown species is its own kind."""
+    """Returns the kind of instrument of a species, comparable between sets; an unknown species is its own."""
     return next((kind for form, kind in INSTRUMENTS if re.fullmatch(form, species)), species)
 
 
 def pattern(name: str) -> int:
-    """The bit mask of a missing-modality pattern by name."""
+    """Returns the bit mask of a missing-modality pattern; raises ValueError for an unknown name."""
     if name not in PATTERNS:
         raise ValueError(f"pattern {name!r}: allowed are {', '.join(PATTERNS)}")
     return PATTERNS[name]
 
 
 def keep_only(present: NDArray[np.uint8], mask: int) -> NDArray[np.uint8]:
-    """``present`` [N] with only the modalities of ``mask`` left."""
+    """Returns ``present`` [N] with only the modalities of ``mask`` left."""
     return present & np.uint8(mask)
 
 
 def any_present(present: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """[N] whether any modality is left."""
+    """Returns [N], True where any modality is left."""
     return (present & np.uint8(FULL)) != 0
 
 
 def as_bools(present: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """[N] bit masks → [N, M] bool."""
+    """Converts bit masks [N] to bool [N, M]."""
     return (present[:, None] >> np.arange(len(Modality), dtype=np.uint8)) & 1 == 1
 
 
 def as_bits(present: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """[N, M] bool → [N] bit masks."""
+    """Converts bool [N, M] to bit masks [N]."""
     return (present << np.arange(len(Modality), dtype=np.uint8)).sum(axis=1).astype(np.uint8)
 
 
 def zero_absent(frame: NDArray[np.uint8], present: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A copy of ``frame`` [N, 5, H, W] that is zero wherever a modality is absent."""
+    """Returns a copy of ``frame`` [N, 5, H, W] with zeros wherever a modality is absent."""
     out = frame.copy()
     for modality, channels in CHANNELS.items():
         out[present & (1 << modality) == 0, channels] = 0

@@ -1,1 +1,1 @@
-"""The rendered world: faces, rigs, sites with their scripts, and corpora made of them."""
+"""The rendered world: faces, rigs, sites with their scripts, and corpora."""

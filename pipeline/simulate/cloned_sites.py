@@ -1,4 +1,6 @@
-"""Many sites from few captures: as much for a cycle to do as a fleet of that size gives, for benchmarks of throughput.
+"""Gives many sites the captures of a few, for benchmarks of throughput.
+
+A cycle has as much to do as with a real fleet of that size.
 
 The images are rendered once and sent by every site, from another place in the pool and under ids of its own.
 """

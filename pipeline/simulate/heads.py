@@ -1,4 +1,4 @@
-"""Procedural people: heads as height fields on a canonical grid, in millimetres and reflectances.
+"""Draws procedural people as height fields with reflectances, in millimetres.
 
 A solid is float32 [8, N, N] over 320 x 320 mm seen from the front, y down, z toward the camera. Identities
 are random draws of one shape model. NIR reflectances are assumed orders of magnitude, not measurements:
@@ -61,7 +61,10 @@ def shape_of(subject: int) -> Shape:
 
 
 def person(subject: int, fixed: np.random.Generator, moving: np.random.Generator, wavelength: int) -> Map:
-    """A head with hair, ears and neck; ``fixed`` draws what stays for a session, ``moving`` the expression."""
+    """Returns a head with hair, ears and neck.
+
+    ``fixed`` draws what stays the same for a session, ``moving`` the expression.
+    """
     s = shape_of(subject)
     mouth, smile, gaze = max(0.0, moving.normal(0, 3.5)), moving.normal(0, 0.6), moving.normal(0, 1.5)
     out = _at_rest(subject, wavelength).copy()
@@ -139,7 +142,7 @@ def box(half_width: float, half_height: float, y: float = 0.0, soft: float = 3.0
 def paint(
     solid: Map, mask: Map, colour: tuple[float, float, float], nir: float, *, keep: float = 0.0
 ) -> None:
-    """Blend reflectances toward ``colour`` and ``nir`` where ``mask``; ``keep`` of what was there shines through."""
+    """Blends reflectances toward ``colour`` and ``nir`` where ``mask``, keeping the share ``keep``."""
     mask = (1 - keep) * mask
     for channel, value in zip(solid[:4], (*colour, nir), strict=True):
         channel += mask * (np.float32(value) - channel)

@@ -1,4 +1,4 @@
-"""Procedural presentations: bona fide faces and what attackers hold or wear, as maps of reflectance and height.
+"""Renders presentations: bona fide faces and attack instruments as maps of reflectance and height.
 
 Everything follows from the ``Presentation`` and the frame number: the same presentation under two rigs
 (``rig.py``) differs only in what the rig does to it. Materials in NIR: paper and resin are bright, inks fade,
@@ -51,7 +51,7 @@ VICTIMS = 1_000_003  # subject ids from here on are only ever portrayed
 
 
 class Presentation(NamedTuple):
-    """One subject before a sensor: ``species`` is ``bona_fide`` or one of SPECIES; ``seed`` fixes everything else."""
+    """One subject before a sensor: ``bona_fide`` or one of SPECIES; ``seed`` fixes everything else."""
 
     subject: int
     species: str
@@ -90,7 +90,10 @@ def scene(
 
 
 def posed(solid: Map, angles: Vector, *, side: int, field: float, shift: Vector) -> Map:
-    """The solid turned by (yaw, pitch, roll) rad and projected to [8, side, side]; occlusion is approximate."""
+    """Returns the solid turned by (yaw, pitch, roll) rad and projected to [8, side, side].
+
+    Occlusion is approximate.
+    """
     turn = _rotation(angles)
     inverse = np.linalg.inv(turn[:2, :2])
     axis = (np.arange(side, dtype=np.float32) + 0.5) * np.float32(field / side) - np.float32(field / 2)
@@ -131,7 +134,9 @@ def normals(z: Map, pixel: float) -> Map:
 def lit(
     maps: Map, n: Map, light: Map, half: Map, *, ambient: float, channels: slice, wrap: float = 0.0
 ) -> Map:
-    """Reflected light [C, R, R]: ambient, Lambert (wrapped by ``wrap`` where it bleeds under skin), a specular lobe.
+    """Returns the reflected light [C, H, W]: ambient, Lambert and a specular lobe.
+
+    Lambert is wrapped by ``wrap`` where light bleeds under skin.
 
     ``light`` and ``half`` (between light and camera) are unit vectors [3, 1, 1] or [3, R, R].
     """
@@ -266,7 +271,7 @@ def _wear(head: Map, what: Presentation, rng: np.random.Generator, wavelength: i
 
 
 def _rigid(head: Map, s: Shape, victim: Shape, rng: np.random.Generator) -> None:
-    """A cast resin or paper mask: smooth, one paint, sharp rim, holes where the attacker's eyes look through."""
+    """Returns a cast resin or paper mask: smooth, one paint, a sharp rim, holes for the attacker's eyes."""
     shell = disc(0, -4, s["width"] * 1.02, s["top"] * 0.93, 3) * (1 - eyes(s, 11, 5.5) * (rng.random() < 0.8))
     red, green, blue = (
         float(c) for c in np.array([0.75, 0.57, 0.47]) * rng.uniform(0.5, 1.1) * rng.uniform(0.9, 1.1, 3)
@@ -286,7 +291,10 @@ def _rigid(head: Map, s: Shape, victim: Shape, rng: np.random.Generator) -> None
 
 
 def _silicone(head: Map, s: Shape, victim: Shape, rng: np.random.Generator, wavelength: int) -> None:
-    """A flexible full mask: right geometry, painted skin; the seam at the neck and missing lips in NIR give it away."""
+    """Returns a flexible full mask: right geometry and painted skin.
+
+    The seam at the neck and missing lips in NIR give it away.
+    """
     top = -1.12 * s["top"] if rng.random() < 0.5 else -0.62 * s["top"]  # over the hair, or under a wig
     skin = np.clip((118 - Y) / 4, 0, 1) * np.clip((Y - top) / 5, 0, 1) * (1 - eyes(s, 12, 5.5)) * head[ALPHA]
     tone = float(np.clip(victim["tone"], 0.05, 0.9))

@@ -1,4 +1,4 @@
-"""Sensor rigs: what a camera, a depth sensor and an NIR camera make of a rendered scene.
+"""Turns a rendered scene into the frames of a colour, a depth and an NIR camera.
 
 Four families are for training (A-D) and four are never trained on (E-H). They differ as deployed devices do:
 field and distance, light, colour, depth convention and noise, NIR wavelength and power. Each training family
@@ -268,7 +268,10 @@ def _colour(
 
 
 def _infrared(seen: Scene, n: Map, rig: SensorRig, rng: np.random.Generator) -> Map:
-    """A lamp beside the lens: light falls with the square of the distance; skin lets it bleed, so it looks soft."""
+    """Returns the light of a lamp beside the lens, which falls with the square of the distance.
+
+    Skin lets it bleed, so it looks soft.
+    """
     away = np.clip(np.float32(seen.distance + FACE_Z) - seen.maps[Z], 150, None)
     axis = (np.arange(rig.side, dtype=np.float32) + 0.5) * np.float32(rig.field / rig.side) - np.float32(
         rig.field / 2

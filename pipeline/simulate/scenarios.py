@@ -1,4 +1,4 @@
-"""Rendered site streams in which one thing happens at a time: what ``palisade bench site`` adds to recorded streams.
+"""Defines the rendered streams of ``palisade bench site``; in each, one thing happens at a time.
 
 A scenario is drawn from a pool of rendered captures of its rig, so what happens is known for every sample.
 Nobody of the pool is in a training corpus. A long stream meets the same people again, as a door does. The
@@ -196,7 +196,10 @@ def scenarios(scale: float = 1.0) -> list[Scenario]:
 
 
 def clips() -> list[synth.Clip]:
-    """What to render: the pool of every rig (split ``train``) and the probes (split ``test``); domain = rig."""
+    """Returns the clips to render: the pool of every rig (``train``) and the probes (``test``).
+
+    The domain of a clip is its rig.
+    """
     plan: list[synth.Clip] = []
     for at, (name, rig) in enumerate(RIGS.items()):
         rng = np.random.default_rng([at, 61])
@@ -261,7 +264,7 @@ def at_a_door(
     samples: int = 600,
     prior: float = 0.8,
 ) -> NDArray[np.int64]:
-    """Rows of a labelled corpus [N] as the stream of a site where its people come and are attacked: ``prior`` bona fide."""
+    """Returns rows of a labelled corpus [N] as the stream of a door with ``prior`` bona fide."""
     rng = np.random.default_rng(67)
     genuine, row = rng.random(samples) < prior, np.empty(samples, np.int64)
     for wanted, y in ((genuine, 1), (~genuine, 0)):

@@ -1,4 +1,4 @@
-"""What happens at simulated sites: who comes when, under which rig, and what goes wrong; nothing is rendered here.
+"""Plans what happens at a simulated site: presentations, rig, drift and faults, without rendering.
 
 Hours count from the start of the script. A plan follows from (script, phase, seed), so labels never need the
 pixels.
@@ -63,7 +63,10 @@ class Broken:
 
 @dataclass(frozen=True)
 class Drift:
-    """Rates per day, exponential: how fast the illuminator fades, depth noise grows and white balance turns warm."""
+    """Rates of drift per day, exponential: illuminator, depth noise and white balance.
+
+    The illuminator fades, depth noise grows and white balance turns warm.
+    """
 
     ir_fade: float = 0.0
     depth_noise: float = 0.0
@@ -150,7 +153,10 @@ def rig_at(script: SiteScript, hour: float) -> SensorRig:
 
 
 def demo_fleet(seed: int = 0) -> list[SiteScript]:
-    """Fourteen sites: three clean controls of training families, four unseen devices, seven with other troubles."""
+    """Returns fourteen sites: three clean controls, four unseen devices, seven with other troubles.
+
+    The controls have rigs of training families.
+    """
     a, b, c, d = (variant(rig, seed * 100 + k) for k, rig in enumerate(TRAINING.values()))
     e, f, g, h = (variant(rig, seed * 100 + 10 + k) for k, rig in enumerate(UNSEEN.values()))
     e2, f2 = variant(UNSEEN["E"], seed * 100 + 20), variant(UNSEEN["F"], seed * 100 + 21)

@@ -1,4 +1,4 @@
-"""Simulated sites: unlabelled capture streams with the troubles that real fleets have, plus sealed and red-team labels.
+"""Renders phases of site scripts into capture segments, sealed labels and red-team labels.
 
 ``simulate`` renders one phase of some ``SiteScript``s (``script.py``): phase 1 is the first day, phase 2 the
 morning after, with red-team presentations that nothing in a row gives away.

@@ -1,7 +1,4 @@
-"""Adaptation of the sites: methods, and the bank that steps many sites at once.
-
-This file holds the section ``bank``.
-"""
+"""Adaptation of sites, and the section ``bank``: the fixed shapes of one step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adam as a pure function: the moments are tensors of the site's state, so that a snapshot holds them too."""
+"""Computes Adam as a pure function whose moments are tensors of the site's state."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BETAS = (0.9, 0.999)
 
 
 def moments(tail: Params, names: Sequence[str]) -> State:
-    """Zero Adam moments for the named tensors."""
+    """Returns zero Adam moments for the named tensors."""
     zeros = {f"{m}.{n}": torch.zeros_like(tail[n]) for m in ("adam1", "adam2") for n in names}
     return {**zeros, "adam.t": torch.zeros(())}
 
 
 def adam(state: State, grads: Params, *, lr: float, clip: float, when: Tensor) -> State:
-    """One Adam step (Kingma & Ba 2015) on the tensors named in ``grads``; unchanged where ``when`` is False.
+    """Takes one Adam step (Kingma & Ba 2015) on the tensors in ``grads``; unchanged where ``when`` is False.
 
     The gradient is clipped to global norm ``clip``. A step that would leave a value that is not finite is not
     taken.

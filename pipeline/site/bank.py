@@ -1,4 +1,4 @@
-"""K sites as stacked tensors: the only place that knows the axis K.
+"""Stacks, steps, pads and scores K sites at once; it is the only place that knows the axis K.
 
 Shapes are fixed by configuration (K slots, B samples), so the arithmetic of one slot never depends on what
 its neighbours hold: their results are bit-equal whatever a hostile site sends.
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Trace(NamedTuple):
-    """What happened to one site's N samples in ``run``; step quantities are repeated for each sample of the step."""
+    """The outcomes of one site's N samples in ``run``.
+
+    A quantity of a step is repeated for each sample of the step.
+    """
 
     score: Tensor  # [N] before learning
     pseudo_label: Tensor  # [N] int8
@@ -34,18 +37,21 @@ class Trace(NamedTuple):
 
 
 def stack(states: Sequence[State]) -> State:
-    """K states of one site each → one state with the leading axis K."""
+    """Stacks K states of one site each into one state with the leading axis K."""
     return {name: torch.stack([s[name] for s in states]) for name in states[0]}
 
 
 def unstack(stacked: State) -> list[State]:
-    """The inverse of ``stack``; the tensors are copies."""
+    """Returns the states of a ``stack``; the tensors are copies."""
     count = next(iter(stacked.values())).shape[0]
     return [{name: t[k].clone() for name, t in stacked.items()} for k in range(count)]
 
 
 def step(method: SiteMethod, tail: Params, stacked: State, batch: Features) -> tuple[State, Outcome]:
-    """One mixed step: batch has z [K, B, M, F], present [K, B, M], valid [K, B]; slots without valid rows keep their state."""
+    """Steps K sites at once; a slot without valid rows keeps its state.
+
+    The batch has z [K, B, M, F], present [K, B, M], valid [K, B], session [K, B].
+    """
     if isinstance(method, Selective):
         seen, lesson = torch.func.vmap(lambda s, b: method.observe(tail, s, b))(stacked, batch)
         learn = bool(lesson.used.any())
@@ -67,7 +73,9 @@ def run(
     slots: int,
     on_step: Callable[[State], None] | None = None,
 ) -> tuple[State, list[Trace]]:
-    """Feed each site its samples in order, ``batch`` at a time: predict, then learn. ``stacked`` holds one state a stream.
+    """Feeds each site its samples in order, ``batch`` at a time: predict, then learn.
+
+    ``stacked`` holds one state per stream.
 
     ``on_step`` is shown the states after each step. Slots beyond ``len(streams)`` are filled with an idle
     copy, so every step has the shape [slots, batch].
@@ -90,21 +98,27 @@ def run(
 
 
 def scores(tail: Params, stacked: State, z: Tensor, present: Tensor) -> Tensor:
-    """Score the same samples (z [N, M, F], present [N, M]) with K states → [K, N] P(bona fide)."""
+    """Returns P(bona fide) [K, N] of the same samples (z [N, M, F], present [N, M]) under K states."""
     own = {name: stacked[name] for name in tails.MOVABLE}
     with torch.no_grad():
         return torch.func.vmap(lambda s: tails.score({**tail, **s}, z, present))(own)
 
 
 def distance(tail: Params, stacked: State, k: int) -> float:
-    """|theta_c - theta_0| / |theta_0| of site ``k`` over the movable tensors; theta_0 is the source model's."""
+    """Returns |theta_k - theta_0| / |theta_0| of site ``k`` over the movable tensors.
+
+    theta_0 is the source model's.
+    """
     moved = torch.stack([torch.sum((stacked[n][k] - tail[n]) ** 2) for n in tails.MOVABLE]).sum()
     size = torch.stack([torch.sum(tail[n] ** 2) for n in tails.MOVABLE]).sum()
     return float(torch.sqrt(moved / size))
 
 
 def pad(batches: Sequence[Features], size: int) -> Features:
-    """One Features per site with at most ``size`` rows each → z [K, size, M, F] and masks, padded with invalid zero rows."""
+    """Pads one Features per site (at most ``size`` rows) to z [K, size, M, F] and masks.
+
+    The added rows are zero and invalid.
+    """
     return Features(*(torch.stack([_fill(t, size) for t in parts]) for parts in zip(*batches, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""The contract of a site method: what to learn from one site's stream.
+"""Declares the two functions of a site method, and the two halves of one that may skip gradients.
 
 A method is a module of ``pipeline/site/methods`` with a ``Config``, a subclass of ``SiteMethod`` (or
 ``Selective``) whose ``kind`` is the module's name. This file imports no torch, so that a configuration is
@@ -26,7 +26,7 @@ class SiteMethod(Method):
 
     @abstractmethod
     def init(self, tail: Params) -> State:
-        """Returns the state of one new site: tensors of fixed shapes, ``tail.MOVABLE`` among them."""
+        """Returns the state of one new site: a dict of fixed-shape tensors that holds ``tail.MOVABLE``."""
 
     @abstractmethod
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
@@ -40,12 +40,13 @@ class SiteMethod(Method):
 class Selective(SiteMethod):
     """A method whose step is ``observe``, then ``conclude``.
 
-    A bank skips the gradients when no site has anything to learn. Without a used sample ``conclude`` must give the same bits with and without ``learn``.
+    The bank skips the gradients when no site has a sample to learn from. Without a used sample ``conclude``
+    must give the same bits with and without ``learn``.
     """
 
     @abstractmethod
     def observe(self, tail: Params, state: State, batch: Features) -> tuple[State, Lesson]:
-        """Scores the batch and says which of its samples may teach."""
+        """Scores the batch and marks the samples that may teach."""
 
     @abstractmethod
     def conclude(self, tail: Params, state: State, lesson: Lesson, *, learn: bool) -> tuple[State, Outcome]:

@@ -1,4 +1,4 @@
-"""A site's memory: an even sample of everything it has shown, on which drift and instability are measured.
+"""Keeps an even sample of everything a site has shown, to measure drift and instability on.
 
 Reservoir sampling (Vitter's algorithm R, 1985) with a hash of the running count in the place of a random
 generator, so that the same stream always leaves the same memory. Shapes: R slots, B samples, M modalities, F
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def init(size: int, modalities: int, features: int) -> State:
-    """R = ``size`` empty slots."""
+    """Returns R = ``size`` empty slots."""
     return {
         "seen": torch.zeros((), dtype=torch.int64),
         "reservoir.z": torch.zeros(size, modalities, features),
@@ -31,13 +31,13 @@ def init(size: int, modalities: int, features: int) -> State:
 
 
 def filled(state: State) -> Tensor:
-    """[R] 1 for the slots that hold a sample."""
+    """Returns [R], 1 for the slots that hold a sample."""
     size = state["reservoir.vote"].shape[0]
     return (torch.arange(size) < state["seen"]).float()
 
 
 def remember(state: State, batch: Features, *, vote: Tensor, source: Tensor) -> State:
-    """Let the batch's valid samples compete for the slots, each with its vote [B] and the source model's score [B]."""
+    """Lets the valid samples compete for the slots, with their vote [B] and the source's score [B]."""
     size = state["reservoir.vote"].shape[0]
     count = batch.valid.long()
     before = state["seen"] + count.cumsum(0) - count  # [B] samples that came earlier

@@ -1,4 +1,4 @@
-"""How far a site's scores have moved against source validation, read off the scores alone.
+"""Estimates how far a site's scores moved against source validation, from the scores alone.
 
 The fused logits of a site are a mixture: bona fide and attacks as source validation knows them
 (``reference.logit``), both moved by ``delta`` and the bona fide spread by ``scale``, in a share that the site
@@ -43,16 +43,16 @@ class Tables(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """What the counts say."""
+    """The estimate from the counts."""
 
-    logit: Tensor  # [P] how much higher than the source's the boundary of equal errors lies; below 0: the site scores lower
+    logit: Tensor  # [P] boundary of equal errors minus the source's; negative where the site scores lower
     evidence: Tensor  # [] nats for any shift against none
     bona_fide: Tensor  # [] samples of the class, in expectation
     attack: Tensor  # []
 
 
 def init() -> State:
-    """Empty counts."""
+    """Returns empty counts."""
     return {
         "shift.count": torch.zeros(PATTERNS, BINS),
         "shift.share": torch.full((PATTERNS, len(_grid()[0])), 0.5),
@@ -61,7 +61,7 @@ def init() -> State:
 
 @lru_cache(maxsize=4)  # by identity: a source model's reference is never written to
 def tables(reference: Tensor) -> Tables:
-    """Densities from ``reference.logit`` [P, 2, QUANTILES]."""
+    """Returns the densities of ``reference.logit`` [P, 2, QUANTILES] at every grid point."""
     delta, scale = _grid()
     middle = reference[:, 1, reference.shape[-1] // 2]
     edges = LOW + WIDTH * torch.arange(BINS + 1.0)
@@ -74,7 +74,10 @@ def tables(reference: Tensor) -> Tables:
 
 
 def count(state: State, logit: Tensor, pattern: Tensor, weight: Tensor, *, half_life: float) -> State:
-    """Add the source's logits [B] under ``pattern`` [B] with ``weight`` [B]; older counts fade by half in ``half_life``."""
+    """Adds the source's logits [B] under ``pattern`` [B] with ``weight`` [B]; older counts fade.
+
+    They fade by half in ``half_life`` samples.
+    """
     bin_ = ((logit - LOW) / WIDTH).floor().clamp(0, BINS - 1).long()
     cell = (pattern[:, None] == torch.arange(PATTERNS))[:, :, None] & (bin_[:, None] == torch.arange(BINS))[
         :, None, :
@@ -84,7 +87,7 @@ def count(state: State, logit: Tensor, pattern: Tensor, weight: Tensor, *, half_
 
 
 def estimate(state: State, known: Tables) -> tuple[State, Shift]:
-    """Weigh the grid by what was counted."""
+    """Weighs the grid by the counts; returns the state and the shift."""
     seen, share = state["shift.count"], state["shift.share"]
     total = seen.sum(-1, keepdim=True)  # [P, 1]
     gap = known.bona_fide - known.attack
@@ -112,13 +115,16 @@ def estimate(state: State, known: Tables) -> tuple[State, Shift]:
 
 
 def _grid() -> tuple[Tensor, Tensor]:
-    """delta [S] and scale [S]."""
+    """Returns delta [S] and scale [S]."""
     delta, scale = torch.meshgrid(torch.tensor(DELTAS), torch.tensor(SCALES), indexing="ij")
     return delta.flatten(), scale.flatten()
 
 
 def _density(quantiles: Tensor, edges: Tensor) -> Tensor:
-    """Mass [P, S, N] between ``edges`` [P, S, N + 1] of what has ``quantiles`` [P, Q], the outer bins open, blurred."""
+    """Returns the blurred mass [P, S, N] between ``edges`` [P, S, N + 1] from ``quantiles`` [P, Q].
+
+    The outer bins are open.
+    """
     q = quantiles[:, None, :].expand(*edges.shape[:2], -1).contiguous()
     upper = torch.searchsorted(q, edges.contiguous()).clamp(1, q.shape[-1] - 1)
     low, high = q.gather(-1, upper - 1), q.gather(-1, upper)
@@ -136,7 +142,7 @@ def _density(quantiles: Tensor, edges: Tensor) -> Tensor:
 
 
 def _crossing(attack: Tensor, bona_fide: Tensor) -> Tensor:
-    """[P] the logit at which as many bona fide lie below as attacks above, between bins by a straight line."""
+    """Returns the logit [P] with as many bona fide below as attacks above, linear between bins."""
     gap = bona_fide.cumsum(-1) - (1 - attack.cumsum(-1))  # [P, N], rises from below 0 to above it
     at = (gap <= 0).sum(-1).clamp(1, BINS - 1)
     low, high = gap.gather(-1, at[:, None] - 1)[:, 0], gap.gather(-1, at[:, None])[:, 0]

@@ -1,7 +1,7 @@
-"""Which samples of an unlabelled stream may teach, how much, and how their gradients are put together.
+"""Decides which samples of an unlabelled stream may teach, and combines their gradients robustly.
 
-The vote is MFAS-DANet-style (reconstruction, see ``site/danet.py``); prototypes, conformal acceptance,
-influence caps and medians of means are our own additions, each of which ``danet`` can switch.
+The vote is MFAS-DANet-style (a reconstruction, see ``pipeline/site/README.md``); prototypes, conformal
+acceptance, influence caps and medians of means are our own additions, each of which ``danet`` can switch.
 
 Shapes: B samples, M modalities, V = M + 1 heads, R source features kept with the model.
 """
@@ -30,7 +30,10 @@ LARGEST = 1e4  # no trunk feature comes near; its square still sums without over
 
 
 def sane(batch: Features) -> Features:
-    """Rows with a value beyond ``LARGEST`` or not finite in a present modality become padding; absent values become zero."""
+    """Turns broken rows into padding and absent values into zero.
+
+    A row is broken if a present modality holds a value beyond ``LARGEST`` or one that is not finite.
+    """
     clean = torch.where(batch.present[..., None], batch.z, 0.0)
     ok = (clean.abs() <= LARGEST).all(-1).all(-1) & batch.present.any(-1)  # a NaN compares False
     valid = batch.valid & ok
@@ -38,13 +41,16 @@ def sane(batch: Features) -> Features:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Binary entropy in nats, with a finite gradient at 0 and 1."""
+    """Returns the binary entropy in nats, with a finite gradient at 0 and 1."""
     p = p.clamp(1e-6, 1 - 1e-6)
     return -p * torch.log(p) - (1 - p) * torch.log1p(-p)
 
 
 def vote(p: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Heads' P(bona fide) [B, V] → uncertainty-weighted vote [B] and weighted Jensen-Shannon disagreement [B], nats."""
+    """Returns the uncertainty-weighted vote [B] of the heads' ``p`` [B, V], and their disagreement [B].
+
+    Disagreement is the weighted Jensen-Shannon divergence in nats.
+    """
     substituted = torch.cat([~present, torch.zeros_like(present[:, :1])], dim=-1)
     uncertainty = (entropy(p) / math.log(2) + SUBSTITUTED * substituted).clamp(max=1)
     weight = torch.softmax(-uncertainty / SHARPNESS, dim=-1)
@@ -53,12 +59,12 @@ def vote(p: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unanimous(p: Tensor, present: Tensor) -> Tensor:
-    """[B] every present modality's head and the fused one say bona fide."""
+    """Returns [B], True where every present modality's head and the fused one say bona fide."""
     return ((p[:, : tails.FUSED] >= 0.5) | ~present).all(-1) & (p[:, tails.FUSED] >= 0.5)
 
 
 def prototype(tail: Params, hidden: Tensor) -> Tensor:
-    """[B] label of the labelled source feature whose fused direction is nearest to that of ``hidden`` [B, D].
+    """Returns the label [B] of the source feature whose fused direction is nearest to ``hidden`` [B, D].
 
     The direction never enters the score, so this is a second opinion (RiSe-style angles keep what a radius
     drops).
@@ -69,7 +75,7 @@ def prototype(tail: Params, hidden: Tensor) -> Tensor:
 
 
 def conformal(reference: Tensor, logit: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
-    """How typical source logits [B] are of the classes: p-values (attack [B], bona fide [B]) from ``reference.logit``.
+    """Returns p-values (attack [B], bona fide [B]) of source logits [B] from ``reference.logit``.
 
     One-sided, towards the other class (Vovk et al. 2005): the share of validation samples of the class that
     look at least as much like the other one. Exchangeable with source validation only; a shifted site makes
@@ -80,7 +86,7 @@ def conformal(reference: Tensor, logit: Tensor, pattern: Tensor) -> tuple[Tensor
 
 
 def remember_sessions() -> State:
-    """No session seen."""
+    """Returns the state before any session was seen."""
     return {
         "session.id": torch.full((REMEMBERED,), -1, dtype=torch.int64),
         "session.count": torch.zeros(REMEMBERED, dtype=torch.int64),
@@ -90,7 +96,7 @@ def remember_sessions() -> State:
 
 
 def capped(state: State, batch: Features, *, cap: int) -> tuple[State, Tensor]:
-    """Count the batch's sessions → [B] whether a sample is among the first ``cap`` of its session."""
+    """Counts the batch's sessions; returns [B], True among the first ``cap`` samples of a session."""
     ids, counts, at, seen = (state[f"session.{k}"] for k in ("id", "count", "next", "seen"))
     slots = torch.arange(REMEMBERED)
     within: list[Tensor] = []
@@ -107,7 +113,7 @@ def capped(state: State, batch: Features, *, cap: int) -> tuple[State, Tensor]:
 
 
 def median_of_means(each: Params, weight: Tensor, session: Tensor, *, groups: int) -> Params:
-    """Coordinate-wise median over ``groups`` of sessions of the mean gradient, from those of the samples [B, ...].
+    """Returns the coordinate-wise median over ``groups`` of sessions of the samples' mean gradients.
 
     A group's mean weighs its samples by ``weight`` [B] and divides by how many have any. What fewer than half
     of the groups say cannot move the median (Lugosi & Mendelson, 2019). Groups without a sample do not count.
@@ -127,7 +133,10 @@ def median_of_means(each: Params, weight: Tensor, session: Tensor, *, groups: in
 
 
 def _ranked(x: Tensor) -> Tensor:
-    """``x`` [G, P] sorted along the few G: by odd-even transposition, whole rows at a time, an eighth of what sort takes."""
+    """Sorts ``x`` [G, P] along the few G by odd-even transposition of whole rows.
+
+    It takes an eighth of the time of sort.
+    """
     rows = list(x.unbind(0))
     for start in range(len(rows)):
         for i in range(start % 2, len(rows) - 1, 2):

@@ -1,1 +1,1 @@
-"""Source training: what is learned from labelled domains, and how one fit runs."""
+"""Source training: methods that learn from labelled domains, and the fit of one model."""

@@ -1,4 +1,4 @@
-"""What a fitted model still needs: where its boundaries lie, and the source features that travel with it."""
+"""Sets the boundaries of a fitted model and selects the source features that travel with it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def equal_error_boundaries(
 def validation_reference(
     tail: Params, z: Tensor, present: Tensor, label: np.ndarray, domain: np.ndarray
 ) -> Params:
-    """What label-free methods hold a site's scores against, from the pooled validation.
+    """Returns the statistics of the pooled validation that label-free site methods compare scores with.
 
     reference.logit [2^M, 2, QUANTILES]: quantiles of the fused logit of attacks (0) and bona fide (1) for
     every set of present modalities; where a set cannot be shown, those of all modalities. reference.boundary
@@ -86,7 +86,10 @@ def validation_reference(
 
 
 def replay_samples(trunk: nn.Module, corpora: Sequence[Corpus]) -> Params:
-    """A few labelled training features, equal per domain x class, for site methods that keep the source in their loss."""
+    """Returns a few labelled training features, equal per domain x class.
+
+    Site methods that keep the source in their loss use them.
+    """
     cells = stratify(corpora)
     each = max(REPLAY // len(cells), 1)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -102,7 +105,7 @@ def replay_samples(trunk: nn.Module, corpora: Sequence[Corpus]) -> Params:
 def validation_features(
     trunk: nn.Module, corpora: Sequence[Corpus]
 ) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
-    """(domain, label, z, present) of the pooled val split."""
+    """Returns (domain, label, z, present) of the pooled val split."""
     parts = []
     for e, corpus in enumerate(corpora):
         rows = np.flatnonzero((np.asarray(corpus.split) == "val") & (np.asarray(corpus.present) > 0))

@@ -1,4 +1,4 @@
-"""The contract of a source method: what to learn from labelled domains.
+"""Declares what a source method implements, the settings that all share, and the labelled batch.
 
 A method is a module of ``pipeline/source/methods`` with a ``Config``, a subclass of ``SourceMethod`` whose
 ``kind`` is the module's name. Trunk, tail, augmentation, sampler, schedule, threshold rule and
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 
 class SourceMethod(Method):
-    """Section ``source``: the fields that every method shares, so that comparisons are fair, and what a
-    method computes.
+    """Section ``source``: the settings that every method shares, and the loss that a method computes.
+
+    Shared settings keep comparisons fair.
     """
 
     steps: int = Field(default=700, ge=1, description="optimizer steps")
@@ -41,7 +42,7 @@ class SourceMethod(Method):
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="number format of the trunk in training; auto: bfloat16 where the processor multiplies it",
+        description="number format of the trunk in training; auto: bfloat16 where the hardware has it",
     )
     heads: float = Field(default=0.3, ge=0, description="weight of the single-modality heads in the risk")
 
@@ -55,8 +56,9 @@ class SourceMethod(Method):
 
     @abstractmethod
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
-        """Returns weighted loss terms by name, scalars; ``pipeline.source.fit`` adds them up and owns the
-        only ``backward()``.
+        """Returns weighted loss terms by name, scalars.
+
+        ``pipeline.source.fit`` adds them up and owns the only ``backward()``.
         """
 
     def after_step(self, extra: Params) -> None:
@@ -75,7 +77,7 @@ class Batch(NamedTuple):
 
 
 class Model(Protocol):
-    """What a method sees of the objective."""
+    """The part of the objective that a method sees."""
 
     @property
     def tail(self) -> Params: ...

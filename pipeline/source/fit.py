@@ -1,4 +1,7 @@
-"""One source model from labelled corpora: objective, the only backward(), resumable state. It knows no Ray."""
+"""Fits one source model: objective, the only ``backward()``, and a state that can be resumed.
+
+It knows no Ray.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ TRUNK, TAIL = "model.trunk.", "model._tail."
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be fitted, and what its manifest will say."""
+    """A fit to run, with the facts for its manifest."""
 
     method: SourceMethod
     model: ModelConfig
@@ -58,7 +61,7 @@ class Task:
 
 @dataclass
 class Fit:
-    """A fit under way. ``module`` is the objective, or what ``wrap`` made of it."""
+    """An unfinished fit; ``module`` is the objective, or the objective as ``wrap`` wrapped it."""
 
     task: Task
     objective: Objective
@@ -115,7 +118,10 @@ def fit(
     every: int = 100,
     draws: Callable[[int], Draw] | None = None,
 ) -> SourceModel:
-    """Learn ``task`` in this process from the train split of ``corpora``; the threshold comes from their val split."""
+    """Fits ``task`` in this process on the train split; the threshold comes from the val split.
+
+    Raises FitError if a class is missing or the loss is not finite.
+    """
     check_validation(corpora)
     state = begin(task, domains=len(corpora))
     advance(state, corpora, until=task.method.steps, report=report, every=every, draws=draws)
@@ -133,7 +139,7 @@ def advance(
     every: int = 100,
     draws: Callable[[int], Draw] | None = None,
 ) -> None:
-    """Take ``state`` from where it is to step ``until``, as one of ``world`` workers.
+    """Advances ``state`` to step ``until``, as one of ``world`` workers.
 
     ``draws`` may hand out the samples of a step that were drawn before, for another method. ``report`` is
     called after each ``every`` steps, and after the last, with the mean loss terms since the call before.
@@ -153,7 +159,7 @@ def advance(
 
 
 def begin(task: Task, *, domains: int, wrap: Callable[[nn.Module], nn.Module] | None = None) -> Fit:
-    """Fresh weights from the seed, and their optimizer."""
+    """Returns a fit at step 0: weights from the seed (or ``source.start``) and their optimizer."""
     generator = torch.Generator().manual_seed(task.method.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.method.seed)
@@ -173,7 +179,7 @@ def begin(task: Task, *, domains: int, wrap: Callable[[nn.Module], nn.Module] | 
 def step(
     state: Fit, given: Batch, generator: Generator, *, lap: Callable[[str], None] | None = None
 ) -> dict[str, float]:
-    """One optimizer step in place; returns the loss terms before it. The only ``backward()`` of a fit.
+    """Takes one optimizer step in place and returns the loss terms before it: the only ``backward()``.
 
     ``lap`` is told when the forward and the backward pass are done.
     """
@@ -205,7 +211,7 @@ def step(
 
 
 def schedule(step: int, steps: int) -> float:
-    """Factor on the rate: linear warm-up, then half a cosine down to 1 %."""
+    """Returns the factor on the rate: linear warm-up, then half a cosine down to 1 %."""
     warm = max(1, round(WARMUP * steps))
     if step < warm:
         return (step + 1) / warm
@@ -213,7 +219,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def save(state: Fit, folder: Path) -> None:
-    """Everything that the rest of the fit depends on, as safetensors and JSON."""
+    """Saves everything that the rest of the fit depends on, as safetensors and JSON."""
     tensors = {f"model.{n}": t for n, t in state.objective.state_dict().items()}
     for i, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{n}": torch.as_tensor(t) for n, t in moments.items()}
@@ -222,7 +228,7 @@ def save(state: Fit, folder: Path) -> None:
 
 
 def restore(state: Fit, folder: Path) -> None:
-    """Continue from ``save``; FitError for the state of another configuration, ValueError for a damaged one."""
+    """Restores the state of ``save``; raises FitError for another configuration, ValueError for damage."""
     tensors, meta = fit_state.read(folder)
     mine = {"kind": state.task.method.kind, "fingerprint": state.task.fingerprint}
     for name, value in mine.items():
@@ -250,7 +256,7 @@ def restore(state: Fit, folder: Path) -> None:
 
 
 def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> SourceModel:
-    """Fold the trunk, put each head's radius and the threshold at the EER of the pooled validation, and seal."""
+    """Folds the trunk, sets boundaries and threshold at the EER of the validation, and seals the model."""
     trunk, tail = fold(objective.trunk).cpu(), objective.final_tail()
     domain, label, z, present = validation_features(trunk, corpora)
     tail |= equal_error_boundaries(tail, z, present, label)
@@ -283,7 +289,7 @@ def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> Sourc
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch on ``count`` threads for a while."""
+    """Runs torch on ``count`` threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -293,13 +299,16 @@ def threads(count: int) -> Iterator[None]:
 
 
 def scores(model: SourceModel, z: Tensor, present: Tensor) -> Tensor:
-    """[N] P(bona fide) of features [N, M, F]."""
+    """Returns P(bona fide) [N] of features [N, M, F]."""
     with torch.no_grad():
         return tails.score(model.tail, z, present)
 
 
 def _load_start(start: Path, trunk: nn.Module, tail: Params) -> None:
-    """Trunk and tail of the fit that ``save`` left in ``start``; a head that it does not have stays as it is."""
+    """Loads trunk and tail of the fit that ``save`` left in ``start``; raises FitError.
+
+    A head that the stored fit lacks keeps its fresh weights.
+    """
     try:
         stored, _ = fit_state.read(start)
         trunk.load_state_dict({n.removeprefix(TRUNK): t for n, t in stored.items() if n.startswith(TRUNK)})
@@ -329,7 +338,10 @@ def _parameter_groups(objective: Objective, decay: float) -> list[dict[str, obje
 
 
 def _uses_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether the trunk computes in bfloat16; without hardware for it that is four times as slow as float32."""
+    """Returns True if the trunk computes in bfloat16.
+
+    Without hardware for it, bfloat16 is four times as slow as float32.
+    """
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":

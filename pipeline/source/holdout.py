@@ -69,7 +69,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """One fit: the sources' validation (where thresholds come from), the held-out tests, and the training species."""
+    """One fit: validation of the sources (for thresholds), held-out tests, and the training species."""
 
     dev: Split
     test: Split
@@ -159,13 +159,14 @@ def from_file(path: Path) -> Result:
 
 
 def read_stored(path: Path, made: Callable[[dict[str, np.ndarray]], T]) -> T:
-    """``made`` of the arrays in an .npz file; ValueError with the next step where it is damaged or of another version."""
+    """Returns ``made`` of the arrays in an .npz file; raises ValueError where the file is damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return made({name: stored[name] for name in stored.files})
     except DAMAGED as e:
         raise ValueError(
-            f"{path}: not a stored result of this version ({' '.join(str(e).split())[:120]}); delete it and run again"
+            f"{path}: not a stored result of this version ({' '.join(str(e).split())[:120]}); "
+            "delete it and run again"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Loss terms and risks that more than one source method is made of."""
+"""Computes the loss terms and risks that more than one source method uses."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ PAIRS = ((0, 1), (0, 2), (1, 2))  # of modalities
 
 
 def risk_terms(method: SourceMethod, risk: Tensor) -> dict[str, Tensor]:
-    """The terms that all methods have, from the risk [V] of every head."""
+    """Returns the terms that all methods have, from the risk [V] of every head."""
     return {"risk": risk[tails.FUSED], "heads": method.heads * risk[: tails.FUSED].sum()}
 
 
 def domain_boundaries(domains: int, tail: Params) -> Params:
-    """``extra`` of a method whose domains own a boundary each: [E, ...] copies of the tail's."""
+    """Returns ``extra`` of a method whose domains own a boundary each: [E, ...] copies of the tail's."""
     return {n: tail[n].detach().expand(domains, *tail[n].shape).clone() for n in tails.BOUNDARY if n in tail}
 
 
 def with_domain_boundaries(model: Model, batch: Batch) -> Params:
-    """The tail in which every sample meets the boundary of its own domain."""
+    """Returns the tail in which every sample meets the boundary of its own domain."""
     return {**model.tail, **{n: t[batch.domain] for n, t in model.extra.items() if n in tails.BOUNDARY}}
 
 
 def pg_irm_step(extra: Params, alpha: float) -> None:
-    """PG-IRM (SA-FAS, Sun et al., CVPR 2023): each domain's boundary moves to the one farthest from it, in
-    place.
+    """Moves each domain's boundary towards the one farthest from it, in place.
+
+    PG-IRM of SA-FAS (Sun et al., CVPR 2023).
     """
     with torch.no_grad():
         for name in (n for n in tails.BOUNDARY if n in extra and len(extra[n]) > 1):
@@ -45,14 +46,13 @@ def pg_irm_step(extra: Params, alpha: float) -> None:
 
 
 def logistic_loss(logit: Tensor, label: Tensor, margin: float = 0.0) -> Tensor:
-    """Logistic loss of each logit; ``margin`` (in radii) is asked for on both sides of the boundary."""
+    """Returns the logistic loss of each logit; ``margin`` (in radii) is asked for on both sides."""
     signed = torch.where(label == 1, logit, -logit) - tails.KAPPA * margin
     return torch.nn.functional.softplus(-signed)
 
 
 def domain_means(x: Tensor, batch: Batch, used: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over its classes of the class means of x [B, ...] in each domain of the batch, and where it has
-    any row.
+    """Returns the mean over classes of the class means of x [B, ...] per domain, and where it has rows.
 
     No class prior matters. Both are [E', ...]; ``used`` [B, ...] selects, zero stands where it selects
     nothing.
@@ -66,27 +66,28 @@ def domain_means(x: Tensor, batch: Batch, used: Tensor) -> tuple[Tensor, Tensor]
 
 
 def mean_over_domains(x: Tensor, batch: Batch, used: Tensor) -> Tensor:
-    """Mean of ``domain_means`` over the domains that have any row, [...]: no domain's size matters either."""
+    """Returns the mean of ``domain_means`` over the domains with rows, [...]: no domain's size matters."""
     mean, there = domain_means(x, batch, used)
     return mean.sum(dim=0) / there.sum(dim=0).clamp(min=1)
 
 
 def domain_risks(logit: Tensor, batch: Batch, used: Tensor, margin: float = 0.0) -> Tensor:
-    """[E'] logistic risk of each domain with a row in ``used`` [B]; a single zero if there is none."""
+    """Returns the logistic risk [E'] of each domain with a row in ``used`` [B]; one zero if there is none."""
     risk, there = domain_means(logistic_loss(logit, batch.label, margin), batch, used)
     return risk[there] if bool(there.any()) else risk[:1]
 
 
 def head_risks(logit: Tensor, batch: Batch, present: Tensor, margin: float = 0.0) -> Tensor:
-    """[V] mean over the domains of every head's risk, where its modality is ``present`` [B, M]."""
+    """Returns [V] the mean over domains of every head's risk, where its modality is ``present`` [B, M]."""
     return mean_over_domains(logistic_loss(logit, batch.label[:, None], margin), batch, head_mask(present))
 
 
 def sup_con(
     hidden: Tensor, group: Tensor, temperature: float, *, used: Tensor | None = None, margin: float = 0.0
 ) -> Tensor:
-    """Supervised contrast (Khosla et al., NeurIPS 2020) of the directions of ``hidden`` [B, D] by ``group``
-    [B].
+    """Returns the supervised contrast of the directions of ``hidden`` [B, D] by ``group`` [B].
+
+    SupCon of Khosla et al., NeurIPS 2020.
 
     Rows of a group have to be closer by ``margin`` (radians) than those of others; ``used`` [B] selects rows.
     """
@@ -104,8 +105,9 @@ def sup_con(
 
 
 def irm_penalty(logit: Tensor, batch: Batch) -> Tensor:
-    """IRMv1 (Arjovsky et al., 2019): squared gradient of a domain's risk by a scale w = 1 of the logit [B],
-    unbiased.
+    """Returns the squared gradient of each domain's risk by a scale w = 1 of the logit [B], unbiased.
+
+    IRMv1 of Arjovsky et al., 2019.
 
     The paper multiplies the gradients on two halves of the data. This is the mean over all such splits of
     every class, so no order matters: a product of two classes' means, or of different samples within a class.
@@ -121,19 +123,17 @@ def irm_penalty(logit: Tensor, batch: Batch) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x [B] over mask [B]; zero (with a gradient path) where nothing is selected."""
+    """Returns the mean of x [B] over mask [B]; zero (with a gradient path) where nothing is selected."""
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def head_mask(present: Tensor) -> Tensor:
-    """[B, V]: a modality's head has an opinion only where the modality is there; the fused head always."""
+    """Returns [B, V]: a modality's head counts only where the modality is present; the fused head always."""
     return torch.cat([present, present.any(dim=1, keepdim=True)], dim=1)
 
 
 def drop_modalities(present: Tensor, share: float, generator: Generator) -> Tensor:
-    """Take D, I, both, or RGB away from ``share`` of the samples (odds .25 .25 .25 .1); never the last
-    modality.
-    """
+    """Drops D, I, both, or RGB (odds .25 .25 .25 .1) from ``share`` of the samples, never the last one."""
     kept = torch.tensor([[1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1]], dtype=torch.bool)
     count = present.shape[0]
     pattern = torch.multinomial(
@@ -145,13 +145,16 @@ def drop_modalities(present: Tensor, share: float, generator: Generator) -> Tens
 
 
 def _cells(batch: Batch) -> Tensor:
-    """[B, 2 E'] one-hot: which class of which domain in the batch a row belongs to."""
+    """Returns [B, 2 E'] one-hot: the class and domain in the batch that a row belongs to."""
     domain = batch.domain.unique(return_inverse=True)[1]
     return torch.nn.functional.one_hot(2 * domain + batch.label.long(), 2 * (int(domain.max()) + 1))
 
 
 def _with_angle_margin(cosine: Tensor, margin: float) -> Tensor:
-    """Cosine of the angle plus ``margin`` (ArcFace, Deng et al., CVPR 2019); falling with the angle up to pi."""
+    """Returns the cosine of the angle plus ``margin``, falling with the angle up to pi.
+
+    ArcFace, Deng et al., CVPR 2019.
+    """
     sine = torch.sqrt((1 - cosine * cosine).clamp(min=1e-6))
     wide = cosine * math.cos(margin) - sine * math.sin(margin)
     return torch.where(cosine > -math.cos(margin), wide, cosine - margin * math.sin(margin))

@@ -1,4 +1,6 @@
-"""Stratified batches of labelled frames: equal counts per domain x class, a pure function of (seed, step, rank).
+"""Draws stratified batches of labelled frames as a pure function of (seed, step, rank).
+
+Every domain x class has equal counts.
 
 So a fit that is resumed sees what it would have seen. Frames stay uint8 in memory until they are drawn.
 """
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class FitError(PalisadeError, ValueError):
-    """There is nothing to learn from, or learning broke; one line."""
+    """Data that nothing can be learned from, or a fit that broke; the message is one line."""
 
 
 class Cell(NamedTuple):
@@ -40,7 +42,7 @@ class Cell(NamedTuple):
 
 
 def stratify(corpora: Sequence[Corpus]) -> list[Cell]:
-    """The non-empty cells domain x class of the train split."""
+    """Returns the non-empty cells domain x class of the train split; raises FitError."""
     cells = []
     for e, corpus in enumerate(corpora):
         train = np.asarray(corpus.split) == "train"
@@ -58,7 +60,7 @@ def stratify(corpora: Sequence[Corpus]) -> list[Cell]:
 
 
 def check_validation(corpora: Sequence[Corpus]) -> None:
-    """The threshold needs both classes in the pooled val split; say so before the fit, not after it."""
+    """Raises FitError before the fit unless the pooled val split has both classes for the threshold."""
     stratify(corpora)  # what is missing from the train split is the more useful thing to hear
     seen = {int(y) for c in corpora for y in np.unique(np.asarray(c.label)[np.asarray(c.split) == "val"])}
     if not {0, 1} <= seen:
@@ -69,7 +71,7 @@ def check_validation(corpora: Sequence[Corpus]) -> None:
 
 
 class Draw(NamedTuple):
-    """What one step sees, in the eight bits that a sensor gives: small enough to keep for the next method."""
+    """The samples of one step in 8 bits, small enough to keep for the next method."""
 
     frames: Tensor  # uint8 [B, 5, H, W], augmented
     present: Tensor  # [B, M] bool
@@ -86,7 +88,10 @@ def draw(
     rank: int,
     world: int,
 ) -> Draw:
-    """The samples of one step on one rank, equal counts per cell; of the method only the schedule's fields matter."""
+    """Returns the samples of one step on one rank, equal counts per cell.
+
+    Of the method only the shared settings matter.
+    """
     random = np.random.default_rng([method.seed, step, rank])
     generator = torch.Generator().manual_seed(int(random.integers(2**62)))
     share = max(2, method.batch // world)
@@ -107,7 +112,7 @@ def draw(
 
 
 def make_batch(method: SourceMethod, drawn: Draw, *, step: int, rank: int) -> tuple[Batch, Generator]:
-    """``drawn`` made ready for the trunk, and the generator for what the method itself draws."""
+    """Returns ``drawn`` prepared for the trunk, and the generator for the method's own draws."""
     random = np.random.default_rng([method.seed, step, rank, 1])
     generator = torch.Generator().manual_seed(int(random.integers(2**62)))
     ready = prepare(drawn.frames)
@@ -115,7 +120,7 @@ def make_batch(method: SourceMethod, drawn: Draw, *, step: int, rank: int) -> tu
 
 
 def prefetch(draws: Callable[[int], Draw], steps: Iterable[int]) -> Iterator[tuple[int, Draw]]:
-    """(step, its samples), the next ones being drawn while the caller works on these."""
+    """Yields (step, its samples) while the samples of the next step are being drawn."""
     with ThreadPoolExecutor(1) as pool:
         waiting: list[tuple[int, Future[Draw]]] = []
         for at in steps:

@@ -1,4 +1,4 @@
-"""Labelled data sets: one file of this package reads one set's own layout on disk.
+"""What importers of labelled data sets share; one file of this folder reads one set's own layout.
 
 A kind is a module with ``rows(root, *, size) -> Iterator[Row | Rejected]`` and ``total(root) -> int``, about
 how many.
@@ -62,14 +62,14 @@ Images = tuple["Path", "Path", "Path"]  # RGB, depth, IR of one frame
 
 
 def data_root(root: Path | None, layout: str) -> Path:
-    """``root`` if it is a folder, else a CorpusError that says which ``layout`` was expected."""
+    """Returns ``root`` if it is a folder, else raises a CorpusError with the expected ``layout``."""
     if root is None or not root.is_dir():
         raise CorpusError(f"{root or 'no folder'}: no such folder; expected {layout}")
     return root
 
 
 def subfolders(root: Path, name: str) -> list[Path]:
-    """Folders called ``name``: ``root`` itself, or up to three levels below it."""
+    """Returns the folders called ``name``: ``root`` itself, or up to three levels below it."""
     if root.name == name:
         return [root]
     found = (p for depth in ("", "*/", "*/*/") for p in sorted(root.glob(depth + name)))
@@ -77,14 +77,17 @@ def subfolders(root: Path, name: str) -> list[Path]:
 
 
 def evenly_spaced(items: Sequence[Item]) -> list[Item]:
-    """All of up to FRAMES items, else FRAMES of them in equal steps (12, 24, 36 of 0-49)."""
+    """Returns all of up to FRAMES items, else FRAMES of them in equal steps (12, 24, 36 of 0-49)."""
     if len(items) <= FRAMES:
         return list(items)
     return [items[(len(items) - 1) * k // (FRAMES + 1)] for k in range(1, FRAMES + 1)]
 
 
 def clip_frames(clip: Path, folders: tuple[str, str, str]) -> tuple[list[Images], int]:
-    """Frames of ``clip/<folder>/<number>.jpg`` that all three folders have, by number; and how many lack one."""
+    """Returns the frames that all three folders of a clip have, by number, and how many lack one.
+
+    A frame is ``clip/<folder>/<number>.jpg`` in each of ``folders`` (RGB, depth, infrared).
+    """
     planes = [_numbered(clip / folder) for folder in folders]
     everywhere = sorted(set(planes[0]) & set(planes[1]) & set(planes[2]))
     anywhere = set(planes[0]) | set(planes[1]) | set(planes[2])
@@ -94,7 +97,7 @@ def clip_frames(clip: Path, folders: tuple[str, str, str]) -> tuple[list[Images]
 def image_frame(
     images: Images, *, size: int, crop: Callable[[list[np.ndarray]], list[np.ndarray]] | None = None
 ) -> tuple[np.ndarray, int, str]:
-    """(frame, present, sha256 of the files) of one RGB, depth and IR file; raises BadImage, which names no path.
+    """Returns (frame, present, sha256 of the files) of one RGB, depth and IR file; raises BadImage.
 
     Folder names of a data set may hold personal data, so no reason repeats them.
     """
@@ -105,7 +108,7 @@ def image_frame(
 
 
 def sha256(parts: Iterable[bytes]) -> str:
-    """Digest over the parts and their lengths."""
+    """Returns the sha256 of the parts and their lengths."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
@@ -114,7 +117,7 @@ def sha256(parts: Iterable[bytes]) -> str:
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
-    """Images by the number that is their name; other files are no frames."""
+    """Returns the images whose name is a number, by that number."""
     if not folder.is_dir():
         return {}
     files = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.stem.isdecimal())

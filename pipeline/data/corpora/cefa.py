@@ -1,4 +1,6 @@
-"""CASIA-SURF CeFA (C): RealSense RGB, depth and IR of three ethnicities; cloth prints, screens, 3D and silicone masks.
+"""Imports CASIA-SURF CeFA (C): RealSense RGB, depth and IR of people of three ethnicities.
+
+Attacks are cloth prints, screens, 3D masks and silicone masks.
 
 Read from ``CeFA-Race/{AF,CA,EA}/<race>-<id>[-<id card>]/<P1_P2_P3_P4_P5>/{profile,depth,ir}/<n>.jpg`` (P1
 race, P2 subject, P3 device, P4 session, P5 instrument) and
@@ -54,7 +56,7 @@ class _Clip(NamedTuple):
 
 
 def rows(root: Path | None, *, size: int) -> Iterator[Row | Rejected]:
-    """Samples of every clip below ``root``."""
+    """Yields the samples of every clip below ``root``."""
     for clip in _clips(data_root(root, LAYOUT)):
         if isinstance(clip, Rejected):
             yield clip
@@ -63,7 +65,7 @@ def rows(root: Path | None, *, size: int) -> Iterator[Row | Rejected]:
 
 
 def total(root: Path | None) -> int:
-    """About how many samples ``rows`` yields."""
+    """Returns about how many samples ``rows`` yields."""
     clips = _clips(data_root(root, LAYOUT))
     first = next((c for c in clips if isinstance(c, _Clip)), None)
     return len(clips) * (min(FRAMES, max(1, len(clip_frames(first.path, FOLDERS)[0]))) if first else 1)
@@ -127,7 +129,7 @@ def _mask_clip(path: Path) -> _Clip | Rejected:
 
 
 def _without_id_card(name: str) -> str:
-    """A folder name without what may be an id card."""
+    """Returns a folder name without digits that may be an id card."""
     return re.sub(r"[0-9]{5,}[0-9Xx]*", "…", name)[:60]
 
 
@@ -150,7 +152,7 @@ def _clip_rows(clip: _Clip, size: int) -> Iterator[Row | Rejected]:
 
 
 def _without_border(planes: list[np.ndarray]) -> list[np.ndarray]:
-    """Cut the rows and columns at the edges that are black in every modality; their shapes must agree for that."""
+    """Cuts off the border rows and columns that are black in every modality, if the shapes agree."""
     flat = [p.max(axis=2) if p.ndim == 3 else p for p in planes]
     if len({p.shape for p in flat}) != 1:
         return planes

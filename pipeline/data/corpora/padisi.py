@@ -1,4 +1,6 @@
-"""PADISI-Face (P): 360 participants in a multi-spectral rig; eyes, paper, masks, make-up, glasses and tattoos.
+"""Imports PADISI-Face (P): 360 participants before a multi-spectral rig, with nine kinds of attack.
+
+Attacks are eyes, paper, masks, make-up, glasses and tattoos.
 
 Read from ``ID_<transaction>_<trial>_<name>.npz`` or ``<trial>.npz``, key ``data``: floats (1, 22, H, W) in
 [0, 1], with channels 0-2 BGR, 3 NIR, 4 depth. Labels come from the official ground truth, splits from
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-LAYOUT = "…/ID_<transaction>_<trial>_<name>.npz (or <trial>.npz), *_ground_truth.csv and *_partition_3folds_part0.csv"
+LAYOUT = (
+    "…/ID_<transaction>_<trial>_<name>.npz (or <trial>.npz), *_ground_truth.csv and "
+    "*_partition_3folds_part0.csv"
+)
 TRIAL = re.compile(r"(?:ID_[0-9a-z]+_)?([0-9a-z]{8})(?:_.*)?")
 TRUTH, PARTITION = "*ground_truth.csv", "*partition_3folds_part0.csv"
 GROUPS: dict[str, str] = {"train": "train", "valid": "val", "test": "test"}
@@ -50,7 +55,7 @@ class _Trial(NamedTuple):
 
 
 def rows(root: Path | None, *, size: int) -> Iterator[Row | Rejected]:
-    """One sample per file below ``root``."""
+    """Yields one sample per file below ``root``."""
     base = data_root(root, LAYOUT)
     files = _files(base)
     trials = _trials(base)
@@ -70,7 +75,7 @@ def rows(root: Path | None, *, size: int) -> Iterator[Row | Rejected]:
 
 
 def total(root: Path | None) -> int:
-    """How many samples there are."""
+    """Returns how many samples ``rows`` yields."""
     return len(_files(data_root(root, LAYOUT)))
 
 
@@ -94,7 +99,7 @@ def _trials(root: Path) -> dict[str, _Trial]:
 
 
 def _table(root: Path, pattern: str, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    """The named columns of the first CSV that fits; no other column is kept."""
+    """Yields the named columns of the first CSV that fits; no other column is read on."""
     path = next(iter(sorted(root.rglob(pattern))), None)
     if path is None:
         raise CorpusError(f"{root}: holds no {pattern}; expected {LAYOUT}")
@@ -137,7 +142,7 @@ def _frame(array: np.ndarray, size: int) -> tuple[np.ndarray, int]:
 
 
 def _array(path: Path) -> np.ndarray:
-    """Array ``data``; its claimed type and shape are bounded before it is unpacked, and objects are never unpickled."""
+    """Reads the array ``data`` after its claimed type and shape were checked; nothing is unpickled."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo("data.npy")
         if info.file_size > MAX_ARRAY:

@@ -1,4 +1,6 @@
-"""CASIA-SURF (S): RealSense RGB, depth and IR of 1000 subjects, six attacks from printed faces with parts cut out.
+"""Imports CASIA-SURF (S): RealSense RGB, depth and IR of 1,000 subjects.
+
+The six attacks are printed faces with parts cut out.
 
 Read from the cropped full release,
 ``CASIA-SURF-CROP/{real,fake}_part/{real,fake}_{train,val,test}_part/<subject>/
@@ -48,7 +50,7 @@ class _Clip(NamedTuple):
 
 
 def rows(root: Path | None, *, size: int) -> Iterator[Row | Rejected]:
-    """Samples of every clip below ``root``, and of the challenge's lists if they are there."""
+    """Yields the samples of every clip below ``root``, and of the challenge's lists if they are there."""
     base = data_root(root, LAYOUT)
     clips = _clips(base)
     for clip in clips:
@@ -59,7 +61,7 @@ def rows(root: Path | None, *, size: int) -> Iterator[Row | Rejected]:
 
 
 def total(root: Path | None) -> int:
-    """About how many samples ``rows`` yields."""
+    """Returns about how many samples ``rows`` yields."""
     base = data_root(root, LAYOUT)
     clips = _clips(base)
     listed = sum(len(p.read_bytes().splitlines()) for name, _ in LISTS for p in base.rglob(name))

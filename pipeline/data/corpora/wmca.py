@@ -1,4 +1,4 @@
-"""WMCA (W): 72 people in front of a RealSense SR300; glasses, masks, fake heads, prints and replays.
+"""Imports WMCA (W): 72 people before a RealSense SR300; glasses, masks, fake heads, prints and replays.
 
 Read from the preprocessed pairs
 ``WMCA_preprocessed_{RGB,CDIT}/…/<client>_<session>_<presenter>_<type>_<pai>.hdf5`` with datasets
@@ -40,12 +40,12 @@ GROUPS: dict[str, str] = {"train": "train", "dev": "val", "eval": "test"}
 BONA_FIDE_INSTRUMENTS = ("00", "01", "02")  # instruments of bona fide: none, own glasses, others' glasses
 DEFECTS = ("100_03_015_2_10", "101_06_067_1_02")  # the modalities' frame indices do not match
 CLIENTS: dict[str, str] = {
-    "train": "002 004 005 007 014 015 021 028 029 032 034 037 038 040 041 045 046 054 061 062 064 065 068 069 098 104 "
-    "106 108 501 503 506 513 515 516 533",
-    "val": "003 006 009 010 013 016 018 019 022 023 024 026 033 042 047 048 052 055 056 057 058 059 066 070 071 105 "
-    "107 110 502 504 507 512 532 534",
-    "test": "001 008 011 012 017 020 025 027 030 031 035 036 039 043 044 049 050 051 053 060 063 067 072 073 099 100 "
-    "101 102 103 109 505 514 530 535",
+    "train": "002 004 005 007 014 015 021 028 029 032 034 037 038 040 041 045 046 054 061 062 064 065 068 "
+    "069 098 104 106 108 501 503 506 513 515 516 533",
+    "val": "003 006 009 010 013 016 018 019 022 023 024 026 033 042 047 048 052 055 056 057 058 059 066 "
+    "070 071 105 107 110 502 504 507 512 532 534",
+    "test": "001 008 011 012 017 020 025 027 030 031 035 036 039 043 044 049 050 051 053 060 063 067 072 "
+    "073 099 100 101 102 103 109 505 514 530 535",
 }
 SPECIES: dict[str, dict[str, str]] = {  # by type, then pai; grouped as the published attack lists are
     "1": {"01 04 05 06 07 15 16": "glasses", "02 13 14": "rigid_mask"},
@@ -68,7 +68,7 @@ class _Recording(NamedTuple):
 
 
 def rows(root: Path | None, *, size: int) -> Iterator[Row | Rejected]:
-    """Samples of every recording below ``root``."""
+    """Yields the samples of every recording below ``root``."""
     base = data_root(root, LAYOUT)
     recordings = _recordings(base)
     protocol = _protocol(base)
@@ -79,12 +79,12 @@ def rows(root: Path | None, *, size: int) -> Iterator[Row | Rejected]:
 
 
 def total(root: Path | None) -> int:
-    """About how many samples ``rows`` yields."""
+    """Returns about how many samples ``rows`` yields."""
     return FRAMES * len(_recordings(data_root(root, LAYOUT)))
 
 
 def species(kind: str, pai: str) -> str:
-    """PAI species of an attack of this type and instrument; those the lists do not group keep their code."""
+    """Returns the PAI species of a type and instrument, or its code where the lists do not group it."""
     for codes, name in SPECIES.get(kind, {}).items():
         if pai in codes.split():
             return name
@@ -107,7 +107,7 @@ def _files(root: Path, which: str) -> list[Path]:
 
 
 def _protocol(root: Path) -> dict[str, str | None] | None:
-    """str by recording, None where the file contradicts itself; or None if there is no protocol file."""
+    """Returns the split by recording (None where the file contradicts itself), or None without a protocol."""
     path = next(iter(sorted(root.rglob(PROTOCOL))), None)
     if path is None:
         return None
@@ -164,7 +164,7 @@ def _split(name: str, client: str, protocol: dict[str, str | None] | None) -> st
 def _frames(
     rgb: Path, cdit: Path, size: int
 ) -> Iterator[tuple[int | None, tuple[np.ndarray, int, str] | str]]:
-    """(frame index, what goes into its row | reason); index None for a reason that holds for the whole recording."""
+    """Yields (frame index, row content or reason); index None for a reason about the whole recording."""
     try:
         with h5py.File(rgb, "r") as colour, h5py.File(cdit, "r") as planes:
             indices, others = _indices(colour), _indices(planes)
@@ -199,7 +199,7 @@ def _frame(colour: object, planes: object, size: int) -> tuple[np.ndarray, int, 
 
 
 def _array(array: object, planes: int, name: str) -> np.ndarray:
-    """The frame's array; its claimed shape is bounded before it is read."""
+    """Returns the frame's array after its claimed shape was checked."""
     if (
         not isinstance(array, h5py.Dataset)
         or array.ndim != 3

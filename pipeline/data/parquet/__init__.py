@@ -1,1 +1,1 @@
-"""Opening Parquet files that a stranger wrote."""
+"""Opens Parquet files that a stranger wrote, without trusting anything in them."""

@@ -1,4 +1,4 @@
-"""One row of a foreign table: judged cell by cell, so that a bad capture costs one capture."""
+"""Judges the rows of a foreign table cell by cell: each becomes a capture or a reason."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class BadRow(NamedTuple):
 
 
 def judge_rows(columns: Sequence[Sequence[object]], site: str) -> Iterator[Capture | BadRow]:
-    """Rows of a segment's columns, in their order, each a capture of ``site`` or the reason why it is none."""
+    """Yields the rows of a segment in order, each as a capture of ``site`` or with the reason against it."""
     seen: dict[str, int] = {}
     for row, cells in enumerate(zip(*columns)):
         yield _capture(row, cells, site, seen)
 
 
 def python_values(column: pa.ChunkedArray) -> list[object]:
-    """Python values of a column; equal bytes are one object, and nothing is decoded as text yet."""
+    """Returns the Python values of a column; equal bytes are one object, and text is not decoded yet."""
     found: list[object] = []
     try:
         for chunk in column.chunks:
@@ -64,7 +64,7 @@ def python_values(column: pa.ChunkedArray) -> list[object]:
 
 
 def printable_text(raw: object) -> str | None:
-    """Short printable text, else None."""
+    """Returns short printable text, else None."""
     if not isinstance(raw, bytes) or not 0 < len(raw) <= 4 * MAX_ID:
         return None
     try:
@@ -75,7 +75,7 @@ def printable_text(raw: object) -> str | None:
 
 
 def printable(raw: object) -> str:
-    """At most 63 characters of something foreign, safe for a log line."""
+    """Returns at most 63 characters of a foreign value, safe for a log line."""
     word = raw.decode(errors="replace") if isinstance(raw, bytes) else str(raw)
     return ascii(word[:63])
 

@@ -1,4 +1,4 @@
-"""Thrift's compact protocol, of which Parquet footers and page headers are made: bounded reading, minimal writing.
+"""Reads Thrift's compact protocol within bounds, and writes the little of it that a footer needs.
 
 A struct is a dict by field number of int, bytes, list or dict; booleans are 0 and 1. Only what Parquet uses
 is read.
@@ -15,11 +15,11 @@ Struct = dict[int, "int | bytes | list[object] | Struct"]
 
 
 class BadThrift(PalisadeError, ValueError):
-    """Bytes that are no struct."""
+    """Bytes that hold no valid struct."""
 
 
 def read_struct(data: bytes, at: int) -> tuple[Struct, int]:
-    """The struct at ``at`` and where it ends; raises BadThrift."""
+    """Returns the struct at ``at`` and where it ends; raises BadThrift."""
     try:
         return _struct(data, at, 0)
     except IndexError:
@@ -27,7 +27,7 @@ def read_struct(data: bytes, at: int) -> tuple[Struct, int]:
 
 
 def integer(struct: Struct, field: int, default: int | None = None) -> int:
-    """An integer field; raises BadThrift where it is missing without a default, or something else."""
+    """Returns an integer field; raises BadThrift if it is missing without a default, or of another type."""
     value = struct.get(field, default)
     if not isinstance(value, int):
         raise BadThrift(f"field {field} is no integer")
@@ -35,7 +35,7 @@ def integer(struct: Struct, field: int, default: int | None = None) -> int:
 
 
 def binary(struct: Struct, field: int) -> bytes:
-    """A byte field, empty where missing."""
+    """Returns a byte field, empty if it is missing."""
     value = struct.get(field, b"")
     if not isinstance(value, bytes):
         raise BadThrift(f"field {field} is no text")
@@ -43,7 +43,7 @@ def binary(struct: Struct, field: int) -> bytes:
 
 
 def child(struct: Struct, field: int) -> Struct:
-    """A struct field, empty where missing."""
+    """Returns a struct field, empty if it is missing."""
     value = struct.get(field, {})
     if not isinstance(value, dict):
         raise BadThrift(f"field {field} is no struct")
@@ -51,7 +51,7 @@ def child(struct: Struct, field: int) -> Struct:
 
 
 def children(struct: Struct, field: int) -> list[Struct]:
-    """A list of structs, empty where missing."""
+    """Returns a list of structs, empty if it is missing."""
     value = struct.get(field, [])
     found = [v for v in value if isinstance(v, dict)] if isinstance(value, list) else None
     if found is None or len(found) != len(value):  # pyright: ignore[reportArgumentType]
@@ -60,7 +60,10 @@ def children(struct: Struct, field: int) -> list[Struct]:
 
 
 def write_struct(fields: dict[int, tuple[int, object]]) -> bytes:
-    """Bytes of a struct given as (type, value) by field number; a list's value is (type of its items, items)."""
+    """Encodes a struct that is given as (type, value) by field number.
+
+    The value of a list is (type of its items, items).
+    """
     out, last = bytearray(), 0
     for number, (kind, value) in sorted(fields.items()):
         out.append((number - last) << 4 | kind)  # no struct here skips more than 15 numbers

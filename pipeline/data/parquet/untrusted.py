@@ -1,4 +1,6 @@
-"""Opens a Parquet file that a stranger wrote: nothing in it runs code, ends the process or allocates more than allowed.
+"""Opens a Parquet file of unknown origin after checking its size, its footer and its page headers.
+
+Nothing in the file runs code, ends the process or allocates more than allowed.
 
 Arrow does all three from a footer alone: it rebuilds extension types from ``ARROW:schema`` (registered types
 may run code then), aborts on size statistics that do not fit (pyarrow 25), and allocates what is claimed. So
@@ -59,7 +61,7 @@ class BadParquet(PalisadeError, ValueError):
 
 
 class Limits(NamedTuple):
-    """What a file may hold: ``columns`` maps each allowed column to (physical type, logical type)."""
+    """The bounds of a file; ``columns`` maps each allowed column to (physical type, logical type)."""
 
     columns: Mapping[str, tuple[str, str]]
     max_rows: int
@@ -83,7 +85,7 @@ class _Footer(NamedTuple):
 
 
 def check_footer(path: Place, limits: Limits) -> int:
-    """Judge ``path`` by its footer and return its number of rows; raises BadParquet and what ``read_table`` does."""
+    """Checks ``path`` by its footer and returns its number of rows; raises as ``read_table`` does."""
     with _open_regular(path, limits) as (file, size):
         head = file.read(4)
         file.seek(size - 8)
@@ -94,7 +96,7 @@ def check_footer(path: Place, limits: Limits) -> int:
 
 
 def read_table(path: Place, limits: Limits) -> tuple[pa.Table, str]:
-    """The table in ``path`` and the sha256 of the file, after checking size, footer and pages, in this order.
+    """Returns the table in ``path`` and the sha256 of the file, after checking size, footer and pages.
 
     Byte columns stay dictionaries, so that repeats are held once. Raises BadParquet for what the file is,
     FileNotFoundError and StoreUnavailable for what may be otherwise next time. No bit of a file of
@@ -127,7 +129,7 @@ def read_table(path: Place, limits: Limits) -> tuple[pa.Table, str]:
 
 @contextmanager
 def _open_regular(path: Place, limits: Limits) -> Iterator[tuple[IO[bytes] | pa.NativeFile, int]]:
-    """The file and its size, which is allowed; nothing of it is read yet."""
+    """Opens the file and returns it with its size, which is allowed; nothing of it is read yet."""
     try:
         if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):  # a pipe would block for ever
             raise BadParquet("is no regular file")
@@ -180,7 +182,7 @@ def _parse_footer(data: bytes, limits: Limits, size: int) -> _Footer:
 
 
 def _check_keys(entries: Sequence[thrift.Struct]) -> None:
-    """An extension type is refused although it would not be loaded here: the next reader might."""
+    """Refuses an Arrow extension type; it would not be loaded here, but perhaps by the next reader."""
     for entry in entries:
         texts = [thrift.binary(entry, 1), thrift.binary(entry, 2)]
         if texts[0] == b"ARROW:schema":
@@ -249,7 +251,7 @@ def _chunk(raw: thrift.Struct, name: str, rows: int, size: int) -> _Chunk:
 
 
 def _check_pages(data: bytes, footer: _Footer, limits: Limits) -> None:
-    """Walk the page headers of every chunk, as the decoder will."""
+    """Walks the page headers of every chunk, as the decoder will."""
     pages = unpacked = 0
     for rows, chunks in footer.groups:
         for chunk in chunks:
@@ -269,7 +271,7 @@ def _check_pages(data: bytes, footer: _Footer, limits: Limits) -> None:
 
 
 def _page(header: thrift.Struct, rows: int) -> tuple[int, int, int]:
-    """(bytes unpacked, bytes packed, rows) of one page header."""
+    """Returns (bytes unpacked, bytes packed, rows) of one page header."""
     kind, size, packed = (thrift.integer(header, field) for field in (1, 2, 3))
     own = {DATA_PAGE: 5, DICTIONARY_PAGE: 7, DATA_PAGE_V2: 8}.get(kind)
     if own is None:
@@ -284,7 +286,7 @@ def _page(header: thrift.Struct, rows: int) -> tuple[int, int, int]:
 
 
 def _plain_footer(footer: _Footer, limits: Limits) -> bytes:
-    """A footer with the columns and pages of ``footer`` and nothing else."""
+    """Returns a footer with the columns and pages of ``footer`` and nothing else."""
     t, codes = thrift, {v: k for k, v in PHYSICAL.items()}
     converted = {v: k for k, v in CONVERTED.items()}
     schema: list[object] = [{4: (t.BINARY, b"schema"), 5: (t.I32, len(footer.columns))}]

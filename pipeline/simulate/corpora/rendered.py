@@ -1,4 +1,6 @@
-"""An auxiliary source domain of rendered presentations: many people, every species, and no two videos under one rig.
+"""Renders an auxiliary source domain of many people and rigs, with a train split only.
+
+It has every species, and no two videos under one rig.
 
 It is only ever trained on: it has no val and no test split, so thresholds and error rates stay those of real
 captures. Nothing is read from disk.
@@ -39,7 +41,7 @@ def total(root: Path | None) -> int:
 
 
 def plan(samples: int) -> list[synth.Clip]:
-    """``samples`` rows in equal parts of each synthetic domain's species, a new variant of its rig for each video."""
+    """Plans ``samples`` rows in equal parts of each domain's species, with a new rig for each video."""
     each = -(-samples // (ROUNDS * len(TRAINING)))
     made: list[synth.Clip] = []
     for number in range(ROUNDS):

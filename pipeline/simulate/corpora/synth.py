@@ -1,4 +1,4 @@
-"""Rendered corpora: four labelled domains and an anchor set from ``pipeline.simulate.render``, nothing read from disk.
+"""Renders four labelled domains, one training rig each, and an anchor set; nothing is read.
 
 A domain is one training rig, its own people and its own mix of PAI species, as gated sets differ. Subjects
 are disjoint between splits, domains and the anchor set. A tool to find bugs and to show the product, not
@@ -115,7 +115,9 @@ def anchor(
     workers: int = 2,
     progress: Progress | None = None,
 ) -> Iterator[Row]:
-    """Labelled rows for a sealed anchor set: ``attacks`` of each species, one frame per presentation, split ``test``.
+    """Yields labelled rows for a sealed anchor set: ``attacks`` of each species, split ``test``.
+
+    There is one frame per presentation.
 
     The rigs are the training families and slight variations of them; the people are in no corpus and at no
     site.

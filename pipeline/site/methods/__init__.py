@@ -1,4 +1,4 @@
-"""Site methods: ``site.kind: tent`` is the module ``tent``.
+"""Site methods: ``site.kind: tent`` is the module ``tent``, and ``danet`` is a folder.
 
-``danet`` is a folder, its settings apart from its algorithm.
+``danet`` keeps its settings apart from its algorithm.
 """

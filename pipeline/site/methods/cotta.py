@@ -1,4 +1,6 @@
-"""CoTTA (Wang et al., CVPR 2022): a student learns from its slow mean, the teacher, and forgets back to the source by chance.
+"""Adapts by CoTTA: a student learns from its slow mean, the teacher, and is partly restored by chance.
+
+Wang et al., CVPR 2022.
 
 What had to change: all that a site may learn stands in for all weights. There is nothing to colour or crop in
 a feature, so the augmentations of the averaged prediction are the sample itself and the sample without each
@@ -50,7 +52,7 @@ class Config(SiteMethod):
     )
 
     def init(self, tail: Params) -> State:
-        """The teacher under the movable names, the student beside it with its Adam moments, the counter of the coins."""
+        """Returns the teacher (movable names), the student with its Adam moments, and the step counter."""
         student = {f"student.{k}": tail[k].clone() for k in tails.LEARNED}
         return {
             **{k: v.clone() for k, v in tails.site_state(tail).items()},
@@ -60,7 +62,7 @@ class Config(SiteMethod):
         }
 
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
-        """Score with the teacher, teach the student, move the teacher, restore some of the student."""
+        """Scores with the teacher, teaches the student, moves the teacher, restores some of the student."""
         batch = sane(batch)
         served = tails.with_site_state(tail, state)
         score = tails.score(served, batch.z, batch.present)
@@ -80,7 +82,7 @@ class Config(SiteMethod):
         return state, Outcome(score, pseudo, torch.zeros_like(score), zero + 1, zero, zero > 1)
 
     def _target(self, tail: Params, served: Params, score: Tensor, batch: Features) -> Tensor:
-        """[B] what the student shall say: the teacher's prediction, averaged over missing sensors where in doubt."""
+        """Returns the student's targets [B]: the teacher's score, averaged over missing sensors in doubt."""
         total, count = score, torch.ones_like(score)
         several = batch.present.sum(dim=-1) >= 2
         for m in range(tails.MODALITIES):
@@ -92,7 +94,7 @@ class Config(SiteMethod):
         return torch.where(torch.maximum(source, 1 - source) < self.sure, total / count, score)
 
     def _settle(self, tail: Params, state: State, *, when: Tensor) -> State:
-        """One step of the teacher towards the student, then the student's restored entries."""
+        """Moves the teacher one step towards the student, then restores some entries of the student."""
         new: State = {"step": torch.where(when, state["step"] + 1, state["step"])}
         offset = 0
         for name in tails.LEARNED:
@@ -105,13 +107,16 @@ class Config(SiteMethod):
 
 
 def _coins(step: Tensor, offset: int, shape: torch.Size, *, share: float) -> Tensor:
-    """Bool tensor of ``shape``, True with probability ``share``; no two entries of the state share a coin."""
+    """Returns a bool tensor of ``shape``, True with probability ``share``; every entry has its own coin."""
     index = torch.arange(offset, offset + shape.numel())
     return (_mix(_mix(step + 1) ^ index) < share * (WORD + 1)).view(shape)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """32-bit integer hash in int64: two rounds of xor-shift and multiply (Wellons' hash prospector, public domain)."""
+    """Returns a 32-bit integer hash in int64, by two rounds of xor-shift and multiply.
+
+    From Wellons' hash prospector (public domain).
+    """
     x = x & WORD
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & WORD
     x = ((x ^ (x >> 15)) * 0x735A2D97) & WORD

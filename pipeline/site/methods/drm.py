@@ -1,4 +1,6 @@
-"""DRM (Zhang et al., KDD 2023, domain-specific risk minimisation): weigh the source domains' boundaries by their certainty.
+"""Adapts by DRM: weighs the source domains' boundaries by their certainty, without a gradient.
+
+Domain-specific risk minimisation of Zhang et al., KDD 2023.
 
 What had to change: instead of a classifier per source domain there is the boundary at which that domain's own
 errors are equal, on one shared coordinate; the weights are a softmax of the running mean entropy under each
@@ -39,7 +41,7 @@ class Config(SiteMethod):
     momentum: float = Field(default=0.98, ge=0, lt=1, description="of the mean entropies, per sample")
 
     def init(self, tail: Params) -> State:
-        """Movable tensors and the mean entropy under every source domain's boundary."""
+        """Returns the movable tensors and the mean entropy under every source domain's boundary."""
         if "reference.boundary" not in tail or tail["reference.boundary"].numel() == 0:
             raise ValueError(
                 "site.kind: 'drm' needs a source model with a boundary per domain; train it again"
@@ -51,7 +53,7 @@ class Config(SiteMethod):
         }
 
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
-        """Score the batch, add its entropies to the running means, set the fused boundary to the weighted mean."""
+        """Scores the batch, updates the mean entropies, and sets the fused boundary to the weighted mean."""
         batch = sane(batch)
         before = tails.forward(tails.with_site_state(tail, state), batch.z, batch.present)
         each = _entropies(tail, before.radius[:, tails.FUSED], batch.present)
@@ -71,7 +73,7 @@ class Config(SiteMethod):
 
 
 def _entropies(tail: Params, radius: Tensor, present: Tensor) -> Tensor:
-    """[B, E] entropy of the prediction that each source domain's boundary makes of ``radius`` [B], nats."""
+    """Returns the entropy [B, E], in nats, of ``radius`` [B] under each source domain's boundary."""
     at = tail["reference.boundary"] + tail["pattern"][tails.pattern_index(present)][:, None]
     at = at if "linear" in tail else torch.exp(at)
     return entropy(torch.sigmoid(tails.KAPPA * (at - radius[:, None])))

@@ -1,4 +1,6 @@
-"""EATA (Niu et al., ICML 2022): entropy minimisation on reliable, non-redundant samples, anchored by the Fisher information.
+"""Adapts by EATA: entropy minimisation on reliable samples, anchored by the Fisher information.
+
+Niu et al., ICML 2022.
 
 What had to change: gamma and beta of the site adapter stand in for batch-normalisation affines; Adam for SGD
 with momentum; the Fisher diagonal is the mean square over single source features, as the paper writes it (its
@@ -58,7 +60,7 @@ class Config(SiteMethod):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of the mean prediction, per step")
 
     def init(self, tail: Params) -> State:
-        """Movable tensors, Adam moments, the source's Fisher diagonal and the mean prediction."""
+        """Returns the movable tensors, Adam moments, the source's Fisher diagonal and the mean prediction."""
         return {
             **{k: v.clone() for k, v in tails.site_state(tail).items()},
             **moments(tail, LEARNED),
@@ -68,7 +70,7 @@ class Config(SiteMethod):
         }
 
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
-        """Score the batch, then one step on the weighted entropy of the selected rows."""
+        """Scores the batch, then takes one step on the weighted entropy of the selected rows."""
         batch = sane(batch)
 
         def loss(learned: Params) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -88,14 +90,14 @@ class Config(SiteMethod):
         return state, Outcome(score, pseudo, torch.zeros_like(score), zero + 1, zero, zero > 1)
 
     def _selected(self, state: State, score: Tensor, valid: Tensor) -> Tensor:
-        """[B] bool: reliable, and unlike the mean of what was learned from."""
+        """Returns [B] bool: reliable, and unlike the mean of the rows that were learned from."""
         reliable = valid & (entropy(score) < self.margin * math.log(2))
         if self.redundancy is None:
             return reliable
         return reliable & (~state["counted"] | (_cosine(score, state["mean"]) < self.redundancy))
 
     def _count(self, state: State, score: Tensor, used: Tensor) -> State:
-        """The mean prediction moves with the rows that were learned from."""
+        """Moves the mean prediction with the rows that were learned from."""
         now = (score * used).sum() / used.sum().clamp(min=1)
         mean = torch.where(state["counted"], self.momentum * state["mean"] + (1 - self.momentum) * now, now)
         mean = torch.where(used.any(), mean, state["mean"])
@@ -103,7 +105,10 @@ class Config(SiteMethod):
 
 
 def _fisher(tail: Params) -> Params:
-    """Mean squared gradient of the pseudo-label loss over the source features; zero where a model carries none."""
+    """Returns the mean squared gradient of the pseudo-label loss over the source features; else zeros.
+
+    Zeros where a model carries no source features.
+    """
     learned = {k: tail[k] for k in LEARNED}
     if "replay.z" not in tail:
         return {k: torch.zeros_like(v) for k, v in learned.items()}
@@ -118,5 +123,5 @@ def _fisher(tail: Params) -> Params:
 
 
 def _cosine(p: Tensor, q: Tensor) -> Tensor:
-    """Cosine between the two-class distributions (p, 1 - p) [B] and (q, 1 - q) []."""
+    """Returns the cosine between the two-class distributions (p, 1 - p) [B] and (q, 1 - q) []."""
     return (p * q + (1 - p) * (1 - q)) * torch.rsqrt((p**2 + (1 - p) ** 2) * (q**2 + (1 - q) ** 2))

@@ -1,4 +1,4 @@
-"""The source model as it is: scores, never learns. The reference every other method is judged against."""
+"""Scores with the source model and never learns: the reference of every comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""READ (Yang et al., ICLR 2024, multi-modal reliability bias): adapt the fusion with a loss that gives up on doubtful samples.
+"""Adapts by READ: the fusion learns with a loss that gives up on doubtful samples.
+
+Multi-modal reliability bias, Yang et al., ICLR 2024.
 
 What had to change: there is no attention between modality tokens to adapt; the complement gates and one
 factor per modality (site.gamma, moved by the mean of its gradient over the features) stand in for it. The
@@ -47,11 +49,11 @@ class Config(SiteMethod):
     balance: float = Field(default=0.0, ge=0, description="weight of -H(mean prediction)")
 
     def init(self, tail: Params) -> State:
-        """Movable tensors and Adam moments of the fusion."""
+        """Returns the movable tensors and the Adam moments of the fusion."""
         return {**{k: v.clone() for k, v in tails.site_state(tail).items()}, **moments(tail, LEARNED)}
 
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
-        """Score the batch, then take one step on the robust loss of its valid rows."""
+        """Scores the batch, then takes one step on the robust loss of its valid rows."""
         batch = sane(batch)
 
         def loss(learned: Params) -> tuple[Tensor, Tensor]:
@@ -71,5 +73,5 @@ class Config(SiteMethod):
 
 
 def _robust(p: Tensor, gamma: float) -> Tensor:
-    """p ln(e gamma / p) of a confidence p; its slope ln(gamma / p) changes sign at gamma."""
+    """Returns p ln(e gamma / p) of a confidence p; its slope ln(gamma / p) changes sign at gamma."""
     return p * (1 + math.log(gamma) - torch.log(p))

@@ -1,4 +1,4 @@
-"""Recalibration: no weight moves; the boundary follows the stream's own scores.
+"""Moves the boundary with the stream's own scores; no weight moves.
 
 By default the site's share of bona fide is estimated from the last scores by EM under label shift (Saerens et
 al., Neural Computation 2002) and the boundary moves by its log odds, as Bayes' rule has it; the posteriors
@@ -50,7 +50,7 @@ class Config(SiteMethod):
     rate: float = Field(default=0.01, gt=0, le=1, description="of the running move, per sample")
 
     def init(self, tail: Params) -> State:
-        """Movable tensors, the ring of logits under the source's boundary, the move of the boundary in logits."""
+        """Returns the movable tensors, the ring of source logits, and the boundary's move in logits."""
         return {
             **{k: v.clone() for k, v in tails.site_state(tail).items()},
             "ring": torch.zeros(self.window),
@@ -90,7 +90,10 @@ def _keep(state: State, logit: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_odds(logit: Tensor, held: Tensor) -> Tensor:
-    """Log odds of the share of bona fide among the held logits, if attacks and bona fide were equally many at the source."""
+    """Returns the log odds of the share of bona fide among the held logits.
+
+    It supposes that attacks and bona fide were equally many at the source.
+    """
     odds = torch.zeros_like(logit[0])
     for _ in range(ROUNDS):
         share = (torch.sigmoid(logit + odds) * held).sum() / held.sum().clamp(min=1)
@@ -107,7 +110,10 @@ def _quantile(logit: Tensor, held: Tensor, level: float) -> Tensor:
 
 
 def _pattern(tail: Params, shift: Tensor) -> Tensor:
-    """[2^M] the source's ``pattern`` moved so that every fused logit grows by ``shift``; a radius stays positive."""
+    """Returns the source's ``pattern`` [2^M], moved so that every fused logit grows by ``shift``.
+
+    A radius stays positive.
+    """
     step = shift / tails.KAPPA
     if "linear" in tail:
         return tail["pattern"] + step

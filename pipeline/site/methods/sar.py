@@ -1,4 +1,6 @@
-"""SAR (Niu et al., ICLR 2023): sharpness-aware entropy minimisation on reliable samples, with recovery of the source.
+"""Adapts by SAR: sharpness-aware entropy minimisation on reliable samples, with recovery.
+
+Niu et al., ICLR 2023.
 
 What had to change: gamma and beta of the site adapter stand in for the affines of normalisation layers; Adam
 for SGD inside SAM. Two classes: E0 is 0.4 ln 2, and reliable samples then have a mean entropy below the
@@ -30,7 +32,7 @@ LEARNED = ("site.gamma", "site.beta")
 PUBLISHED: dict[str, object] = {
     "margin": 0.4,  # E0 / ln C
     "rho": 0.05,  # radius of SAM
-    "recover": 0.2,  # e_m, for 1000 classes; the learning rates 2.5e-4 and 1e-3 are ones of SGD and are not taken over
+    "recover": 0.2,  # e_m, for 1000 classes; the learning rates 2.5e-4 and 1e-3 are of SGD and left out
     "momentum": 0.9,
 }
 
@@ -51,7 +53,7 @@ class Config(SiteMethod):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of the running loss, per step")
 
     def init(self, tail: Params) -> State:
-        """Movable tensors, Adam moments and the running loss."""
+        """Returns the movable tensors, Adam moments and the running loss."""
         return {
             **{k: v.clone() for k, v in tails.site_state(tail).items()},
             **moments(tail, LEARNED),
@@ -60,7 +62,10 @@ class Config(SiteMethod):
         }
 
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
-        """Score the batch, climb to the worst neighbour, learn from the gradient there, recover where nothing is left."""
+        """Scores the batch, climbs to the worst neighbour, learns from the gradient there, and recovers.
+
+        It recovers the source where the running loss leaves nothing to learn.
+        """
         batch = sane(batch)
 
         def reliable(learned: Params, rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -82,7 +87,7 @@ class Config(SiteMethod):
         return state, Outcome(score, pseudo, torch.zeros_like(score), zero + 1, zero, restored)
 
     def _recover(self, tail: Params, state: State, loss: Tensor, *, measured: Tensor) -> tuple[State, Tensor]:
-        """Follow the loss; below the constant go back to the source with clean Adam moments."""
+        """Follows the loss; below ``recover`` it goes back to the source with clean Adam moments."""
         running = torch.where(
             state["counted"], self.momentum * state["loss"] + (1 - self.momentum) * loss, loss
         )

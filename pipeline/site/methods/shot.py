@@ -1,4 +1,6 @@
-"""SHOT (Liang et al., ICML 2020): information maximisation and centroid pseudo labels under a frozen head.
+"""Adapts by SHOT: information maximisation and centroid pseudo labels under a frozen head.
+
+Liang et al., ICML 2020.
 
 What had to change: the site adapter stands in for the feature extractor; the target is a stream, so the class
 centroids are running means instead of one pass over the data per epoch, seeded from the stored source
@@ -33,7 +35,7 @@ PUBLISHED: dict[str, object] = {
     "diversity": "uniform",  # gent
     "centroid": "hidden",
     "spread": 1.0,  # ent_par weighs entropy and diversity together
-    "pseudo": 0.3,  # cls_par; the learning rates 1e-3 and 1e-2 are ones of SGD with a schedule and are not taken over
+    "pseudo": 0.3,  # cls_par; the learning rates 1e-3 and 1e-2 are of SGD with a schedule and left out
 }
 
 
@@ -58,7 +60,7 @@ class Config(SiteMethod):
     memory: float = Field(default=0.99, ge=0, lt=1, description="of a centroid, per sample assigned to it")
 
     def init(self, tail: Params) -> State:
-        """Movable tensors, Adam moments, the sums and weights of both centroids, the running mean prediction."""
+        """Returns movable tensors, Adam moments, the centroids' sums and weights, and the mean prediction."""
         total, weight = _seed(tail, self.centroid)
         return {
             **{k: v.clone() for k, v in tails.site_state(tail).items()},
@@ -70,7 +72,7 @@ class Config(SiteMethod):
         }
 
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
-        """Score the batch, label it by the nearer centroid, one step, then move prior and centroids."""
+        """Scores the batch, labels it by the nearer centroid, learns, then moves prior and centroids."""
         batch = sane(batch)
         some = batch.valid.any()
         before = tails.forward(tails.with_site_state(tail, state), batch.z, batch.present)
@@ -100,14 +102,14 @@ class Config(SiteMethod):
         return state, Outcome(score, used, torch.zeros_like(score), zero + 1, zero, zero > 1)
 
     def _diversity(self, mean: Tensor, prior: Tensor) -> Tensor:
-        """KL(mean prediction || prior), nats; for one half that is -H(mean) and a constant."""
+        """Returns KL(mean prediction || prior) in nats; for one half that is -H(mean) and a constant."""
         p = mean.clamp(1e-6, 1 - 1e-6)
         q = torch.full_like(p, 0.5) if self.diversity == "uniform" else prior.clamp(1e-6, 1 - 1e-6)
         return p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q))
 
 
 def _seed(tail: Params, of: str) -> tuple[Tensor, Tensor]:
-    """(sum [2, D + 1], weight [2]) of attacks and bona fide among the source features; zero where there are none."""
+    """Returns (sum [2, D + 1], weight [2]) of attacks and bona fide among the source features, else zeros."""
     if "replay.z" not in tail:
         return torch.zeros(2, 1 + (len(tail["fuse.out"]) if of == "hidden" else 1)), torch.zeros(2)
     direction = _direction(tails.forward(tail, tail["replay.z"], tail["replay.present"]), of)
@@ -116,13 +118,16 @@ def _seed(tail: Params, of: str) -> tuple[Tensor, Tensor]:
 
 
 def _direction(read: tails.TailOutput, of: str) -> Tensor:
-    """[B, D + 1] unit vectors, D = 1 of a radius; the appended one keeps the length in the direction (as in SHOT's code)."""
+    """Returns unit vectors [B, D + 1], with D = 1 for a radius.
+
+    The appended one keeps the length in the direction, as in SHOT's code.
+    """
     x = read.hidden if of == "hidden" else read.radius[:, tails.FUSED :]
     return torch.nn.functional.normalize(torch.cat([x, torch.ones_like(x[:, :1])], dim=-1), dim=-1)
 
 
 def _nearest(state: State, direction: Tensor, score: Tensor) -> Tensor:
-    """[B] 0/1 label of the nearer centroid by cosine; the model's own call while a class has no centroid."""
+    """Returns the label [B] of the nearer centroid by cosine, or the model's own call without centroids."""
     centroid = torch.nn.functional.normalize(state["centroid.sum"], dim=-1)
     cosine = direction @ centroid.T
     both = (state["centroid.weight"] > 0).all()
@@ -132,7 +137,7 @@ def _nearest(state: State, direction: Tensor, score: Tensor) -> Tensor:
 def _gather(
     state: State, direction: Tensor, score: Tensor, label: Tensor, valid: Tensor, *, memory: float
 ) -> State:
-    """Add every sample to its label's centroid with the model's probability of that class as weight."""
+    """Adds every sample to its label's centroid, weighted by the model's probability of that class."""
     member = torch.stack([1 - label, label], dim=-1) * valid[:, None]
     weight = torch.stack([1 - score, score], dim=-1) * member
     keep = memory ** member.sum(dim=0)

@@ -1,4 +1,6 @@
-"""TENT (Wang et al., ICLR 2021): minimise the entropy of the prediction over the affine part of the site adapter.
+"""Adapts by TENT: minimises the prediction's entropy over the affine part of the site adapter.
+
+Wang et al., ICLR 2021.
 
 The paper adapts batch-normalisation affines with batch statistics; there are none here, so gamma and beta of
 the site adapter take their place. Kept as a baseline: it has nothing that protects a one-class stream.
@@ -34,11 +36,11 @@ class Config(SiteMethod):
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
 
     def init(self, tail: Params) -> State:
-        """Movable tensors and Adam moments of the affine part."""
+        """Returns the movable tensors and the Adam moments of the affine part."""
         return {**{k: v.clone() for k, v in tails.site_state(tail).items()}, **moments(tail, LEARNED)}
 
     def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
-        """Score the batch, then take one step on the mean entropy of its valid rows."""
+        """Scores the batch, then takes one step on the mean entropy of its valid rows."""
         batch = sane(batch)
 
         def loss(learned: Params) -> tuple[Tensor, Tensor]:

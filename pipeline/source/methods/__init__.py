@@ -1,4 +1,4 @@
-"""Source methods: ``source.kind: erm`` is the module ``erm``.
+"""Source methods: ``source.kind: erm`` is the module ``erm``, and ``rise`` is a folder.
 
-``rise`` is a folder, its settings apart from its loss terms.
+``rise`` keeps its settings apart from its loss terms.
 """

@@ -1,4 +1,4 @@
-"""CTNet-style training: what changes from one modality to the next is the same in all bona fide, and other in attacks.
+"""Trains like CTNet: transitions between modalities are alike among bona fide, unlike in attacks.
 
 Chong et al., "Multi-Modal Face Anti-Spoofing via Cross-Modal Feature Transitions", 2025 (arXiv 2507.05575).
 From the abstract: consistent transitions between modalities among live samples, inconsistent ones between
@@ -52,14 +52,17 @@ class Config(SourceMethod):
 
 
 def transitions(intrinsic: Tensor) -> Tensor:
-    """[B, P, D] unit vectors from modality k to modality m, for each pair k < m."""
+    """Returns unit vectors [B, P, D] from modality k to modality m, for each pair k < m."""
     before, after = zip(*PAIRS, strict=True)
     step = intrinsic[:, after] - intrinsic[:, before]
     return step / tails.norm(step)[..., None]
 
 
 def transition_terms(intrinsic: Tensor, batch: Batch, margin: float) -> tuple[Tensor, Tensor]:
-    """Distance of bona fide from the live transition, and by how much attacks come closer to it than ``margin``."""
+    """Returns the two transition terms: distance of bona fide from the live transition, hinge of attacks.
+
+    The hinge is the amount by which attacks come closer to the live transition than ``margin``.
+    """
     step = transitions(intrinsic)
     there = torch.stack([batch.present[:, k] & batch.present[:, m] for k, m in PAIRS], dim=1)  # [B, P]
     live = there & (batch.label == 1)[:, None]
@@ -73,7 +76,10 @@ def transition_terms(intrinsic: Tensor, batch: Batch, margin: float) -> tuple[Te
 
 
 def rgb_prediction_loss(tail: Params, z: Tensor, present: Tensor) -> Tensor:
-    """Predict the other modalities that are there from RGB alone; 1 - cosine, the features themselves stay."""
+    """Returns 1 - cosine of the other present modalities' features and their prediction from RGB alone.
+
+    The features themselves get no gradient.
+    """
     alone = present & (torch.arange(tails.MODALITIES, device=z.device) == RGB)
     predicted = tails.complete(tail, tails.apply_adapter(tail, z, alone), alone).complement
     gap = 1 - torch.nn.functional.cosine_similarity(predicted, z.detach(), dim=-1)

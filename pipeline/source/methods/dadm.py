@@ -1,4 +1,4 @@
-"""DADM-style training: modalities aligned by mutual information, domains by their boundaries and by angles.
+"""Trains like DADM: mutual information aligns modalities, boundaries and angles align domains.
 
 Yang et al., "DADM: Dual Alignment of Domain and Modality for Face Anti-spoofing", ICCV 2025 (arXiv
 2503.00429). From the abstract: a module based on mutual information enhances favourable modalities and
@@ -76,12 +76,14 @@ class Config(SourceMethod):
         }
 
     def after_step(self, extra: Params) -> None:
-        """PG-IRM: one hyperplane comes to serve all domains."""
+        """Moves the domains' hyperplanes towards each other, until one serves all domains (PG-IRM)."""
         pg_irm_step(extra, self.alpha)
 
 
 def alignment(intrinsic: Tensor, present: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Mean information between two modalities, nats, and how much to trust each [B, M], of mean 1 over those there.
+    """Returns the mean information between two modalities in nats, and the trust in each [B, M].
+
+    Trust has mean 1 over the present modalities.
 
     A modality is favourable in a sample when the others recognise it: the probability of the true match, in
     both directions. A modality that is alone keeps weight 1.
@@ -101,7 +103,9 @@ def alignment(intrinsic: Tensor, present: Tensor, temperature: float) -> tuple[T
 
 
 def match_log_p(u: Tensor, v: Tensor, both: Tensor, temperature: float) -> Tensor:
-    """[..., B] mean log probability, over both directions, of telling a row's partner among those in ``both`` by cosine.
+    """Returns the mean log probability [..., B] of finding a row's partner among ``both`` by cosine.
+
+    The mean is taken over both directions.
 
     ``u``, ``v`` are [..., B, D] of unit length. Its mean plus log n is the InfoNCE bound on the mutual
     information.

@@ -1,4 +1,4 @@
-"""Empirical risk minimisation: the baseline that every other source method has to beat.
+"""Minimises the class-balanced logistic loss of all heads: the baseline of every comparison.
 
 The logistic loss of all heads with equal mass per class, no domain label. With ``model.tail.head: linear`` it
 is plain cross entropy on a linear head.
@@ -41,7 +41,10 @@ class Config(SourceMethod):
 
 
 def class_balanced(logit: Tensor, label: Tensor, used: Tensor) -> Tensor:
-    """Mean logistic loss per class over the rows in ``used`` [B], then the mean of both: class priors do not matter."""
+    """Returns the mean over classes of the mean logistic loss over ``used`` rows [B].
+
+    Class priors do not matter.
+    """
     per_class = [
         masked_mean(torch.nn.functional.softplus(-logit), used & (label == 1)),
         masked_mean(torch.nn.functional.softplus(logit), used & (label == 0)),

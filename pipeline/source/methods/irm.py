@@ -1,4 +1,4 @@
-"""IRMv1: the same scale of the logit has to be the best one in every domain.
+"""Adds IRMv1, which asks for the same best scale of the logit in every domain.
 
 Arjovsky et al., "Invariant Risk Minimization", 2019 (arXiv 1907.02893): mean risk of the domains plus a
 penalty on the gradient of each domain's risk by a scale of the logit, weight 1 at first and ``penalty``

@@ -1,4 +1,6 @@
-"""MMDG-style training: prototypes of one side per modality, and gradients balanced between modalities (ReGrad).
+"""Trains like MMDG: single-side prototypes per modality, and gradients balanced between modalities.
+
+The balance of gradients is ReGrad.
 
 Lin et al., "Suppress and Rebalance: Towards Generalized Multi-Modal Face Anti-Spoofing", CVPR 2024 (arXiv
 2402.19298): prototypes per modality of {all bona fide, attacks of each domain}; uncertainty of a modality
@@ -43,7 +45,7 @@ class Config(SourceMethod):
     passes: int = Field(default=5, ge=2, description="Monte Carlo passes through the heads")
 
     def extra(self, domains: int, tail: Params) -> Params:
-        """Prototypes [M, 1 + E, D]: bona fide, then attacks per domain. Exactly zero until one is first seen."""
+        """Returns zero prototypes [M, 1 + E, D]: bona fide, then attacks per domain; zero means unseen."""
         return {"prototype": torch.zeros(tails.MODALITIES, 1 + domains, tail["intrinsic"].shape[1])}
 
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
@@ -67,7 +69,10 @@ class Config(SourceMethod):
 
 
 def update_prototypes(prototypes: Tensor, intrinsic: Tensor, group: Tensor, present: Tensor) -> Tensor:
-    """Moving average of each group's mean feature, without gradient; the first mean is taken as it is."""
+    """Returns the moving average of each group's mean feature, without gradient.
+
+    The first mean of a group counts fully.
+    """
     member = (
         torch.nn.functional.one_hot(group, prototypes.shape[1])[:, None] * present[..., None]
     )  # [B, M, G]
@@ -79,14 +84,17 @@ def update_prototypes(prototypes: Tensor, intrinsic: Tensor, group: Tensor, pres
 
 
 def single_side_loss(prototypes: Tensor, intrinsic: Tensor, group: Tensor) -> Tensor:
-    """[B, M] L_ssp: cross entropy of finding the own group's prototype by distance, among those that were ever seen."""
+    """Returns L_ssp [B, M]: cross entropy of finding the own group's prototype by distance.
+
+    Prototypes that were never seen do not take part.
+    """
     distance = tails.norm(intrinsic[:, :, None] - prototypes)  # [B, M, G]
     log_p = torch.log_softmax(torch.where((prototypes != 0).any(dim=-1), -distance, -1e9), dim=-1)
     return -log_p.gather(2, group[:, None, None].expand(-1, tails.MODALITIES, 1))[..., 0]
 
 
 def single_modality_risks(tail: Params, z: Tensor, batch: Batch) -> Tensor:
-    """[M] risk of the fused head with one modality there: L_m."""
+    """Returns L_m [M], the risk of the fused head with modality m alone."""
     only = (
         torch.eye(tails.MODALITIES, dtype=torch.bool, device=z.device)[:, None] & batch.present
     )  # [M, B, M]
@@ -98,7 +106,7 @@ def single_modality_risks(tail: Params, z: Tensor, batch: Batch) -> Tensor:
 def certainty(
     tail: Params, read: tails.TailOutput, present: Tensor, rate: float, passes: int, generator: Generator
 ) -> Tensor:
-    """[M] U in 0..1: one minus twice the deviation of a modality head's P(bona fide) under dropout of its features."""
+    """Returns U [M] in 0..1: one minus twice the deviation of a head's P(bona fide) under dropout."""
     with torch.no_grad():
         kept = torch.rand(passes, *read.intrinsic.shape, generator=generator).to(present.device) >= rate
         intrinsic = (kept * read.intrinsic / (1 - rate)).flatten(0, 1)
@@ -109,7 +117,7 @@ def certainty(
 
 
 def gradient_correction(tail: Params, alone: Tensor, certain: Tensor, there: Tensor) -> Tensor:
-    """A zero whose gradient, added to that of ``alone.sum()``, is ReGrad's on the shared weights."""
+    """Returns a zero whose gradient turns that of ``alone.sum()`` into ReGrad's on the shared weights."""
     shared = [tail[n] for n in SHARED if n in tail]
     each = [torch.autograd.grad(risk, shared, retain_graph=True) for risk in alone]
     g = torch.stack(
@@ -123,7 +131,9 @@ def gradient_correction(tail: Params, alone: Tensor, certain: Tensor, there: Ten
 
 
 def regrad(g: Tensor, certain: Tensor, fast: int) -> Tensor:
-    """Gradients [M, N] → one [N]: the others help a slow modality as far as they are certain, the fastest only the others.
+    """Combines gradients [M, N] into one [N] by ReGrad, with certainty U [M] and the fastest modality.
+
+    The others help a slow modality as far as they are certain; the fastest only helps the others.
 
     Slow m: g_m + sum_k U_k corr(g_k | g_m). Fast m: U_m corr(g_m | sum_k g_k) + sum_k g_k. Their mean.
     """
@@ -135,7 +145,7 @@ def regrad(g: Tensor, certain: Tensor, fast: int) -> Tensor:
 
 
 def corr(b: Tensor, a: Tensor) -> Tensor:
-    """What of b agrees with a: its projection on a, or, where they conflict, b without it."""
+    """Returns the part of b that agrees with a: its projection on a, or, if they conflict, b without it."""
     inner = b @ a
     along = inner / (a @ a).clamp(min=1e-20) * a
     return torch.where(inner > 0, along, b - along)

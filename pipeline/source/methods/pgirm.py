@@ -1,4 +1,4 @@
-"""SA-FAS-style training: domains stay apart in the features and come to share a boundary (PG-IRM).
+"""Trains like SA-FAS: domains stay apart in the features and come to share a boundary (PG-IRM).
 
 Sun et al., "Rethinking Domain Generalization for Face Anti-spoofing: Separability and Alignment", CVPR 2023
 (arXiv 2303.13662): a supervised contrast keeps (domain, class) groups separate; every domain has its own
@@ -52,5 +52,5 @@ class Config(SourceMethod):
         }
 
     def after_step(self, extra: Params) -> None:
-        """PG-IRM: one boundary comes to serve all domains."""
+        """Moves the domains' boundaries towards each other, until one serves all domains (PG-IRM)."""
         pg_irm_step(extra, self.alpha)

@@ -1,4 +1,4 @@
-"""V-REx: no domain may have a larger risk than another.
+"""Adds V-REx, the variance of the domains' risks.
 
 Krueger et al., "Out-of-Distribution Generalization via Risk Extrapolation", ICML 2021 (arXiv 2003.00688):
 mean risk of the domains plus a weight times the variance of their risks, weight 1 at first and ``penalty``

@@ -1,5 +1,4 @@
-"""MFAS-DANet-style site adaptation: complementary features, reliable pseudo labels, a loss weight that
-follows stability.
+"""Adapts like MFAS-DANet: complementary features, reliable pseudo labels, a weight by stability.
 
 Reconstruction from the abstract of arXiv 2509.23475 ("Multi-modal Face Anti-Spoofing via Domain Adaptation"),
 not a reproduction: the abstract names the three parts; every formula is ours (``pipeline/site/README.md``).
@@ -97,9 +96,7 @@ class Config(Selective):
     )
 
     def init(self, tail: Params) -> State:
-        """Returns the state of a new site: movable tensors, their last good copy, Adam moments, memory and
-        statistics.
-        """
+        """Returns the state of a new site: movable tensors, last good copy, moments and statistics."""
         from pipeline.site.methods.danet import algorithm
 
         return algorithm.init(self, tail)

@@ -1,4 +1,4 @@
-"""The algorithm of ``danet``: pure functions of its settings, the tail and one site's state."""
+"""Computes the steps of ``danet`` as pure functions of its settings, the tail and a site's state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WARM_UP = 20  # steps whose median instability becomes the reference
 
 
 def init(config: Config, tail: Params) -> State:
-    """Movable tensors, their last good copy, Adam moments, reservoir, score counts and stability statistics."""
+    """Returns a new site's movable tensors, last good copy, Adam moments, memory and statistics."""
     if config.mode == "da" and "replay.z" not in tail:
         raise ValueError(
             "site.mode: 'da' needs a source model with stored source features; train it again or use tta"
@@ -47,7 +47,7 @@ def init(config: Config, tail: Params) -> State:
 
 
 def observe(config: Config, tail: Params, state: State, batch: Features) -> tuple[State, Lesson]:
-    """Score the batch, count its scores, follow the site's shift, and say what can be trusted."""
+    """Scores the batch, counts its scores, follows the site's shift, and marks the samples that may teach."""
     batch = sane(batch)
     with torch.no_grad():
         before = tails.forward(tails.with_site_state(tail, state), batch.z, batch.present)
@@ -65,7 +65,7 @@ def observe(config: Config, tail: Params, state: State, batch: Features) -> tupl
 def conclude(
     config: Config, tail: Params, state: State, lesson: Lesson, *, learn: bool
 ) -> tuple[State, Outcome]:
-    """Learn from the used samples of the batch, then remember all of them."""
+    """Learns from the used samples of the batch, then remembers all of them."""
     instability, restored = torch.zeros(()), torch.zeros((), dtype=torch.bool)
     if config.learn and learn:
         state, instability, restored = _learn(config, tail, state, lesson)
@@ -75,7 +75,7 @@ def conclude(
 
 
 def _within_cap(config: Config, state: State, batch: Features) -> tuple[State, Tensor]:
-    """[B] 1 where a sample counts at all: valid, and among the first of its session."""
+    """Returns [B], 1 where a sample counts: valid, and among the first of its session."""
     state, within = trust.capped(state, batch, cap=config.session_cap or 2**31)
     return state, within.float()
 
@@ -83,8 +83,9 @@ def _within_cap(config: Config, state: State, batch: Features) -> tuple[State, T
 def _follow(
     config: Config, tail: Params, state: State, logit: Tensor, batch: Features, teaches: Tensor
 ) -> tuple[State, Tensor]:
-    """Count the source's logits and move the boundary to where errors are equal → state, [] whether the site
-    moved.
+    """Counts the source's logits and moves the boundary to equal errors.
+
+    Returns the state, and [] whether the site's scores have moved.
     """
     if "reference.logit" not in tail:
         return state, torch.ones((), dtype=torch.bool)
@@ -116,7 +117,7 @@ def _reliable(
     disagreement: Tensor,
     batch: Features,
 ) -> tuple[Tensor, Tensor]:
-    """(label [B] 0/1, used [B] 0/1): class-wise confidence, agreement, and a stricter rule for bona fide."""
+    """Returns (label [B] 0/1, used [B] 0/1) by confidence and agreement, stricter for bona fide."""
     p = torch.sigmoid(before.logit)
     if config.labels != "vote":
         voted = p[:, tails.FUSED]
@@ -142,7 +143,7 @@ def _reliable(
 
 
 def _learn(config: Config, tail: Params, state: State, lesson: Lesson) -> tuple[State, Tensor, Tensor]:
-    """One weighted step on the used samples → state, instability [], restored []."""
+    """Takes one weighted step on the used samples; returns state, instability [], restored []."""
     held, present = reservoir.filled(state), state["reservoir.present"]
     certain = (1 - lesson.disagreement / math.log(2)) if config.labels == "vote" else 1.0
     weight = lesson.used * certain * _class_weight(state, lesson.label)
@@ -162,9 +163,7 @@ def _learn(config: Config, tail: Params, state: State, lesson: Lesson) -> tuple[
 
 
 def _gradients(config: Config, tail: Params, state: State, lesson: Lesson) -> Params:
-    """Of every sample's cross entropy with its label, summed over the heads: [B, ...] for each learned
-    tensor.
-    """
+    """Returns each sample's gradient of the cross entropy summed over heads: [B, ...] per learned tensor."""
     batch, count = lesson.batch, len(lesson.label)
 
     def loss(own: Params) -> Tensor:
@@ -179,8 +178,9 @@ def _gradients(config: Config, tail: Params, state: State, lesson: Lesson) -> Pa
 def _steadiness(
     config: Config, tail: Params, state: State, own: Params, held: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What holds the site near its source: KL on the reservoir and, in mode da, labelled features → loss [],
-    scores [R].
+    """Returns the loss [] that holds the site near its source, and the scores [R] of the reservoir.
+
+    It is the KL on the reservoir and, in mode da, the loss on labelled source features.
     """
     params, present = {**tail, **own}, state["reservoir.present"]
     radius = tails.forward(params, state["reservoir.z"], present).radius
@@ -193,7 +193,7 @@ def _steadiness(
 
 
 def _source_loss(config: Config, tail: Params, params: Params) -> Tensor:
-    """Mode da: class-balanced cross entropy on the labelled features that came with the source model."""
+    """Returns the class-balanced cross entropy on the source features of the model; 0 in mode tta."""
     if config.mode == "tta":
         return torch.zeros(())
     label = tail["replay.label"]
@@ -205,8 +205,9 @@ def _source_loss(config: Config, tail: Params, params: Params) -> Tensor:
 
 
 def _weigh(config: Config, state: State, instability: Tensor, *, measured: Tensor) -> tuple[State, Tensor]:
-    """Move omega with the running instability; at the floor for ``patience`` steps go back to the good
-    snapshot.
+    """Moves omega with the running instability; after ``patience`` steps at the floor it restores.
+
+    A restore brings back the last good tensors and clears the Adam moments.
     """
     step = state["step"]
     warm = step < WARM_UP
@@ -239,8 +240,9 @@ def _weigh(config: Config, state: State, instability: Tensor, *, measured: Tenso
 
 
 def _class_weight(state: State, label: Tensor) -> Tensor:
-    """[B] weight that gives both classes equal mass, from the votes in the reservoir; at most 3, 1 while it
-    is empty.
+    """Returns weights [B] that give both classes equal mass, from the reservoir's votes; at most 3.
+
+    The weight is 1 while the reservoir is empty.
     """
     share = _mean((state["reservoir.vote"] >= 0.5).float(), reservoir.filled(state))
     own = torch.where(label > 0.5, share, 1 - share)
@@ -252,7 +254,7 @@ def _cross_entropy(logit: Tensor, label: Tensor) -> Tensor:
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of Bernoulli distributions, nats."""
+    """Returns KL(p || q) of Bernoulli distributions, nats."""
     p, q = p.clamp(1e-6, 1 - 1e-6), q.clamp(1e-6, 1 - 1e-6)
     return p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q))
 

@@ -1,4 +1,4 @@
-"""RiSe-style source training: an invariant radial boundary (AsyIRM) and synergy disentanglement (MMSD).
+"""Trains like RiSe: an invariant radial boundary (AsyIRM) and synergy disentanglement (MMSD).
 
 A *reconstruction from the abstract* of RiSe (arXiv 2511.14157), whose body we could not read. From the
 abstract: the boundary is a sphere in radial space that is invariant over domains and fits asymmetric classes
@@ -50,7 +50,7 @@ class Config(SourceMethod):
     )
 
     def extra(self, domains: int, tail: Params) -> Params:
-        """``pgirm``: the boundary of every head for each domain. The model gets their mean in the end."""
+        """Returns the boundary of every head for each domain (``pgirm``); the model gets their mean."""
         from pipeline.source.losses import domain_boundaries
 
         return domain_boundaries(domains, tail) if self.invariance == "pgirm" else {}
@@ -62,7 +62,7 @@ class Config(SourceMethod):
         return loss_terms(self, model, batch, generator)
 
     def after_step(self, extra: Params) -> None:
-        """PG-IRM: one radius comes to serve all domains."""
+        """Moves the domains' radii towards each other, until one serves all domains (PG-IRM)."""
         from pipeline.source.losses import pg_irm_step
 
         pg_irm_step(extra, self.alpha)

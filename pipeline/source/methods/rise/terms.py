@@ -1,4 +1,4 @@
-"""The loss terms of ``rise``: functions of its settings, the model and a batch."""
+"""Computes the loss terms of ``rise`` from its settings, the model and a batch."""
 
 from __future__ import annotations
 
@@ -54,19 +54,22 @@ def loss_terms(config: Config, model: Model, batch: Batch, generator: Generator)
 
 
 def compactness(logit: Tensor, label: Tensor, margin: float) -> Tensor:
-    """Bona fide samples outside the inner sphere, squared; attacks are asked for nothing but to be outside."""
+    """Returns the mean squared distance of bona fide samples outside the inner sphere.
+
+    Attacks must only be outside.
+    """
     return masked_mean(torch.relu(margin - logit / tails.KAPPA) ** 2, label == 1)
 
 
 class Mixed(NamedTuple):
-    """Samples that have some modalities from another sample."""
+    """Samples that took some modalities from another sample."""
 
     owner: Tensor  # [B, M] whose modality it is
     present: Tensor  # [B, M]
 
 
 def mix(batch: Batch, generator: Generator) -> Mixed:
-    """Take some (not none, not all) modalities of every sample from another, across domains and classes.
+    """Replaces a random part of every sample's modalities by another sample's, across domains and classes.
 
     The trunk reads modalities apart, so mixing its features is mixing the images, without another image pass.
     """
@@ -81,7 +84,7 @@ def mix(batch: Batch, generator: Generator) -> Mixed:
 
 
 def split_mixed(tail: Params, z: Tensor, mixed: Mixed) -> tuple[Tensor, Tensor]:
-    """(intrinsic, synergy) [B, M, D] of the mixed samples."""
+    """Returns (intrinsic, synergy) [B, M, D] of the mixed samples."""
     modality = torch.arange(tails.MODALITIES, device=z.device)
     own = tails.apply_adapter(tail, z[mixed.owner, modality], mixed.present)
     return tails.split(tail, tails.complete(tail, own, mixed.present).z)
@@ -95,8 +98,9 @@ def synergy_terms(
     mixed: Mixed,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """MMSD without a label: find each intrinsic feature's owner, keep intrinsic and synergy features
-    uncorrelated.
+    """Returns the two terms of MMSD, which use no label: retrieval of owners, and decorrelation.
+
+    Retrieval finds each intrinsic feature's owner; decorrelation keeps intrinsic and synergy features apart.
     """
     own = [
         retrieval_loss(
@@ -116,8 +120,9 @@ def synergy_terms(
 def retrieval_loss(
     query: Tensor, keys: Tensor, owner: Tensor, there: Tensor, candidate: Tensor, temperature: float
 ) -> Tensor:
-    """Cross entropy of finding row ``owner`` among ``keys`` by cosine; over rows that are there, among
-    candidates.
+    """Returns the cross entropy of finding row ``owner`` among ``keys`` by cosine.
+
+    The mean is over the rows that are present; only present rows are candidates.
     """
     similarity = (
         torch.nn.functional.normalize(query, dim=1)
@@ -129,7 +134,7 @@ def retrieval_loss(
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """[D, D] correlation over the batch of a's and b's components."""
+    """Returns the correlation [D, D] of a's and b's components over the batch."""
     a, b = a - a.mean(dim=0), b - b.mean(dim=0)
     scale = torch.sqrt((a * a).sum(dim=0) + 1e-6)[:, None] * torch.sqrt((b * b).sum(dim=0) + 1e-6)[None]
     return a.T @ b / scale
@@ -138,8 +143,7 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 def complement_terms(
     tail: Params, z: Tensor, present: Tensor, full: tails.TailOutput, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Predict what is there from the others, and judge a sample with modalities taken away as if it were
-    complete.
+    """Returns the two complement terms: prediction of present modalities, and consistency after dropping.
 
     The full score is the teacher (stop-gradient): learning to do without a sensor must not spoil the verdict
     with it.
