@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     Advance = Callable[[int, int], None]
 
@@ -64,7 +64,7 @@ class Terminal:
         self.out.file.flush()  # whoever follows a job reads it now
 
     @contextmanager
-    def progress(self, label: str, unit: str = "") -> Iterator[Advance]:
+    def progress(self, label: str, unit: str = "") -> Generator[Advance, None, None]:
         """Yield ``advance(done, total)``: a bar on a terminal, else a plain line every few seconds."""
         if self.err.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
@@ -101,9 +101,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 def _known(data: object) -> object:
     """``data`` with null for every number that is not one: JSON has no NaN."""
     if isinstance(data, dict):
-        return {k: _known(v) for k, v in data.items()}
+        return {k: _known(v) for k, v in cast("dict[object, object]", data).items()}
     if isinstance(data, list | tuple):
-        return [_known(v) for v in data]
+        return [_known(v) for v in cast("Sequence[object]", data)]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
