@@ -247,7 +247,7 @@ def _override(raw: dict[str, dict[str, object]], item: str, given_in: dict[str, 
 
 def _compose(raw: Mapping[str, Mapping[str, object]], where: str, given_in: Mapping[str, str]) -> Config:
     mistakes = [
-        f"{where}: {name}: no such section{_hint(str(name), list(Config.model_fields))}"
+        f"{where}: {name}: no such section{_hint(name, list(Config.model_fields))}"
         for name in raw
         if name not in Config.model_fields
     ]
