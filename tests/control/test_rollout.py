@@ -246,9 +246,7 @@ class Events(RuleBasedStateMachine):
             now = (version, -1 if state is None else int(self.w.passed[state].cycle.split("-")[-1]))
             if kind == "promote":
                 verdict = self.w.passed[verdict_id]
-                assert (
-                    (verdict.site, verdict.state) == (site, state) if state else verdict.offset_to == version
-                )
+                assert (verdict.site, verdict.state) == (site, state) if state else verdict.version == version
                 assert now > (past[-1] if past else (1, -1))
                 assert site in living
             assert site not in CONTROLS or self.kinds[rollout] == "source"

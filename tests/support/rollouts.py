@@ -146,6 +146,8 @@ class World:
             if s in TAGS
         }
         self.passed = {v.id: v for v in self.ledger.verdicts.find() if v.outcome == "pass"}
+        for (verdict_id,) in self.peek.execute("select id from source_verdicts where outcome = 'pass'"):
+            self.passed[verdict_id] = self.ledger.sources.verdict(verdict_id)
         self.cycle = begin(self.ledger, now=T0, fingerprint="reports")
         self.brought = Counter()
 
