@@ -144,9 +144,13 @@ class Lineage:
         probe(uri)
         with _named(redacted(uri)), _alone(file.with_suffix(".lock")) if file else nullcontext():
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-            found = client.get_experiment_by_name(config.experiment)
+            experiment = client.get_experiment_by_name(config.experiment)
             location = _artifact_location(config.artifacts, uri)
-            number = found.experiment_id if found else client.create_experiment(config.experiment, location)
+            number = (
+                experiment.experiment_id
+                if experiment
+                else client.create_experiment(config.experiment, location)
+            )
         return cls(client, number, redacted(uri), config.model, code_revision)
 
     @contextmanager
@@ -166,17 +170,17 @@ class Lineage:
         is a run.
         """
         with _named(self.place):
-            found = self._find(kind, key) if key else None
-            if found:
-                self.client.update_run(found, status="RUNNING")
-            run_id = found or self.client.create_run(self.experiment_id, run_name=name).info.run_id
-        run = Run(run_id, found is not None, self.client, self.place)
-        own = {
+            unfinished = self._find(kind, key) if key else None
+            if unfinished:
+                self.client.update_run(unfinished, status="RUNNING")
+            run_id = unfinished or self.client.create_run(self.experiment_id, run_name=name).info.run_id
+        run = Run(run_id, unfinished is not None, self.client, self.place)
+        identity = {
             "palisade.kind": kind,
             "palisade.code_revision": self.code_revision,
             "palisade.key": key or run_id,
         }
-        run.tags({**tags, **own, **({"mlflow.parentRunId": parent} if parent else {})})
+        run.tags({**tags, **identity, **({"mlflow.parentRunId": parent} if parent else {})})
         run.params(params)
         try:
             yield run
@@ -208,9 +212,9 @@ class Lineage:
         ``data`` is the digest of each domain it was trained on, ``parent`` the version it was trained from.
         """
         sha256 = _sha256(checkpoint / WEIGHTS)
-        for known in self.versions():
-            if (known.sha256, known.run_id) == (sha256, run.id):
-                return known
+        for registered in self.versions():
+            if (registered.sha256, registered.run_id) == (sha256, run.id):
+                return registered
         facts = {"sha256": sha256, "fingerprint": fingerprint, "code_revision": self.code_revision}
         facts |= {"parent": str(parent or ""), "data": json.dumps(dict(data), sort_keys=True)}
         facts = {**{k: str(v) for k, v in tags.items()}, **facts}
@@ -221,28 +225,28 @@ class Lineage:
             self.client.log_model_artifacts(logged.model_id, str(checkpoint))
             self.client.finalize_logged_model(logged.model_id, "READY")
             where = logged.artifact_location
-            made = self.client.create_model_version(
+            version = self.client.create_model_version(
                 self.model, where, run.id, facts, model_id=logged.model_id
             )
-        return self.version(int(made.version))
+        return self.version(int(version.version))
 
     def versions(self) -> list[SourceVersion]:
         """Every registered source version, oldest first."""
         with _named(self.place):
-            found = self.client.search_model_versions(f"name = '{self.model}'")
+            versions = self.client.search_model_versions(f"name = '{self.model}'")
             # versions that were searched for say that they have no aliases
-            aliases = self.client.get_registered_model(self.model).aliases if found else {}
-        return sorted((_source_version(v, aliases) for v in found), key=lambda v: v.version)
+            aliases = self.client.get_registered_model(self.model).aliases if versions else {}
+        return sorted((_source_version(v, aliases) for v in versions), key=lambda v: v.version)
 
     def version(self, which: int | Alias) -> SourceVersion:
         """The version with this number or alias; LineageError names what there is."""
-        known = self.versions()
-        if not (found := [v for v in known if v.version == which or which in v.aliases]):
-            have = ", ".join(str(v.version) for v in known) or "none"
+        registered = self.versions()
+        if not (matching := [v for v in registered if v.version == which or which in v.aliases]):
+            have = ", ".join(str(v.version) for v in registered) or "none"
             raise LineageError(
                 f"MLflow at {self.place}: {self.model} has no version {which!r}; versions: {have}"
             )
-        return found[0]
+        return matching[0]
 
     def set_alias(self, alias: Alias, version: int) -> None:
         """Point ``champion`` or ``challenger`` at a version. The ledger decides and remembers; this shows
@@ -254,8 +258,8 @@ class Lineage:
     def _find(self, kind: Kind, key: str) -> str | None:
         assert "'" not in key, key
         query = f"tags.`palisade.kind` = '{kind}' and tags.`palisade.key` = '{key}'"
-        found = self.client.search_runs([self.experiment_id], query, max_results=1)
-        return found[0].info.run_id if found else None
+        runs = self.client.search_runs([self.experiment_id], query, max_results=1)
+        return runs[0].info.run_id if runs else None
 
 
 def flat(nested: Mapping[str, object], prefix: str = "") -> dict[str, Value]:
@@ -327,8 +331,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _source_version(found: ModelVersion, aliases: Mapping[str, int]) -> SourceVersion:
-    tags, version = found.tags, int(found.version)
+def _source_version(model: ModelVersion, aliases: Mapping[str, int]) -> SourceVersion:
+    tags, version = model.tags, int(model.version)
     return SourceVersion(
         version=version,
         sha256=tags.get("sha256", ""),
@@ -337,5 +341,5 @@ def _source_version(found: ModelVersion, aliases: Mapping[str, int]) -> SourceVe
         code_revision=tags.get("code_revision", ""),
         data=json.loads(tags.get("data", "{}")),
         aliases=tuple(sorted(a for a, n in aliases.items() if int(n) == version)),
-        run_id=found.run_id or "",
+        run_id=model.run_id or "",
     )

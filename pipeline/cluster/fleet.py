@@ -123,8 +123,10 @@ def _planned(pending: Mapping[str, int], placement: Placement) -> _Work:
     sites = sorted(pending)
     count = max(1, min(placement.shards, -(-len(sites) // placement.slots)))
     home = home_shards(sites, count)
-    own = [{s: pending[s] for s, k in zip(sites, home, strict=True) if k == shard} for shard in range(count)]
-    return _Work({k: deque(group_calls(part, slots=placement.slots)) for k, part in enumerate(own)})
+    by_shard = [
+        {s: pending[s] for s, k in zip(sites, home, strict=True) if k == shard} for shard in range(count)
+    ]
+    return _Work({k: deque(group_calls(part, slots=placement.slots)) for k, part in enumerate(by_shard)})
 
 
 def _next(

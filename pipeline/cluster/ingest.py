@@ -117,9 +117,10 @@ def find(
         if len(new) < len(paths):
             counted[site] = tuple(p for p in paths if p.name in names)
     turns = sorted((turn, site) for site, paths in fresh.items() for turn in range(len(paths)))[:most]
-    taken = {site: turn + 1 for turn, site in turns}  # the last turn of each site counts
+    last_turn = {site: turn + 1 for turn, site in turns}  # the last turn of each site counts
     backlogs = (
-        _backlog(site, next_offset(site), fresh[site][:n], listing.sizes) for site, n in sorted(taken.items())
+        _backlog(site, next_offset(site), fresh[site][:n], listing.sizes)
+        for site, n in sorted(last_turn.items())
     )
     return IngestListing(tuple(listing.segments), tuple(backlogs), counted, tuple(listing.rejected))
 
@@ -318,8 +319,8 @@ def _ingest_batch(
 @lru_cache(maxsize=4096)
 def _hashed(path: Place, size: int, written: int) -> str:
     """``written`` (and ``size``) tell that the file is no longer the one that was read."""
-    found = hashlib.sha256()
+    digest_of = hashlib.sha256()
     with path.open("rb") as f:
         while data := f.read(2**20):
-            found.update(data)
-    return found.hexdigest()
+            digest_of.update(data)
+    return digest_of.hexdigest()

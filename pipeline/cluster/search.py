@@ -128,9 +128,9 @@ def held_out(given: dict[str, object]) -> None:
     """One Train worker: after each rung, the HTER of every domain by the model that has not seen it."""
     config = parse(str(given["config"]), "search")
     torch.set_num_threads(max(1, config.cluster.cpus // config.search.concurrent_trials))
-    own = config.source.model_dump()
+    defaults = config.source.model_dump()
     settings = cast("dict[str, object]", given["settings"])
-    method = method_config("source", str(own["kind"])).model_validate({**own, **settings})
+    method = method_config("source", str(defaults["kind"])).model_validate({**defaults, **settings})
     corpora = [read_corpus(Path(p), ("train", "val")) for p in cast("list[str]", given["corpora"])]
     task = fits.Task(method, config.model, config.data.frame_px)
     tested = [
@@ -199,8 +199,8 @@ def replay(
 ) -> Iterator[float]:
     """Mean online HTER of the development sites after each rung, every sample scored before it is used."""
     model = checkpoint.load(model_path)
-    own = config.site.model_dump()
-    method = method_config("site", str(own["kind"])).model_validate({**own, **settings})
+    defaults = config.site.model_dump()
+    method = method_config("site", str(defaults["kind"])).model_validate({**defaults, **settings})
     states = bank.stack([method.init(model.tail) for _ in streams])
     scores: list[list[np.ndarray]] = [[] for _ in streams]
     rungs = config.search.rungs

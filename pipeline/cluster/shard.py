@@ -34,5 +34,5 @@ class Shard:
 
 def remote_shard(*, cpus: float, memory_bytes: int) -> ActorClass:
     """Returns the actor class with its share of a node; ``fleet`` replaces a dead shard, Ray does not."""
-    made = cast("ActorClass", ray.remote(Shard))
-    return made.options(num_cpus=cpus, memory=memory_bytes, max_restarts=0)
+    actor_class = cast("ActorClass", ray.remote(Shard))
+    return actor_class.options(num_cpus=cpus, memory=memory_bytes, max_restarts=0)

@@ -67,8 +67,8 @@ def submit(config: Config, job: Sequence[str], *, address: str, id: str) -> Subm
 def submit_command(config: Config, command: str, *, address: str, id: str) -> Submission:
     """Like ``submit`` for any shell command; the resolved configuration lies in its working directory."""
     client = _client(address)
-    if found := _find(client, id):
-        return found
+    if submission := _find(client, id):
+        return submission
     on_cluster = config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": "auto"})})
     with tempfile.TemporaryDirectory() as folder:
         text = yaml.safe_dump(on_cluster.model_dump(mode="json"), sort_keys=False)
@@ -85,8 +85,8 @@ def submit_command(config: Config, command: str, *, address: str, id: str) -> Su
                 f"Ray at {address}: went away: {_line(e)}; the same call is safe to repeat"
             ) from e
         except RuntimeError as e:
-            if found := _find(client, id):  # somebody submitted it between our look and our call
-                return found
+            if submission := _find(client, id):  # somebody submitted it between our look and our call
+                return submission
             raise ClusterError(f"Ray at {address}: refused {id}: {_line(e)}") from e
     return Submission(id, "PENDING", existed=False, exit_code=None)
 
@@ -101,13 +101,13 @@ def follow(address: str, id: str, say: Callable[[str], None]) -> Submission:
 
     try:
         asyncio.run(tail())
-        found = _find(client, id)
+        submission = _find(client, id)
     except (OSError, RuntimeError) as e:
         raise ClusterError(
             f"Ray at {address}: lost sight of {id}: {_line(e)}; the job goes on, look again with --id"
         ) from e
-    assert found is not None, id
-    return found
+    assert submission is not None, id
+    return submission
 
 
 def _client(address: str) -> JobSubmissionClient:
@@ -151,8 +151,8 @@ def _find(client: JobSubmissionClient, id: str) -> Submission | None:
 
 def _command(job: Sequence[str], address: str) -> str:
     """A head on this machine may not have our environment on its PATH; an image has it."""
-    here = urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
-    start = [sys.executable, "-m", "jobs"] if here else ["palisade"]
+    on_this_machine = urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
+    start = [sys.executable, "-m", "jobs"] if on_this_machine else ["palisade"]
     return shlex.join([*start, "--config", CONFIG_NAME, *job])
 
 

@@ -91,12 +91,15 @@ def _windows(
 ) -> tuple[list[Window], dict[str, str]]:
     rows = {row.site: row for row in ledger.streams.named(sites)}
     serving, pending = ledger.releases.serving(sites), ledger.streams.pending(sites)
-    stored = ledger.verdicts.states([r.learner for r in rows.values()] + [s.state for s in serving.values()])
-    now, store, fresh = (datetime.now(UTC), config.place("features"), config.site.init(model.tail))
+    wanted = [r.learner for r in rows.values()] + [s.state for s in serving.values()]
+    states = {  # those of another source model mean nothing under this one
+        i: s for i, s in ledger.verdicts.states(wanted).items() if s.source_version == job.source_version
+    }
+    now, store, fresh = datetime.now(UTC), config.place("features"), config.site.init(model.tail)
     windows: list[Window] = []
     failed: dict[str, str] = {}
     for site in sites:
-        row, served, (want, newest) = rows[site], serving.get(site), pending[site]
+        row, served, (count, newest) = rows[site], serving.get(site), pending[site]
         try:
             block = read_features(
                 store,
@@ -106,26 +109,24 @@ def _windows(
                 end=row.ingested_offset,
                 features=model.manifest.config.trunk.features,
             )
-            if len(block) != want:
+            if len(block) != count:
                 raise blobs.BadBlob(
-                    f"{len(block)} of {want} ingested samples have features of this source model; ingest "
-                    "again"
+                    f"{len(block)} of {count} ingested samples have features of this source model; "
+                    "ingest again"
                 )
-            own = stored.get(row.learner) if row.learner else None
-            own = own if own and own.source_version == job.source_version else None
-            stable = stored.get(served.state) if served and served.state else None
-            stable = stable if stable and stable.source_version == job.source_version else None
-            own = own or stable  # under another source model a site goes on from what it serves
-            champion = load_state(config, model, stable, fresh=fresh)
-            learner, parent, lost = _learner(config, model, own, fresh), own, None
+            champion_row = states.get(served.state or "") if served else None
+            # under another source model a site goes on from what it serves
+            learner_row = states.get(row.learner or "") or champion_row
+            champion = load_state(config, model, champion_row, fresh=fresh)
+            learner, parent, corrupt = _learner(config, model, learner_row, fresh), learner_row, None
             if learner is None:
-                learner, parent, lost = champion, stable, own
+                learner, parent, corrupt = champion, champion_row, learner_row
         except (blobs.BadBlob, OSError) as e:
             failed[site] = str(e)
             continue
         age = (now - newest).total_seconds() if newest else float("nan")
-        parent_id, lost_id, served_id = (state.id if state else None for state in (parent, lost, stable))
-        windows.append(Window(row, block, learner, champion, parent_id, lost_id, age, served_id))
+        ids = [state.id if state else None for state in (parent, corrupt, champion_row)]
+        windows.append(Window(row, block, learner, champion, ids[0], ids[1], age, ids[2]))
     return [_renewed(config, w, fresh) for w in _recalled(ledger, windows, now)], failed
 
 
@@ -134,28 +135,28 @@ def _recalled(ledger: Ledger, windows: Sequence[Window], now: datetime) -> list[
     latest = ledger.verdicts.latest([w.row.site for w in windows])
     wanted = [w.parent for w in windows if w.parent and latest[w.row.site].state != w.parent]
     older = {v.state: v for v in ledger.verdicts.find(ids=wanted)} if wanted else {}
-    found: list[Window] = []
+    recalled: list[Window] = []
     for w in windows:
-        last, made = latest.get(w.row.site), None
+        last, origin = latest.get(w.row.site), None
         before = last.evidence.stream if last else None
         baseline = before.baseline if before else ()
         if last and before and last.outcome != "fail":
             baseline = add_hours(baseline, before.hours)
         if w.parent and last:
-            made = (
+            origin = (
                 (last, before)
                 if last.state == w.parent
                 else (older[w.parent], older[w.parent].evidence.stream)
             )
         born, sessions = now.isoformat(), 0
-        if made and made[1]:
+        if origin and origin[1]:
             born, sessions = (
-                made[1].born or made[0].at.isoformat(),
-                made[1].sessions_before + (made[1].sessions or 0),
+                origin[1].born or origin[0].at.isoformat(),
+                origin[1].sessions_before + (origin[1].sessions or 0),
             )
         age = (now - datetime.fromisoformat(born)).total_seconds() / 86_400
-        found.append(replace(w, history=SiteHistory(baseline, born, age, sessions)))
-    return found
+        recalled.append(replace(w, history=SiteHistory(baseline, born, age, sessions)))
+    return recalled
 
 
 def _renewed(config: Config, w: Window, fresh: State) -> Window:

@@ -26,9 +26,9 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 def home_shards(sites: Sequence[str], shards: int) -> NDArray[np.int64]:
     """Returns the shard of each site [N]."""
-    own = np.array([_hash(s) for s in sites], np.uint64)
+    hashes = np.array([_hash(s) for s in sites], np.uint64)
     shard = _mixed(np.arange(1, shards + 1, dtype=np.uint64) * GOLDEN)
-    return np.stack([_mixed(own ^ k) for k in shard]).argmax(axis=0)
+    return np.stack([_mixed(hashes ^ k) for k in shard]).argmax(axis=0)
 
 
 def group_calls(pending: Mapping[str, int], *, slots: int) -> list[list[str]]:
@@ -37,15 +37,15 @@ def group_calls(pending: Mapping[str, int], *, slots: int) -> list[list[str]]:
     A bank of ``slots`` takes as many steps as its longest stream has batches, so equal lengths waste the
     fewest slots.
     """
-    found: list[list[str]] = [[]]
+    groups: list[list[str]] = [[]]
     samples = 0
     for site in sorted(pending, key=lambda s: (-pending[s], s)):
-        if found[-1] and len(found[-1]) % slots == 0 and (samples >= SAMPLES or len(found[-1]) >= SITES):
-            found.append([])
+        if groups[-1] and len(groups[-1]) % slots == 0 and (samples >= SAMPLES or len(groups[-1]) >= SITES):
+            groups.append([])
             samples = 0
-        found[-1].append(site)
+        groups[-1].append(site)
         samples += pending[site]
-    return [c for c in found if c]
+    return [c for c in groups if c]
 
 
 def _hash(site: str) -> int:

@@ -34,14 +34,14 @@ def candidates(
         ledger.sources.champion().version,
     )
     rows = _active_sites(ledger) if of is None else of
-    found: dict[str, Candidate | None] = {}
+    by_site: dict[str, Candidate | None] = {}
     with reporter.progress("judge again", "sites") as advance:
         for i, row in enumerate(rows):
             verdict = latest.get(row.site)
             state = states.get(verdict.state) if verdict and verdict.state else None
-            found[row.site] = _candidate(config, verdict, state, champion) if verdict else None
+            by_site[row.site] = _candidate(config, verdict, state, champion) if verdict else None
             advance(i + 1, len(rows))
-    return _facts(config, ledger, rows, found)
+    return _facts(config, ledger, rows, by_site)
 
 
 def candidates_of_source(
@@ -77,7 +77,7 @@ def candidates_of_source(
     judged = ledger.sources.add_verdict(version, verdict, evidence, limits=limits, now=now())
     bare = Candidate(Pointer(None, version), judged, "pass")
     rows = _active_sites(ledger)
-    found: dict[str, Candidate | None] = dict.fromkeys([r.site for r in rows], bare)
+    by_site: dict[str, Candidate | None] = dict.fromkeys([r.site for r in rows], bare)
     if not dry_run:
         ledger.sources.set_challenger(version, now=now())
     if rebase:
@@ -85,9 +85,9 @@ def candidates_of_source(
         for site, why in [*done.reset.items(), *done.failed.items()]:
             reporter.say(f"{site}: reset to the bare source model: {why}")
         for site, v in done.candidates.items():
-            if v.outcome == "pass" and site in found:
-                found[site] = Candidate(Pointer(v.state, version), v.id, "pass")
-    return _facts(config, ledger, rows, found)
+            if v.outcome == "pass" and site in by_site:
+                by_site[site] = Candidate(Pointer(v.state, version), v.id, "pass")
+    return _facts(config, ledger, rows, by_site)
 
 
 def joiners(
@@ -143,7 +143,7 @@ def _candidate(
 
 
 def _facts(
-    config: Config, ledger: Ledger, rows: Sequence[SiteRow], found: Mapping[str, Candidate | None]
+    config: Config, ledger: Ledger, rows: Sequence[SiteRow], by_site: Mapping[str, Candidate | None]
 ) -> dict[str, SiteFacts]:
     serving = ledger.releases.serving()
     good = ledger.releases.promoted_by(
@@ -155,7 +155,7 @@ def _facts(
         row.site: SiteFacts(
             serving=_pointer_of(serving.get(row.site)) or source,
             last_good=_pointer_of(good.get(row.site)),
-            candidate=found[row.site],
+            candidate=by_site[row.site],
             control=row.site in controls,
             tags=row.tags,
         )

@@ -48,27 +48,27 @@ def corpora(config: Config) -> list[Path]:
     from pipeline.data.corpus import read_manifest  # loads OpenCV, which reading the ledger does without
 
     root = Path(config.data.corpora)
-    there = sorted(p.parent.name for p in root.glob("*/manifest.json"))
-    if not there:
+    imported = sorted(p.parent.name for p in root.glob("*/manifest.json"))
+    if not imported:
         raise ValueError(
             f"data.corpora: {root} holds no imported corpus; run `palisade import KIND FOLDER` first"
         )
-    missing = [d for d in config.data.domains if d not in there]
+    missing = [d for d in config.data.domains if d not in imported]
     if missing:
-        raise ValueError(f"data.domains: {missing[0]!r} is not imported; there are {', '.join(there)}")
-    found = [
+        raise ValueError(f"data.domains: {missing[0]!r} is not imported; there are {', '.join(imported)}")
+    folders = [
         root / d
-        for d in config.data.domains or there
+        for d in config.data.domains or imported
         if config.data.domains or read_manifest(root / d).kind != "rendered"
     ]
-    for path in found:
+    for path in folders:
         size = read_manifest(path).size
         if size != config.data.frame_px:
             raise ValueError(
                 f"data.frame_px: {config.data.frame_px}, but {path} was imported at {size}; import it "
                 "again or change data.frame_px"
             )
-    return found
+    return folders
 
 
 def check_size(config: Config, source: SourceRow) -> None:
@@ -106,8 +106,8 @@ def lease(config: Config, ledger: Ledger, kind: str, *, purpose: str = "") -> It
     The caller ends the cycle. A cycle that was begun for another ``purpose`` is not resumed.
     """
     host = socket.gethostname()
-    own = psutil.Process()
-    holder = f"{host}:{own.pid}:{own.create_time():.0f}"
+    process = psutil.Process()
+    holder = f"{host}:{process.pid}:{process.create_time():.0f}"
     cycle = ledger.cycles.begin(
         kind, config.fingerprint() + purpose, config.model_dump_json(), holder=holder, dead=_dead, now=now()
     )

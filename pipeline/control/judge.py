@@ -213,8 +213,8 @@ def _source_scores(model: SourceModel, anchor: AnchorSet, mask: int, cache: Scor
             .all(-1)
             .numpy()
         )
-        found = np.flatnonzero(alike.any(0))  # several patterns may leave the same of a sample
-        cache[key] = scores[alike.argmax(0)[found], found].astype(np.float64)
+        shown_items = np.flatnonzero(alike.any(0))  # several patterns may leave the same of a sample
+        cache[key] = scores[alike.argmax(0)[shown_items], shown_items].astype(np.float64)
     return cache[key]
 
 

@@ -41,15 +41,15 @@ def retained_segments(
 
     All of them where there are fewer. ``segments`` are those of one site, in stream order.
     """
-    taken: list[SegmentRow] = []
+    newest: list[SegmentRow] = []
     held = 0
     for s in reversed(segments):
         if held >= samples:
             break
         if s.rows and s.base_offset < learned:
-            taken.append(s)
+            newest.append(s)
             held += s.good
-    return tuple(reversed(taken))
+    return tuple(reversed(newest))
 
 
 def unbroken_suffix(
@@ -67,36 +67,40 @@ def rebase_windows(
     Also returns {site: reason} of the sites that have nothing.
     """
     fresh, now = config.site.init(model.tail), datetime.now(UTC)
-    found: list[Window] = []
+    prepared: list[Window] = []
     failed: dict[str, str] = {}
     for row in ledger.streams.named(sites):
-        told = ledger.streams.segments(row.site)
-        at = {s.name: ingested_at for s, ingested_at in told}
-        kept = retained_segments([s for s, _ in told], learned=row.learned_offset, samples=samples)
+        ingested = ledger.streams.segments(row.site)
+        at = {s.name: ingested_at for s, ingested_at in ingested}
+        segments = retained_segments([s for s, _ in ingested], learned=row.learned_offset, samples=samples)
         try:
-            block = _block(config, model, row, kept)
+            block = _block(config, model, row, segments)
         except (BadBlob, OSError) as e:
             failed[row.site] = str(e)
             continue
-        kept = unbroken_suffix(kept, lambda s, block=block: _held(block, s) == s.good)
-        if not sum(s.good for s in kept):
+        segments = unbroken_suffix(segments, lambda s, block=block: _held(block, s) == s.good)
+        if not sum(s.good for s in segments):
             failed[row.site] = "nothing that it learned from has features of this source model"
             continue
         window = replace(
-            row, learned_offset=kept[0].base_offset, ingested_offset=row.learned_offset, learner=None, holds=0
+            row,
+            learned_offset=segments[0].base_offset,
+            ingested_offset=row.learned_offset,
+            learner=None,
+            holds=0,
         )
-        age = (now - max(at[s.name] for s in kept)).total_seconds()
-        own = block.rows(block.offset >= window.learned_offset)
-        found.append(Window(window, own, fresh, fresh, None, None, age))
-    return found, failed
+        age = (now - max(at[s.name] for s in segments)).total_seconds()
+        samples_block = block.rows(block.offset >= window.learned_offset)
+        prepared.append(Window(window, samples_block, fresh, fresh, None, None, age))
+    return prepared, failed
 
 
-def _block(config: Config, model: SourceModel, row: SiteRow, kept: Sequence[SegmentRow]) -> FeatureBlock:
+def _block(config: Config, model: SourceModel, row: SiteRow, segments: Sequence[SegmentRow]) -> FeatureBlock:
     return read_features(
         config.place("features"),
         model.manifest.trunk_digest,
         row.site,
-        start=kept[0].base_offset if kept else row.learned_offset,
+        start=segments[0].base_offset if segments else row.learned_offset,
         end=row.learned_offset,
         features=model.manifest.config.trunk.features,
     )

@@ -129,8 +129,8 @@ def verdict_basis(ledger: Ledger, row: VerdictRow) -> VerdictBasis:
     if window.anchor_digest is not None:
         return VerdictBasis(source, window.anchor_digest, window.champion_state, recorded=True)
     served = [s for s in ledger.releases.history(row.site) if s.since <= row.at]
-    own = served[-1].state if served and served[-1].source_version == source.version else None
-    return VerdictBasis(source, ledger.verdicts.anchor(source.trunk, at=row.at), own, recorded=False)
+    champion = served[-1].state if served and served[-1].source_version == source.version else None
+    return VerdictBasis(source, ledger.verdicts.anchor(source.trunk, at=row.at), champion, recorded=False)
 
 
 def recheck_verdict(

@@ -34,15 +34,19 @@ def recount_evidence(config: Config, ledger: Ledger, row: VerdictRow, evidence: 
     state = ledger.verdicts.state(row.state)
     if state is None:
         raise ValueError("no candidate was made of an empty window")
-    found = verdict_basis(ledger, row)
-    model, anchor = load_model(found.source.path), load_anchor(config.place("anchors"), found.anchor)
-    stable = ledger.verdicts.state(found.champion_state)
-    own, served = (load_state(config, model, s, fresh=site_state(model.tail)) for s in (state, stable))
-    cache = anchor_score_cache(found.anchor, found.source.path)
+    basis = verdict_basis(ledger, row)
+    model, anchor = load_model(basis.source.path), load_anchor(config.place("anchors"), basis.anchor)
+    champion_row = ledger.verdicts.state(basis.champion_state)
+    learned, served = (
+        load_state(config, model, s, fresh=site_state(model.tail)) for s in (state, champion_row)
+    )
+    cache = anchor_score_cache(basis.anchor, basis.source.path)
     patterns, present = anchor.replayed()
     if evidence.rig:
         present = present & torch.tensor([m.name.lower() in evidence.rig for m in Modality])
-    candidate, champion = (anchor_scores(model, anchor, s, cache, rig=evidence.rig) for s in (own, served))
+    candidate, champion = (
+        anchor_scores(model, anchor, s, cache, rig=evidence.rig) for s in (learned, served)
+    )
     return evidence_of(
         candidate,
         champion,
@@ -50,7 +54,7 @@ def recount_evidence(config: Config, ledger: Ledger, row: VerdictRow, evidence: 
         anchor.species,
         patterns,
         model.manifest.threshold,
-        trust_ratio=bank.distance(model.tail, bank.stack([own]), 0),
+        trust_ratio=bank.distance(model.tail, bank.stack([learned]), 0),
         stream_n=evidence.stream_n,
         age_seconds=evidence.age_seconds or 0.0,
         stream_finite=evidence.finite,
@@ -65,18 +69,18 @@ def recount_evidence(config: Config, ledger: Ledger, row: VerdictRow, evidence: 
 def count_differences(stored: Evidence, counted: Evidence) -> list[str]:
     """Returns the differences between stored and recounted evidence, a line each."""
     was, now = ({(c.pattern, c.species): c for c in e.cells} for e in (stored, counted))
-    said: list[str] = []
+    lines: list[str] = []
     for key in {**was, **now}:
         if (a := was.get(key)) != (b := now.get(key)):
-            told = [
+            texts = [
                 f"{c.errors} errors of {c.n}, {c.worse} worse, {c.better} better" if c else "nothing"
                 for c in (a, b)
             ]
-            said.append(f"{'/'.join(key)}: {told[0]} on record, {told[1]} counted")
+            lines.append(f"{'/'.join(key)}: {texts[0]} on record, {texts[1]} counted")
     for name in ("trust_ratio", "margin_drop"):
         a, b = getattr(stored, name), getattr(counted, name)
         if (a is None) != (b is None) or (
             a is not None and not math.isclose(a, b, rel_tol=ROUNDING, abs_tol=ROUNDING)
         ):
-            said.append(f"{name}: {a} on record, {b} counted")
-    return said
+            lines.append(f"{name}: {a} on record, {b} counted")
+    return lines

@@ -41,10 +41,10 @@ class ScoredStream:
     def pad(self, which: str, threshold: float) -> PadReport | None:
         """Returns ISO/IEC 30107-3 numbers of ``before``, ``online`` or ``after``; None without both
         classes."""
-        known = self.label >= 0
+        labelled = self.label >= 0
         try:
             return metrics.report(
-                getattr(self, which)[known], self.label[known], self.pai[known], threshold, samples=0
+                getattr(self, which)[labelled], self.label[labelled], self.pai[labelled], threshold, samples=0
             )
         except MetricError:
             return None
@@ -66,7 +66,7 @@ def join_labels(config: Config, source: SourceRow, verdicts: Sequence[VerdictRow
         return None
     site = parts[0].site
     features = int(config.model.trunk.features)
-    outcomes = [found for v in parts if (found := _outcomes(config, v))]
+    outcomes = [part for v in parts if (part := _outcomes(config, v))]
     if not outcomes:
         return None
     o = {name: np.concatenate([part[name] for part in outcomes]) for name in outcomes[0]}
@@ -82,13 +82,13 @@ def join_labels(config: Config, source: SourceRow, verdicts: Sequence[VerdictRow
         raise blobs.BadBlob(f"{site}: features of a judged window are gone or belong to another source model")
     rows = np.searchsorted(block.offset, o["offset"])
     labels = site_labels(config.data.sealed, site)
-    known = [labels.get(s, (-1, "unknown")) for s in block.sample_id[rows]]
+    rows_labels = [labels.get(s, (-1, "unknown")) for s in block.sample_id[rows]]
     return ScoredStream(
         o["offset"],
         block.captured_at[rows],
         o["present"],
-        np.array([k[0] for k in known]),
-        np.array([k[1] for k in known]),
+        np.array([k[0] for k in rows_labels]),
+        np.array([k[1] for k in rows_labels]),
         o["before"],
         o["online"],
         o["after"],

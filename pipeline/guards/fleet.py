@@ -80,8 +80,8 @@ def judge_promoted(limits: GuardsConfig, standing: LabelledCounts) -> PromotedFi
         if s.rollback_refused is not None and s.refused[i] <= s.rollback_refused[i]:
             continue
         counts = int(s.refused[i]), int(s.bona_fide[i])
-        found = _rate("BPCER", s.sites[i], *counts, limits.ceiling.bpcer, rule.alpha_site)
-        failing.setdefault(s.sites[i], []).append(found)
+        finding = _rate("BPCER", s.sites[i], *counts, limits.ceiling.bpcer, rule.alpha_site)
+        failing.setdefault(s.sites[i], []).append(finding)
     for name, share, log_e in (
         ("rate", RATE, sequential.bernoulli_e(s.accepted[harmed], s.attacks[harmed], rule.apcer)),
         ("pairs", 1 - RATE, sequential.paired_e(s.worse[harmed], s.better[harmed])),
@@ -89,8 +89,8 @@ def judge_promoted(limits: GuardsConfig, standing: LabelledCounts) -> PromotedFi
         for at in np.flatnonzero(log_e >= -np.log(rule.alpha_site * share)).tolist():
             i = int(harmed[at])
             text = f"{_counts(name, s, i, rule.apcer)}: its own"
-            found = _finding(s.sites[i], float(log_e[at]), rule.alpha_site * share, text)
-            failing.setdefault(found.where, []).append(found)
+            finding = _finding(s.sites[i], float(log_e[at]), rule.alpha_site * share, text)
+            failing.setdefault(finding.where, []).append(finding)
         every = np.full(count, -np.inf)
         every[harmed] = log_e
         merged = float(sequential.merge_few(every, FEW)) if len(harmed) else -np.inf
@@ -124,7 +124,7 @@ def compare_with_controls(
         for k in (1, 2)
     )
     log_e = sequential.two_sample_e(x, n, y, m)
-    found: list[Reason] = []
+    findings: list[Reason] = []
     for i in map(int, sequential.e_bh(log_e, limits.controls.fdr)):
         what, name = rows[i]
         text = (
@@ -132,7 +132,7 @@ def compare_with_controls(
             f"{m[i]:.0f} at control sites: "
             f"e-value {_e(float(log_e[i])):.3g}, false findings at most {limits.controls.fdr:.1%}"
         )
-        found.append(
+        findings.append(
             Reason(
                 guard="controls",
                 call="fail",
@@ -143,7 +143,7 @@ def compare_with_controls(
                 advisory=limits.controls.advisory,
             )
         )
-    return tuple(found)
+    return tuple(findings)
 
 
 def error_budget(limits: GuardsConfig, errors: ArrayLike, total: ArrayLike) -> tuple[Reason, ...]:
@@ -155,7 +155,7 @@ def error_budget(limits: GuardsConfig, errors: ArrayLike, total: ArrayLike) -> t
     """
     rule = limits.budget
     e, n = (np.asarray(x, np.float64) for x in (errors, total))
-    found: list[Reason] = []
+    findings: list[Reason] = []
     for hours, burn in ((1, rule.burn_1h), (6, rule.burn_6h)):
         bad, seen, rate = (
             float(e[-hours:].sum()),
@@ -170,7 +170,7 @@ def error_budget(limits: GuardsConfig, errors: ArrayLike, total: ArrayLike) -> t
             "error budget, "
             f"limit {burn:.1%}"
         )
-        found.append(
+        findings.append(
             Reason(
                 guard="budget",
                 call="hold",
@@ -181,15 +181,15 @@ def error_budget(limits: GuardsConfig, errors: ArrayLike, total: ArrayLike) -> t
                 advisory=rule.advisory,
             )
         )
-    return tuple(found)
+    return tuple(findings)
 
 
 def _over_ceiling(limits: GuardsConfig, s: LabelledCounts, harmed: NDArray[np.intp]) -> list[Reason]:
     alpha, limit = limits.shadow.alpha / len(s.sites), limits.ceiling.apcer
     over = [int(harmed[k]) for k in _beyond(s.accepted[harmed], s.attacks[harmed], limit, alpha)]
-    found = [_rate("APCER", s.sites[i], int(s.accepted[i]), int(s.attacks[i]), limit, alpha) for i in over]
+    findings = [_rate("APCER", s.sites[i], int(s.accepted[i]), int(s.attacks[i]), limit, alpha) for i in over]
     note = (f"; its way back errs on {s.better[i]} of them alone, it on {s.worse[i]}" for i in over)
-    return [r.model_copy(update={"text": r.text + more}) for r, more in zip(found, note, strict=True)]
+    return [r.model_copy(update={"text": r.text + more}) for r, more in zip(findings, note, strict=True)]
 
 
 def _beyond(errors: Counts, n: Counts, limit: float, alpha: float) -> list[int]:

@@ -139,10 +139,16 @@ def _noninferiority(limits: GuardsConfig, all_cells: tuple[Cell, ...]) -> Iterat
         if c.n and (not rule.patterns or c.pattern in rule.patterns)
     ]
     for pattern in dict.fromkeys(r[0] for r in rows):
-        own = [r[2:] for r in rows if r[0] == pattern and r[1] != REAL]
-        if own:
+        species = [r[2:] for r in rows if r[0] == pattern and r[1] != REAL]
+        if species:
             rows.append(
-                (pattern, ATTACKS, sum(r[0] for r in own), sum(r[1] for r in own), sum(r[2] for r in own))
+                (
+                    pattern,
+                    ATTACKS,
+                    sum(r[0] for r in species),
+                    sum(r[1] for r in species),
+                    sum(r[2] for r in species),
+                )
             )
     n, worse, better = np.array([r[2:] for r in rows], np.float64).reshape(-1, 3).T
     upper, floor = paired_upper95(worse, better, n), paired_upper95(0 * n, 0 * n, n)
