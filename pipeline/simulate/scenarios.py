@@ -26,7 +26,7 @@ PEOPLE = 500_000  # first subject of the pools
 VISITORS, VISITS = 40, 6  # bona fide people of a pool, and how often each is captured, two frames each time
 ATTACKS = 25  # presentations of each species in a pool, two frames each
 PROBE = {"bona_fide": 300, "attack": 100}  # presentations in a probe: bona fide, and of each species
-USUAL = ("print_flat", "print_bent", "replay", "mask_rigid")  # who attacks where nothing else is said
+USUAL = ("print_flat", "print_bent", "replay", "mask_rigid")  # species of the attacks where a stretch names none
 LEVELS = 6  # of a rig that ages
 WORN_IN_PART = ("partial_eyes", "partial_glasses")
 POISON = (
@@ -92,106 +92,16 @@ class Drawn(NamedTuple):
     poison: NDArray[np.bool_]  # [N] placed there to be learned from
 
 
+ORDINARY = Stretch(600, "E", 0.8)
+TARGETED = Stretch(1000, "F", 0.9)
+
+
 def scenarios(scale: float = 1.0) -> list[Scenario]:
-    """All of them; ``scale`` shortens every stretch."""
-    usual = Stretch(600, "E", 0.8)
-    bad = Stretch(1000, "F", 0.9)
-    burst = Stretch(100, "E", 0.0, species=("print_cutout", "replay", "mask_silicone"), label="attacks only")
-    made = [
-        *(
-            Scenario(
-                f"rig-{rig.lower()}",
-                "shifted",
-                f"a device family that no source has: rig {rig}",
-                (usual._replace(rig=rig),),
-            )
-            for rig in UNSEEN
-        ),
-        Scenario(
-            "rig-ageing",
-            "shifted",
-            "the illuminator fades to a fifth, depth noise triples",
-            tuple(Stretch(150, f"C{k}", 0.8) for k in range(LEVELS)),
-        ),
-        Scenario(
-            "rig-swapped",
-            "shifted",
-            "a known camera is replaced by an unseen one",
-            (Stretch(400, "A2", 0.8), Stretch(500, "G", 0.8)),
-        ),
-        Scenario(
-            "clean", "clean", "a device of a known family, nothing happens", (Stretch(800, "A2", 0.85),)
-        ),
-        *(
-            Scenario(
-                f"door-{prior:g}",
-                "one-class",
-                f"{prior:.0%} bona fide, then a burst of attacks",
-                (Stretch(n, "E", prior), burst),
-            )
-            for prior, n in ((1.0, 4000), (0.99, 2000), (0.9, 1000), (0.5, 1000))
-        ),
-        Scenario(
-            "unseen-species",
-            "unseen",
-            "species that no source has, in bursts",
-            (
-                bad._replace(samples=500),
-                Stretch(200, "F", 0.5, species=WORN_IN_PART, label="unseen species"),
-                bad._replace(samples=200),
-            ),
-        ),
-        Scenario(
-            "ir-dead",
-            "missing",
-            "infrared is dead for most of the stream",
-            (usual._replace(samples=150), usual._replace(samples=600, present=NO_IR, label="IR missing")),
-        ),
-        Scenario(
-            "depth-dead",
-            "missing",
-            "depth is dead for most of the stream",
-            (
-                usual._replace(samples=150),
-                usual._replace(samples=600, present=NO_DEPTH, label="depth missing"),
-            ),
-        ),
-        *(
-            Scenario(
-                f"drip-{share:.0%}".replace("%", ""),
-                "poisoning",
-                f"{share:.0%} of the captures are attacks that score just bona fide",
-                (bad._replace(poison=share),),
-            )
-            for share in (0.01, 0.05, 0.2)
-        ),
-        Scenario(
-            "burst-100",
-            "poisoning",
-            "100 such attacks in a row",
-            (
-                bad._replace(samples=450),
-                bad._replace(samples=100, poison=1.0, label="poison"),
-                bad._replace(samples=450),
-            ),
-        ),
-        Scenario(
-            "blinding-5",
-            "poisoning",
-            "5% attacks that cover depth and infrared",
-            (bad._replace(poison=0.05, blind=True),),
-        ),
-        Scenario(
-            "adaptive-5",
-            "poisoning",
-            "5% attacks that a surrogate, adapted on the same stream, likes best",
-            (bad._replace(poison=0.05),),
-            adaptive=True,
-        ),
-    ]
+    """Returns all scenarios in the order of the page; ``scale`` shortens every stretch."""
+    every = [*_shifted(), *_clean_and_doors(), *_unseen_and_missing(), *_poisoning()]
     return [
         replace(s, stretches=tuple(t._replace(samples=round(t.samples * scale)) for t in s.stretches))
-        for s in made
+        for s in every
     ]
 
 
@@ -303,3 +213,121 @@ def _visits(
         place = dict(zip(names.tolist(), rng.permutation(len(names)).tolist(), strict=True))
         drawn.append(rows[np.argsort([place[v] for v in video[rows].tolist()], kind="stable")])
     return np.concatenate(drawn)[:count]
+
+
+def _shifted() -> list[Scenario]:
+    """Returns streams whose device, light or sensor changes the scores."""
+    return [
+        *(
+            Scenario(
+                f"rig-{rig.lower()}",
+                "shifted",
+                f"a device family that no source has: rig {rig}",
+                (ORDINARY._replace(rig=rig),),
+            )
+            for rig in UNSEEN
+        ),
+        Scenario(
+            "rig-ageing",
+            "shifted",
+            "the illuminator fades to a fifth, depth noise triples",
+            tuple(Stretch(150, f"C{k}", 0.8) for k in range(LEVELS)),
+        ),
+        Scenario(
+            "rig-swapped",
+            "shifted",
+            "a known camera is replaced by an unseen one",
+            (Stretch(400, "A2", 0.8), Stretch(500, "G", 0.8)),
+        ),
+    ]
+
+
+def _clean_and_doors() -> list[Scenario]:
+    """Returns a stream in which nothing happens, and doors of one class that meet a burst of attacks."""
+    burst = Stretch(100, "E", 0.0, species=("print_cutout", "replay", "mask_silicone"), label="attacks only")
+    return [
+        Scenario(
+            "clean", "clean", "a device of a known family, nothing happens", (Stretch(800, "A2", 0.85),)
+        ),
+        *(
+            Scenario(
+                f"door-{prior:g}",
+                "one-class",
+                f"{prior:.0%} bona fide, then a burst of attacks",
+                (Stretch(n, "E", prior), burst),
+            )
+            for prior, n in ((1.0, 4000), (0.99, 2000), (0.9, 1000), (0.5, 1000))
+        ),
+    ]
+
+
+def _unseen_and_missing() -> list[Scenario]:
+    """Returns streams with species that no source has, and with a sensor that is dead most of the time."""
+    return [
+        Scenario(
+            "unseen-species",
+            "unseen",
+            "species that no source has, in bursts",
+            (
+                TARGETED._replace(samples=500),
+                Stretch(200, "F", 0.5, species=WORN_IN_PART, label="unseen species"),
+                TARGETED._replace(samples=200),
+            ),
+        ),
+        Scenario(
+            "ir-dead",
+            "missing",
+            "infrared is dead for most of the stream",
+            (
+                ORDINARY._replace(samples=150),
+                ORDINARY._replace(samples=600, present=NO_IR, label="IR missing"),
+            ),
+        ),
+        Scenario(
+            "depth-dead",
+            "missing",
+            "depth is dead for most of the stream",
+            (
+                ORDINARY._replace(samples=150),
+                ORDINARY._replace(samples=600, present=NO_DEPTH, label="depth missing"),
+            ),
+        ),
+    ]
+
+
+def _poisoning() -> list[Scenario]:
+    """Returns streams whose attacker wants to be learned from: by drip, burst, blinding and a surrogate."""
+    return [
+        *(
+            Scenario(
+                f"drip-{share:.0%}".replace("%", ""),
+                "poisoning",
+                f"{share:.0%} of the captures are attacks that score just bona fide",
+                (TARGETED._replace(poison=share),),
+            )
+            for share in (0.01, 0.05, 0.2)
+        ),
+        Scenario(
+            "burst-100",
+            "poisoning",
+            "100 such attacks in a row",
+            (
+                TARGETED._replace(samples=450),
+                TARGETED._replace(samples=100, poison=1.0, label="poison"),
+                TARGETED._replace(samples=450),
+            ),
+        ),
+        Scenario(
+            "blinding-5",
+            "poisoning",
+            "5% attacks that cover depth and infrared",
+            (TARGETED._replace(poison=0.05, blind=True),),
+        ),
+        Scenario(
+            "adaptive-5",
+            "poisoning",
+            "5% attacks that a surrogate, adapted on the same stream, likes best",
+            (TARGETED._replace(poison=0.05),),
+            adaptive=True,
+        ),
+    ]

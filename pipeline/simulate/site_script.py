@@ -152,25 +152,36 @@ def rig_at(script: SiteScript, hour: float) -> SensorRig:
     )
 
 
+PRINTS = ("print_flat", "print_bent", "print_cutout")
+MASKS = ("mask_rigid", "mask_silicone", "partial_glasses")
+
+
 def demo_fleet(seed: int = 0) -> list[SiteScript]:
     """Returns fourteen sites: three clean controls, four unseen devices, seven with other troubles.
 
     The controls have rigs of training families.
     """
-    a, b, c, d = (variant(rig, seed * 100 + k) for k, rig in enumerate(TRAINING.values()))
-    e, f, g, h = (variant(rig, seed * 100 + 10 + k) for k, rig in enumerate(UNSEEN.values()))
-    e2, f2 = variant(UNSEEN["E"], seed * 100 + 20), variant(UNSEEN["F"], seed * 100 + 21)
-    prints, masks = (
-        ("print_flat", "print_bent", "print_cutout"),
-        ("mask_rigid", "mask_silicone", "partial_glasses"),
-    )
-    night = (Missing("rgb", 0, 6), Missing("rgb", 20, 30))
+    trained = [variant(rig, seed * 100 + k) for k, rig in enumerate(TRAINING.values())]
+    unseen = [variant(rig, seed * 100 + 10 + k) for k, rig in enumerate(UNSEEN.values())]
+    again = [variant(UNSEEN["E"], seed * 100 + 20), variant(UNSEEN["F"], seed * 100 + 21)]
+    return [*_controls(trained), *_unseen_devices(unseen), *_troubled(trained, again)]
+
+
+def _controls(trained: list[SensorRig]) -> list[SiteScript]:
+    a, b, c, _ = trained
     return [
         SiteScript("lobby-north", a, "eu-central", "meridian", "a-structured-850"),
         SiteScript("lobby-south", b, "eu-central", "meridian", "b-outdoor-850", prior=0.85),
-        SiteScript("office-gate", c, "us-east", "halden", "c-tof-940", species=masks),
+        SiteScript("office-gate", c, "us-east", "halden", "c-tof-940", species=MASKS),
+    ]
+
+
+def _unseen_devices(unseen: list[SensorRig]) -> list[SiteScript]:
+    e, f, g, h = unseen
+    night = (Missing("rgb", 0, 6), Missing("rgb", 20, 30))
+    return [
         SiteScript(
-            "terminal-gate", e, "eu-west", "aerogate", "e-tof-940", species=(*prints, "replay", "mask_rigid")
+            "terminal-gate", e, "eu-west", "aerogate", "e-tof-940", species=(*PRINTS, "replay", "mask_rigid")
         ),
         SiteScript(
             "mall-kiosk",
@@ -191,11 +202,17 @@ def demo_fleet(seed: int = 0) -> list[SiteScript]:
             "novabank",
             "g-phone-940",
             prior=0.75,
-            species=(*prints, "replay"),
+            species=(*PRINTS, "replay"),
         ),
         SiteScript(
-            "dock-night", h, "us-west", "freightline", "h-dock-850", prior=0.85, species=masks, missing=night
+            "dock-night", h, "us-west", "freightline", "h-dock-850", prior=0.85, species=MASKS, missing=night
         ),
+    ]
+
+
+def _troubled(trained: list[SensorRig], again: list[SensorRig]) -> list[SiteScript]:
+    (a, b, c, d), (e2, f2) = trained, again
+    return [
         SiteScript(
             "gate-ageing",
             c,

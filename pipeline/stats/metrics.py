@@ -113,17 +113,11 @@ def report(
     by_species = apcer_by_species(s, y, names, threshold)
     worst, top = max_apcer(by_species)
     bona_fide = bpcer(s, y, threshold)
-    both = 0 < bona_fide.n < len(y)
     hters = aucs = None
-    if groups is not None and both:
+    if groups is not None and 0 < bona_fide.n < len(y):
         hters = hter_interval(calls(s, y, groups, threshold), samples=samples, seed=seed)
         aucs = auc_interval(s, y, groups, samples=samples, seed=seed)
-    limits = (0.1, 0.05, 0.01)
-    oracle = [bpcer_at_apcer(s, y, names, a) if both else math.nan for a in limits]
-    honest = [math.nan] * len(limits)
-    if dev is not None:
-        species, _ = merge_small(dev.pai, dev.label, min_species)
-        honest = [bpcer_at_dev(s, y, dev.score, dev.label, species, a) for a in limits]
+    honest, oracle = _bpcer_at_limits(s, y, names, dev, min_species)
     return PadReport(
         threshold=float(threshold),
         n_bona_fide=bona_fide.n,
@@ -148,6 +142,19 @@ def report(
         hter_interval=hters,
         auc_interval=aucs,
     )
+
+
+def _bpcer_at_limits(
+    s: Floats, y: NDArray[np.int64], names: NDArray[np.str_], dev: Dev | None, min_species: int
+) -> tuple[list[float], list[float]]:
+    """Returns BPCER10, 20 and 100 with the threshold of ``dev``, and with the threshold of these data."""
+    limits = (0.1, 0.05, 0.01)
+    both = len(set(y.tolist())) == 2
+    oracle = [bpcer_at_apcer(s, y, names, a) if both else math.nan for a in limits]
+    if dev is None:
+        return [math.nan] * len(limits), oracle
+    species, _ = merge_small(dev.pai, dev.label, min_species)
+    return [bpcer_at_dev(s, y, dev.score, dev.label, species, a) for a in limits], oracle
 
 
 def clopper_pearson(errors: ArrayLike, n: ArrayLike, *, confidence: float = 0.95) -> tuple[Floats, Floats]:
