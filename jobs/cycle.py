@@ -37,7 +37,7 @@ class CycleSummary:
 def cycle(config: Config, terminal: Terminal) -> int:
     """Runs one cycle over the fleet; an unfinished cycle resumes where it stopped."""
     from jobs.report import write_report
-    from jobs.rollout.operate import tick_running
+    from pipeline.control.rollout import reconcile_running
 
     ledger = open_ledger(config)
     source_model(ledger)
@@ -48,7 +48,7 @@ def cycle(config: Config, terminal: Terminal) -> int:
             summary = _steps(config, ledger, held, terminal)
             ledger.cycles.finish(held, summary=summary.to_json(), now=now())
     finally:  # a harmful release is rolled back even if the cycle failed
-        tick_running(config, ledger, terminal)
+        reconcile_running(config, ledger, terminal)
     path = write_report(config, ledger, held.id)
     record(config, ledger, held, summary.to_json())
     verdicts = ledger.verdicts.find(cycle=held.id)

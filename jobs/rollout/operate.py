@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING
 from jobs.rollout.display import name_of, show_plan, show_status
 from jobs.terminal import Exit, table
 from pipeline import rollout as machine
-from pipeline.control.candidates import candidates, candidates_of_source, joiners, pointer
+from pipeline.control.candidates import candidates, candidates_of_source, pointer
 from pipeline.control.deployment import now, open_ledger
-from pipeline.control.rollout import RUNNING, change, load, newest, reconcile, record, roll_back_now, save
+from pipeline.control.rollout import (
+    RUNNING,
+    add_joiners,
+    change,
+    load,
+    newest,
+    reconcile,
+    record,
+    roll_back_now,
+    save,
+)
 from pipeline.rollout import Status
 
 if TYPE_CHECKING:
@@ -199,36 +209,14 @@ def rollback(config: Config, terminal: Terminal, *, reason: str) -> int:
     return show_status(terminal, ledger, row.id, load(row))
 
 
-def tick_running(config: Config, ledger: Ledger, terminal: Terminal) -> None:
-    """Moves the running rollout on, if there is one; ``cycle`` calls it.
-
-    A paused rollout is included, because it may have to be rolled back.
-    """
-    for row in ledger.plans.rollouts():
-        if Status(row.status) in RUNNING | {Status.PAUSED}:
-            row = _joined(config, ledger, row, terminal)
-            record(config, ledger, reconcile(config, ledger, row, terminal), terminal)
-
-
 def _go_on(config: Config, ledger: Ledger, row: RolloutRow, terminal: Terminal, *, watch: bool) -> int:
-    row = reconcile(config, ledger, _joined(config, ledger, row, terminal), terminal)
+    row = reconcile(config, ledger, add_joiners(config, ledger, row, terminal), terminal)
     while watch and load(row).status in RUNNING - {Status.HOLD}:
         time.sleep(POLL_SECONDS)
         row = reconcile(config, ledger, row, terminal)
     record(config, ledger, row, terminal)
     code = show_status(terminal, ledger, row.id, load(row))
     return Exit.GUARD_FAILED if Status(row.status) in {Status.ROLLING_BACK, Status.ROLLED_BACK} else code
-
-
-def _joined(config: Config, ledger: Ledger, row: RolloutRow, terminal: Terminal) -> RolloutRow:
-    """Adds the sites that were registered after the plan to its last wave."""
-    current = load(row)
-    new = joiners(config, ledger, terminal, row.id, current)
-    if not new:
-        return row
-    listed = ", ".join(sorted(new)[:3])
-    text = f"{len(new)} sites joined: {listed}"
-    return save(ledger, row, machine.join(current, count=len(new)), text, at=now(), joined=new)
 
 
 def _approved(ledger: Ledger, row: RolloutRow, who: str) -> RolloutRow:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import rollout as machine
 from pipeline.config import translate_stored
+from pipeline.control.candidates import joiners
 from pipeline.control.deployment import now
 from pipeline.control.health import observe, observe_rollback
 from pipeline.control.notify import notify
@@ -134,6 +135,27 @@ def reconcile(config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporte
         _notify_transition(config, ledger, row.id, before, after, reporter)
         if not moved and (after.status, after.wave) == (before.status, before.wave):
             return row
+
+
+def reconcile_running(config: Config, ledger: Ledger, reporter: Reporter) -> None:
+    """Moves the running rollout on, if there is one, with the sites that joined; ``cycle`` calls it.
+
+    A paused rollout is included, because it may have to be rolled back.
+    """
+    for row in ledger.plans.rollouts():
+        if Status(row.status) in RUNNING | {Status.PAUSED}:
+            row = add_joiners(config, ledger, row, reporter)
+            record(config, ledger, reconcile(config, ledger, row, reporter), reporter)
+
+
+def add_joiners(config: Config, ledger: Ledger, row: RolloutRow, reporter: Reporter) -> RolloutRow:
+    """Adds the sites that were registered after the plan to its last wave."""
+    current = load(row)
+    new = joiners(config, ledger, reporter, row.id, current)
+    if not new:
+        return row
+    text = f"{len(new)} sites joined: {', '.join(sorted(new)[:3])}"
+    return save(ledger, row, machine.join(current, count=len(new)), text, at=now(), joined=new)
 
 
 def roll_back_now(
