@@ -1,7 +1,6 @@
-"""Everything durable that is not a tensor: sites, offsets, state pointers, verdicts, rollouts, the audit chain.
+"""Everything durable that is not a tensor: sites, offsets, verdicts, rollouts, the audit chain.
 
-Every public write is one transaction. The clock is always an argument, in UTC. One file = one subject: store (the
-connection), its schema, tables and rows; streams, verdicts, sources, releases, garbage and notices on top of it.
+Every public write is one transaction. The clock is always an argument, in UTC. One file is one subject.
 """
 
 from __future__ import annotations

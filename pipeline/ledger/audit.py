@@ -61,7 +61,10 @@ class Audit:
             return None if self.store.fact(c, "audit_head") == previous else expected
 
     def latest(self, *, limit: int, site: str | None = None) -> list[AuditRow]:
-        """The latest rows of the chain, newest first; of a site those that name it and those that changed what it serves."""
+        """Returns the latest rows of the chain, newest first.
+
+        ``site``: only rows that name it or that changed what it serves.
+        """
         query = sa.select(audit).order_by(audit.c.seq.desc()).limit(limit)
         if site is not None:
             own = sa.select(served.c.audit).where(served.c.site == site)

@@ -35,15 +35,18 @@ class Cycles:
         dead: Callable[[str], bool],
         now: datetime,
     ) -> Cycle:
-        """Take the fleet's lease: go on with an unfinished cycle of the same kind and fingerprint, else begin one.
+        """Takes the fleet's lease and goes on with an unfinished cycle, or begins one.
 
-        ``dead(holder)`` says that a holder cannot come back, so its lease need not run out. Raises CycleBusy.
+        A running cycle goes on if it has the same kind and fingerprint; another one is abandoned.
+        ``dead(holder)`` says that a holder cannot come back, so its lease need not run out. Raises
+        CycleBusy.
         """
         with self.store.write(exclusive=True) as c:
             for row in c.execute(sa.select(cycles).where(cycles.c.status == "running").with_for_update()):
                 if datetime.fromisoformat(row.lease_until) > now and not dead(row.holder):
                     raise CycleBusy(
-                        f"cycle {row.id} is running ({row.holder}); wait for it, or until {row.lease_until[:19]}"
+                        f"cycle {row.id} is running ({row.holder}); "
+                        f"wait for it, or until {row.lease_until[:19]}"
                     )
                 same = (row.kind, row.fingerprint) == (kind, fingerprint)
                 lease = {"generation": row.generation + 1, "holder": holder, "lease_until": iso(now + LEASE)}
@@ -73,13 +76,13 @@ class Cycles:
             return cycle
 
     def renew(self, cycle: Cycle, *, now: datetime) -> None:
-        """Keep the lease."""
+        """Extends the lease."""
         with self.store.write() as c:
             self.store.fence(c, cycle)
             c.execute(cycles.update().where(cycles.c.id == cycle.id).values(lease_until=iso(now + LEASE)))
 
     def finish(self, cycle: Cycle, *, summary: Mapping[str, object], now: datetime) -> None:
-        """Give the lease back; the cycle is done."""
+        """Gives the lease back and marks the cycle as finished."""
         with self.store.write(exclusive=True) as c:
             self.store.fence(c, cycle)
             values = {"status": "finished", "finished": iso(now), "summary": dump(dict(summary))}

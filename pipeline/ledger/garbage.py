@@ -29,20 +29,22 @@ class Garbage:
     store: Store
 
     def needed(self, *, since: datetime) -> Needed:
-        """What is still needed, in one snapshot. ``since`` is the retention: what was made then or later is kept.
+        """Returns everything that is still needed, in one snapshot.
 
-        State blobs: of what every site serves; of what it learns from next; of every state made or served since ``since``,
-        or made by an unfinished cycle; and of what a rollback may return to: each site's newest promotion under a
-        completed rollout, and every state that the plan of an unfinished rollout, or of the newest one that was ever
-        started, names as target or as way back.
+        ``since`` is the retention: rows of that time or later are kept with their blobs.
+
+        State blobs: of what every site serves; of what it learns from next; of every state made or served
+        since ``since``, or made by an unfinished cycle; and of what a rollback may return to: each site's
+        newest promotion under a completed rollout, and every state that the plan of an unfinished rollout, or
+        of the newest one that was ever started, names as target or as way back.
 
         Outcome blobs: of the verdicts of unfinished cycles and of those given since ``since``.
 
-        Features: of each site from the first offset that it has not learned from, or from the window of the first verdict
-        whose outcomes are kept: outcomes cannot be read without the features of their window.
+        Features: of each site from the first offset that it has not learned from, or from the window of the
+        first verdict whose outcomes are kept: outcomes cannot be read without the features of their window.
 
-        A shard writes its blobs before it commits. So the ledger may not name a new blob yet: the caller deletes nothing
-        that was written after it asked, nor in the time before that a window takes.
+        A shard writes its blobs before it commits. So the ledger may not name a new blob yet: the caller
+        deletes nothing that was written after it asked, nor in the time before that a window takes.
         """
         with self.store.read() as c:
             kept = sa.or_(verdicts.c.at >= iso(since), verdicts.c.cycle.in_(_unfinished_cycles()))

@@ -1,4 +1,4 @@
-"""What people outside are told: notices, of which each is sent once in a while; the audit log; figures of the fleet."""
+"""Messages for people: each notice is recorded, sent once, and repeated after a while."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class NoticeRow:
 
 @dataclass(frozen=True)
 class Notices:
-    """What is said, and what can be looked up by those it is said to."""
+    """Notices and their delivery."""
 
     store: Store
 
     def record(self, key: str, severity: str, text: str, *, now: datetime, repeat_seconds: float) -> bool:
-        """Record that ``key`` is so → whether the caller has to send it, and then say ``sent``.
+        """Records that ``key`` holds; returns True if this caller must deliver it and then call mark_sent().
 
-        It has to when the key or what is said of it is new, when it was sent longer than ``repeat_seconds`` ago, or when
-        it was not sent and whoever had to does no longer. Of many that ask at once one has to.
+        That is so if the key or its text is new, if it was sent longer than ``repeat_seconds`` ago, or if
+        the earlier sender is silent. At most one concurrent caller gets True.
         """
         text = storable(text)
         with self.store.write(exclusive=True) as c:
@@ -96,5 +96,5 @@ class Notices:
 
 
 def _within(at: str, now: datetime, window: timedelta) -> bool:
-    """Whether less than ``window`` has passed; a clock that was set back far has no memory of what will be."""
+    """Returns True if less than ``window`` has passed; after a clock was set back far, False."""
     return -HOUR <= now - datetime.fromisoformat(at) < window

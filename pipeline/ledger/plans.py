@@ -1,4 +1,4 @@
-"""Rollouts and their plans: the state machine's memory in one row, what the plan says of each site in rows of ``targets``."""
+"""Rollouts and their plans: the state machine's memory is one row, each planned site a row of ``targets``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class WaveCount(NamedTuple):
 
 @dataclass(frozen=True)
 class Plans:
-    """Rollouts."""
+    """Rollouts and their plans."""
 
     store: Store
 
@@ -86,10 +86,11 @@ class Plans:
         joined: Mapping[str, Target] | None = None,
         roles: Mapping[str, int | None] | None = None,
     ) -> int:
-        """Store a rollout's state if nobody did since ``revision`` (0 = new) → the new revision; audits ``event``.
+        """Stores a rollout's state if nobody did since ``revision`` (0 = new); returns the new revision.
 
-        ``draft`` is its plan with the first state; ``joined`` are sites that were added to it. ``roles`` are source models
-        that become champion or challenger with it (None: nobody), so that no overtaken driver names one.
+        ``draft`` is its plan with the first state; ``joined`` are sites added to it. ``roles`` are source
+        models that become champion or challenger with it (None: nobody), so that no overtaken driver names
+        one.
         """
         with self.store.write(exclusive=True) as c:
             if revision == 0:
@@ -177,7 +178,7 @@ class Plans:
             return {r.site: Excluded(r.reason, r.verdict or None) for r in rows}
 
     def observe_wave(self, rollout: str, wave: int, *, without: Collection[str]) -> WaveObservation:
-        """A wave without the failed sites ``without`` and the retired ones: how many, and who does not serve its target."""
+        """Counts a wave's sites in service without the sites ``without``, and the late ones among them."""
         with self.store.read() as c:
             rows = list(
                 c.execute(_seen(champion(c)), {"rollout": rollout, "wave": wave, "without": list(without)})
@@ -217,7 +218,10 @@ class Plans:
     def silent(
         self, rollout: str, *, upto: int, samples: int, without: Collection[str]
     ) -> dict[int, tuple[int, str]]:
-        """By wave up to index ``upto``: living sites on their target with fewer good ``samples`` since, and the first of them."""
+        """Returns by wave the number of sites with fewer good ``samples`` since, and the first of them.
+
+        Of the waves up to index ``upto``; only sites in service that serve their target count.
+        """
         t, s = targets.c, segments.c
         if samples <= 0:
             return {}
@@ -261,7 +265,7 @@ class Plans:
 
 
 def beside(c: Connection) -> tuple[Where, sa.FromClause]:
-    """Whether a target is what its site serves, and the tables that this is asked of: targets and newest served row."""
+    """Returns the condition that a site serves its target, and the tables that it is asked of."""
     return beside_of(champion(c))
 
 
@@ -298,7 +302,7 @@ def _seen(champion: int) -> sa.Select[*tuple[object, ...]]:
 
 @lru_cache(maxsize=8)
 def _still_there(champion: int) -> sa.Select[int]:
-    """Number of targets that their sites serve and could leave. One look into what each site served, at its newest row."""
+    """Returns the query for the number of targets that their sites serve and could leave."""
     t = targets.c
     same = sa.and_(served.c.state.is_not_distinct_from(t.state), served.c.source_version == t.source_version)
     newest = (
@@ -333,13 +337,16 @@ def moves() -> Where:
 
 
 def has_verdict() -> Where:
-    """Says that the passing verdict on a target is stored: on that very state of that site, or on the bare source model."""
+    """Returns the condition that the passing verdict on a target is stored."""
     t = targets.c
     return passes(t.verdict, site=t.site, state=t.state, version=t.source_version)
 
 
 def passes(verdict: Column, *, site: Column, state: Column, version: Column) -> Where:
-    """Says that ``verdict`` is the id of a stored pass on ``state`` of ``site``; without a state, on the source model."""
+    """Returns the condition that ``verdict`` is the id of a stored pass on ``state`` of ``site``.
+
+    Without a state it must be a pass on the bare source model ``version``.
+    """
     v, s = verdicts.c, source_verdicts.c
     on_state = sa.exists().where(v.id == verdict, v.outcome == "pass", v.site == site, v.state == state)
     on_source = sa.exists().where(s.id == verdict, s.outcome == "pass", s.version == version)
@@ -347,7 +354,7 @@ def passes(verdict: Column, *, site: Column, state: Column, version: Column) -> 
 
 
 def _after_all(c: Connection, now: datetime) -> str:
-    """When a rollout was made, so that the newest is the one that was made last even if the clock was set back."""
+    """Returns a creation time behind that of every other rollout, even if the clock was set back."""
     last = c.scalar(sa.select(sa.func.max(rollouts.c.created_at)))
     return iso(now if last is None else max(now, datetime.fromisoformat(last) + timedelta(microseconds=1)))
 

@@ -1,7 +1,8 @@
-"""What sites serve, and the rollouts that changed it. A promotion needs the stored passing verdict on that very state.
+"""States that sites serve, and the promotions and rollbacks that changed them.
 
-A rollout's plan is rows of ``targets``: however many sites move, moving them is one statement in one transaction, and its
-audit row carries a digest over the rows that it made.
+A promotion needs the stored passing verdict on that very state. A rollout's plan is rows of ``targets``:
+moving any number of sites is one statement in one transaction, and its audit row carries a digest over the
+rows that it made.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ class Releases:
     store: Store
 
     def serving(self, names: Sequence[str] | None = None) -> dict[str, ServingRow]:
-        """What sites serve, of all or of ``names``; a site without a row serves the champion source model as it is."""
+        """Returns the newest served row by site, of all or of ``names``.
+
+        A site without a row serves the champion source model as it is.
+        """
         with self.store.read() as c:
             return newest_served(c, names)
 
@@ -78,7 +82,7 @@ class Releases:
             return [make_row(ServingRow, r) for r in rows]
 
     def promoted_by(self, rollouts: Collection[str]) -> dict[str, ServingRow]:
-        """The newest promotion of each site under these rollouts; a site that they did not promote is left out."""
+        """Returns each site's newest promotion under these rollouts; other sites are left out."""
         chosen = sa.and_(served.c.kind == "promote", served.c.rollout.in_(list(rollouts)))
         with self.store.read() as c:
             return {r.site: make_row(ServingRow, r) for r in c.execute(last_served(chosen))}
@@ -94,11 +98,11 @@ class Releases:
         now: datetime,
         memory: Memory | None = None,
     ) -> int:
-        """What the state machine decided, in one transaction: remember ``memory``, then move the sites → how many moved.
+        """Carries out the state machine's decision in one transaction and returns how many sites moved.
 
-        Of a wave to promote those move that do not serve their target yet, in the action's time zones, and none of
-        ``without``. Nothing at all is written unless every one of them has its stored passing verdict and the rollout is still
-        at ``revision``.
+        It stores ``memory`` first. Of a wave to promote those sites move that do not serve their target yet,
+        in the action's time zones, and none of ``without``. Nothing is written unless each of them has its
+        stored passing verdict and the rollout is still at ``revision``.
         """
         with self.store.write(exclusive=True) as c:
             if memory is None:
@@ -128,7 +132,10 @@ class Releases:
         reason: str,
         now: datetime,
     ) -> None:
-        """Point single sites at (state, source version); counters only grow. Kind promote needs the passing verdict."""
+        """Points single sites at (state, source version); kind promote needs the passing verdict.
+
+        The counters of a site only grow.
+        """
         if not changes:
             return
         with self.store.write(exclusive=True) as c:
@@ -149,7 +156,8 @@ class Releases:
     def verify(self) -> list[str]:
         """What is wrong with the record of what sites served: a line for each mistake.
 
-        Every row belongs to an audit row, whose digest covers exactly its rows; a site's counter grows by one from row to row.
+        Every row belongs to an audit row, whose digest covers exactly its rows; a site's counter grows by one
+        from row to row.
         """
         with self.store.read() as c:
             moves = sa.select(audit).where(audit.c.kind.in_(("promote", "rollback"))).order_by(audit.c.seq)
@@ -180,8 +188,10 @@ class Releases:
         )
 
     def served_without_verdict(self) -> list[str]:
-        """One line per release that went back without being a rollback, per promotion without a stored verdict that passes
-        what was promoted, and per pointer to a state that is not stored.
+        """Returns one line per release that the record does not justify.
+
+        That is a release that went back without being a rollback, a promotion without a stored verdict that
+        passes it, and a pointer to a state that is not stored.
         """
         with self.store.read() as c:
             found = [*_went_back(c.execute(_history())), *map(_unproven, c.execute(_without_verdict()))]
@@ -237,7 +247,7 @@ class Releases:
         now: datetime,
         which: Mapping[str, object] | None = None,
     ) -> int:
-        """Add ``rows`` (site, counter, state, source version) to what sites served, and the audit row that covers them.
+        """Adds ``rows`` to ``served`` with the audit row that covers them, and returns how many there are.
 
         ``which``: values of a query's own parameters.
         """
@@ -258,7 +268,7 @@ class Releases:
 
 @lru_cache(maxsize=16)
 def _late(champion: int, everywhere: bool) -> tuple[sa.Select[*tuple[object, ...]], sa.Insert]:
-    """Sites of a wave that do not serve their target: the first without its verdict, and all of them as rows of ``served``."""
+    """Returns the query for a late site without its verdict, and the insert that promotes all late sites."""
     t, (now_on, joined) = targets.c, beside_of(champion)
     chosen = sa.and_(of_wave(), living(), ~now_on)
     if not everywhere:
@@ -297,7 +307,7 @@ def newest_served(c: Connection, names: Sequence[str] | None) -> dict[str, Servi
 
 
 def last_served(chosen: sa.ColumnElement[bool]) -> sa.Select[*tuple[object, ...]]:
-    """The row of each site with the largest counter that is ``chosen``: looked up per site, however long its history."""
+    """Returns the query for each site's newest ``chosen`` row, which is looked up per site."""
     last = sa.select(served.c.counter).where(served.c.site == sites.c.site, chosen)
     newest = last.order_by(served.c.counter.desc()).limit(1).correlate(sites).scalar_subquery()
     row = served.alias("row")
@@ -313,7 +323,8 @@ def _check_verdicts(c: Connection, changes: Mapping[str, tuple[str | None, int]]
     for site, (state, _) in changes.items():
         if (site, state) not in passed:
             raise LedgerError(
-                f"site {site}: no stored verdict passes state {state or 'of the source model'}; nothing was promoted"
+                f"site {site}: no stored verdict passes state {state or 'of the source model'}; "
+                "nothing was promoted"
             )
 
 
@@ -364,7 +375,9 @@ def _went_back(rows: sa.CursorResult[*tuple[object, ...]]) -> Iterator[str]:
 
 
 def _without_verdict() -> sa.Select[*tuple[object, ...]]:
-    """Promotions whose verdict, of the plan or of the state itself, is not stored, of another site or state, or no pass."""
+    """Promotions whose verdict, of the plan or of the state itself, is not stored, of another site or state,
+    or no pass.
+    """
     s = served.c
     planned = sa.and_(targets.c.rollout == s.rollout, targets.c.site == s.site)
     verdict = sa.func.coalesce(sa.func.nullif(targets.c.verdict, ""), s.state)
@@ -376,4 +389,5 @@ def _without_verdict() -> sa.Select[*tuple[object, ...]]:
 
 def _unproven(r: Row[*tuple[object, ...]]) -> str:
     what = f"state {r.state}" if r.state else f"source v{r.source_version}"
-    return f"site {r.site}: release {r.counter} by {r.rollout} promoted {what} without a stored verdict that passes it"
+    release = f"site {r.site}: release {r.counter} by {r.rollout}"
+    return f"{release} promoted {what} without a stored verdict that passes it"

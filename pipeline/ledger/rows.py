@@ -1,4 +1,4 @@
-"""The records that the ledger takes and returns, one frozen class per kind of row, and the errors it raises."""
+"""The records that the ledger takes and returns, one frozen class per kind of row, and its errors."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ class StateRow:
 
 @dataclass(frozen=True, slots=True)
 class WindowRecord:
-    """The window that a verdict judged: where its outcomes lie, what the candidate was compared with, and its statistics.
+    """The window that a verdict judged: where its outcomes lie, what the candidate was compared with, and its
+    statistics.
 
     None stands for a value that does not exist, or that the version which wrote the verdict did not keep.
     """
@@ -174,7 +175,8 @@ class ShardRow:
 class VerdictRow:
     """A stored verdict on a site's candidate.
 
-    The evidence of a whole fleet, parsed, fills the memory: verdict and evidence are parsed each time they are asked for.
+    The evidence of a whole fleet, parsed, fills the memory: verdict and evidence are parsed each time they
+    are asked for.
     """
 
     id: str
@@ -261,7 +263,9 @@ class SourceRow:
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest of the checkpoint, parsed each time it is asked for; an early version's may lack required keys."""
+        """The manifest of the checkpoint, parsed each time it is asked for; an early version's may lack
+        required keys.
+        """
         return Manifest.model_validate_json(self.manifest_json)
 
 

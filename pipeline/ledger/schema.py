@@ -1,4 +1,6 @@
-"""Finds the schema that a database has, creates the newest one, and takes single steps from an older one to it."""
+"""Finds the schema that a database has, creates the newest one, and takes single steps from an older one to
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Source models by version: the champion that the fleet adapts from, and the challenger that it may go over to.
+"""Source models by version: the champion that the fleet adapts from, and the challenger that it may go over
+to.
 
-The champion is what a site without a state of its own serves. While there is a challenger, every sample gets features
-under its trunk too, so that sites can go over to it and back.
+The champion is what a site without a state of its own serves. While there is a challenger, every sample gets
+features under its trunk too, so that sites can go over to it and back.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ class Sources:
     def add_verdict(
         self, version: int, verdict: Verdict, evidence: Evidence, *, limits: GuardsConfig, now: datetime
     ) -> str:
-        """Stores the verdict on the bare source model ``version`` and returns its id; the same verdict keeps its id.
+        """Stores the verdict on the bare source model ``version`` and returns its id; the same verdict keeps
+        its id.
 
         ``limits`` are the guard limits that it was given under.
         """

@@ -1,7 +1,8 @@
 """The upgrade steps from schema 1 to the newest: statements and conversions, in order, one tuple per version.
 
-A step is frozen: it never follows later changes of ``tables``. Version 1 is the first release's schema. A statement names
-the type of a text or float column ``{text}`` or ``{double}``, which differ between the databases.
+A step is frozen: it never follows later changes of ``tables``. Version 1 is the first release's schema. A
+statement names the type of a text or float column ``{text}`` or ``{double}``, which differ between the
+databases.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ PAGE = 5000  # verdicts converted by one statement
 
 
 def _plans_to_rows(c: Connection) -> None:
-    """Moves the sites of every plan from the rollout's JSON to rows of ``targets``, and shortens the JSON to version 3's.
+    """Moves the sites of every plan from the rollout's JSON to rows of ``targets``, and shortens the JSON to
+    version 3's.
 
-    Each site keeps the states it may serve and go back to, so an unfinished rollout goes on or is taken back as any other.
+    Each site keeps the states it may serve and go back to, so an unfinished rollout goes on or is taken back
+    as any other.
     """
     for row in c.exec_driver_sql("select id, body from rollouts").all():
         body = json.loads(row.body)
@@ -96,7 +99,9 @@ def _insert(c: Connection, values: dict[str, object]) -> None:
 
 
 def _body_3(body: dict[str, Any], waves: dict[str, int]) -> dict[str, object]:
-    """Returns the state of a version 2 rollout as version 3 writes it; the plan keeps the hash that people approved."""
+    """Returns the state of a version 2 rollout as version 3 writes it; the plan keeps the hash that people
+    approved.
+    """
     plan = body["plan"]
     versions = sorted({t["to"]["source_version"] for t in plan["targets"].values()}) or [1]
     stratum = plan["config"].get("stratum")
@@ -138,7 +143,9 @@ def _order_by_code_point(c: Connection) -> None:
 
 
 def _counters_to_columns(c: Connection) -> None:
-    """Moves the counters of every verdict from their JSON to columns; a counter that an early version did not keep is null."""
+    """Moves the counters of every verdict from their JSON to columns; a counter that an early version did not
+    keep is null.
+    """
     update = sa.text(f"update verdicts set {', '.join(f'{n} = :{n}' for n in WINDOW_4)} where id = :id")
     page = sa.text("select id, counters from verdicts where id > :after order by id limit :page")
     after = ""
@@ -162,8 +169,11 @@ def _window_4(counters: dict[str, Any]) -> dict[str, object]:
 
 
 def _source_verdicts_to_table(c: Connection) -> None:
-    """Moves verdicts on bare source models out of ``verdicts``, where they were rows of a site ``*`` at offset = version."""
-    old = "select id, offset_to as version, outcome, verdict, evidence, counters, at from verdicts where site = '*'"
+    """Moves verdicts on bare source models out of ``verdicts``, where they were rows of a site ``*`` at
+    offset = version.
+    """
+    columns = "id, offset_to as version, outcome, verdict, evidence, counters, at"
+    old = f"select {columns} from verdicts where site = '*'"
     new = sa.text(
         "insert into source_verdicts (id, version, outcome, verdict, evidence, guards, at) "
         "values (:id, :version, :outcome, :verdict, :evidence, :guards, :at)"
@@ -190,24 +200,29 @@ STEPS: dict[int, tuple[str | Callable[[Connection], None], ...]] = {
     ),
     3: (  # a plan is rows, a promotion one statement, and its audit row covers the rows that it made
         "alter table served rename to served_2",
-        "create table served (site {text} not null, counter bigint not null, state {text}, source_version bigint not null, "
+        "create table served (site {text} not null, counter bigint not null, state {text}, "
+        "source_version bigint not null, "
         "rollout {text} not null, wave bigint not null, kind {text} not null, since {text} not null, "
         "audit bigint default '0' not null, primary key (site, counter)){clustered}",
-        "insert into served select site, counter, state, source_version, rollout, wave, kind, since, 0 from served_2",
+        "insert into served select site, counter, state, source_version, rollout, wave, kind, since, 0 "
+        "from served_2",
         "drop table served_2",
-        "create table targets (rollout {text} not null, site {text} not null, wave bigint not null, zone {text} not null, "
+        "create table targets (rollout {text} not null, site {text} not null, wave bigint not null, "
+        "zone {text} not null, "
         "state {text}, source_version bigint not null, back_state {text}, back_version bigint not null, "
         "verdict {text} not null, reason {text} not null, primary key (rollout, site)){clustered}",
         "create index targets_wave on targets (rollout, wave, site)",
         "create table notices (key {text} not null, severity {text} not null, text {text} not null, "
-        "first_at {text} not null, last_at {text} not null, count bigint not null, sent_at {text}, primary key (key))",
+        "first_at {text} not null, last_at {text} not null, count bigint not null, sent_at {text}, "
+        "primary key (key))",
         _plans_to_rows,
     ),
     4: (  # a verdict's window is columns, a verdict on a source model is no row of a site
         "alter table sites rename column ingested to ingested_offset",
         "alter table sites rename column learned to learned_offset",
         "create table source_verdicts (id {text} not null, version bigint not null, outcome {text} not null, "
-        "verdict {text} not null, evidence {text} not null, guards {text}, at {text} not null, primary key (id))",
+        "verdict {text} not null, evidence {text} not null, guards {text}, at {text} not null, "
+        "primary key (id))",
         _source_verdicts_to_table,
         "alter table verdicts add column samples bigint default '0' not null",
         "alter table verdicts add column outcomes_blob {text}",

@@ -1,7 +1,7 @@
 """The connection: opening, transactions, the fence against replaced writers, the audit chain.
 
-SQLite in WAL mode by default, any SQLAlchemy URL. A writer must hold the newest generation of its cycle (fencing
-token). Every audit row carries the hash of the row before it.
+SQLite in WAL mode by default, any SQLAlchemy URL. A writer must hold the newest generation of its cycle
+(fencing token). Every audit row carries the hash of the row before it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Store:
 
     @classmethod
     def open(cls, url: str, *, create: bool = True) -> Self:
-        """Connect; bring an older schema up to this version's and, with ``create``, make it where there is none.
+        """Connect; bring an older schema up to this version's and, with ``create``, make it where there is
+        none.
 
         Raises LedgerUnavailable.
         """
@@ -97,13 +98,16 @@ class Store:
         self.engine.dispose()
 
     def _settle(self, *, create: bool) -> None:
-        """Every step is one transaction: a crash leaves the version before it. Of many that open at once one does it."""
+        """Every step is one transaction: a crash leaves the version before it. Of many that open at once one
+        does it.
+        """
         with self._reads.connect() as c:
             found = schema.version(c)
         while found is None or found < SCHEMA:
             if found is None and not create:
                 raise LedgerUnavailable(
-                    f"ledger {self._place}: no ledger there yet; run `palisade train` or `palisade ingest` first"
+                    f"ledger {self._place}: no ledger there yet; "
+                    "run `palisade train` or `palisade ingest` first"
                 )
             with self.engine.begin() as c:
                 schema.lock(c)
@@ -117,7 +121,8 @@ class Store:
                     self.append(c, "schema", {"from": found - 1, "to": found}, _database_clock(c))
         if found > SCHEMA:
             raise LedgerUnavailable(
-                f"ledger {self._place}: schema {found} is newer than this version's {SCHEMA}; upgrade palisade"
+                f"ledger {self._place}: schema {found} is newer than this version's {SCHEMA}; "
+                "upgrade palisade"
             )
 
     @property
@@ -126,9 +131,11 @@ class Store:
 
     @contextmanager
     def write(self, *, exclusive: bool = False) -> Iterator[Connection]:
-        """One transaction. ``alone``: after every other such one has ended, for what must see all that went before.
+        """One transaction. ``alone``: after every other such one has ended, for what must see all that went
+        before.
 
-        SQLite has one writer; on Postgres it is the row of the audit head, locked first, so that nobody waits in a circle.
+        SQLite has one writer; on Postgres it is the row of the audit head, locked first, so that nobody waits
+        in a circle.
         """
         try:
             with self.engine.begin() as c:
@@ -173,7 +180,9 @@ class Store:
         return str(c.scalar(HEAD))
 
     def next_audit(self, c: Connection) -> int:
-        """Number of the next audit row; a sequence of the database would skip those of transactions that failed."""
+        """Number of the next audit row; a sequence of the database would skip those of transactions that
+        failed.
+        """
         return int(c.scalar(LAST) or 0) + 1
 
     def append(self, c: Connection, kind: str, payload: Mapping[str, object], now: datetime) -> None:

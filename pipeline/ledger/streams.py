@@ -61,13 +61,16 @@ class Streams:
         return new
 
     def set_tags(self, changes: Mapping[str, Mapping[str, str]], *, now: datetime) -> list[str]:
-        """Give sites these tags beside those they have; an empty value takes one away → sites that changed. Audited."""
+        """Give sites these tags beside those they have; an empty value takes one away → sites that changed.
+        Audited.
+        """
         with self.store.write(exclusive=True) as c:
             query = sa.select(sites.c.site, sites.c.tags)
             before = {r.site: json.loads(r.tags) for r in named(c, query, sites.c.site, list(changes))}
             if unknown := sorted(changes.keys() - before.keys()):
                 raise UnknownSite(
-                    f"site {unknown[0]!r}: not registered ({len(unknown)} in all); nothing was changed; see `palisade site list`"
+                    f"site {unknown[0]!r}: not registered ({len(unknown)} in all); nothing was changed; "
+                    "see `palisade site list`"
                 )
             after = {
                 s: {k: v for k, v in (before[s] | dict(tags)).items() if v} for s, tags in changes.items()
@@ -84,7 +87,9 @@ class Streams:
         return moved
 
     def set_retired(self, site: str, *, retired: bool, reason: str, now: datetime) -> bool:
-        """Take a site out of service (status retired), or back into it → whether that changed anything. Audited."""
+        """Take a site out of service (status retired), or back into it → whether that changed anything.
+        Audited.
+        """
         self.site(site)
         other = sites.c.status != RETIRED if retired else sites.c.status == RETIRED
         values = (
@@ -158,7 +163,8 @@ class Streams:
             return [(SegmentRow(*r[:7]), datetime.fromisoformat(r.ingested_at)) for r in c.execute(query)]
 
     def pending(self, names: Sequence[str]) -> dict[str, tuple[int, datetime | None]]:
-        """By site: good samples that it has not learned from yet, and when its newest segment was ingested (None: never).
+        """By site: good samples that it has not learned from yet, and when its newest segment was ingested
+        (None: never).
 
         Costs what is pending, not what was ever ingested.
         """
@@ -179,9 +185,11 @@ class Streams:
     def commit(
         self, cycle: Cycle, rows: Sequence[SegmentRow], bad: Sequence[QuarantineRow], *, now: datetime
     ) -> list[tuple[str, str]]:
-        """Make ingested segments count: rows, quarantine and each site's next offset together → (site, name) known before.
+        """Make ingested segments count: rows, quarantine and each site's next offset together → (site, name)
+        known before.
 
-        Such a segment is left as it is, and nothing of it counts twice. LedgerError when offsets are taken already.
+        Such a segment is left as it is, and nothing of it counts twice. LedgerError when offsets are taken
+        already.
         """
         with self.store.write() as c:
             self.store.fence(c, cycle, shared=True)
@@ -216,7 +224,8 @@ class Streams:
     def quarantine_lost(
         self, cycle: Cycle, lost: Sequence[tuple[str, str]], *, reason: str, now: datetime
     ) -> None:
-        """Quarantine, with ``reason``, every sample that still counts of segments (site, name) whose features are lost.
+        """Quarantine, with ``reason``, every sample that still counts of segments (site, name) whose features
+        are lost.
 
         Their offsets stay taken, so that the site goes on behind them. In the audit chain.
         """
@@ -277,13 +286,17 @@ class Streams:
 
 
 def _lock_ends(c: Connection, names: Sequence[str]) -> dict[str, int]:
-    """Next offset of each site, which nobody else moves meanwhile; in one order, so that nobody waits in a circle."""
+    """Next offset of each site, which nobody else moves meanwhile; in one order, so that nobody waits in a
+    circle.
+    """
     query = sa.select(sites.c.site, sites.c.ingested_offset).order_by(sites.c.site).with_for_update()
     return {r.site: r.ingested_offset for r in named(c, query, sites.c.site, sorted(set(names)))}
 
 
 def _known(c: Connection, rows: Sequence[SegmentRow]) -> set[tuple[str, str]]:
-    """(site, name) of those that are stored, each looked up by its key; SQLite scans for pairs in an IN (...)."""
+    """(site, name) of those that are stored, each looked up by its key; SQLite scans for pairs in an IN
+    (...).
+    """
     found: set[tuple[str, str]] = set()
     for part in parts([(r.site, r.name) for r in rows]):
         asked = sa.values(sa.column("site", sa.Text), sa.column("name", sa.Text)).data(part).cte("asked")
@@ -302,7 +315,8 @@ def _moved_ends(ends: Mapping[str, int], fresh: Sequence[SegmentRow]) -> dict[st
         end = moved.get(r.site, ends[r.site])
         if r.rows and r.base_offset < end:
             raise LedgerError(
-                f"site {r.site}: {r.name} starts at offset {r.base_offset}, but offsets up to {end} are taken; ingest again"
+                f"site {r.site}: {r.name} starts at offset {r.base_offset}, "
+                f"but offsets up to {end} are taken; ingest again"
             )
         moved[r.site] = max(end, r.base_offset + r.rows)
     return moved

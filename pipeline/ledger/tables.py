@@ -1,4 +1,6 @@
-"""Declares the tables, and writes and reads the values of their columns: JSON as canonical text, times as ISO text."""
+"""Declares the tables, and writes and reads the values of their columns: JSON as canonical text, times as ISO
+text.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ meta = sa.MetaData()
 
 
 def _table(name: str, *columns: sa.Column[object] | sa.Index, clustered: bool = False) -> sa.Table:
-    """Returns a table; ``clustered``: SQLite keeps its rows in order of their key, as a fleet's are read and written."""
+    """Returns a table; ``clustered``: SQLite keeps its rows in order of their key, as a fleet's are read and
+    written.
+    """
     return sa.Table(name, meta, *columns, sqlite_with_rowid=not clustered)
 
 
@@ -239,7 +243,9 @@ PARSERS: dict[str, Callable[[str], object]] = {**dict.fromkeys(TIMES, _time), "t
 def named(
     c: Connection, query: sa.Select[*tuple[object, ...]], column: sa.Column[object], names: Sequence[str]
 ) -> list[Row[*tuple[object, ...]]]:
-    """Returns the rows whose ``column`` is one of ``names``; databases bound how many values a statement may have."""
+    """Returns the rows whose ``column`` is one of ``names``; databases bound how many values a statement may
+    have.
+    """
     return [r for part in parts(names) for r in c.execute(query.where(column.in_(part)))]
 
 
@@ -262,7 +268,8 @@ def parts(values: Sequence[V]) -> Iterator[Sequence[V]]:
 
 
 def make_row(row: Callable[..., T], r: Row[*tuple[object, ...]], **more: object) -> T:
-    """Returns a record from the columns of the same names; a field ``x_json`` is column ``x`` as it is stored.
+    """Returns a record from the columns of the same names; a field ``x_json`` is column ``x`` as it is
+    stored.
 
     ``more`` are fields that are no column.
     """

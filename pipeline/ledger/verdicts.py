@@ -1,4 +1,5 @@
-"""The results of adaptation: states and verdicts of a shard in one commit, and the anchor sets that verdicts rest on.
+"""The results of adaptation: states and verdicts of a shard in one commit, and the anchor sets that verdicts
+rest on.
 
 A shard's states, cursors, verdicts and window records of all its sites commit together, or none of them does.
 """
@@ -55,10 +56,12 @@ class Verdicts:
     def commit(
         self, cycle: Cycle, rows: Sequence[ShardRow], *, now: datetime, rebased: bool = False
     ) -> list[str]:
-        """Writes states, cursors and verdicts of many sites in one transaction; returns the sites that it left alone.
+        """Writes states, cursors and verdicts of many sites in one transaction; returns the sites that it
+        left alone.
 
-        Those are the sites whose cursor had moved: their window was applied by another process, or by an earlier try
-        of this call. ``rebased``: writes states and verdicts alone, for windows that end at the cursor.
+        Those are the sites whose cursor had moved: their window was applied by another process, or by an
+        earlier try of this call. ``rebased``: writes states and verdicts alone, for windows that end at the
+        cursor.
         """
         with self.store.write() as c:
             self.store.fence(c, cycle, shared=True)
@@ -103,7 +106,9 @@ class Verdicts:
     def find(
         self, *, cycle: str | None = None, site: str | None = None, ids: Sequence[str] | None = None
     ) -> list[VerdictRow]:
-        """Returns the verdicts of a cycle, of a site or by id, oldest first; those of a rebase only by cycle or id."""
+        """Returns the verdicts of a cycle, of a site or by id, oldest first; those of a rebase only by cycle
+        or id.
+        """
         query = sa.select(verdicts).order_by(verdicts.c.at, verdicts.c.site, verdicts.c.offset_to)
         for column, value in ((verdicts.c.cycle, cycle), (verdicts.c.site, site)):
             query = query.where(column == value) if value is not None else query
@@ -140,7 +145,9 @@ class Verdicts:
             return {r.site: _verdict_row(r) for r in rows}
 
     def outcomes(self, cycle: str | None = None) -> dict[str, str]:
-        """Returns pass, fail or hold by site, of a cycle or of every site's newest verdict, without reading the rest."""
+        """Returns pass, fail or hold by site, of a cycle or of every site's newest verdict, without reading
+        the rest.
+        """
         query = sa.select(verdicts.c.site, verdicts.c.outcome)
         query = newest(query) if cycle is None else query.where(verdicts.c.cycle == cycle)
         with self.store.read() as c:
@@ -158,7 +165,9 @@ class Verdicts:
             return {r.site: _verdict_row(r) for r in c.execute(query.order_by(verdicts.c.at))}
 
     def findings(self) -> tuple[Counter[str], Counter[tuple[str, str]], datetime | None]:
-        """Counts in every site's newest verdict: outcomes, (guard, call) of its findings; and when the last was given."""
+        """Counts in every site's newest verdict: outcomes, (guard, call) of its findings; and when the last
+        was given.
+        """
         outcomes: Counter[str] = Counter()
         calls: Counter[tuple[str, str]] = Counter()
         last = ""
@@ -205,7 +214,7 @@ class Verdicts:
         return str(digest)
 
     def anchors(self) -> dict[str, str]:
-        """Returns digest → trunk of every anchor set that was ever sealed, in the order in which they were."""
+        """Returns digest → trunk of every anchor set that was ever sealed, in the order of sealing."""
         with self.store.read() as c:
             query = sa.select(anchors.c.digest, anchors.c.trunk).order_by(anchors.c.sealed_at)
             return {r.digest: r.trunk for r in c.execute(query)}
@@ -272,7 +281,9 @@ def _verdict_values(r: ShardRow, cycle: str, at: str) -> dict[str, object]:
 def _cursor_update(
     r: ShardRow, cycle: str, site: Row[*tuple[object, ...]], serving: ServingRow | None
 ) -> dict[str, object]:
-    """Returns the site's new cursor and the state it learns from next; after a failed candidate that is what it serves."""
+    """Returns the site's new cursor and the state it learns from next; after a failed candidate that is what
+    it serves.
+    """
     learner = state_id(cycle, r.site) if r.blob else site.learner
     if r.verdict.outcome == "fail":
         learner = serving.state if serving else None

@@ -1,4 +1,6 @@
-"""A ledger that the last version before typed verdicts wrote, brought to the newest schema: nothing it says is lost."""
+"""A ledger that the last version before typed verdicts wrote, brought to the newest schema: nothing it says
+is lost.
+"""
 
 from __future__ import annotations
 
