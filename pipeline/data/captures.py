@@ -173,14 +173,14 @@ def read_labels(path: Path) -> dict[str, tuple[int, str]]:
 def _add_objects(listing: Listing, root: Remote) -> None:
     """Adds the segments below ``root`` from one listing; in a key, ``..`` and ``//`` are only odd names."""
     rejected = dict[str, None]()  # one line for each folder that is none, however much is in it
-    taken = set[tuple[str, str]]()
-    for found in sorted(root.files()):
-        folder, *below = found.parts
+    names = set[tuple[str, str]]()
+    for entry in sorted(root.files()):
+        folder, *below = entry.parts
         if folder.startswith(("_", ".")) and folder != "..":
             continue
-        name = found.place.name
+        name = entry.place.name
         if not below:
-            rejected[f"{_printable_name(found.place)[:200]}: is no folder of a site"] = None
+            rejected[f"{_printable_name(entry.place)[:200]}: is no folder of a site"] = None
             continue
         try:
             site = check_site_id(folder.removeprefix("site="))
@@ -194,16 +194,16 @@ def _add_objects(listing: Listing, root: Remote) -> None:
         elif not (name.startswith("segment-") and name.endswith(".parquet")):
             continue
         elif not OBJECT_NAME.fullmatch(name):
-            odd = f"{folder}/{_printable_name(found.place)[:200]}"
+            odd = f"{folder}/{_printable_name(entry.place)[:200]}"
             rejected[f"{odd}: a segment's name has letters, digits and . _ = - only"] = None
-        elif (site, name) in taken:
+        elif (site, name) in names:
             rejected[
-                f"{folder}/{_printable_name(found.place)}: {site} has two segments of this name, one counts"
+                f"{folder}/{_printable_name(entry.place)}: {site} has two segments of this name, one counts"
             ] = None
         else:
-            taken.add((site, name))
-            listing.segments.setdefault(site, []).append(found.place)
-            listing.sizes[found.place] = found.size
+            names.add((site, name))
+            listing.segments.setdefault(site, []).append(entry.place)
+            listing.sizes[entry.place] = entry.size
     listing.rejected.extend(rejected)
 
 
@@ -227,8 +227,8 @@ def _add_folders(listing: Listing, root: Path) -> None:
 
 
 def _add_segments(listing: Listing, site: str, folder: os.DirEntry[str], root: Path) -> None:
-    kept = listing.segments.setdefault(site, [])
-    names = {path.name for path in kept}
+    segments = listing.segments.setdefault(site, [])
+    names = {path.name for path in segments}
     for entry in _entries(folder):
         if not (entry.name.startswith("segment-") and entry.name.endswith(".parquet")):
             continue
@@ -242,7 +242,7 @@ def _add_segments(listing: Listing, site: str, folder: os.DirEntry[str], root: P
                 f"{folder.name}/{_printable_name(path)}: {site} has two segments of this name, one counts"
             )
         else:
-            kept.append(path)
+            segments.append(path)
 
 
 def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
@@ -250,8 +250,8 @@ def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
 
     At 10,000 sites, asking the disk for every path again would take seconds.
     """
-    with os.scandir(folder) as found:
-        return sorted(found, key=lambda entry: entry.name)
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
 
 
 def _printable_name(path: Place) -> str:

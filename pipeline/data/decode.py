@@ -233,14 +233,14 @@ def _jpeg_header(data: bytes, at: int, marker: int) -> _Header:
 
 def _pgm(data: bytes) -> _Header:
     """Reads the header of a file that must be one short header and exactly one plane."""
-    found = PGM_HEADER.match(data)
-    if found is None:
+    match = PGM_HEADER.match(data)
+    if match is None:
         raise BadImage("PGM header is damaged")
-    width, height, highest = (int(number) for number in found.groups())
+    width, height, highest = (int(number) for number in match.groups())
     if highest > 65535:
         raise BadImage(f"PGM of values up to {highest}, allowed 65535")
     header = _Header(width, height, 1 if highest < 256 else 2)
-    held, needed = len(data) - found.end(), width * height * header.bytes_per_pixel
+    held, needed = len(data) - match.end(), width * height * header.bytes_per_pixel
     if held != needed and max(width, height) <= MAX_SIDE:  # else the size is what is wrong with it
         raise BadImage(f"PGM holds {held} bytes of pixels, its header claims {needed}")
     return header
@@ -289,13 +289,13 @@ def _stretch_depth(depth: np.ndarray, size: int) -> NDArray[np.uint8]:
     out = np.zeros((size, size), np.uint8)
     if not mask.any():
         return out
-    kept = total[mask] / weight[mask]
-    low, high = _range(kept)
+    returns = total[mask] / weight[mask]
+    low, high = _range(returns)
     if high > low:
-        kept = 1 + 254 * ((kept - low) / (high - low)).clip(0, 1)
+        returns = 1 + 254 * ((returns - low) / (high - low)).clip(0, 1)
     else:
-        kept = np.full_like(kept, 128)
-    out[mask] = np.rint(kept).astype(np.uint8)
+        returns = np.full_like(returns, 128)
+    out[mask] = np.rint(returns).astype(np.uint8)
     return out
 
 

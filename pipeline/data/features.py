@@ -112,12 +112,12 @@ def read_features(root: Place, trunk: str, site: str, *, start: int, end: int, f
 
 def offset_range(path: Place) -> tuple[int, int] | None:
     """Returns (first, end) of the offsets in a feature file, from its name; None for another file."""
-    found = FILE_NAME.fullmatch(path.name)
-    return (int(found[1]), int(found[2])) if found else None
+    match = FILE_NAME.fullmatch(path.name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def _files_with_ranges(folder: Place) -> list[tuple[Place, tuple[int, int]]]:
-    return [(path, found) for path in folder.glob("[0-9]*-*.parquet") if (found := offset_range(path))]
+    return [(path, span) for path in folder.glob("[0-9]*-*.parquet") if (span := offset_range(path))]
 
 
 def _with_digest(parquet: bytes) -> bytes:

@@ -87,9 +87,9 @@ def store_segment(
     oldest = segment.base_offset - REPEAT_WINDOW
     fresh: list[Capture] = []
     for c in read.good:
-        known = earlier.get(c["sample_id"], -1)
-        if known >= max(0, oldest):
-            bad.append(BadRow(c["row"], c["sample_id"], f"{REPEAT_REASON} {known} of the site"))
+        earlier_offset = earlier.get(c["sample_id"], -1)
+        if earlier_offset >= max(0, oldest):
+            bad.append(BadRow(c["row"], c["sample_id"], f"{REPEAT_REASON} {earlier_offset} of the site"))
         else:
             fresh.append(c)
     worse, stored = _store(segment, fresh, size, models, features)
@@ -126,32 +126,32 @@ def decode_chunks(captures: Sequence[Capture], size: int) -> Iterator[DecodedChu
     for start in range(0, len(captures), CHUNK):
         part = captures[start : start + CHUNK]
         pixels = np.empty((len(part), CHANNELS, size, size), np.uint8)
-        found = DecodedChunk([], pixels, np.zeros(len(part), np.uint8), [])
+        chunk = DecodedChunk([], pixels, np.zeros(len(part), np.uint8), [])
         for c in part:
             try:
                 frame, present = decode(c["rgb"], c["depth"], c["ir"], size=size)
             except BadImage as e:
-                found.bad.append(BadRow(c["row"], c["sample_id"], str(e)))
+                chunk.bad.append(BadRow(c["row"], c["sample_id"], str(e)))
                 continue
             present &= _informative_modalities(frame)
             if not present:
                 reason = "every modality is one constant value: covered or broken camera"
-                found.bad.append(BadRow(c["row"], c["sample_id"], reason))
+                chunk.bad.append(BadRow(c["row"], c["sample_id"], reason))
                 continue
-            n = len(found.captures)
-            found.pixels[n], found.present[n] = frame, present
-            found.captures.append(c)
-        n = len(found.captures)
-        yield found._replace(pixels=pixels[:n], present=found.present[:n])
+            n = len(chunk.captures)
+            chunk.pixels[n], chunk.present[n] = frame, present
+            chunk.captures.append(c)
+        n = len(chunk.captures)
+        yield chunk._replace(pixels=pixels[:n], present=chunk.present[:n])
 
 
 def compute_features(model: SourceModel, frames: DecodedChunk) -> np.ndarray:
     """Returns the features z float16 [N, M, F]."""
-    there = torch.from_numpy(mask_to_bool(frames.present))
-    if not len(there):
-        return np.zeros((0, there.shape[1], model.manifest.config.trunk.features), np.float16)
+    present = torch.from_numpy(mask_to_bool(frames.present))
+    if not len(present):
+        return np.zeros((0, present.shape[1], model.manifest.config.trunk.features), np.float16)
     return (
-        features_of(model.trunk, torch.from_numpy(frames.pixels), there, batch=TRUNK_SLICE)
+        features_of(model.trunk, torch.from_numpy(frames.pixels), present, batch=TRUNK_SLICE)
         .numpy()
         .astype(np.float16)
     )
@@ -170,13 +170,13 @@ def _store(
     """
     bad, blocks = list[BadRow](), list[list[FeatureBlock]]()
     for frames in decode_chunks(captures, size):
-        own, worse = _blocks(frames, segment, [compute_features(model, frames) for model in models])
-        blocks.append(own)
+        chunk_blocks, worse = _blocks(frames, segment, [compute_features(model, frames) for model in models])
+        blocks.append(chunk_blocks)
         bad += [*frames.bad, *worse]
     end = segment.base_offset + segment.rows
     ids: dict[str, int] = {}
     for k, model in enumerate(models):
-        trunk, parts = model.manifest.trunk_digest, [own[k] for own in blocks]
+        trunk, parts = model.manifest.trunk_digest, [chunk_blocks[k] for chunk_blocks in blocks]
         delete_range(features, trunk, segment.site, start=segment.base_offset, end=end)
         if sum(map(len, parts)):
             names = FeatureBlock.__dataclass_fields__
@@ -191,15 +191,17 @@ def _blocks(
 ) -> tuple[list[FeatureBlock], list[BadRow]]:
     """Returns one block for each of ``zs`` with the samples whose features are finite under every trunk."""
     fine = np.logical_and.reduce([np.isfinite(z).all(axis=(1, 2)) for z in zs])
-    kept = frames.captures
+    captures = frames.captures
     bad = [
-        BadRow(c["row"], c["sample_id"], "its features are not finite") for c, ok in zip(kept, fine) if not ok
+        BadRow(c["row"], c["sample_id"], "its features are not finite")
+        for c, ok in zip(captures, fine)
+        if not ok
     ]
     whole = FeatureBlock(
-        offset=segment.base_offset + np.array([c["row"] for c in kept], np.int64),
-        sample_id=np.array([c["sample_id"] for c in kept], dtype=object),
-        captured_at=np.array([c["captured_at"] for c in kept], dtype="datetime64[us]"),
-        session=np.array([pseudonym(segment.site, c["session_id"]) for c in kept], np.int64),
+        offset=segment.base_offset + np.array([c["row"] for c in captures], np.int64),
+        sample_id=np.array([c["sample_id"] for c in captures], dtype=object),
+        captured_at=np.array([c["captured_at"] for c in captures], dtype="datetime64[us]"),
+        session=np.array([pseudonym(segment.site, c["session_id"]) for c in captures], np.int64),
         present=frames.present,
         z=zs[0],
     )

@@ -59,8 +59,8 @@ def step(method: SiteMethod, tail: Params, stacked: State, batch: Features) -> t
     else:
         new, outcome = torch.func.vmap(lambda s, b: method.step(tail, s, b))(stacked, batch)
     idle = ~batch.valid.any(dim=1)
-    kept = {n: torch.where(idle.view(-1, *[1] * (t.dim() - 1)), stacked[n], t) for n, t in new.items()}
-    return {n: t.detach() for n, t in kept.items()}, Outcome(*(t.detach() for t in outcome))
+    states = {n: torch.where(idle.view(-1, *[1] * (t.dim() - 1)), stacked[n], t) for n, t in new.items()}
+    return {n: t.detach() for n, t in states.items()}, Outcome(*(t.detach() for t in outcome))
 
 
 def run(
@@ -91,17 +91,17 @@ def run(
         stacked, outcome = step(method, tail, stacked, pad(now + [empty] * (slots - count), batch))
         if on_step:
             on_step(stacked)
-        for k, here in enumerate(now):
-            if len(here.z):
-                parts[k].append(Outcome(*(t[k, : len(here.z)] if t.dim() > 1 else t[k] for t in outcome)))
+        for k, samples in enumerate(now):
+            if len(samples.z):
+                parts[k].append(Outcome(*(t[k, : len(samples.z)] if t.dim() > 1 else t[k] for t in outcome)))
     return {name: t[:count] for name, t in stacked.items()}, [_trace(p) for p in parts]
 
 
 def scores(tail: Params, stacked: State, z: Tensor, present: Tensor) -> Tensor:
     """Returns P(bona fide) [K, N] of the same samples (z [N, M, F], present [N, M]) under K states."""
-    own = {name: stacked[name] for name in tails.MOVABLE}
+    movable = {name: stacked[name] for name in tails.MOVABLE}
     with torch.no_grad():
-        return torch.func.vmap(lambda s: tails.score({**tail, **s}, z, present))(own)
+        return torch.func.vmap(lambda s: tails.score({**tail, **s}, z, present))(movable)
 
 
 def distance(tail: Params, stacked: State, k: int) -> float:

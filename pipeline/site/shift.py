@@ -82,20 +82,20 @@ def count(state: State, logit: Tensor, pattern: Tensor, weight: Tensor, *, half_
     cell = (pattern[:, None] == torch.arange(PATTERNS))[:, :, None] & (bin_[:, None] == torch.arange(BINS))[
         :, None, :
     ]
-    kept = 0.5 ** (weight.sum() / half_life)
-    return {**state, "shift.count": state["shift.count"] * kept + (cell * weight[:, None, None]).sum(0)}
+    fade = 0.5 ** (weight.sum() / half_life)
+    return {**state, "shift.count": state["shift.count"] * fade + (cell * weight[:, None, None]).sum(0)}
 
 
-def estimate(state: State, known: Tables) -> tuple[State, Shift]:
+def estimate(state: State, densities: Tables) -> tuple[State, Shift]:
     """Weighs the grid by the counts; returns the state and the shift."""
     seen, share = state["shift.count"], state["shift.share"]
     total = seen.sum(-1, keepdim=True)  # [P, 1]
-    gap = known.bona_fide - known.attack
+    gap = densities.bona_fide - densities.attack
     for _ in range(EM_STEPS):
-        ratio = known.bona_fide / torch.addcmul(known.attack, share[..., None], gap)
+        ratio = densities.bona_fide / torch.addcmul(densities.attack, share[..., None], gap)
         mine = share * torch.einsum("psn,pn->ps", ratio, seen)
         share = (mine + 1) / (total + 2)
-    mixed = torch.addcmul(known.attack, share[..., None], gap)
+    mixed = torch.addcmul(densities.attack, share[..., None], gap)
     likelihood = torch.einsum("psn,pn->s", torch.log(mixed), seen)
     delta, _ = _grid()
     prior = torch.log_softmax(-0.5 * (delta / SPREAD) ** 2, dim=0)
@@ -106,12 +106,14 @@ def estimate(state: State, known: Tables) -> tuple[State, Shift]:
         for mask in (~still, still)
     )
     weight = torch.softmax(prior + likelihood, dim=0)
-    attack, bona_fide = (torch.einsum("s,psn->pn", weight, d) for d in (known.attack, known.bona_fide))
-    genuine = ((share * weight).sum(-1) * total[:, 0]).sum()
-    found = Shift(
-        _crossing(attack, bona_fide) - known.crossing, moved_by - none, genuine, total.sum() - genuine
+    attack, bona_fide = (
+        torch.einsum("s,psn->pn", weight, d) for d in (densities.attack, densities.bona_fide)
     )
-    return {**state, "shift.share": share}, found
+    genuine = ((share * weight).sum(-1) * total[:, 0]).sum()
+    shift = Shift(
+        _crossing(attack, bona_fide) - densities.crossing, moved_by - none, genuine, total.sum() - genuine
+    )
+    return {**state, "shift.share": share}, shift
 
 
 def _grid() -> tuple[Tensor, Tensor]:

@@ -101,15 +101,15 @@ def capped(state: State, batch: Features, *, cap: int) -> tuple[State, Tensor]:
     slots = torch.arange(REMEMBERED)
     within: list[Tensor] = []
     for i in range(batch.valid.shape[0]):
-        here = ids == batch.session[i]
-        fresh = batch.valid[i] & ~here.any()
-        here = torch.where(fresh, slots == at, here)
-        ids = torch.where(here & batch.valid[i], batch.session[i], ids)
-        counts = torch.where(fresh & here, 0, counts) + (here & batch.valid[i])
-        within.append(batch.valid[i] & ((counts * here).sum() <= cap))
+        same = ids == batch.session[i]
+        fresh = batch.valid[i] & ~same.any()
+        same = torch.where(fresh, slots == at, same)
+        ids = torch.where(same & batch.valid[i], batch.session[i], ids)
+        counts = torch.where(fresh & same, 0, counts) + (same & batch.valid[i])
+        within.append(batch.valid[i] & ((counts * same).sum() <= cap))
         at, seen = torch.where(fresh, (at + 1) % REMEMBERED, at), seen + fresh
-    kept = {"session.id": ids, "session.count": counts, "session.next": at, "session.seen": seen}
-    return {**state, **kept}, torch.stack(within)
+    sessions = {"session.id": ids, "session.count": counts, "session.next": at, "session.seen": seen}
+    return {**state, **sessions}, torch.stack(within)
 
 
 def median_of_means(each: Params, weight: Tensor, session: Tensor, *, groups: int) -> Params:

@@ -34,11 +34,11 @@ def equal_error_boundaries(
     is."""
     log_rho, pattern = tail["log_rho"].clone(), torch.zeros_like(tail["pattern"])
 
-    def boundary(head: int, there: Tensor, seen: Tensor) -> float | None:
+    def boundary(head: int, shown: Tensor, seen: Tensor) -> float | None:
         rows = seen.numpy()
         if len(set(label[rows].tolist())) < 2:
             return None
-        r = tails.forward(tail, z[seen], there[seen], substitute=substitute).radius[:, head].double().numpy()
+        r = tails.forward(tail, z[seen], shown[seen], substitute=substitute).radius[:, head].double().numpy()
         at = -metrics.eer_threshold(-r, label[rows])
         return at if "linear" in tail else math.log(max(at, tails.MIN_RADIUS))
 
@@ -47,8 +47,8 @@ def equal_error_boundaries(
         log_rho[v] = float(log_rho[v]) if (at := boundary(v, present, seen)) is None else at
     everything = 2**tails.MODALITIES - 1
     for left in range(1, everything):
-        kept = torch.tensor([bool(left >> m & 1) for m in range(tails.MODALITIES)])
-        at = boundary(tails.FUSED, kept.expand_as(present), (present | ~kept).all(dim=1))
+        subset = torch.tensor([bool(left >> m & 1) for m in range(tails.MODALITIES)])
+        at = boundary(tails.FUSED, subset.expand_as(present), (present | ~subset).all(dim=1))
         pattern[left] = 0.0 if at is None else at - float(log_rho[tails.FUSED])
     return {"log_rho": log_rho, "pattern": pattern}
 
@@ -65,24 +65,24 @@ def validation_reference(
     levels = np.linspace(0, 1, tails.QUANTILES)
     everything = 2**tails.MODALITIES - 1
     logit = torch.zeros(2**tails.MODALITIES, 2, tails.QUANTILES)
-    own: list[float] = []
+    boundaries: list[float] = []
     for left in range(everything, -1, -1):
-        kept = torch.tensor([bool(left >> m & 1) for m in range(tails.MODALITIES)])
-        seen = (present | ~kept).all(dim=1).numpy() if left else np.zeros(len(label), bool)
+        subset = torch.tensor([bool(left >> m & 1) for m in range(tails.MODALITIES)])
+        seen = (present | ~subset).all(dim=1).numpy() if left else np.zeros(len(label), bool)
         if len(set(label[seen].tolist())) < 2:
             logit[left] = logit[everything]
             continue
-        read = tails.forward(tail, z[seen], kept.expand_as(present)[seen])
+        read = tails.forward(tail, z[seen], subset.expand_as(present)[seen])
         fused, radius = (t[:, tails.FUSED].double().numpy() for t in (read.logit, read.radius))
         for y in (0, 1):
             logit[left, y] = torch.from_numpy(np.quantile(fused[label[seen] == y], levels)).float()
         if left == everything:
             for e in np.unique(domain[seen]):
-                here = domain[seen] == e
-                if len(set(label[seen][here].tolist())) == 2:
-                    at = -metrics.eer_threshold(-radius[here], label[seen][here])
-                    own.append(at if "linear" in tail else math.log(max(at, tails.MIN_RADIUS)))
-    return {"reference.logit": logit, "reference.boundary": torch.tensor(own)}
+                of_domain = domain[seen] == e
+                if len(set(label[seen][of_domain].tolist())) == 2:
+                    at = -metrics.eer_threshold(-radius[of_domain], label[seen][of_domain])
+                    boundaries.append(at if "linear" in tail else math.log(max(at, tails.MIN_RADIUS)))
+    return {"reference.logit": logit, "reference.boundary": torch.tensor(boundaries)}
 
 
 def replay_samples(trunk: nn.Module, corpora: Sequence[Corpus]) -> Params:

@@ -277,14 +277,14 @@ def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> Sourc
     score = tails.score(tail, z, present).numpy()
     threshold = metrics.eer_threshold(score, label)
     names = [c.domain for c in corpora]
-    found = {
+    figures = {
         f"val_hter_{names[e]}": metrics.hter(score[domain == e], label[domain == e], threshold)
         for e in range(len(names))
         if len(set(label[domain == e].tolist())) == 2
     }
-    found["val_hter"] = metrics.hter(score, label, threshold)
-    found["val_auc"] = metrics.auc(score, label)
-    return seal(trunk, tail, manifest.model_copy(update={"threshold": threshold, "metrics": found}))
+    figures["val_hter"] = metrics.hter(score, label, threshold)
+    figures["val_auc"] = metrics.auc(score, label)
+    return seal(trunk, tail, manifest.model_copy(update={"threshold": threshold, "metrics": figures}))
 
 
 @contextmanager
@@ -317,9 +317,9 @@ def _load_start(start: Path, trunk: nn.Module, tail: Params) -> None:
             f"source.start: {start} is no fit of this model.trunk: {' '.join(str(e).split())[:200]}"
         ) from None
     for name in tail:
-        there = stored.get(f"{TAIL}{_parameter_name(name)}")
-        if there is not None and there.shape == tail[name].shape:
-            tail[name] = there
+        tensor = stored.get(f"{TAIL}{_parameter_name(name)}")
+        if tensor is not None and tensor.shape == tail[name].shape:
+            tail[name] = tensor
 
 
 def _parameter_groups(objective: Objective, decay: float) -> list[dict[str, object]]:

@@ -67,14 +67,14 @@ def domain_means(x: Tensor, batch: Batch, used: Tensor) -> tuple[Tensor, Tensor]
 
 def mean_over_domains(x: Tensor, batch: Batch, used: Tensor) -> Tensor:
     """Returns the mean of ``domain_means`` over the domains with rows, [...]: no domain's size matters."""
-    mean, there = domain_means(x, batch, used)
-    return mean.sum(dim=0) / there.sum(dim=0).clamp(min=1)
+    mean, filled = domain_means(x, batch, used)
+    return mean.sum(dim=0) / filled.sum(dim=0).clamp(min=1)
 
 
 def domain_risks(logit: Tensor, batch: Batch, used: Tensor, margin: float = 0.0) -> Tensor:
     """Returns the logistic risk [E'] of each domain with a row in ``used`` [B]; one zero if there is none."""
-    risk, there = domain_means(logistic_loss(logit, batch.label, margin), batch, used)
-    return risk[there] if bool(there.any()) else risk[:1]
+    risk, filled = domain_means(logistic_loss(logit, batch.label, margin), batch, used)
+    return risk[filled] if bool(filled.any()) else risk[:1]
 
 
 def head_risks(logit: Tensor, batch: Batch, present: Tensor, margin: float = 0.0) -> Tensor:
@@ -134,13 +134,13 @@ def head_mask(present: Tensor) -> Tensor:
 
 def drop_modalities(present: Tensor, share: float, generator: Generator) -> Tensor:
     """Drops D, I, both, or RGB (odds .25 .25 .25 .1) from ``share`` of the samples, never the last one."""
-    kept = torch.tensor([[1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1]], dtype=torch.bool)
+    remaining = torch.tensor([[1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1]], dtype=torch.bool)
     count = present.shape[0]
     pattern = torch.multinomial(
         torch.tensor([0.25, 0.25, 0.25, 0.1]), count, replacement=True, generator=generator
     )
     hit = (torch.rand(count, generator=generator) < share)[:, None]
-    dropped = present & torch.where(hit, kept[pattern], True).to(present.device)
+    dropped = present & torch.where(hit, remaining[pattern], True).to(present.device)
     return torch.where(dropped.any(dim=1, keepdim=True), dropped, present)
 
 

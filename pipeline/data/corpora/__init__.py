@@ -72,8 +72,8 @@ def subfolders(root: Path, name: str) -> list[Path]:
     """Returns the folders called ``name``: ``root`` itself, or up to three levels below it."""
     if root.name == name:
         return [root]
-    found = (p for depth in ("", "*/", "*/*/") for p in sorted(root.glob(depth + name)))
-    return [p for p in found if p.is_dir()]
+    folders = (p for depth in ("", "*/", "*/*/") for p in sorted(root.glob(depth + name)))
+    return [p for p in folders if p.is_dir()]
 
 
 def evenly_spaced(items: Sequence[Item]) -> list[Item]:

@@ -59,7 +59,7 @@ def rows(root: Path | None, *, size: int) -> Iterator[Row | Rejected]:
     base = data_root(root, LAYOUT)
     files = _files(base)
     trials = _trials(base)
-    found: set[str] = set()
+    imported: set[str] = set()
     for path in files:
         name = TRIAL.fullmatch(path.stem)
         trial = trials.get(name[1]) if name else None
@@ -68,9 +68,9 @@ def rows(root: Path | None, *, size: int) -> Iterator[Row | Rejected]:
         elif trial is None:
             yield Rejected(name[1], "trial is not in the ground truth")
         else:
-            found.add(name[1])
+            imported.add(name[1])
             yield _row(path, name[1], trial, size)
-    for trial in sorted(trials.keys() - found):
+    for trial in sorted(trials.keys() - imported):
         yield Rejected(trial, "is in the ground truth, but no file of it was found")
 
 

@@ -108,12 +108,12 @@ def _clip_rows(clip: _Clip, size: int) -> Iterator[Row | Rejected]:
 def _listed_rows(path: Path, split: str, size: int) -> Iterator[Row | Rejected]:
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         cells = line.split()
-        found = {m[2]: m for m in (LISTED.fullmatch(c) for c in cells) if m}
+        planes = {m[2]: m for m in (LISTED.fullmatch(c) for c in cells) if m}
         if not cells:
             continue
         if (
-            set(found) != set(FOLDERS)
-            or len({m[1] for m in found.values()}) != 1
+            set(planes) != set(FOLDERS)
+            or len({m[1] for m in planes.values()}) != 1
             or cells[-1] not in ("0", "1")
         ):
             yield Rejected(
@@ -121,11 +121,11 @@ def _listed_rows(path: Path, split: str, size: int) -> Iterator[Row | Rejected]:
             )
             continue
         images = (
-            path.parent / found["color"][0],
-            path.parent / found["depth"][0],
-            path.parent / found["ir"][0],
+            path.parent / planes["color"][0],
+            path.parent / planes["depth"][0],
+            path.parent / planes["ir"][0],
         )
-        sample = f"{split}/{found['color'][1]}"
+        sample = f"{split}/{planes['color'][1]}"
         label = int(cells[-1])
         pai = BONA_FIDE if label else LISTED_ATTACK
         # the lists name no subject, so each sample stands for itself

@@ -94,7 +94,7 @@ def species(kind: str, pai: str) -> str:
 def _recordings(root: Path) -> list[_Recording]:
     colour, planes = ({p.stem: p for p in _files(root, which)} for which in ("RGB", "CDIT"))
     if not colour or not planes:
-        missing = " and ".join(w for w, found in (("RGB", colour), ("CDIT", planes)) if not found)
+        missing = " and ".join(w for w, files in (("RGB", colour), ("CDIT", planes)) if not files)
         raise CorpusError(f"{root}: holds no WMCA {missing} recordings; expected {LAYOUT}")
     return [
         _Recording(name, colour.get(name), planes.get(name)) for name in sorted(colour.keys() | planes.keys())
@@ -186,8 +186,8 @@ def _frames(
 
 
 def _indices(file: h5py.File) -> dict[int, str]:
-    found = (FRAME.fullmatch(str(key)) for key in file)
-    return {int(m[1]): m[0] for m in found if m}
+    matches = (FRAME.fullmatch(str(key)) for key in file)
+    return {int(m[1]): m[0] for m in matches if m}
 
 
 def _frame(colour: object, planes: object, size: int) -> tuple[np.ndarray, int, str]:

@@ -45,22 +45,22 @@ def judge_rows(columns: Sequence[Sequence[object]], site: str) -> Iterator[Captu
 
 def python_values(column: pa.ChunkedArray) -> list[object]:
     """Returns the Python values of a column; equal bytes are one object, and text is not decoded yet."""
-    found: list[object] = []
+    cells: list[object] = []
     try:
         for chunk in column.chunks:
             if not pa.types.is_dictionary(chunk.type):
-                found += chunk.cast(pa.int64()).to_pylist()
+                cells += chunk.cast(pa.int64()).to_pylist()
                 continue
             words = chunk.dictionary.cast(pa.binary()).to_pylist()
             indices = chunk.indices.to_pylist()
             if any(i is not None and not 0 <= i < len(words) for i in indices):
                 raise BadParquet("has a damaged dictionary")
-            found += [None if i is None else words[i] for i in indices]
+            cells += [None if i is None else words[i] for i in indices]
     except BadParquet:
         raise
     except ARROW_ERRORS:
         raise BadParquet("has a damaged column") from None
-    return found
+    return cells
 
 
 def printable_text(raw: object) -> str | None:

@@ -53,10 +53,10 @@ def child(struct: Struct, field: int) -> Struct:
 def children(struct: Struct, field: int) -> list[Struct]:
     """Returns a list of structs, empty if it is missing."""
     value = struct.get(field, [])
-    found = [v for v in value if isinstance(v, dict)] if isinstance(value, list) else None
-    if found is None or len(found) != len(value):  # pyright: ignore[reportArgumentType]
+    structs = [v for v in value if isinstance(v, dict)] if isinstance(value, list) else None
+    if structs is None or len(structs) != len(value):  # pyright: ignore[reportArgumentType]
         raise BadThrift(f"field {field} is no list of structs")
-    return found
+    return structs
 
 
 def write_struct(fields: dict[int, tuple[int, object]]) -> bytes:

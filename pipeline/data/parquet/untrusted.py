@@ -201,10 +201,10 @@ def _columns(elements: Sequence[thrift.Struct], allowed: Mapping[str, tuple[str,
             f"has columns {', '.join(names)[:200] or 'none'}; allowed exactly {', '.join(allowed)}"
         )
     for name, element in zip(names, elements[1:]):
-        found = PHYSICAL.get(thrift.integer(element, 1, -1), "a group"), _logical(element)
+        types = PHYSICAL.get(thrift.integer(element, 1, -1), "a group"), _logical(element)
         repetition = thrift.integer(element, 3, -1)
-        if found != allowed[name] or thrift.integer(element, 5, 0) or repetition not in (REQUIRED, OPTIONAL):
-            shape = "/".join(found) if found != allowed[name] else "nested"
+        if types != allowed[name] or thrift.integer(element, 5, 0) or repetition not in (REQUIRED, OPTIONAL):
+            shape = "/".join(types) if types != allowed[name] else "nested"
             raise BadParquet(f"column {name} is {shape}, allowed {'/'.join(allowed[name])}")
         if repetition == REQUIRED:
             raise BadParquet(f"column {name} is required, allowed are nullable columns")
@@ -273,10 +273,10 @@ def _check_pages(data: bytes, footer: _Footer, limits: Limits) -> None:
 def _page(header: thrift.Struct, rows: int) -> tuple[int, int, int]:
     """Returns (bytes unpacked, bytes packed, rows) of one page header."""
     kind, size, packed = (thrift.integer(header, field) for field in (1, 2, 3))
-    own = {DATA_PAGE: 5, DICTIONARY_PAGE: 7, DATA_PAGE_V2: 8}.get(kind)
-    if own is None:
+    details_field = {DATA_PAGE: 5, DICTIONARY_PAGE: 7, DATA_PAGE_V2: 8}.get(kind)
+    if details_field is None:
         raise BadParquet(f"has a page of kind {kind}, allowed are data and dictionary pages")
-    details = thrift.child(header, own)
+    details = thrift.child(header, details_field)
     values, encoding = thrift.integer(details, 1), thrift.integer(details, 4 if kind == DATA_PAGE_V2 else 2)
     if encoding not in ENCODINGS:
         raise BadParquet(f"has a page of encoding {encoding}, allowed are plain and dictionary")

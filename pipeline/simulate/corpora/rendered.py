@@ -43,7 +43,7 @@ def total(root: Path | None) -> int:
 def plan(samples: int) -> list[synth.Clip]:
     """Plans ``samples`` rows in equal parts of each domain's species, with a new rig for each video."""
     each = -(-samples // (ROUNDS * len(TRAINING)))
-    made: list[synth.Clip] = []
+    clips: list[synth.Clip] = []
     for number in range(ROUNDS):
         for d, domain in enumerate(TRAINING):
             rng = np.random.default_rng([number, d, 7])
@@ -52,5 +52,5 @@ def plan(samples: int) -> list[synth.Clip]:
                 seed = rigs.setdefault(clip.video, int(rng.integers(RIGS)))
                 name = f"{domain}{number}"  # a video's and a subject's name must not come twice
                 what = clip.what._replace(subject=PEOPLE + 1000 * number + clip.what.subject)
-                made.append(dataclasses.replace(clip, domain=name, what=what, rig=variant(clip.rig, seed)))
-    return made[:samples]
+                clips.append(dataclasses.replace(clip, domain=name, what=what, rig=variant(clip.rig, seed)))
+    return clips[:samples]

@@ -69,8 +69,8 @@ class Config(SiteMethod):
         target = self._target(tail, served, score, batch)
 
         def loss(student: Params) -> Tensor:
-            own = {k: student[f"student.{k}"] for k in tails.LEARNED}
-            logit = tails.forward({**served, **own}, batch.z, batch.present).logit[:, tails.FUSED]
+            learned = {k: student[f"student.{k}"] for k in tails.LEARNED}
+            logit = tails.forward({**served, **learned}, batch.z, batch.present).logit[:, tails.FUSED]
             each = torch.nn.functional.softplus(logit) - target * logit
             return (each * batch.valid).sum() / batch.valid.sum().clamp(min=1)
 

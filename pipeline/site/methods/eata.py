@@ -113,8 +113,8 @@ def _fisher(tail: Params) -> Params:
     if "replay.z" not in tail:
         return {k: torch.zeros_like(v) for k, v in learned.items()}
 
-    def loss(own: Params, z: Tensor, present: Tensor) -> Tensor:
-        logit = tails.forward({**tail, **own}, z[None], present[None]).logit[0, tails.FUSED]
+    def loss(movable: Params, z: Tensor, present: Tensor) -> Tensor:
+        logit = tails.forward({**tail, **movable}, z[None], present[None]).logit[0, tails.FUSED]
         return torch.nn.functional.softplus(-logit.abs())  # cross entropy with its own call
 
     gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))

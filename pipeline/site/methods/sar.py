@@ -74,10 +74,10 @@ class Config(SiteMethod):
             used = rows & (h.detach() < self.margin * math.log(2))
             return (h * used).sum() / used.sum().clamp(min=1), (score, used)
 
-        own = {k: state[k] for k in LEARNED}
-        uphill, (score, first) = torch.func.grad(reliable, has_aux=True)(own, batch.valid)
+        learnable = {k: state[k] for k in LEARNED}
+        uphill, (score, first) = torch.func.grad(reliable, has_aux=True)(learnable, batch.valid)
         norm = torch.sqrt(torch.stack([g.square().sum() for g in uphill.values()]).sum())
-        worst = {k: v + self.rho * uphill[k] / (norm + 1e-12) for k, v in own.items()}
+        worst = {k: v + self.rho * uphill[k] / (norm + 1e-12) for k, v in learnable.items()}
         grads, (loss, (_, used)) = torch.func.grad_and_value(reliable, has_aux=True)(worst, first)
         measured = used.any() & torch.isfinite(loss)
         state = adam(state, grads, lr=self.lr, clip=self.clip, when=measured)

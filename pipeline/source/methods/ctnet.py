@@ -64,14 +64,14 @@ def transition_terms(intrinsic: Tensor, batch: Batch, margin: float) -> tuple[Te
     The hinge is the amount by which attacks come closer to the live transition than ``margin``.
     """
     step = transitions(intrinsic)
-    there = torch.stack([batch.present[:, k] & batch.present[:, m] for k, m in PAIRS], dim=1)  # [B, P]
-    live = there & (batch.label == 1)[:, None]
+    both = torch.stack([batch.present[:, k] & batch.present[:, m] for k, m in PAIRS], dim=1)  # [B, P]
+    live = both & (batch.label == 1)[:, None]
     with torch.no_grad():
         mean = mean_over_domains(step, batch, live[..., None])  # [P, D]
         centre = torch.nn.functional.normalize(mean, dim=-1)
     distance = 1 - (step * centre).sum(dim=-1)  # [B, P]
     consistent = mean_over_domains(distance, batch, live)
-    inconsistent = mean_over_domains(torch.relu(margin - distance), batch, there & ~live)
+    inconsistent = mean_over_domains(torch.relu(margin - distance), batch, both & ~live)
     return consistent.mean(), inconsistent.mean()
 
 
@@ -83,5 +83,5 @@ def rgb_prediction_loss(tail: Params, z: Tensor, present: Tensor) -> Tensor:
     alone = present & (torch.arange(tails.MODALITIES, device=z.device) == RGB)
     predicted = tails.complete(tail, tails.apply_adapter(tail, z, alone), alone).complement
     gap = 1 - torch.nn.functional.cosine_similarity(predicted, z.detach(), dim=-1)
-    known = present & present[:, [RGB]] & ~alone
-    return (torch.where(known, gap, 0.0).sum(dim=0) / known.sum(dim=0).clamp(min=1)).sum()
+    predictable = present & present[:, [RGB]] & ~alone
+    return (torch.where(predictable, gap, 0.0).sum(dim=0) / predictable.sum(dim=0).clamp(min=1)).sum()

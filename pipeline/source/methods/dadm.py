@@ -94,9 +94,9 @@ def alignment(intrinsic: Tensor, present: Tensor, temperature: float) -> tuple[T
     log_p = match_log_p(u[list(before)], u[list(after)], both, temperature)
     size = both.sum(dim=1).clamp(min=1)
     bound = size.log() + torch.where(both, log_p, 0.0).sum(dim=1) / size
-    found = torch.where(both, log_p.detach().exp(), 0.0)
+    match = torch.where(both, log_p.detach().exp(), 0.0)
     trust = torch.stack(
-        [found[[m in pair for pair in PAIRS]].sum(dim=0) for m in range(tails.MODALITIES)], dim=1
+        [match[[m in pair for pair in PAIRS]].sum(dim=0) for m in range(tails.MODALITIES)], dim=1
     )
     mean = trust.sum(dim=1, keepdim=True) / present.sum(dim=1, keepdim=True).clamp(min=1)
     return bound.mean(), torch.where(mean > 0, trust / mean.clamp(min=1e-12), 1.0)

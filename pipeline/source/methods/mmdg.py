@@ -108,22 +108,22 @@ def certainty(
 ) -> Tensor:
     """Returns U [M] in 0..1: one minus twice the deviation of a head's P(bona fide) under dropout."""
     with torch.no_grad():
-        kept = torch.rand(passes, *read.intrinsic.shape, generator=generator).to(present.device) >= rate
-        intrinsic = (kept * read.intrinsic / (1 - rate)).flatten(0, 1)
+        keep = torch.rand(passes, *read.intrinsic.shape, generator=generator).to(present.device) >= rate
+        intrinsic = (keep * read.intrinsic / (1 - rate)).flatten(0, 1)
         _, radius = tails.radii(tail, intrinsic, read.synergy.repeat(passes, 1, 1))
         p = torch.sigmoid(tails.logit(tail, radius, present.repeat(passes, 1)))[:, : tails.FUSED]
         deviation = p.unflatten(0, (passes, -1)).std(dim=0, correction=0)
         return 1 - 2 * (deviation * present).sum(dim=0) / present.sum(dim=0).clamp(min=1)
 
 
-def gradient_correction(tail: Params, alone: Tensor, certain: Tensor, there: Tensor) -> Tensor:
+def gradient_correction(tail: Params, alone: Tensor, certain: Tensor, present: Tensor) -> Tensor:
     """Returns a zero whose gradient turns that of ``alone.sum()`` into ReGrad's on the shared weights."""
     shared = [tail[n] for n in SHARED if n in tail]
     each = [torch.autograd.grad(risk, shared, retain_graph=True) for risk in alone]
     g = torch.stack(
         [torch.cat([part.flatten() for part in parts]) for parts in each]
     )  # [M, N] of all shared weights
-    fast = int(torch.where(there, alone.detach(), torch.inf).argmin())
+    fast = int(torch.where(present, alone.detach(), torch.inf).argmin())
     change = (regrad(g, certain, fast) - g.sum(dim=0)).split([p.numel() for p in shared])
     return torch.stack(
         [((p - p.detach()).flatten() * c).sum() for p, c in zip(shared, change, strict=True)]

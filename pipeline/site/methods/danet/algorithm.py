@@ -30,10 +30,10 @@ def init(config: Config, tail: Params) -> State:
         raise ValueError(
             "site.mode: 'da' needs a source model with stored source features; train it again or use tta"
         )
-    own = {k: v.clone() for k, v in tails.site_state(tail).items()}
+    movable = {k: v.clone() for k, v in tails.site_state(tail).items()}
     return {
-        **own,
-        **{f"good.{k}": own[k].clone() for k in tails.LEARNED},
+        **movable,
+        **{f"good.{k}": movable[k].clone() for k in tails.LEARNED},
         **moments(tail, tails.LEARNED),
         **shift.init(),
         **trust.remember_sessions(),
@@ -58,8 +58,8 @@ def observe(config: Config, tail: Params, state: State, batch: Features) -> tupl
     state, moved = _follow(config, tail, state, source.logit[:, tails.FUSED], batch, teaches)
     label, used = _reliable(config, tail, before, source, voted, disagreement, batch)
     used = used * teaches * (moved & (state["session.seen"] >= config.sessions))
-    known = torch.sigmoid(source.logit[:, tails.FUSED])
-    return state, Lesson(batch, p[:, tails.FUSED], known, voted, disagreement, label, used)
+    source_score = torch.sigmoid(source.logit[:, tails.FUSED])
+    return state, Lesson(batch, p[:, tails.FUSED], source_score, voted, disagreement, label, used)
 
 
 def conclude(
@@ -90,14 +90,14 @@ def _follow(
     if "reference.logit" not in tail:
         return state, torch.ones((), dtype=torch.bool)
     state = shift.count(state, logit, tails.pattern_index(batch.present), teaches, half_life=config.half_life)
-    state, found = shift.estimate(state, shift.tables(tail["reference.logit"]))
-    usual = (found.attack >= config.min_attack_count) & (
-        found.bona_fide >= config.min_bona_fide_ratio * found.attack
+    state, estimate = shift.estimate(state, shift.tables(tail["reference.logit"]))
+    usual = (estimate.attack >= config.min_attack_count) & (
+        estimate.bona_fide >= config.min_bona_fide_ratio * estimate.attack
     )
-    allowed = found.logit.clamp(max=config.tighten).maximum(-torch.where(usual, config.loosen, 0.0))
+    allowed = estimate.logit.clamp(max=config.tighten).maximum(-torch.where(usual, config.loosen, 0.0))
     trigger = -math.inf if config.trigger is None else config.trigger
     by = torch.where(
-        (found.logit.abs() >= config.shift_min_logits) & (found.evidence >= trigger), allowed, 0.0
+        (estimate.logit.abs() >= config.shift_min_logits) & (estimate.evidence >= trigger), allowed, 0.0
     )
     by = torch.where(state["session.seen"] >= config.sessions, by, 0.0)
     used = state["shift.count"].sum(-1)
@@ -150,8 +150,10 @@ def _learn(config: Config, tail: Params, state: State, lesson: Lesson) -> tuple[
     taught = trust.median_of_means(
         _gradients(config, tail, state, lesson), weight, lesson.batch.session, groups=config.groups or 1
     )
-    own = {k: state[k] for k in tails.LEARNED}
-    steady, old = torch.func.grad(lambda own: _steadiness(config, tail, state, own, held), has_aux=True)(own)
+    learnable = {k: state[k] for k in tails.LEARNED}
+    steady, old = torch.func.grad(
+        lambda learnable: _steadiness(config, tail, state, learnable, held), has_aux=True
+    )(learnable)
     omega = 1.0 if config.weight == "one" else state["omega"]
     used = lesson.used.any()
     grads = {k: omega * taught[k] + steady[k] for k in tails.LEARNED}
@@ -166,8 +168,8 @@ def _gradients(config: Config, tail: Params, state: State, lesson: Lesson) -> Pa
     """Returns each sample's gradient of the cross entropy summed over heads: [B, ...] per learned tensor."""
     batch, count = lesson.batch, len(lesson.label)
 
-    def loss(own: Params) -> Tensor:
-        params = {**tail, **own, "pattern": state["pattern"]}
+    def loss(learnable: Params) -> Tensor:
+        params = {**tail, **learnable, "pattern": state["pattern"]}
         return _cross_entropy(
             tails.forward(params, batch.z, batch.present).logit, lesson.label[:, None]
         ).sum()
@@ -176,13 +178,13 @@ def _gradients(config: Config, tail: Params, state: State, lesson: Lesson) -> Pa
 
 
 def _steadiness(
-    config: Config, tail: Params, state: State, own: Params, held: Tensor
+    config: Config, tail: Params, state: State, learnable: Params, held: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss [] that holds the site near its source, and the scores [R] of the reservoir.
 
     It is the KL on the reservoir and, in mode da, the loss on labelled source features.
     """
-    params, present = {**tail, **own}, state["reservoir.present"]
+    params, present = {**tail, **learnable}, state["reservoir.present"]
     radius = tails.forward(params, state["reservoir.z"], present).radius
     now, at_source = (
         torch.sigmoid(tails.logit({**params, "pattern": p}, radius, present)[:, tails.FUSED])
@@ -245,8 +247,8 @@ def _class_weight(state: State, label: Tensor) -> Tensor:
     The weight is 1 while the reservoir is empty.
     """
     share = _mean((state["reservoir.vote"] >= 0.5).float(), reservoir.filled(state))
-    own = torch.where(label > 0.5, share, 1 - share)
-    return torch.where(state["seen"] > 0, (0.5 / own.clamp(min=1e-3)).clamp(max=3.0), 1.0)
+    class_share = torch.where(label > 0.5, share, 1 - share)
+    return torch.where(state["seen"] > 0, (0.5 / class_share.clamp(min=1e-3)).clamp(max=3.0), 1.0)
 
 
 def _cross_entropy(logit: Tensor, label: Tensor) -> Tensor:

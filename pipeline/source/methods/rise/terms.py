@@ -45,8 +45,10 @@ def loss_terms(config: Config, model: Model, batch: Batch, generator: Generator)
     if config.synergy:
         mixed = mix(batch, generator)
         intrinsic, synergy = split_mixed(tail, z, mixed)
-        own, decorrelated = synergy_terms(intrinsic, synergy, full, batch.present, mixed, config.temperature)
-        terms["synergy"] = config.synergy * (own + config.decorrelate * decorrelated)
+        retrieval, decorrelated = synergy_terms(
+            intrinsic, synergy, full, batch.present, mixed, config.temperature
+        )
+        terms["synergy"] = config.synergy * (retrieval + config.decorrelate * decorrelated)
     if config.complement:
         reconstruct, kl = complement_terms(tail, z, batch.present, full, generator)
         terms["complement"] = config.complement * (reconstruct + config.consistency * kl)
@@ -77,8 +79,8 @@ def mix(batch: Batch, generator: Generator) -> Mixed:
     order = torch.randperm(count, generator=generator)
     other = torch.empty_like(order)
     other[order] = order.roll(1)  # one cycle: no sample is its own partner
-    taken = torch.randint(1, 2**tails.MODALITIES - 1, (count,), generator=generator)
-    swap = (taken[:, None] >> torch.arange(tails.MODALITIES)) & 1 == 1
+    subset = torch.randint(1, 2**tails.MODALITIES - 1, (count,), generator=generator)
+    swap = (subset[:, None] >> torch.arange(tails.MODALITIES)) & 1 == 1
     owner = torch.where(swap, other[:, None], torch.arange(count)[:, None]).to(batch.label.device)
     return Mixed(owner, batch.present.gather(0, owner))
 
@@ -86,8 +88,8 @@ def mix(batch: Batch, generator: Generator) -> Mixed:
 def split_mixed(tail: Params, z: Tensor, mixed: Mixed) -> tuple[Tensor, Tensor]:
     """Returns (intrinsic, synergy) [B, M, D] of the mixed samples."""
     modality = torch.arange(tails.MODALITIES, device=z.device)
-    own = tails.apply_adapter(tail, z[mixed.owner, modality], mixed.present)
-    return tails.split(tail, tails.complete(tail, own, mixed.present).z)
+    adapted = tails.apply_adapter(tail, z[mixed.owner, modality], mixed.present)
+    return tails.split(tail, tails.complete(tail, adapted, mixed.present).z)
 
 
 def synergy_terms(
@@ -102,7 +104,7 @@ def synergy_terms(
 
     Retrieval finds each intrinsic feature's owner; decorrelation keeps intrinsic and synergy features apart.
     """
-    own = [
+    retrieval = [
         retrieval_loss(
             intrinsic[:, m],
             full.intrinsic[:, m].detach(),
@@ -114,11 +116,11 @@ def synergy_terms(
         for m in range(tails.MODALITIES)
     ]
     apart = [correlation(intrinsic[:, m], synergy[:, m]).square().mean() for m in range(tails.MODALITIES)]
-    return torch.stack(own).mean(), torch.stack(apart).mean()
+    return torch.stack(retrieval).mean(), torch.stack(apart).mean()
 
 
 def retrieval_loss(
-    query: Tensor, keys: Tensor, owner: Tensor, there: Tensor, candidate: Tensor, temperature: float
+    query: Tensor, keys: Tensor, owner: Tensor, present: Tensor, candidate: Tensor, temperature: float
 ) -> Tensor:
     """Returns the cross entropy of finding row ``owner`` among ``keys`` by cosine.
 
@@ -130,7 +132,7 @@ def retrieval_loss(
         / temperature
     )
     similarity = torch.where(candidate[None], similarity, -1e9)
-    return masked_mean(torch.nn.functional.cross_entropy(similarity, owner, reduction="none"), there)
+    return masked_mean(torch.nn.functional.cross_entropy(similarity, owner, reduction="none"), present)
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -152,10 +154,12 @@ def complement_terms(
     fixed = {n: t.detach() if n in tails.BOUNDARY else t for n, t in tail.items()}
     part = tails.forward(fixed, z, dropped)
     gap = 1 - torch.nn.functional.cosine_similarity(part.complement, z.detach(), dim=-1)  # [B, M]
-    known = present & (
+    predictable = present & (
         dropped.sum(dim=1, keepdim=True) - dropped.long() > 0
     )  # someone else is left to predict it
-    reconstruct = torch.stack([masked_mean(gap[:, m], known[:, m]) for m in range(tails.MODALITIES)]).sum()
+    reconstruct = torch.stack(
+        [masked_mean(gap[:, m], predictable[:, m]) for m in range(tails.MODALITIES)]
+    ).sum()
     teacher, student = full.logit[:, tails.FUSED].detach(), part.logit[:, tails.FUSED]
     log = torch.nn.functional.logsigmoid
     p = torch.sigmoid(teacher)
