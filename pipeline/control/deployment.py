@@ -16,7 +16,7 @@ from pipeline.ledger import Ledger, LedgerError, LedgerUnavailable, StaleGenerat
 from pipeline.storage import place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
 
     from pipeline.config import Config
@@ -100,7 +100,7 @@ def ingest_sources(config: Config, ledger: Ledger) -> list[SourceRow]:
 
 
 @contextmanager
-def lease(config: Config, ledger: Ledger, kind: str, *, purpose: str = "") -> Iterator[Cycle]:
+def lease(config: Config, ledger: Ledger, kind: str, *, purpose: str = "") -> Generator[Cycle]:
     """Holds the fleet's lease for a cycle of ``kind``; a cycle whose driver died is resumed by the next call.
 
     The caller ends the cycle. A cycle that was begun for another ``purpose`` is not resumed.

@@ -141,7 +141,8 @@ def recheck_verdict(
         limits, evidence = limits_of(ledger, row), row.evidence
     except ValueError as e:
         return Rechecked((_line(e),), older=False, recounted=False, left_out="")
-    verdict, differs = assess(limits.guards, evidence), []
+    verdict = assess(limits.guards, evidence)
+    differs: list[str] = []
     text = verdict.model_dump_json()
     older = text != row.verdict_json and _rewritten(row) == text
     if text != row.verdict_json and not older:
