@@ -109,20 +109,7 @@ class Plans:
             if joined:
                 for part in parts(list(joined)):
                     c.execute(targets.delete().where(targets.c.rollout == rollout, targets.c.site.in_(part)))
-            add(
-                c,
-                targets,
-                [
-                    *(
-                        _target_row(rollout, s, t)
-                        for s, t in (draft.targets if draft else joined or {}).items()
-                    ),
-                    *(
-                        (rollout, s, OUT, "UTC", None, 0, None, 0, e.verdict_id or "", e.reason)
-                        for s, e in (draft.excluded if draft else {}).items()
-                    ),
-                ],
-            )
+            add(c, targets, _target_rows(rollout, draft, joined or {}))
             for role, version in (roles or {}).items():
                 self.store.set_role(c, role, version, now)
             self.store.append(c, "rollout", {"rollout": rollout, "status": status, **event}, now)
@@ -357,6 +344,17 @@ def _after_all(c: Connection, now: datetime) -> str:
     """Returns a creation time behind that of every other rollout, even if the clock was set back."""
     last = c.scalar(sa.select(sa.func.max(rollouts.c.created_at)))
     return iso(now if last is None else max(now, datetime.fromisoformat(last) + timedelta(microseconds=1)))
+
+
+def _target_rows(rollout: str, draft: Draft | None, joined: Mapping[str, Target]) -> list[tuple[object, ...]]:
+    """Returns the rows of a plan's sites, or of those that joined it, and of the excluded ones."""
+    return [
+        *(_target_row(rollout, s, t) for s, t in (draft.targets if draft else joined).items()),
+        *(
+            (rollout, s, OUT, "UTC", None, 0, None, 0, e.verdict_id or "", e.reason)
+            for s, e in (draft.excluded if draft else {}).items()
+        ),
+    ]
 
 
 def _target_row(rollout: str, site: str, t: Target) -> tuple[object, ...]:
