@@ -111,7 +111,7 @@ def run(
                 rates(score, stream.label, stream.pai, threshold),
                 _afterwards(tail, own, source, threshold) or Rates(math.nan, math.nan, math.nan, ""),
                 _afterwards(tail, own, probes.get(stream.probe or ""), threshold),
-                np.array([_moved(tail, h, k) for h in steps], np.float32),
+                np.array([_threshold_shift(tail, h, k) for h in steps], np.float32),
                 _stopped(tail, steps, k, stream.poison, batch),
             )
         if on_stream:
@@ -209,7 +209,7 @@ def _afterwards(tail: Params, own: State, stream: Stream | None, threshold: floa
     return rates(score, stream.label, stream.pai, threshold)
 
 
-def _moved(tail: Params, state: State, k: int) -> float:
+def _threshold_shift(tail: Params, state: State, k: int) -> float:
     """Logits by which the fused boundary of complete captures lies above the source's; below 0: more is accepted."""
     full = 2**tails.MODALITIES - 1
     now, then = (
