@@ -29,7 +29,7 @@ def remote(deployment, endpoint) -> Deployment:
     root, yaml = deployment.root, Path(deployment.yaml)
     for name in ("captures", "artifacts"):
         there = url(endpoint, f"artifacts/fleet/{name}")  # a bucket named artifacts
-        yaml.write_text(yaml.read_text().replace(f"{name}: {root}/{name}", f'{name}: "{there}"'))
+        yaml.write_text(yaml.read_text().replace(f"{name}: '{root}/{name}'", f'{name}: "{there}"'))
     assert deployment.config.data.captures.startswith("s3:")
     with sqlite3.connect(root / "ledger.db") as c:
         ((path,),) = c.execute("select path from sources")

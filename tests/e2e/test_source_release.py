@@ -103,7 +103,7 @@ def test_sites_are_rebased_from_what_is_still_there_and_the_release_goes_on_from
         path.unlink()
     before = ledger.streams.sites(), ledger.releases.serving(), ledger.verdicts.latest()
     with monkeypatch.context() as m:
-        m.setattr(fleet, "adapt", killed)
+        m.setattr(fleet, "run_fleet", killed)
         with pytest.raises(Killed):
             rebase_fleet(d.config, ledger, quiet(), version=2)
     assert ledger.verdicts.rebased(2) == {}
