@@ -138,8 +138,8 @@ def parse(text: str, where: str) -> Config:
 def translate_stored(raw: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, object]]:
     """Returns a stored configuration, or some of its sections, under the present names.
 
-    Keys are translated by ``RENAMED``, numbers that meant "off" by ``OFF``. What is computed stays the same. ``raw`` is not changed; a key that is not known is left for validation to
-    refuse.
+    Keys are translated by ``RENAMED``, numbers that meant "off" by ``OFF``. What is computed stays the same.
+    ``raw`` is not changed; a key that is not known is left for validation to refuse.
     """
     now = cast("dict[str, dict[str, object]]", deepcopy(dict(raw)))
     for old, new in RENAMED.items():

@@ -19,7 +19,7 @@ SITE_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
 class PalisadeError(Exception):
-    """Base of the errors that a person can act on: the message is one line, and the class has its exit code."""
+    """Base of the errors that a person can act on: the message is one line, the class has its exit code."""
 
     exit_code: ClassVar[int] = 2  # usage or configuration; 4: a guard failed; 5: infrastructure
 

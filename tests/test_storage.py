@@ -248,7 +248,8 @@ try:
 except LedgerUnavailable as e:
     print(e)
 (ROOT / "fill").unlink()
-print([(s.learned_offset, s.learner) for s in f.ledger.streams.sites()] == [(s.learned_offset, s.learner) for s in before])
+now = [(s.learned_offset, s.learner) for s in f.ledger.streams.sites()]
+print(now == [(s.learned_offset, s.learner) for s in before])
 Verdicts.commit = commit
 f.window(SITES, GOOD)
 verify(f, keep=9)

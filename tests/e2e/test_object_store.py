@@ -37,7 +37,7 @@ def remote(deployment, endpoint) -> Deployment:
         c.execute("update sources set path = ?", [str(deployment.config.place(*inside))])
     for name in ("captures", "artifacts/models", "artifacts/anchors"):
         for found in files(root / name):
-            there = place(url(endpoint, f"artifacts/fleet/{name}")).joinpath(*found.inside)
+            there = place(url(endpoint, f"artifacts/fleet/{name}")).joinpath(*found.parts)
             write_atomic(there, found.place.read_bytes())
     for name in ("captures", "artifacts"):
         shutil.rmtree(root / name)
@@ -49,7 +49,7 @@ def test_a_cycle_on_an_object_store(remote, capsys):
     assert told["failed_sites"] == 0
     assert told["adapted"] == len(SITES)
     config, ledger = remote.config, remote.ledger
-    there = {f.inside[0] for f in files(config.place())}
+    there = {f.parts[0] for f in files(config.place())}
     assert there == {"models", "anchors", "features", "states", "outcomes"}
     assert (
         checkpoint.load(ledger.sources.champion().path).manifest.trunk_digest
@@ -62,7 +62,7 @@ def test_a_cycle_on_an_object_store(remote, capsys):
         assert 0 < site.learned_offset == site.ingested_offset
     for state in ledger.verdicts.states([s.learner for s in ledger.streams.sites()]).values():
         blobs.get(config.place("states"), state.blob)
-    left = {f.inside[-2:] for f in files(place(config.data.captures))}
+    left = {f.parts[-2:] for f in files(place(config.data.captures))}
     doubtful = {(q.site, q.segment) for q in ledger.streams.quarantined()}
     assert left == doubtful, "frames do not outlive ingest, but for those that somebody may look into"
     assert Path(str(told["report"])).is_file(), "a page is for people: it lies on this machine"

@@ -51,7 +51,7 @@ def crowd(tmp_path_factory):
 
 
 def run(crowd, *words: str) -> tuple[str, str]:
-    """Runs the command in a process of its own → (its exit code and what it imported, all that it printed)."""
+    """Runs the command in a process of its own; returns its exit code with its imports, and its output."""
     # erm is one file with its algorithm, so its settings bring torch along; the default method's do not
     command = [sys.executable, "-c", CODE, *words, "--config", crowd.d.yaml, "source.kind=rise"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -27,8 +27,8 @@ HEAD = """# Configuration
 
 One YAML file is one deployment. Its sections are checked as a whole before a command does anything, and an
 unknown key, an old name or a value out of range is an error of one line with the file, the key and what is
-allowed. Any key can be overridden on the command line, `palisade --config conf/fleet.yaml cycle site.lr=1e-4`;
-what is left out has its default.
+allowed. Any key can be overridden on the command line, `palisade --config conf/fleet.yaml cycle
+site.lr=1e-4`; what is left out has its default.
 
 | file | what it does |
 |---|---|
