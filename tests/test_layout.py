@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config import load
 from tests.support import layout
-from tests.support.layout import CODE, REPO, modules
+from tests.support.layout import CODE, REPO, modules, tracked
 
 PYTHON = modules(*CODE, "tests")
 
@@ -26,7 +26,18 @@ def test_code(path: Path) -> None:
     tree = ast.parse(text)
     assert layout.nameless(path, text) == []
     assert layout.unsafe(tree) == []
+    assert layout.types_by_text(text) == []
     assert layout.ray_out_of_place(path, tree) == []
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=str)
+def test_no_file_function_or_line_is_too_long(path: Path) -> None:
+    assert layout.too_long(read(path)) == []
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=str)
+def test_every_file_that_a_docstring_cites_is_there(path: Path) -> None:
+    assert layout.cites_missing(read(path), [p.as_posix() for p in tracked()]) == []
 
 
 @pytest.mark.parametrize("path", modules("tests"), ids=str)
@@ -34,8 +45,10 @@ def test_no_test_imports_another(path: Path) -> None:
     assert layout.test_imports(ast.parse(read(path))) == [], "what two tests share stands in tests/support/"
 
 
-def test_an_option_is_declared_once() -> None:
-    assert layout.declared_twice({str(p): ast.parse(read(p)) for p in modules("jobs")}) == []
+@pytest.mark.parametrize("folder", sorted(layout.content(tracked())), ids=str)
+def test_the_readme_of_a_folder_names_its_files(folder: Path) -> None:
+    assert (REPO / folder / "README.md").is_file(), f"{folder}/README.md: missing"
+    assert layout.undocumented(read(folder / "README.md"), layout.content(tracked())[folder]) == []
 
 
 def test_the_root_readme_is_short_and_draws_folders_that_are_there() -> None:
@@ -54,6 +67,10 @@ def test_the_root_of_the_pipeline_has_few_modules() -> None:
 def test_the_formatter_is_rarely_switched_off() -> None:
     skips = sum(read(p).count("# fmt: " + "skip") for p in PYTHON)
     assert skips <= layout.SKIPS
+
+
+def test_an_option_is_declared_once() -> None:
+    assert layout.declared_twice({str(p): ast.parse(read(p)) for p in modules("jobs")}) == []
 
 
 PLANTED = [
@@ -164,12 +181,21 @@ def test_every_configuration_loads(path: Path) -> None:
     assert len(load(path).fingerprint()) == 64
 
 
-def test_config_is_light() -> None:
-    """A mistake in a YAML is told in a second: nothing heavy is imported to read a configuration."""
-    heavy = ("torch", "ray", "mlflow", "sqlalchemy", "cv2", "pyarrow", "scipy", "pandas")
+def test_a_submodule_may_be_the_first_that_asks_for_torch() -> None:
     code = (
-        "import sys; from pipeline.config import load, method_config\n"
-        "load(None); method_config('site', 'danet'); method_config('source', 'rise')\n"
+        "from jobs.__main__ import lazy; lazy('torch'); import torch; import torch.utils.data, sys\n"
+        "print(torch.utils is sys.modules['torch.utils'], hasattr(torch.utils, '_pytree'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n", "torch.utils was loaded a second time"
+
+
+def test_config_is_light() -> None:
+    """A mistake in a YAML is told in a second: nothing heavy runs before a job asks for it."""
+    heavy = ("torch._C", "ray", "mlflow", "sqlalchemy", "cv2", "pyarrow", "scipy")
+    code = (
+        "import sys; from jobs.__main__ import lazy; lazy('torch')\n"
+        "from pipeline.config import load; load(None)\n"
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
