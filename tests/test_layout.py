@@ -31,8 +31,9 @@ def test_code(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=str)
-def test_no_file_function_or_line_is_too_long(path: Path) -> None:
-    assert layout.too_long(read(path)) == []
+def test_no_line_is_too_long_and_in_code_no_file_or_function(path: Path) -> None:
+    long = layout.too_long(read(path))
+    assert [x for x in long if path.parts[0] in CODE or x.endswith("columns")] == []
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=str)
@@ -181,21 +182,12 @@ def test_every_configuration_loads(path: Path) -> None:
     assert len(load(path).fingerprint()) == 64
 
 
-def test_a_submodule_may_be_the_first_that_asks_for_torch() -> None:
-    code = (
-        "from jobs.__main__ import lazy; lazy('torch'); import torch; import torch.utils.data, sys\n"
-        "print(torch.utils is sys.modules['torch.utils'], hasattr(torch.utils, '_pytree'))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    assert done.stdout == "True True\n", "torch.utils was loaded a second time"
-
-
 def test_config_is_light() -> None:
-    """A mistake in a YAML is told in a second: nothing heavy runs before a job asks for it."""
-    heavy = ("torch._C", "ray", "mlflow", "sqlalchemy", "cv2", "pyarrow", "scipy")
+    """A mistake in a YAML is told in a second: nothing heavy is imported to read a configuration."""
+    heavy = ("torch", "ray", "mlflow", "sqlalchemy", "cv2", "pyarrow", "scipy", "pandas")
     code = (
-        "import sys; from jobs.__main__ import lazy; lazy('torch')\n"
-        "from pipeline.config import load; load(None)\n"
+        "import sys; from pipeline.config import load, method_config\n"
+        "load(None); method_config('site', 'danet'); method_config('source', 'rise')\n"
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)

@@ -38,7 +38,8 @@ def _text(name: str, **options: bool) -> sa.Column[object]:
 
 
 def _int(name: str, **options: bool) -> sa.Column[object]:
-    return sa.Column(name, sa.BigInteger, nullable=options.pop("nullable", False), **options)  # pyright: ignore
+    nullable = options.pop("nullable", False)
+    return sa.Column(name, sa.BigInteger, nullable=nullable, **options)  # pyright: ignore
 
 
 def _zero(name: str) -> sa.Column[object]:

@@ -1,7 +1,7 @@
 """Renders phases of site scripts into capture segments, sealed labels and red-team labels.
 
-``simulate`` renders one phase of some ``SiteScript``s (``script.py``): phase 1 is the first day, phase 2 the
-morning after, with red-team presentations that nothing in a row gives away.
+``simulate`` renders one phase of some ``SiteScript``s (``site_script.py``): phase 1 is the first day, phase 2
+the morning after, with red-team presentations that nothing in a row gives away.
 """
 
 from __future__ import annotations

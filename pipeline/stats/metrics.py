@@ -102,17 +102,15 @@ def report(
     samples: int = 1000,
     seed: int = 0,
 ) -> PadReport:
-    """Returns every figure of one evaluation at ``threshold``.
+    """Returns every figure of one evaluation at ``threshold``; NaN where a missing class leaves it undefined.
 
-    ``groups`` (the video or subject of each sample) adds bootstrap intervals, ``dev`` adds BPCER10, 20 and
-    100. A figure that a missing class makes undefined is NaN. Raises MetricError for shapes or labels that do
-    not fit.
+    ``groups`` (video or subject per sample) adds bootstrap intervals, ``dev`` BPCER10, 20 and 100. Raises
+    MetricError for shapes or labels that do not fit.
     """
     s, y = _check(score, label)
     names, merged = merge_small(pai, y, min_species)
     by_species = apcer_by_species(s, y, names, threshold)
-    worst, top = max_apcer(by_species)
-    bona_fide = bpcer(s, y, threshold)
+    (worst, top), bona_fide = max_apcer(by_species), bpcer(s, y, threshold)
     hters = aucs = None
     if groups is not None and 0 < bona_fide.n < len(y):
         hters = hter_interval(calls(s, y, groups, threshold), samples=samples, seed=seed)

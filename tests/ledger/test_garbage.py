@@ -70,7 +70,7 @@ class History:
         self.cycle = None
 
     def plan(self):
-        """Every newest candidate that passed, with the way back that ``jobs/rollout.py`` gives it."""
+        """Every newest candidate that passed, with the way back that ``rollout/plan.py`` gives it."""
         if self.release and self.release[2] not in TERMINAL:
             return
         latest, good = self.ledger.verdicts.latest(), self.ledger.releases.promoted_by(self.completed())
