@@ -89,14 +89,14 @@ def peak():
 
 list_segments(root / "captures")
 for name, entry, place in json.loads((root / "corpus.json").read_text()):
-    before, started = peak(), time.perf_counter()
+    before, started = peak(), time.process_time()
     try:
         reason = globals()[entry](root / place)
     except ValueError as e:
         reason = str(e)
     except Exception as e:
         reason = f"{type(e).__name__}: {e}"
-    print(json.dumps([name, reason, time.perf_counter() - started, peak() - before]), flush=True)
+    print(json.dumps([name, reason, time.process_time() - started, peak() - before]), flush=True)
 print(json.dumps(["listing", sorted(list_segments(root / "captures").rejected), 0, 0]))
 """
 
