@@ -1,4 +1,6 @@
-"""Results of a benchmark that are stored as soon as they are there, each named by everything it depends on."""
+"""Results of a benchmark that are stored as soon as they are there,
+each named by everything it depends on.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def digest(*given: object) -> str:
 
 
 def code_of(*patterns: str) -> str:
-    """Returns the sha256 of the files of this repository that ``patterns`` name: a stored result is one of this code.
+    """Returns the sha256 of the files of this repository that ``patterns`` name: a stored result is one of
+    this code.
 
     A folder stands for the Python files in it.
     """

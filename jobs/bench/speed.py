@@ -1,4 +1,6 @@
-"""How fast a fit is beside a bare PyTorch loop on the same data, and what adaptation costs beside scoring alone."""
+"""How fast a fit is beside a bare PyTorch loop on the same data, and what adaptation costs beside scoring
+alone.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Speed(NamedTuple):
 
 
 def measure(task: Task, corpora: Sequence[Corpus], *, workers: int = 1) -> Speed:
-    """Time ``task`` on ``corpora`` in this process; the two loops take turns, so that both meet the same machine."""
+    """Time ``task`` on ``corpora`` in this process; the two loops take turns, so that both meet the same
+    machine.
+    """
     parts = _split(task, corpora)
     ours, bare = _fitted(task, corpora), _bare(task, corpora, workers)
     seconds = {"ours": 0.0, "bare": 0.0}
@@ -95,7 +99,9 @@ def _fitted(task: Task, corpora: Sequence[Corpus]) -> Iterator[None]:
 
 
 def _bare(task: Task, corpora: Sequence[Corpus], workers: int) -> Iterator[None]:
-    """What one would write by hand: a shuffling DataLoader that augments in its workers, loss, backward, step."""
+    """What one would write by hand: a shuffling DataLoader that augments in its workers, loss, backward,
+    step.
+    """
     state = fits.begin(task, domains=len(corpora))
     generator = torch.Generator().manual_seed(task.method.seed)
     rows = _Rows(corpora)
@@ -123,7 +129,8 @@ def _bare(task: Task, corpora: Sequence[Corpus], workers: int) -> Iterator[None]
 def adaptation(
     model: SourceModel, methods: Mapping[str, SiteMethod], *, batch: int, sites: int = 16
 ) -> dict[str, float]:
-    """Method → time of trunk, score and learning over that of trunk and score alone, on a mixed batch of ``sites``.
+    """Method → time of trunk, score and learning over that of trunk and score alone, on a mixed batch of
+    ``sites``.
 
     One thread; all take turns, so that they meet the same machine.
     """
@@ -186,7 +193,9 @@ def banked(model: SourceModel, method: SiteMethod, *, batch: int) -> Banked:
 
 
 def _tent_through_trunk(model: SourceModel, frames: Tensor, present: Tensor) -> None:
-    """One step of one site as TENT (Wang et al., 2021) is used on whole networks: every scale and shift of the trunk moves."""
+    """One step of one site as TENT (Wang et al., 2021) is used on whole networks: every scale and shift of
+    the trunk moves.
+    """
     moving = [p for p in model.trunk.parameters() if p.dim() <= 1]
     own = [p.detach().clone() for p in moving]
     for p in moving:

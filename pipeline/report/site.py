@@ -1,7 +1,9 @@
-"""What the stream benchmark of site adaptation found, as plain numbers; ``render`` turns a SiteBench into one HTML file.
+"""What the stream benchmark of site adaptation found, as plain numbers; ``render`` turns a SiteBench into one
+HTML file.
 
-Rates and shares are in [0, 1], rises are differences of rates; NaN and None mean not measured. Every string may be
-hostile: the page escapes all of them. Every sample is scored before it is learned from, at the source's threshold.
+Rates and shares are in [0, 1], rises are differences of rates; NaN and None mean not measured. Every string
+may be hostile: the page escapes all of them. Every sample is scored before it is learned from, at the
+source's threshold.
 """
 
 from __future__ import annotations
@@ -45,15 +47,18 @@ GROUPS = ("shifted", "one-class", "clean", "unseen", "missing", "poisoning")  # 
 LIMIT = 0.005  # that poison may raise the worst species' APCER by
 METHODS = {
     "frozen": "the source model as it is; it never learns and is what all others are held against",
-    "recalibrate": "no weight moves: the threshold follows the site's share of bona fide, estimated from the scores",
+    "recalibrate": "no weight moves: the threshold follows the site's share of bona fide, estimated "
+    "from the scores",
     "tent": "minimises the entropy of its predictions (Wang et al., 2021)",
     "eata": "entropy on reliable samples, anchored by the Fisher information (Niu et al., 2022)",
     "sar": "sharpness-aware entropy, with recovery of the source (Niu et al., 2023)",
     "cotta": "learns from its own slow mean and forgets back to the source by chance (Wang et al., 2022)",
     "shot": "information maximisation and centroid pseudo labels (Liang et al., 2020)",
     "read": "adapts the fusion with a loss that gives up on doubtful samples (Yang et al., 2024)",
-    "drm": "weighs the source domains' boundaries by their certainty, without a gradient (Zhang et al., 2023)",
-    "danet": "complementary features, reliable pseudo labels, a loss weight that follows stability (MFAS-DANet style)",
+    "drm": "weighs the source domains' boundaries by their certainty, without a gradient (Zhang et "
+    "al., 2023)",
+    "danet": "complementary features, reliable pseudo labels, a loss weight that follows stability "
+    "(MFAS-DANet style)",
 }
 
 
@@ -71,7 +76,8 @@ class MethodRow:
     max_apcer: float  # mean over streams of the worst species' APCER
     precision_bona_fide: float  # of pseudo labels
     precision_attack: float
-    recovery: float  # samples after a sudden change until the error is back within 1 point; inf: it did not come back
+    # samples after a sudden change until the error is back within 1 point; inf: it did not come back
+    recovery: float
     forgetting: float  # HTER on source validation after the streams - before
     cost: float  # time of a step / forward only
 
@@ -160,7 +166,9 @@ class AdditionRow:
 
 @dataclass(frozen=True)
 class SiteBench:
-    """Everything that the page of a stream benchmark shows; a section without data is replaced by its reason."""
+    """Everything that the page of a stream benchmark shows;
+    a section without data is replaced by its reason.
+    """
 
     created: datetime
     context: dict[str, str]
@@ -235,7 +243,10 @@ def _answer(bench: SiteBench, rows: Sequence[MethodRow]) -> list[str]:
         parts.append(f"{OURS} has {plots.percent(own.hter[0])}")
     frozen = next((m for m in known if m.method == BASELINE), None)
     if own and frozen and np.isfinite(own.below_frozen):
-        share = f"{plots.percent(abs(own.below_frozen))} {'less' if own.below_frozen >= 0 else 'more'} than {BASELINE}"
+        share = (
+            f"{plots.percent(abs(own.below_frozen))} "
+            f"{'less' if own.below_frozen >= 0 else 'more'} than {BASELINE}"
+        )
         apart = own.hter[2] < frozen.hter[1] or own.hter[1] > frozen.hter[2]
         parts.append(
             share
@@ -250,7 +261,9 @@ def _answer(bench: SiteBench, rows: Sequence[MethodRow]) -> list[str]:
 
 
 def _columns(rows: Sequence[MethodRow], seen: Sequence[str]) -> list[str]:
-    """Methods that were ``seen``: the baseline, ours, then the others best first, then those without a row."""
+    """Methods that were ``seen``: the baseline, ours, then the others best first,
+    then those without a row.
+    """
     order = dict.fromkeys([BASELINE, OURS, *(m.method for m in rows), *seen])
     return [m for m in order if m in set(seen)]
 

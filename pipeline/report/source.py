@@ -1,7 +1,9 @@
-"""What the source benchmark found, as plain numbers; ``render`` turns a SourceBench into one HTML file without script.
+"""What the source benchmark found, as plain numbers; ``render`` turns a SourceBench into one HTML file
+without script.
 
-Rates and shares are in [0, 1]; NaN and None mean not measured. Every string may be hostile: the page escapes all of them.
-An HTER is at the threshold that source validation fixed; only what is named oracle chose its threshold on the target.
+Rates and shares are in [0, 1]; NaN and None mean not measured. Every string may be hostile: the page escapes
+all of them. An HTER is at the threshold that source validation fixed; only what is named oracle chose its
+threshold on the target.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ METHODS = {
     "mmdg": "single-side prototypes and modality-wise gradient balance, after MMDG",
     "dadm": "mutual information and dual alignment of modalities and domains, after DADM",
     "ctnet": "transitions between modalities alike in bona fide, other in attacks, after CTNet",
-    "rise": "spherical boundary, cues in the angle, synergy disentanglement: rebuilt from RiSe's abstract, not a reproduction",
+    "rise": "spherical boundary, cues in the angle, synergy disentanglement: rebuilt from RiSe's "
+    "abstract, not a reproduction",
 }
 
 
@@ -104,7 +107,9 @@ class SpeedRow:
 
 @dataclass(frozen=True)
 class SourceBench:
-    """Everything that the page of a source benchmark shows; a section without data is replaced by its reason."""
+    """Everything that the page of a source benchmark shows;
+    a section without data is replaced by its reason.
+    """
 
     title: str
     created: datetime
@@ -180,7 +185,8 @@ def _answer(rows: Sequence[MethodRow]) -> list[str]:
             )
         elif value < 0:
             parts.append(
-                f"{plots.percent(paired.relative[0])} less than {BASELINE} ({timelines.span(*paired.relative[1:])}%)"
+                f"{plots.percent(paired.relative[0])} less than {BASELINE} "
+                f"({timelines.span(*paired.relative[1:])}%)"
             )
         else:
             parts.append(f"{_points(value)} points more than {BASELINE} ({_points(low)} to {_points(high)})")

@@ -1,7 +1,8 @@
-"""Charts and marks of the site benchmark: inline SVG, drawn like those of ``plots``: stretched shapes, words beside them in HTML.
+"""Charts and marks of the site benchmark: inline SVG, drawn like those of ``plots``: stretched shapes, words
+beside them in HTML.
 
-A method keeps its look on the whole page: ``looks`` gives it a class whose colour and dashes are in the template. Both
-differ among ten methods besides ours and the baseline, one of them among 110.
+A method keeps its look on the whole page: ``looks`` gives it a class whose colour and dashes are in the
+template. Both differ among ten methods besides ours and the baseline, one of them among 110.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Tone(NamedTuple):
 
 
 class Label(NamedTuple):
-    """A word over a timeline: ``at`` in per cent of its width, ``lane`` 0 next to the panel, text to one side of ``at``."""
+    """A word over a timeline: ``at`` in per cent of its width, ``lane`` 0 next to the panel, text to one side
+    of ``at``.
+    """
 
     at: float
     lane: int
@@ -118,7 +121,10 @@ def forest(hter: Estimate, reference: float, *, name: str, top: float) -> Markup
         )
     if at is not None:
         marks.append(Markup('<circle class="after" cx="{:.2f}%" cy="50%" r="4.5"/>').format(at))
-    words = f"{name}: {plots.percent(hter[0])}, 95 % interval {plots.percent(hter[1])} to {plots.percent(hter[2])}"
+    words = (
+        f"{name}: {plots.percent(hter[0])}, 95 % interval {plots.percent(hter[1])} to "
+        f"{plots.percent(hter[2])}"
+    )
     return Markup('<svg class="bell" role="img" aria-label="{}">{}</svg>').format(
         words, Markup("").join(marks)
     )
@@ -127,7 +133,8 @@ def forest(hter: Estimate, reference: float, *, name: str, top: float) -> Markup
 def change(value: float, limit: float, *, name: str, low: float, high: float) -> Markup:
     """A bar from zero to ``value`` on [low, high], and the line of the ``limit`` it must not pass.
 
-    Lengths are square roots, or a rise of the limit's size could not be told from none beside one of half of all attacks.
+    Lengths are square roots, or a rise of the limit's size could not be told from none beside one of half of
+    all attacks.
     """
     zero, at, most = (_share(_root(v), _root(low), _root(high)) for v in (0.0, value, limit))
     marks = [Markup('<line class="zero" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="100%"/>').format(zero)]
@@ -164,7 +171,9 @@ def end(timeline: Timeline) -> float:
 
 
 def rates(timeline: Timeline, rate: str, look: dict[str, str]) -> Panel:
-    """Every method's ``rate`` ("bpcer" or "max_apcer") over the stream; ours is drawn last, over the others."""
+    """Every method's ``rate`` ("bpcer" or "max_apcer") over the stream; ours is drawn last,
+    over the others.
+    """
     lines = {m: (line.position, getattr(line, rate)) for m, line in timeline.lines.items()}
     top = min(1.0, plots.scale([v for _, values in lines.values() for v in values.tolist()], 0.04))
     front = {"own": 2, "frozen": 1}
@@ -198,8 +207,9 @@ def moved(timeline: Timeline) -> Panel:
 def labels(timeline: Timeline) -> list[Label]:
     """Words of the events and spans, the first of equal ones, in lanes where no two touch on a phone.
 
-    A label hangs on a line at its position; towards the end of the stream it is written leftwards. The lines of higher lanes
-    pass the lower ones, so those nearest the middle come first. Returned from the highest lane down, as they are drawn.
+    A label hangs on a line at its position; towards the end of the stream it is written leftwards. The lines
+    of higher lanes pass the lower ones, so those nearest the middle come first. Returned from the highest
+    lane down, as they are drawn.
     """
     last = end(timeline)
     marks: dict[str, float] = {}

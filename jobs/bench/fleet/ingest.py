@@ -1,4 +1,6 @@
-"""How fast ``palisade bench fleet`` finds ingest beside a loop that only decodes and beside a DataLoader, on the same files."""
+"""How fast ``palisade bench fleet`` finds ingest beside a loop that only decodes and beside a DataLoader, on
+the same files.
+"""
 
 from __future__ import annotations
 

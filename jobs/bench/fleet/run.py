@@ -1,4 +1,6 @@
-"""``palisade bench fleet``: what adaptation, ingest, Ray, kills and lineage cost, each as a ratio inside one run."""
+"""``palisade bench fleet``: what adaptation, ingest, Ray, kills and lineage cost, each as a ratio inside one
+run.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,9 @@ def _ground(config: Config, terminal: Terminal) -> runs.Ground:
 def _once(
     ground: runs.Ground, size: Size, name: str, measure: Callable[[], dict[str, float | None]]
 ) -> dict[str, float | None]:
-    """A part's figures as they were stored by this very code, else measured now: an interrupted benchmark goes on."""
+    """A part's figures as they were stored by this very code, else measured now: an interrupted benchmark
+    goes on.
+    """
     told = json.dumps([asdict(size), ground.config.model_dump(mode="json")], sort_keys=True)
     key = hashlib.sha256((code_of("pipeline/**/*.py", "jobs/**/*.py") + told).encode()).hexdigest()[:12]
     path = ground.root / f"{name}-{key}.json"

@@ -1,4 +1,6 @@
-"""The runs that ``palisade bench fleet`` times: whole cycles over crowds, beside plain loops, killed, resumed."""
+"""The runs that ``palisade bench fleet`` times: whole cycles over crowds, beside plain loops, killed,
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ class Ground:
         return moved(self.config, data={"captures": str(root / "captures")}, ledger=ledger)
 
     def deployment(self, name: str) -> Config:
-        """A deployment of its own with the same source model and anchor set; whatever was there before is gone."""
+        """A deployment of its own with the same source model and anchor set; whatever was there before is
+        gone.
+        """
         shutil.rmtree(self.root / name, ignore_errors=True)
         config = self.named(name)
         mine, theirs = open_ledger(config), open_ledger(self.config)
@@ -163,7 +167,9 @@ def seen(config: Config) -> FeatureBlock:
 def adapted(
     config: Config, terminal: Terminal, *, kill_every: float | None = None, most: int = sys.maxsize
 ) -> tuple[float, int]:
-    """(seconds to adapt everything that is pending, shards killed by SIGKILL on the way) under the connected Ray."""
+    """(seconds to adapt everything that is pending, shards killed by SIGKILL on the way) under the connected
+    Ray.
+    """
     ledger = open_ledger(config)
     alive: list[int] = []
     killed: list[int] = []
@@ -187,7 +193,9 @@ def adapted(
 
 
 def resumed(config: Config, terminal: Terminal) -> tuple[float, int]:
-    """Kill a driver by SIGKILL in the middle of ``palisade adapt`` → (seconds until the next one has committed, sites left)."""
+    """Kill a driver by SIGKILL in the middle of ``palisade adapt`` → (seconds until the next one has
+    committed, sites left).
+    """
     ledger = open_ledger(config)
     path = Path(config.ledger.artifacts).parent / "palisade.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))

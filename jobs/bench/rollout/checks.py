@@ -1,4 +1,6 @@
-"""What must hold at every moment of a simulated month, found out by other means than the code that is to keep it."""
+"""What must hold at every moment of a simulated month, found out by other means than the code that is to keep
+it.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class Checks:
         self._zones, self._before = tags, dict[str, "ServingRow"]()
 
     def moved(self, now: Mapping[str, ServingRow], row: RolloutRow, decided: Rollout, at: datetime) -> None:
-        """After champion pointers moved at ``at``, by what the state machine had ``decided``; ``now`` is what sites serve."""
+        """After champion pointers moved at ``at``, by what the state machine had ``decided``; ``now`` is what
+        sites serve.
+        """
         for site, new in now.items():
             if (old := self._before.get(site)) != new:
                 self.moves += 1
@@ -75,7 +79,9 @@ class Checks:
         self.found += [f"I6: {line}" for line in ledger.releases.verify()]
 
     def _site(self, site: str, old: ServingRow | None, new: ServingRow, at: datetime) -> None:
-        """I4: promoted only with its own pass. I5: the counter grows, and back goes only a rollback. Nights, for promotions."""
+        """I4: promoted only with its own pass. I5: the counter grows, and back goes only a rollback. Nights,
+        for promotions.
+        """
         if new.counter <= (old.counter if old else 0):
             self.found.append(f"I5: {site}: counter {new.counter} after {old.counter if old else 0}")
         if new.kind != "promote":
@@ -90,7 +96,9 @@ class Checks:
             self.found.append(f"night: {site}: promoted at {hour} h its time")
 
     def _wave(self, row: RolloutRow, r: Rollout, now: Mapping[str, ServingRow], at: datetime) -> None:
-        """I3: what serves its target belongs to a wave that was begun, with its approvals, outside of a freeze."""
+        """I3: what serves its target belongs to a wave that was begun, with its approvals, outside of a
+        freeze.
+        """
         counts = [0] * len(r.plan.waves)
         for site, t in self.targets.items():
             s = now.get(site)

@@ -1,4 +1,6 @@
-"""What moving a fleet costs, durable and audited: every step decided by the state machine and carried out in the ledger."""
+"""What moving a fleet costs, durable and audited: every step decided by the state machine and carried out in
+the ledger.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def measure(config: RolloutConfig, folder: Path, *, sites: int, repeat: int) -> 
 
 
 def carry(ledger: Ledger, row: RolloutRow, at: datetime) -> tuple[RolloutRow, datetime]:
-    """Step a rollout until it ends → when, on a clock on which the next look at a baking wave comes when it has baked."""
+    """Step a rollout until it ends → when, on a clock on which the next look at a baking wave comes when it
+    has baked.
+    """
     while (r := load(row)).status not in TERMINAL:
         at = at + timedelta(seconds=r.plan.config.bake_seconds) if r.status == Status.BAKING else at
         before = row.revision
@@ -128,7 +132,9 @@ def _run(config: RolloutConfig, ledger: Ledger, candidates: dict[str, Candidate]
 
 
 def _one_by_one(ledger: Ledger, candidates: dict[str, Candidate]) -> float:
-    """Seconds per site when every promotion is a commit of its own, on the fleet that was just rolled back."""
+    """Seconds per site when every promotion is a commit of its own,
+    on the fleet that was just rolled back.
+    """
     names = list(candidates)[:SINGLE]
     started = time.perf_counter()
     for site in names:

@@ -1,4 +1,6 @@
-"""A fleet in a ledger for ``palisade bench rollout``: sites with candidates, and nothing that adaptation costs."""
+"""A fleet in a ledger for ``palisade bench rollout``: sites with candidates, and nothing that adaptation
+costs.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def begin(ledger: Ledger, at: datetime) -> Cycle:
 def learn(
     ledger: Ledger, ends: Mapping[str, int], at: datetime, *, failing: Collection[str] = ()
 ) -> dict[str, Candidate]:
-    """A cycle in which every site, ``ends`` being its place in its stream, gets a candidate; all but ``failing`` pass."""
+    """A cycle in which every site, ``ends`` being its place in its stream, gets a candidate; all but
+    ``failing`` pass.
+    """
     cycle = begin(ledger, at)
     judged = {e: assess(GuardsConfig(), e) for e in (GOOD, BAD)}
     made: dict[str, Candidate] = {}

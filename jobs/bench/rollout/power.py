@@ -1,9 +1,10 @@
 """What the guards of a rollout stop, over many seeds, beside two usual canaries on the same draws.
 
-A release goes over the fleet, decided by the state machine on what ``judge_promoted`` and ``error_budget`` find. Every promoted site
-shows ATTACKS labelled attacks a day, and is looked at LOOKS times a day; what serves and what it would go back to err
-independently. In a clean fleet every APCER is ``shadow.apcer``, the highest rate that is no reason to stop: no clean
-fleet is stopped more often. Harm: HARMED of the sites of wave 1 go to WORSE.
+A release goes over the fleet, decided by the state machine on what ``judge_promoted`` and ``error_budget``
+find. Every promoted site shows ATTACKS labelled attacks a day, and is looked at LOOKS times a day; what
+serves and what it would go back to err independently. In a clean fleet every APCER is ``shadow.apcer``, the
+highest rate that is no reason to stop: no clean fleet is stopped more often. Harm: HARMED of the sites of
+wave 1 go to WORSE.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ class Found:
     outcomes: tuple[Outcome, ...]
 
     def share(self, name: str) -> tuple[int, int]:
-        """How many seeds were stopped by ``ours``, ``threshold`` or ``ranks``, of how many; harm counts in wave 1 alone."""
+        """How many seeds were stopped by ``ours``, ``threshold`` or ``ranks``, of how many; harm counts in
+        wave 1 alone.
+        """
         return sum(s is not None for s in self.stops(name)), len(self.outcomes)
 
     def stops(self, name: str) -> list[int | None]:
@@ -128,7 +131,9 @@ def measure(on: Fleet, terminal: Terminal, *, seeds: int, harmed: bool) -> Found
 
 
 def release(on: Fleet, seed: int, *, harmed: bool) -> Outcome:
-    """One release; with harm only its first wave. A hold at the end of its bake has stopped it: it goes on for nobody alone."""
+    """One release; with harm only its first wave. A hold at the end of its bake has stopped it: it goes on
+    for nobody alone.
+    """
     draws, run = _Draws(on, seed, harmed), _Run(on)
     threshold = ranks = None
     for look in range(1, (1 if harmed else len(on.sizes)) * DAYS * LOOKS + 1):
@@ -174,7 +179,7 @@ class _Draws:
         return self.calls[:, 0] + self.calls[:, 2]
 
     def present(self, sites: int, *, fresh: int | None) -> None:
-        """The next look's presentations of the first ``sites``; a new wave begins where ``fresh`` is given."""
+        """The next look's presentations of the first ``sites``; ``fresh``: where a new wave begins."""
         n, m = ATTACKS // LOOKS, REAL // LOOKS
         calls = self._random.multinomial(n, self._calls[:sites])
         refused = self._random.binomial(m, REFUSED, sites)

@@ -1,4 +1,6 @@
-"""``palisade bench rollout``: what moving a fleet costs, what its guards see, and a month of what can go wrong."""
+"""``palisade bench rollout``: what moving a fleet costs, what its guards see, and a month of what can go
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,10 @@ def costs_of(found: Sequence[Control]) -> list[Figure]:
     """Seconds of the control plane; the smallest fleet's rollback was not promised."""
     made: list[Figure] = []
     for c, waves, back in zip(found, WAVES, BACK, strict=True):
-        note = f"approved to completed; median; CPU {c.waves.cpu:.2f} s; planning {c.plan.wall:.2f} s is not in it"
+        note = (
+            f"approved to completed; median; CPU {c.waves.cpu:.2f} s; planning {c.plan.wall:.2f} s "
+            "is not in it"
+        )
         made.append(Figure(f"waves_seconds_{c.sites}", c.waves.wall, waves, least=False, note=note))
         if back is not None:
             note = f"abort to rolled back; median; CPU {c.back.cpu:.2f} s"

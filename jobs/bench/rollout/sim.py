@@ -1,7 +1,9 @@
-"""A month of a fleet whose network, clocks, people and drivers fail, on the real state machine and a real ledger.
+"""A month of a fleet whose network, clocks, people and drivers fail, on the real state machine and a real
+ledger.
 
-Every day each site of a wave that was begun sends one report. The way loses, doubles, delays and reorders them. Releases
-follow one another, some of them bad; sites join and retire; the driver's clock jumps, and it dies between its commits.
+Every day each site of a wave that was begun sends one report. The way loses, doubles, delays and reorders
+them. Releases follow one another, some of them bad; sites join and retire; the driver's clock jumps, and it
+dies between its commits.
 """
 
 from __future__ import annotations

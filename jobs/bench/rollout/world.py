@@ -255,7 +255,9 @@ class World:
             )
 
     def _drive(self, at: datetime) -> None:
-        """Step until there is nothing to do now, as ``pipeline.control.rollout.tick`` does; who decided on less is refused."""
+        """Step until there is nothing to do now, as ``pipeline.control.rollout.tick`` does; who decided on
+        less is refused.
+        """
         begun = self._row()
         while True:
             row, before = self._row(), load(self._row())
@@ -290,7 +292,9 @@ class World:
             self.month.events["second_drivers_refused"] += 1
 
     def _look(self, r: Rollout) -> Observation:
-        """What ``pipeline.control.health.look`` sees, its presentations counted on the way instead of replayed from features."""
+        """What ``pipeline.control.health.look`` sees, its presentations counted on the way instead of
+        replayed from features.
+        """
         rollout, ledger = self._row().id, self.ledger
         if r.status in IN_ROLLBACK:
             return observe_rollback(ledger, rollout, r)

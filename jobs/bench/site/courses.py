@@ -1,6 +1,7 @@
 """Source models, their streams and site methods on these streams, as Ray tasks.
 
-Everything is stored as soon as it is done and named by all that it depends on: an interrupted benchmark goes on.
+Everything is stored as soon as it is done and named by all that it depends on: an interrupted benchmark goes
+on.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class MethodJob:
 def run_sources(
     jobs: Sequence[SourceJob], given: Given, *, on_progress: Callable[[int, int], None]
 ) -> dict[SourceJob, Source]:
-    """Fit and prepare what is not stored yet. The adaptive attacker holds the next seed's model; of one seed, the same."""
+    """Fit and prepare what is not stored yet. The adaptive attacker holds the next seed's model; of one seed,
+    the same.
+    """
     models = {job: Path(given.place) / "sources" / _name(job.name, _source_key(job, given)) for job in jobs}
     made = {
         job: Source(model, model / f"streams-{_streams_key(job, given)}.npz") for job, model in models.items()
@@ -139,7 +142,9 @@ def _courses(arrays: dict[str, np.ndarray]) -> dict[str, Course]:
 
 
 def filled(tail: Params, fill: str, z: torch.Tensor, present: torch.Tensor, label: np.ndarray) -> Params:
-    """``tail`` with another stand-in for an absent modality, its boundaries set anew on source validation z, present, label."""
+    """``tail`` with another stand-in for an absent modality, its boundaries set anew on source validation z,
+    present, label.
+    """
     if fill == FILLS[-1]:
         return tail
     made = {**tail, "gate": torch.full_like(tail["gate"], SHUT)}

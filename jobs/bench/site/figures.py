@@ -1,4 +1,6 @@
-"""What ``palisade bench site`` found: the page's content, the figures against their targets, the terminal's tables."""
+"""What ``palisade bench site`` found: the page's content, the figures against their targets, the terminal's
+tables.
+"""
 
 from __future__ import annotations
 
@@ -212,7 +214,8 @@ def figures(found: Found, made: SiteBench, *, seeds: int) -> list[Figure]:
             1 - complement / missing.get("zero-fill", math.nan),
             0.20,
             least=True,
-            note="share of the HTER avoided on streams with a modality missing; zeros and the threshold of complete captures",
+            note="share of the HTER avoided on streams with a modality missing; zeros and the "
+            "threshold of complete captures",
         ),
         Figure(
             "complement_below_zero_fill_recalibrated",
@@ -241,7 +244,9 @@ def figures(found: Found, made: SiteBench, *, seeds: int) -> list[Figure]:
 
 
 def _poisoned(found: Found, chosen: object) -> dict[str, float]:
-    """Poisoned scenario → rise of the worst species' APCER on the probe over frozen, of those whose share is ``chosen``."""
+    """Poisoned scenario → rise of the worst species' APCER on the probe over frozen, of those whose share is
+    ``chosen``.
+    """
     kept: dict[str, float] = {}
     for name in found.streams("poisoning"):
         s = found.scenario(name)

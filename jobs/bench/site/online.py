@@ -138,7 +138,8 @@ def recovery(
     *,
     within: float = metrics.HARM,
 ) -> float:
-    """Samples after ``change`` until the error of the last WINDOW is back within ``within`` of what it was before.
+    """Samples after ``change`` until the error of the last WINDOW is back within ``within`` of what it was
+    before.
 
     NaN where a class is missing before it; infinite if it does not come back.
     """
@@ -155,7 +156,9 @@ def recovery(
 def degenerate(
     method: SiteMethod, tail: Params, *, batch: int, sites: int = 4, steps: int = 3
 ) -> dict[str, str]:
-    """What the last slot of a bank was given → "bit-equal and finite" for the other slots and all states, or what was not."""
+    """What the last slot of a bank was given → "bit-equal and finite" for the other slots and all states, or
+    what was not.
+    """
     random = torch.Generator().manual_seed(0)
     shape = (steps, sites, batch, *tail["site.gamma"].shape)
     z = tail["replay.z"][torch.randint(len(tail["replay.z"]), shape[:3], generator=random)]
@@ -193,7 +196,9 @@ def precision(pseudo_label: NDArray[np.int8], label: NDArray[np.int64], value: i
 
 
 def _alike(streams: Sequence[Stream]) -> list[list[Stream]]:
-    """At most SLOTS streams together, none much longer than another: a slot that has ended is computed all the same."""
+    """At most SLOTS streams together, none much longer than another: a slot that has ended is computed all
+    the same.
+    """
     parts: list[list[Stream]] = []
     for s in sorted(streams, key=lambda s: len(s.label)):
         if not parts or len(parts[-1]) == SLOTS or len(s.label) > LONGER * len(parts[-1][0].label):
@@ -210,7 +215,9 @@ def _afterwards(tail: Params, own: State, stream: Stream | None, threshold: floa
 
 
 def _threshold_shift(tail: Params, state: State, k: int) -> float:
-    """Logits by which the fused boundary of complete captures lies above the source's; below 0: more is accepted."""
+    """Logits by which the fused boundary of complete captures lies above the source's; below 0: more is
+    accepted.
+    """
     full = 2**tails.MODALITIES - 1
     now, then = (
         float(s["log_rho"][..., tails.FUSED] + s["pattern"][..., full])
@@ -220,7 +227,9 @@ def _threshold_shift(tail: Params, state: State, k: int) -> float:
 
 
 def _stopped(tail: Params, steps: Sequence[State], k: int, poison: NDArray[np.bool_], batch: int) -> float:
-    """Poisoned samples seen up to the last step that changed what serves; 0: nothing moved after the first of them."""
+    """Poisoned samples seen up to the last step that changed what serves; 0: nothing moved after the first of
+    them.
+    """
     if not poison.any():
         return math.nan
     first = int(np.flatnonzero(poison)[0]) // batch

@@ -1,7 +1,9 @@
-"""``palisade bench site``: every site method on the same streams, from the same source models, scored before it learns.
+"""``palisade bench site``: every site method on the same streams, from the same source models, scored before
+it learns.
 
-Streams are recorded sites, domains that the source model has not learned from, and rendered scenarios, hostile ones among
-them. Thresholds come from source validation. Every fit and every run is stored when it is done, so a second call goes on.
+Streams are recorded sites, domains that the source model has not learned from, and rendered scenarios,
+hostile ones among them. Thresholds come from source validation. Every fit and every run is stored when it is
+done, so a second call goes on.
 """
 
 from __future__ import annotations
@@ -147,7 +149,8 @@ def plan(config: Config, sources: Sequence[SourceJob], *, quick: bool) -> list[P
     ) -> Planned:
         own = config.site.model_dump() if config.site.model_dump()["kind"] == kind else {}
         stated = method_config("site", kind).model_validate({**own, "kind": kind, **settings})
-        return Planned(table, row, MethodJob(row, source, stated.model_dump_json(), **more))  # pyright: ignore[reportArgumentType]
+        job = MethodJob(row, source, stated.model_dump_json(), **more)  # pyright: ignore[reportArgumentType]
+        return Planned(table, row, job)
 
     planned: list[Planned] = []
     for source in sources:

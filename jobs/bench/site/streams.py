@@ -1,5 +1,7 @@
-"""The streams that site methods are compared on, as one source model sees them: recorded sites, a domain that it has not
-learned from, and rendered scenarios, some of them with an attacker. No method runs here but the attacker's own.
+"""The streams that site methods are compared on, as one source model sees them: recorded sites, a domain that
+it has not
+learned from, and rendered scenarios, some of them with an attacker. No method runs here but the attacker's
+own.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ class Prepared(NamedTuple):
 
 
 def prepare(job: SourceJob, given: Given, path: str, rival: str, out: str) -> None:
-    """Featurise every stream of ``job`` with the model at ``path`` into the file ``out``; ``rival`` is the attacker's model."""
+    """Featurise every stream of ``job`` with the model at ``path`` into the file ``out``; ``rival`` is the
+    attacker's model.
+    """
     torch.set_num_threads(1)
     model = checkpoint.load(Path(path))
     arrays: dict[str, np.ndarray] = {"threshold": np.array(model.manifest.threshold)}
@@ -223,7 +227,9 @@ def _attacked(
     rig: np.ndarray,
     scenario: Scenario,
 ) -> Drawn:
-    """``drawn`` with the poison chosen, every WATCHED samples, by a model that has adapted to what was sent so far."""
+    """``drawn`` with the poison chosen, every WATCHED samples, by a model that has adapted to what was sent
+    so far.
+    """
     stated = json.loads(given.attacker)
     method = method_config("site", stated["kind"]).model_validate(stated)
     own = np.flatnonzero(np.isin(pai, POISON) & (rig == scenario.stretches[0].rig))

@@ -1,4 +1,5 @@
-"""Held-out results → the tables of the source benchmark. All errors are at thresholds that source validation fixed.
+"""Held-out results → the tables of the source benchmark. All errors are at thresholds that source validation
+fixed.
 
 ``Runs`` of a table: row (a method) → column (a target or protocol) → one Result per seed.
 """
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     Runs = dict[str, dict[str, list[Result]]]
 
 MISSING = tuple(p for p in PATTERNS if p != "full")
-STANDS_IN = {  # column of the missing-modality table → what fills the gap, and whether its own threshold decides
+# column of the missing-modality table → what fills the gap, and whether its own threshold decides
+STANDS_IN = {
     "complement": ("complement", True),
     "zero-fill": ("zero-fill", True),
     "zero-fill, complement's boundary": ("zero-fill", False),
@@ -36,7 +38,9 @@ STANDS_IN = {  # column of the missing-modality table → what fills the gap, an
 def judged(
     results: Sequence[Result], pattern: str = "full", fill: str = "complement", *, own: bool = True
 ) -> Calls:
-    """Every seed's calls on one target; without ``own`` at the boundary that the model has for the complement."""
+    """Every seed's calls on one target; without ``own`` at the boundary that the model has for the
+    complement.
+    """
     kept = np.isfinite(results[0].test.logit[:, list(PATTERNS).index(pattern), 0])
     test = results[0].test
     scores = [r.scores("test", pattern, fill)[0] for r in results]
@@ -115,7 +119,9 @@ def ablation(runs: Runs) -> dict[str, dict[str, AblationCell]]:
 
 
 def missing_grid(per_target: Mapping[str, Sequence[Result]]) -> dict[str, dict[str, Estimate]]:
-    """Pattern → what stands in → mean HTER over targets and seeds; the last row is the mean over the patterns."""
+    """Pattern → what stands in → mean HTER over targets and seeds; the last row is the mean over the
+    patterns.
+    """
     if not per_target:
         return {}
     grid: dict[str, dict[str, Estimate]] = {}
@@ -128,7 +134,9 @@ def missing_grid(per_target: Mapping[str, Sequence[Result]]) -> dict[str, dict[s
 
 
 def complement_saves(per_target: Mapping[str, Sequence[Result]]) -> Estimate | None:
-    """Share of zero-fill's HTER that the complement avoids, over all patterns, targets and seeds; None without results."""
+    """Share of zero-fill's HTER that the complement avoids, over all patterns, targets and seeds; None
+    without results.
+    """
     if not per_target:
         return None
     return paired_bootstrap(
@@ -137,7 +145,9 @@ def complement_saves(per_target: Mapping[str, Sequence[Result]]) -> Estimate | N
 
 
 def _over_patterns(per_target: Mapping[str, Sequence[Result]], name: str) -> list[Calls]:
-    """Every target's calls under all patterns together: a subject is drawn with all of them, or the interval lies."""
+    """Every target's calls under all patterns together: a subject is drawn with all of them, or the interval
+    lies.
+    """
     fill, own = STANDS_IN[name]
     together: list[Calls] = []
     for results in per_target.values():
@@ -172,7 +182,9 @@ def unseen_rows(runs: Runs, methods: Sequence[str]) -> tuple[UnseenRow, ...]:
 
 
 def _accepted(results: Sequence[Result], which: NDArray[np.bool_]) -> metrics.Rate:
-    """APCER over the attacks in ``which``: the bounds count a sample once, the rate is the mean over the seeds."""
+    """APCER over the attacks in ``which``: the bounds count a sample once, the rate is the mean over the
+    seeds.
+    """
     wrong = np.stack([r.test.logit[which & (r.test.label == 0), 0, 0] >= r.threshold() for r in results])
     return metrics.rate(round(float(wrong.mean()) * wrong.shape[1]), wrong.shape[1])
 
@@ -186,7 +198,9 @@ def _pad(r: Result) -> metrics.PadReport:
 
 
 def _merged(split: Split) -> NDArray[np.str_]:
-    """Species; those of PADISI, of which a split has a handful each, by instrument (the code's first two digits)."""
+    """Species; those of PADISI, of which a split has a handful each, by instrument (the code's first two
+    digits).
+    """
     return np.array(
         [f"{s[:4]}xx" if instrument(s) != s and s[:2] == "m5" else s for s in split.pai.tolist()], np.str_
     )

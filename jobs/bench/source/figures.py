@@ -1,4 +1,6 @@
-"""What ``palisade bench source`` found: the page's content, the figures against their targets, the terminal's tables."""
+"""What ``palisade bench source`` found: the page's content, the figures against their targets, the terminal's
+tables.
+"""
 
 from __future__ import annotations
 
@@ -51,13 +53,19 @@ def reported(config: Config, runs: dict[str, Runs], timed: speed.Speed, *, quick
 def _notes(config: Config) -> tuple[str, ...]:
     bench = config.bench
     return (
-        "RiSe, DADM and CTNet are rebuilt from their abstracts, MMDG from its formulas without the ViT's adapters; SA-FAS runs "
+        "RiSe, DADM and CTNet are rebuilt from their abstracts, MMDG from its formulas without the "
+        "ViT's adapters; SA-FAS runs "
         "on a spherical head. None of these numbers is their authors'.",
-        "Trunk, tail, augmentation, sampler, schedule, start and threshold rule are the same for all methods. Trunk and "
-        "augmentation were chosen on pairs of domains by the error on a third; every domain took its turn as that third.",
-        f"Begun from a fit on rendered presentations: {'yes' if bench.pretrain else 'no'}; rendered domains beside the sources "
-        f"in every batch: {', '.join(bench.added_domains) or 'none'}. Rendered samples are in no threshold and no error rate.",
-        "DET curves, radii and the ablation are of the first seed. Species of fewer than 30 presentations count together.",
+        "Trunk, tail, augmentation, sampler, schedule, start and threshold rule are the same for all "
+        "methods. Trunk and "
+        "augmentation were chosen on pairs of domains by the error on a third; every domain took its "
+        "turn as that third.",
+        f"Begun from a fit on rendered presentations: {'yes' if bench.pretrain else 'no'}; rendered "
+        "domains beside the sources "
+        f"in every batch: {', '.join(bench.added_domains) or 'none'}. Rendered samples are in no "
+        "threshold and no error rate.",
+        "DET curves, radii and the ablation are of the first seed. Species of fewer than 30 "
+        "presentations count together.",
     )
 
 

@@ -63,7 +63,9 @@ def run(
     workers: int,
     on_progress: Callable[[int, int], None],
 ) -> dict[Job, Path | str]:
-    """Do what is not stored in ``place`` yet; every job's result file, or why it has none. Ray must be initialised."""
+    """Do what is not stored in ``place`` yet; every job's result file, or why it has none. Ray must be
+    initialised.
+    """
     place.mkdir(parents=True, exist_ok=True)
     digests = {domain: read_manifest(path).digest for domain, path in corpora.items()}
     paths = {job: place / f"{key(job, digests)}.npz" for job in jobs}

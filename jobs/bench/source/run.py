@@ -1,8 +1,10 @@
-"""``palisade bench source``: every source method on the same trunk, tail, sampler, schedule and threshold rule.
+"""``palisade bench source``: every source method on the same trunk, tail, sampler, schedule and threshold
+rule.
 
-Leave one domain out over several seeds, modalities missing at test, two source domains only, species that no source
-has, an ablation of RiSe's parts, and the speed of a training step. Thresholds come from source validation; what is
-named oracle chose its threshold on the target. Every fit is stored when it is done, so a second call goes on.
+Leave one domain out over several seeds, modalities missing at test, two source domains only, species that no
+source has, an ablation of RiSe's parts, and the speed of a training step. Thresholds come from source
+validation; what is named oracle chose its threshold on the target. Every fit is stored when it is done, so a
+second call goes on.
 """
 
 from __future__ import annotations
@@ -169,7 +171,9 @@ def _job(
     *,
     quick: bool,
 ) -> Job:
-    """A method with the schedule of the configuration, and its other settings too if it is the configured one."""
+    """A method with the schedule of the configuration, and its other settings too if it is the configured
+    one.
+    """
     own = config.source.model_dump()
     shared = {k: v for k, v in own.items() if k in SourceMethod.model_fields} if kind != own["kind"] else own
     steps = config.bench.quick_steps if quick else config.source.steps
@@ -186,7 +190,9 @@ def _job(
 
 
 def corpora_of(config: Config, terminal: Terminal) -> dict[str, Path]:
-    """Domain → folder; what the section bench names and is not there yet is imported from its root, or rendered."""
+    """Domain → folder; what the section bench names and is not there yet is imported from its root, or
+    rendered.
+    """
     root, wanted = Path(config.data.corpora), config.bench
     missing = [d for d in wanted.sets if not (root / d / "manifest.json").exists()]
     if missing and not (wanted.root and Path(wanted.root).is_dir()):
@@ -209,7 +215,8 @@ def corpora_of(config: Config, terminal: Terminal) -> dict[str, Path]:
     used = {d: p for d, p in found.items() if d in real or d in wanted.added_domains}
     if len(real) < 3:
         raise ValueError(
-            f"data.corpora: {root} holds {', '.join(used) or 'nothing'}; leaving one out needs at least 3 domains"
+            f"data.corpora: {root} holds {', '.join(used) or 'nothing'}; leaving one out needs at "
+            "least 3 domains"
         )
     for domain, path in used.items():
         m = read_manifest(path)
