@@ -110,6 +110,8 @@ def _windows(
                 features=model.manifest.config.trunk.features,
             )
             if len(block) != count:
+                if ledger.streams.site(site).learned_offset != row.learned_offset:
+                    continue  # another process has adapted the site since its row was read
                 raise blobs.BadBlob(
                     f"{len(block)} of {count} ingested samples have features of this source model; "
                     "ingest again"

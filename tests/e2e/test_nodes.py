@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from tests.support.deployments import Deployment
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 KILLS, RAYLETS = 20, 0.3  # at least; the share of raylets among them
 KILLED = -signal.SIGKILL
 MIB = 2**20
