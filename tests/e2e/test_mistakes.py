@@ -7,6 +7,7 @@ import sqlite3
 import pytest
 
 from jobs.__main__ import main
+from pipeline.control.deployment import now
 from tests.support.artifacts import flip
 from tests.support.deployments import new_deployment
 
@@ -45,17 +46,16 @@ def said(capsys) -> str:
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )
-def test_mistake(trained, capsys, words, code, expected):
-    if words[0] in ("site", "adapt") and "lobby" in str(words):
-        trained.ledger.streams.register(
-            {"lobby-north": {}}, now=__import__("pipeline.control.deployment").control.deployment.now()
-        )
-    assert trained.run(*words) == code
+def test_mistake(deployment, capsys, words, code, expected):
+    if "lobby-nort" in words:
+        deployment.ledger.streams.register({"lobby-north": {}}, now=now())
+    assert deployment.run(*words) == code
     assert expected in said(capsys)
 
 
-def test_an_empty_captures_folder(trained, tmp_path, capsys):
-    assert trained.run("ingest", f"data.captures={tmp_path}") == 2
+def test_an_empty_captures_folder(deployment, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert deployment.run("ingest", f"data.captures={tmp_path / 'empty'}") == 2
     assert "no site folder" in said(capsys)
 
 
