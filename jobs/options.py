@@ -42,3 +42,4 @@ Quick = Annotated[bool, typer.Option("--quick", help="A small run: minutes at mo
 Seeds = Annotated[
     int | None, typer.Option("--seeds", min=1, help="Seeds of the source models; default: bench.seeds.")
 ]
+Write = Annotated[bool, typer.Option("--write", help="Write the tables into jobs/bench/README.md.")]

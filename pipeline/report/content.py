@@ -178,21 +178,6 @@ class CycleReport:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure that decides a benchmark: ``holds`` says whether ``value`` reached ``target``.
-
-    The unit "%" prints a rate in per cent.
-    """
-
-    name: str
-    value: float | None
-    unit: str
-    target: str
-    holds: bool | None
-    explanation: str
-
-
-@dataclass(frozen=True)
 class RadiusPanel:
     """Radii of one domain's samples, and their angles in the plane of the first two components."""
 

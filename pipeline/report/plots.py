@@ -108,23 +108,35 @@ def dumbbell(before: float, after: float, *, name: str, top: float, limit: float
     )
 
 
-def whisker(value: float, low: float, high: float, oracle: float, *, name: str, top: float) -> Markup:
-    """Draws one row on [0, top]: the error and its interval, and hollow the error at an oracle threshold."""
-    at = [f"{100 * min(v / top, 1):.2f}%" if np.isfinite(v) else None for v in (value, low, high, oracle)]
-    marks = [
-        Markup('<line class="grid" x1="{0}%" x2="{0}%" y1="0" y2="100%"/>').format(t)
-        for t in (0, 25, 50, 75, 100)
-    ]
+def whisker(
+    value: float,
+    low: float,
+    high: float,
+    oracle: float = float("nan"),
+    *,
+    name: str,
+    top: float,
+    reference: float = float("nan"),
+) -> Markup:
+    """Draws one row on [0, top]: the error and its interval, hollow the error at an oracle threshold.
+
+    A ``reference`` that the error is held against is a line over the whole height.
+    """
+    values = (value, low, high, oracle, reference)
+    at = [f"{100 * min(v / top, 1):.2f}%" if np.isfinite(v) else None for v in values]
+    upright = '<line class="{0}" x1="{1}" x2="{1}" y1="0" y2="100%"/>'
+    marks = [Markup(upright).format("grid", f"{t}%") for t in (0, 25, 50, 75, 100)]
+    if at[4]:
+        marks.append(Markup(upright).format("ref", at[4]))
     for kind, start, end in (("shift", at[3], at[0]), ("span", at[1], at[2])):
         if start and end:
-            marks.append(
-                Markup('<line class="{}" x1="{}" x2="{}" y1="50%" y2="50%"/>').format(kind, start, end)
-            )
+            line = Markup('<line class="{}" x1="{}" x2="{}" y1="50%" y2="50%"/>')
+            marks.append(line.format(kind, start, end))
     for kind, x, radius in (("before", at[3], 4), ("after", at[0], 4.5)):
         if x:
             marks.append(Markup('<circle class="{}" cx="{}" cy="50%" r="{}"/>').format(kind, x, radius))
-    interval = f"95 % interval {percent(low)} to {percent(high)}"
-    label = f"{name}: {percent(value)}, {interval}, oracle EER {percent(oracle)}"
+    label = f"{name}: {percent(value)}, 95 % interval {percent(low)} to {percent(high)}"
+    label += f", oracle EER {percent(oracle)}" if np.isfinite(oracle) else ""
     return Markup('<svg class="bell" role="img" aria-label="{}">{}</svg>').format(
         label, Markup("").join(marks)
     )

@@ -28,8 +28,11 @@ from pipeline.control import rollout as drive
 from pipeline.control.health import observe, observe_rollback
 from pipeline.ledger import Ledger, StaleGeneration
 from pipeline.rollout import RolloutConfig, Status
+from pipeline.simulate.release_fleet import Died
 from tests.support.ledgers import T0
-from tests.support.rollouts import CONFIG, CONFIGS, CONTROLS, PHASES, QUIET, SITES, SPARE, TAGS, Died, World
+from tests.support.rollouts import CONFIG, CONFIGS, CONTROLS, PHASES, QUIET, SITES, SPARE, TAGS, World
+
+INSTANT = st.sampled_from(["before", "within", "after"])
 
 
 class Events(RuleBasedStateMachine):
@@ -50,24 +53,22 @@ class Events(RuleBasedStateMachine):
         self.planned(config, later=False, source=source)
 
     def planned(self, config, *, later, source):
-        draft = self.w.plan(config, later=later, source=source)
+        draft = self.w.release(config, later=later, source=source)
         self.kinds[draft.plan.release] = draft.plan.kind
         self.ahead, self.old = False, None
 
-    def guarded(self, work):
-        """What a driver or a person does; either may die, and the next one opens the ledger again."""
+    def guarded(self, work, dies=0, instant="before"):
+        """What a driver or a person does; who dies at write number ``dies`` is followed by another."""
         before = self.w.row.revision
         try:
-            return work()
+            with self.w.dying(dies - 1, instant):
+                work()
         except ro.RolloutError:
-            return None
+            return
         except Died:
             self.w.close()
-            self.w.open()
+            self.w.reopen()
             self.ahead = self.ahead or self.w.row.revision == before or self.r.wave < self.top()
-            return None
-        finally:
-            self.w.mortal.left = -1
 
     @property
     def r(self):
@@ -90,28 +91,27 @@ class Events(RuleBasedStateMachine):
     def approve(self, who):
         self.guarded(lambda: self.w.approve(who))
 
-    @rule(hours=st.sampled_from([0, 0, 0.1, 1.1, 1.1, 6, 30]), dies=st.integers(0, 3), after=st.booleans())
-    def tick(self, hours, dies, after):
-        self.w.mortal.left, self.w.mortal.after = dies or -1, after
+    @rule(hours=st.sampled_from([0, 0, 0.1, 1.1, 1.1, 6, 30]), dies=st.integers(0, 3), instant=INSTANT)
+    def tick(self, hours, dies, instant):
         before, revision = self.r, self.w.row.revision
-        self.guarded(lambda: self.w.tick(hours))
+        self.guarded(lambda: self.w.tick(hours), dies, instant)
         after_it = self.r
         assert after_it.wave >= before.wave
         if before.status in ro.TERMINAL:
             assert (after_it, self.w.row.revision) == (before, revision)
-        if self.w.mortal.left < 0 and after_it.status in ro.IN_PROGRESS and not self.ahead:
+        if after_it.status in ro.IN_PROGRESS and not self.ahead:
             assert self.top() <= after_it.wave
 
     @rule(again=st.integers(1, 3))
     def reported(self, again):
-        self.w.report()
+        self.w.bring()
         for _ in range(again):
             self.guarded(lambda: self.w.tick(1.1))
-            self.w.report()
+            self.w.bring()
 
     @rule(some=st.sets(st.sampled_from(sorted(TAGS)), min_size=1))
     def report_of_some(self, some):
-        self.w.report(sorted(some))
+        self.w.bring(sorted(some))
 
     @rule(some=st.sets(st.sampled_from(sorted(TAGS)), max_size=4))
     def fail(self, some):
@@ -139,18 +139,17 @@ class Events(RuleBasedStateMachine):
             lambda: self.w.change(lambda r: ro.override(r, who=who, reason="we know", now=self.w.now))
         )
 
-    @rule(luck=st.integers(0, 3), dies=st.integers(0, 4), after=st.booleans())
-    def roll_back(self, luck, dies, after):
+    @rule(luck=st.integers(0, 3), dies=st.integers(0, 4), instant=INSTANT)
+    def roll_back(self, luck, dies, instant):
         """Also of a rollout that completed."""
         if luck:
             return
-        self.w.mortal.left, self.w.mortal.after = dies or -1, after
 
         def back():
             self.w.change(lambda r: ro.abort(r, reason="incident", now=self.w.now))
             self.w.tick()
 
-        self.guarded(back)
+        self.guarded(back, dies, instant)
 
     @rule(pick=st.integers(0, len(SPARE) - 1))
     def join(self, pick):
@@ -159,11 +158,7 @@ class Events(RuleBasedStateMachine):
         if not ro.open_to_joiners(r) or r.plan.kind == "source" or site in w.ledger.plans.sites(w.row.id):
             return
         version = r.plan.source_version
-        draft = ro.plan(
-            w.row.id, w.facts([site], (version, w.used[version]), source=False), version, r.plan.config
-        )
-        new = {s: t._replace(wave=len(r.plan.waves) - 1) for s, t in draft.targets.items()}
-        drive.save(w.ledger, w.row, ro.join(r, count=len(new)), "joined", at=w.now, joined=new)
+        w.join(w.facts_of([site], (version, w.used[version])))
 
     @rule(site=st.sampled_from(SITES), leaves=st.booleans())
     def leave(self, site, leaves):
@@ -279,17 +274,17 @@ def test_any_order_of_events_500_times(template):
 
 
 RELEASED = RolloutConfig(**QUIET, second_approval_from_share=None, abort_share=0.4)
-DEATHS = tuple(itertools.product((0, 1, 2), ("carry_out",), (False, True)))
+DEATHS = tuple(itertools.product((0, 1, 2), ("before", "within", "after")))
 
 
 def released(template, die=(), *, source=False):
     """A release over three waves, a site of the last fails, and back; returns deaths and what was served.
 
-    ``die``: (wave, durable step, after it): there the driver dies, once, and another one goes on.
+    ``die``: (wave, instant): there the driver dies, once, and another one goes on.
     """
     w = World(template, "crash.db")
-    w.plan(RELEASED, source=source)
-    w.approve()
+    w.release(RELEASED, source=source)
+    w.approve("ann")
     deaths, sights = 0, []
     for tick in range(12):
         if tick == 9:
@@ -298,16 +293,16 @@ def released(template, die=(), *, source=False):
             w.change(lambda r: ro.abort(r, reason="incident", now=w.now))
         if w.r.wave == 2:
             w.bad = {min(s for s, t in w.ledger.plans.targets(w.row.id).items() if t.wave == 2)}
-        if die and w.r.wave + (die[1] == "carry_out") >= die[0] and not deaths:
-            w.mortal.fatal, w.mortal.after = die[1], die[2]
+        left = 0 if die and w.r.wave + 1 >= die[0] and not deaths else -1
         try:
-            w.tick(1.1)
+            with w.dying(left, die[1] if die else "before"):
+                w.tick(1.1)
         except Died:
             deaths += 1
             w.close()
-            w.open()
+            w.reopen()
             w.tick()
-        w.report()
+        w.bring()
     assert w.r.status == Status.ROLLED_BACK
     assert (w.ledger.audit.first_broken(), w.ledger.releases.verify()) == (None, [])
     sights += [served(w), w.ledger.sources.champion().version]
@@ -363,8 +358,8 @@ def test_two_drivers_at_once_move_nothing_twice(template, aborts):
         "health_presentations": 0,
         "second_approval_from_share": None,
     }
-    w.plan(RolloutConfig(waves=(0.1, 0.4, 1.0), **quick))
-    w.approve()
+    w.release(RolloutConfig(waves=(0.1, 0.4, 1.0), **quick))
+    w.approve("ann")
     planned = w.ledger.plans.targets(w.row.id)
     w.close()
     context = multiprocessing.get_context("spawn")
@@ -372,7 +367,7 @@ def test_two_drivers_at_once_move_nothing_twice(template, aborts):
         barrier = manager.Barrier(2)
         for f in [pool.submit(drives, me, w.path, barrier) for me in (1, 2 if aborts else 0)]:
             f.result(100)
-    w.open()
+    w.reopen()
     moves = {s: tuple((x.counter, x.kind) for x in w.ledger.releases.history(s)) for s in planned}
     if w.r.status == Status.COMPLETED:
         assert set(moves.values()) == {((1, "promote"),)}

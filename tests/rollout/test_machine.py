@@ -11,20 +11,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline import rollout as ro
-from pipeline.rollout import (
-    Candidate,
-    Excluded,
-    FailingSite,
-    Freeze,
-    Observation,
-    Pointer,
-    RolloutConfig,
-    SiteFacts,
-    Status,
-    Target,
-    WaveObservation,
-)
+from pipeline.rollout import Candidate, Excluded, Freeze, Pointer, RolloutConfig, SiteFacts, Status, Target
 from pipeline.rollout.calendar import zones_at_night
+from pipeline.simulate.release_fleet import ObedientFleet
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 SOURCE = Pointer(None, 1)
@@ -49,72 +38,15 @@ def sizes(draft):
     return [w.sites for w in draft.plan.waves]
 
 
-class Fleet:
-    """Sites that do what the actions say, and a store for the rollout."""
+class Fleet(ObedientFleet):
+    """Sites with a plan for all of them, and people."""
 
-    def __init__(self, n=100, config=ALONE, facts=None, **named):
-        self.facts = facts or fleet(n)
-        self.draft = ro.plan("r1", self.facts, named.pop("version", 1), config, **named)
-        self.targets = self.draft.targets
-        self.r = ro.start(self.draft.plan, T0)
-        self.serving = {s: f.serving for s, f in self.facts.items() if f.serving}
-        self.without_data, self.failing, self.breach, self.freeze = set(), {}, (), ""
-        self.attack_presentations, self.now, self.actions = None, T0, ()
-
-    def promoted(self, wave=None):
-        return {s for s, t in self.targets.items() if self.serving[s] == t.to and wave in (None, t.wave)}
-
-    def wave(self, i):
-        return self.draft.wave(i)
-
-    def _wave_seen(self, i):
-        sites = [s for s in self.wave(i) if s in self.targets and s not in self.r.failed]
-        late = [s for s in sites if s not in self.promoted()]
-        quiet = [s for s in sites if s in self.without_data and s not in late]
-        return WaveObservation(
-            len(sites),
-            Counter(self.targets[s].zone for s in late),
-            min(late, default=""),
-            len(quiet),
-            min(quiet, default=""),
-            self.attack_presentations,
-        )
-
-    def seen(self):
-        on = {s for s in self.promoted() if self.targets[s].to != self.targets[s].back}
-        started = min(self.r.wave, len(self.draft.plan.waves) - 1) + 1
-        failing = {
-            s: FailingSite(self.targets[s].wave, why)
-            for s, why in self.failing.items()
-            if s in self.promoted()
-        }
-        return Observation(
-            tuple(self._wave_seen(i) for i in range(started)),
-            len(on),
-            len(on & set(self.r.failed)),
-            failing,
-            self.breach,
-            self.freeze,
-        )
-
-    def tick(self, seconds=0.0, obey=True):
-        self.now += timedelta(seconds=seconds)
-        self.r, self.actions = ro.advance(self.r, self.seen(), self.now)
-        for a in self.actions if obey else ():
-            for s, t in self.targets.items():
-                if (
-                    a.kind == "promote"
-                    and t.wave == a.wave
-                    and s not in self.r.failed
-                    and (a.zones is None or t.zone in a.zones)
-                ):
-                    self.serving[s] = t.to
-                if a.kind == "rollback" and s in self.promoted() and (a.sites is None or s in a.sites):
-                    self.serving[s] = t.back
-        return self.r.status
+    def __init__(self, n=100, config=ALONE, facts=None, version=1, **named):
+        facts = facts or fleet(n)
+        super().__init__(ro.plan("r1", facts, version, config, **named), facts, T0)
 
     def approve(self, who="ann"):
-        self.r = ro.approve(self.r, hash=self.r.plan_hash, who=who, now=self.now)
+        super().approve(who)
         return self
 
     def to_wave(self, w):
@@ -353,8 +285,8 @@ def test_a_plan_that_is_not_started_expires():
 def test_advance_is_idempotent():
     f = Fleet(100).to_wave(2)
     f.now += timedelta(seconds=3601)
-    a, first = ro.advance(f.r, f.seen(), f.now)
-    assert ro.advance(a, f.seen(), f.now) == (a, first)
+    a, first = ro.advance(f.r, f.observe(), f.now)
+    assert ro.advance(a, f.observe(), f.now) == (a, first)
     assert first == (ro.Promote(wave=3),)
 
 
@@ -468,7 +400,7 @@ def test_a_breach_aborts_also_while_paused_or_overridden(paused):
 def test_rollback_waits_for_no_data_is_repeatable_and_respects_later_moves():
     f = Fleet(100).to_wave(3)
     moved = f.wave(0)[0]
-    f.serving[moved] = pointer(777)  # a person moved it by hand
+    f.move(moved, pointer(777))  # a person moved it by hand
     f.without_data = set(f.targets)
     f.r = ro.abort(f.r, reason="incident", now=f.now)
     assert f.tick(obey=False) == Status.ROLLING_BACK
@@ -592,8 +524,7 @@ def test_sites_join_the_last_wave_until_it_begins():
 
 def test_a_wave_whose_sites_have_all_left_does_not_stop_it():
     f = Fleet(100).to_wave(1)
-    for s in f.wave(1):
-        f.targets = {k: t for k, t in f.targets.items() if k != s}
+    f.leave(*f.wave(1))
     assert (f.tick(3601), f.r.wave) == (Status.STAGING, 2)
 
 

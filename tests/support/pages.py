@@ -56,10 +56,7 @@ def check_safe(html: str) -> Page:
     assert len(ids) == len(set(ids))
     assert {a["href"] for t, a in found.tags if t == "a"} <= {f"#{i}" for i in ids}
     for table in re.findall(r"<table.*?</table>", html, re.DOTALL):
-        assert (
-            len({len(re.findall(r"<t[hd]\b", row)) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)})
-            == 1
-        )
+        assert len({_width(row) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)}) == 1
     return found
 
 
@@ -74,3 +71,9 @@ def head(html: str) -> str:
     found = re.search(r"<h1>(.*?)</h1>", html)
     assert found
     return re.sub(r"<.*?>", "", found[1]).strip()
+
+
+def _width(row: str) -> int:
+    """Columns of a table's row."""
+    spans = re.findall(r'<t[hd]\b[^>]*colspan="(\d+)"', row)
+    return len(re.findall(r"<t[hd]\b", row)) + sum(int(n) - 1 for n in spans)

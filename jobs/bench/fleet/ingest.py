@@ -1,6 +1,4 @@
-"""How fast ``palisade bench fleet`` finds ingest beside a loop that only decodes and beside a DataLoader, on
-the same files.
-"""
+"""Times ingest beside a loop that only decodes and beside a DataLoader, on the same files."""
 
 from __future__ import annotations
 
@@ -31,27 +29,22 @@ DECODED = 4  # segments in the decoding loop
 
 
 def measure(ground: Ground, terminal: Terminal, *, sites: int, captures: int) -> dict[str, float | None]:
-    """Ratios of captures per second; needs a connected Ray, whose workers are there when the clock starts."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    _ingested(ground.crowd("warm", sites=2, captures=8), terminal)
-    whole = ground.crowd("whole", sites=sites, captures=captures)
-    listed = list_segments(Path(whole.data.captures)).segments.values()
-    paths = [p for found in listed for p in found if isinstance(p, Path)]
+    """Returns ratios of captures per second; the workers of Ray are there when the clock starts."""
+    _single(0)
+    _ingested(ground.with_captures("warm", sites=2, captures=8), terminal)
+    whole = ground.with_captures("whole", sites=sites, captures=captures)
+    segments = list_segments(Path(whole.data.captures)).segments.values()
+    paths = [p for of in segments for p in of if isinstance(p, Path)]
     loop = _decode_only(whole, paths[:DECODED]) * len(os.sched_getaffinity(0))
-    ours = _ingested(whole, terminal)
-    loader = _loaded(whole, paths)
-    data_plane = _ingested(_with_smallest_trunk(ground, "plane", sites=sites, captures=captures), terminal)
-    return {
-        "ingest": data_plane / loop,
-        "ingest.trunk": ours / loop,
-        "ingest.loader": ours / loader,
-        "ingest.rate": ours,
-    }
+    ours, loader = _ingested(whole, terminal), _loaded(whole, paths)
+    smallest = _with_smallest_trunk(ground.with_captures("plane", sites=sites, captures=captures))
+    data_plane = _ingested(smallest, terminal)
+    ratios = {"ingest": data_plane / loop, "ingest.trunk": ours / loop, "ingest.loader": ours / loader}
+    return {**ratios, "ingest.rate": ours}
 
 
 def _ingested(config: Config, terminal: Terminal) -> float:
-    """Captures per second of one ingest."""
+    """Returns the captures per second of one ingest."""
     ledger = open_ledger(config)
     with lease(config, ledger, "ingest") as held:
         began = time.perf_counter()
@@ -62,7 +55,7 @@ def _ingested(config: Config, terminal: Terminal) -> float:
 
 
 def _decode_only(config: Config, paths: list[Path]) -> float:
-    """Captures per second of a loop over what is already in memory, in one thread."""
+    """Returns the captures per second of a loop over what is already in memory, in one thread."""
     captures = [c for p in paths for c in read_segment(p, site=p.parent.name, limits=config.data).good]
     began = time.perf_counter()
     for c in captures:
@@ -71,7 +64,7 @@ def _decode_only(config: Config, paths: list[Path]) -> float:
 
 
 def _loaded(config: Config, paths: list[Path]) -> float:
-    """Captures per second of a DataLoader that decodes in two workers, with the trunk in this process."""
+    """Returns the captures per second of a DataLoader that decodes in two workers, with the trunk here."""
     model = checkpoint.load(open_ledger(config).sources.champion().path)
     loader = DataLoader(
         _Segments(config, paths),
@@ -91,18 +84,15 @@ def _loaded(config: Config, paths: list[Path]) -> float:
     return count / (time.perf_counter() - (began or 0))
 
 
-def _with_smallest_trunk(ground: Ground, name: str, *, sites: int, captures: int) -> Config:
-    config = ground.crowd(name, sites=sites, captures=captures)
+def _with_smallest_trunk(config: Config) -> Config:
     ledger, random = open_ledger(config), torch.Generator().manual_seed(0)
     source = checkpoint.load(ledger.sources.champion().path)
     shape = source.manifest.config.model_copy(update={"trunk": SMALLEST})
-    made = checkpoint.seal(
-        trunk.fold(trunk.build_trunk(SMALLEST, config.data.frame_px)),
-        tail.init_tail(shape.tail, SMALLEST.features, generator=random),
-        source.manifest.model_copy(update={"config": shape}),
-    )
+    small = trunk.fold(trunk.build_trunk(SMALLEST, config.data.frame_px))
+    params = tail.init_tail(shape.tail, SMALLEST.features, generator=random)
+    sealed = checkpoint.seal(small, params, source.manifest.model_copy(update={"config": shape}))
     path = config.place("models", "smallest")
-    checkpoint.save(path, made)
+    checkpoint.save(path, sealed)
     version = ledger.sources.add(checkpoint.read_manifest(path), path=str(path), lineage="", now=now())
     ledger.sources.set_champion(version, now=now())
     return config
@@ -119,12 +109,10 @@ class _Segments(Dataset["DecodedChunk"]):
 
     def __getitem__(self, index: int) -> DecodedChunk:
         path = self.paths[index]
-        (frames,) = decode_chunks(
-            read_segment(path, site=path.parent.name, limits=self.limits).good, self.limits.frame_px
-        )
-        return frames._replace(
-            captures=[{**c, "rgb": None, "depth": None, "ir": None} for c in frames.captures]
-        )
+        good = read_segment(path, site=path.parent.name, limits=self.limits).good
+        (frames,) = decode_chunks(good, self.limits.frame_px)
+        bare = [{**c, "rgb": None, "depth": None, "ir": None} for c in frames.captures]
+        return frames._replace(captures=bare)
 
 
 def _single(_: int) -> None:

@@ -1,6 +1,4 @@
-"""What moving a fleet costs, durable and audited: every step decided by the state machine and carried out in
-the ledger.
-"""
+"""Times releases that go out and come back, every step decided, audited and durable in the ledger."""
 
 from __future__ import annotations
 
@@ -8,41 +6,33 @@ import os
 import shutil
 import time
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from jobs.bench.rollout import fleet
-from pipeline import rollout as machine
-from pipeline.control.health import observe_rollback
-from pipeline.control.rollout import load, save, step
-from pipeline.ledger import Ledger
-from pipeline.rollout import IN_ROLLBACK, TERMINAL, Observation, SiteFacts, Status, WaveObservation
-from pipeline.simulate import cloned_sites as crowd
+from pipeline.rollout import TERMINAL, Observation, Status, WaveObservation
+from pipeline.simulate import cloned_sites
+from pipeline.simulate.release_fleet import LedgerFleet
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from pipeline.ledger import RolloutRow
-    from pipeline.rollout import Candidate, Rollout, RolloutConfig
+    from pipeline.rollout import Candidate, RolloutConfig
 
 START = datetime(2026, 3, 2, tzinfo=UTC)
 SINGLE = 300  # sites that are served one commit each
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Wall and CPU seconds."""
 
     wall: float
     cpu: float
 
 
-@dataclass(frozen=True)
-class Control:
-    """One size of fleet; of several repetitions the median."""
+class Control(NamedTuple):
+    """The costs of one size of fleet, of several repetitions the median."""
 
     sites: int
     plan: Cost  # made and stored
@@ -50,132 +40,92 @@ class Control:
     back: Cost  # from the wish to rolled back
     single: float  # seconds per site of one commit each
 
-
-class Clock:
-    """Wall and CPU time since it was made."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def read(self) -> Cost:
-        return Cost(time.perf_counter() - self._wall, time.process_time() - self._cpu)
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Everything that was timed."""
+        parts = {"plan": self.plan.wall, "waves": self.waves.wall, "waves_cpu": self.waves.cpu}
+        parts |= {"rollback": self.back.wall, "rollback_cpu": self.back.cpu}
+        return {k: round(v, 4) for k, v in parts.items()} | {"one_commit_per_site": round(self.single, 6)}
 
 
 def measure(config: RolloutConfig, folder: Path, *, sites: int, repeat: int) -> Control:
-    """Release to ``sites`` and take it back, ``repeat`` times, each on a fresh copy of the same ledger."""
-    origin, candidates = _ground(folder, sites)
-    runs: list[tuple[Cost, Cost, Cost]] = []
-    single = float("nan")
-    for _ in range(repeat):
-        path = _copied(origin, folder / "run.db")
-        with closing(Ledger.open(f"sqlite:///{path}")) as ledger:
-            runs.append(_run(config, ledger, candidates))
-            if len(runs) == repeat:
-                single = _one_by_one(ledger, candidates)
-    plan, waves, back = (
-        Cost(median(c.wall for c in x), median(c.cpu for c in x)) for x in zip(*runs, strict=True)
-    )
-    return Control(sites, plan, waves, back, single)
-
-
-def carry(ledger: Ledger, row: RolloutRow, at: datetime) -> tuple[RolloutRow, datetime]:
-    """Step a rollout until it ends → when, on a clock on which the next look at a baking wave comes when it
-    has baked.
-    """
-    while (r := load(row)).status not in TERMINAL:
-        at = at + timedelta(seconds=r.plan.config.bake_seconds) if r.status == Status.BAKING else at
-        before = row.revision
-        row, count = step(ledger, row, healthy(ledger, row.id, r), at)
-        if not count and row.revision == before:
-            raise AssertionError(f"{row.id} is {r.status}: {r.reason}")
-    return row, at
-
-
-def healthy(ledger: Ledger, rollout: str, r: Rollout) -> Observation:
-    """Who serves what, as the ledger has it; every site's report is that all is well."""
-    if r.wave < 0:
-        return Observation()
-    last = min(r.wave, len(r.plan.waves) - 1)
-    earlier = (WaveObservation(w.sites) for w in r.plan.waves[:last])
-    return Observation(waves=(*earlier, ledger.plans.observe_wave(rollout, last, without=())))
-
-
-def _ground(folder: Path, sites: int) -> tuple[Path, dict[str, Candidate]]:
-    """A ledger whose sites all have a candidate that passes."""
+    """Releases to ``sites`` and takes it back, ``repeat`` times, each on a fresh copy of the same ledger."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "ground.db"
-    gone(path)
-    names = crowd.names(sites)
-    with closing(fleet.found(path, {s: {} for s in names}, START)) as ledger:
-        candidates = fleet.learn(ledger, dict.fromkeys(names, 0), START)
-    return path, candidates
+    ground, tags = folder / "ground.db", {s: {} for s in cloned_sites.names(sites)}
+    delete(ground)
+    with closing(LedgerFleet.create(f"sqlite:///{ground}", tags, START)) as fleet:
+        candidates = fleet.learn(dict.fromkeys(tags, 0))
+    runs, single = list[tuple[Cost, Cost, Cost]](), float("nan")
+    for _ in range(repeat):
+        delete(copy := folder / "run.db")
+        shutil.copyfile(ground, copy)
+        with copy.open("rb") as f:
+            os.fsync(f.fileno())
+        with closing(LedgerFleet(f"sqlite:///{copy}", tags, START)) as fleet:
+            runs.append(_run(config, fleet, candidates))
+            single = _one_by_one(fleet, candidates) if len(runs) == repeat else single
+    medians = (Cost(median(c.wall for c in x), median(c.cpu for c in x)) for x in zip(*runs, strict=True))
+    return Control(sites, *medians, single=single)
 
 
-def _run(config: RolloutConfig, ledger: Ledger, candidates: dict[str, Candidate]) -> tuple[Cost, Cost, Cost]:
-    facts = {s: SiteFacts(serving=fleet.SOURCE, candidate=c) for s, c in candidates.items()}
-    clock = Clock()
-    fleet.planned(ledger, "release-00001", facts, config, START)
-    plan = clock.read()
-    row = ledger.plans.rollout("release-00001")
-    row = save(ledger, row, fleet.approved(load(row), row, START), "approved", at=START)
-    clock = Clock()
-    row, at = carry(ledger, row, START)
-    waves = clock.read()
-    _check(ledger, row, Status.COMPLETED, len(candidates))
-    clock = Clock()
-    row = save(ledger, row, machine.abort(load(row), reason="bench", now=at), "aborted", at=at)
-    while load(row).status in IN_ROLLBACK:
-        row, _ = step(ledger, row, observe_rollback(ledger, row.id, load(row)), at)
-    back = clock.read()
-    _check(ledger, row, Status.ROLLED_BACK, 0)
-    return plan, waves, back
-
-
-def _one_by_one(ledger: Ledger, candidates: dict[str, Candidate]) -> float:
-    """Seconds per site when every promotion is a commit of its own,
-    on the fleet that was just rolled back.
-    """
-    names = list(candidates)[:SINGLE]
-    started = time.perf_counter()
-    for site in names:
-        ledger.releases.serve(
-            {site: candidates[site].to}, rollout="single", wave=1, kind="promote", reason="", now=START
-        )
-    return (time.perf_counter() - started) / len(names)
-
-
-def _check(ledger: Ledger, row: RolloutRow, status: Status, on: int) -> None:
-    """A figure counts only for a run that did its work, and that the audit chain covers."""
-    r: Rollout = load(row)
-    serving = sum(s.state is not None for s in ledger.releases.serving().values())
-    if r.status != status or serving != on or ledger.audit.first_broken() is not None:
-        raise AssertionError(f"{row.id} is {r.status}, {serving} sites serve it: {r.reason}")
-
-
-def _copied(origin: Path, path: Path) -> Path:
-    gone(path)
-    shutil.copyfile(origin, path)
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
-    return path
-
-
-def gone(path: Path) -> None:
-    """Without the ledger at ``path``, and what SQLite keeps beside it."""
+def delete(path: Path) -> None:
+    """Deletes the ledger at ``path``, and what SQLite keeps beside it."""
     for suffix in ("", "-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-def as_context(found: Sequence[Control]) -> dict[str, object]:
-    """Everything that was timed, in seconds."""
-    return {
-        str(c.sites): {
-            "plan": round(c.plan.wall, 4),
-            "waves": round(c.waves.wall, 4),
-            "waves_cpu": round(c.waves.cpu, 4),
-            "rollback": round(c.back.wall, 4),
-            "rollback_cpu": round(c.back.cpu, 4),
-            "one_commit_per_site": round(c.single, 6),
-        }
-        for c in found
-    }
+def _run(
+    config: RolloutConfig, fleet: LedgerFleet, candidates: Mapping[str, Candidate]
+) -> tuple[Cost, Cost, Cost]:
+    facts = fleet.facts(list(candidates), candidates, ())
+    at = [_clock()]
+    fleet.plan(facts, config)
+    at.append(_clock())
+    fleet.approve("ann", "ben")
+    at.append(_clock())
+    _carry(fleet)
+    at.append(_clock())
+    _check(fleet, Status.COMPLETED, len(candidates))
+    at.append(_clock())
+    fleet.roll_back("bench")
+    at.append(_clock())
+    _check(fleet, Status.ROLLED_BACK, 0)
+    plan, waves, back = (Cost(b.wall - a.wall, b.cpu - a.cpu) for a, b in zip(at[::2], at[1::2], strict=True))
+    return plan, waves, back
+
+
+def _clock() -> Cost:
+    return Cost(time.perf_counter(), time.process_time())
+
+
+def _carry(fleet: LedgerFleet) -> None:
+    """Steps until the rollout ends; a baking wave is looked at again when it has baked."""
+    while (r := fleet.r).status not in TERMINAL:
+        fleet.now += timedelta(seconds=r.plan.config.bake_seconds if r.status == Status.BAKING else 0)
+        before, observation = fleet.row.revision, Observation()
+        if r.wave >= 0:  # every site's report is that all is well
+            last = min(r.wave, len(r.plan.waves) - 1)
+            newest = fleet.ledger.plans.observe_wave(fleet.row.id, last, without=())
+            observation = Observation(
+                waves=(*(WaveObservation(w.sites) for w in r.plan.waves[:last]), newest)
+            )
+        if not fleet.step(observation) and fleet.row.revision == before:
+            raise AssertionError(f"{fleet.row.id} is {r.status}: {r.reason}")
+
+
+def _one_by_one(fleet: LedgerFleet, candidates: Mapping[str, Candidate]) -> float:
+    """Returns the seconds per site where every promotion is a commit of its own, on the fleet as it is."""
+    names = list(candidates)[:SINGLE]
+    release, started = {"rollout": "single", "wave": 1, "kind": "promote", "reason": ""}, time.perf_counter()
+    for site in names:
+        fleet.ledger.releases.serve({site: candidates[site].to}, now=START, **release)
+    return (time.perf_counter() - started) / len(names)
+
+
+def _check(fleet: LedgerFleet, status: Status, on: int) -> None:
+    """Raises AssertionError for a run that did not do its work, or that the audit chain does not cover."""
+    serving = sum(s.state is not None for s in fleet.ledger.releases.serving().values())
+    if fleet.r.status != status or serving != on or fleet.ledger.audit.first_broken() is not None:
+        raise AssertionError(
+            f"{fleet.row.id} is {fleet.r.status}, {serving} sites serve it: {fleet.r.reason}"
+        )

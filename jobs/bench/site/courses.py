@@ -1,46 +1,35 @@
-"""Source models, their streams and site methods on these streams, as Ray tasks.
-
-Everything is stored as soon as it is done and named by all that it depends on: an interrupted benchmark goes
-on.
-"""
+"""Fits source models, prepares their streams and runs site methods on them, as Ray tasks that store."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
-from jobs.bench.parts import code_of, digest, store
+from jobs.bench.parts import code_of, load, part, save
 from jobs.bench.site import online
-from jobs.bench.site.online import Course, Rates
-from jobs.bench.site.streams import Given, SourceJob, prepare, read_prepared
-from jobs.bench.source.fits import CODE
+from jobs.bench.site.streams import Ground, Prepared, SourceJob, prepare
+from jobs.bench.source.fits import key_of
 from pipeline.cluster.tasks import Failed, run_tasks
-from pipeline.cluster.train import started
-from pipeline.config import method_config
 from pipeline.data.corpus import read_corpus, read_manifest
-from pipeline.models import ModelConfig, checkpoint
+from pipeline.models import checkpoint
 from pipeline.source import fit as fits
 from pipeline.source.calibrate import equal_error_boundaries
-from pipeline.source.holdout import read_stored
-from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
-    from pipeline.site.contract import Params
+    from jobs.bench.site.online import Course, Stream
+    from pipeline.site.contract import Params, SiteMethod
 
-STREAMS = (
+STREAMS = (  # what the prepared streams depend on, beside the model
     "pipeline/simulate/*.py",
     "pipeline/data/decode.py",
     "pipeline/data/captures.py",
     "pipeline/data/featurise.py",
-    "pipeline/site/*.py",
-    "pipeline/site/methods/**/*.py",
+    "pipeline/site",
     "jobs/bench/site/streams.py",
 )
 METHODS = (
@@ -66,170 +55,108 @@ class MethodJob:
 
     name: str
     source: SourceJob
-    site: str  # JSON of the method's Config
-    fill: str = FILLS[-1]
+    method: SiteMethod
+    fill: str = FILLS[-1]  # what stands in for a missing modality
     only: tuple[str, ...] = ()  # streams; empty: all
 
 
 def run_sources(
-    jobs: Sequence[SourceJob], given: Given, *, on_progress: Callable[[int, int], None]
+    jobs: Sequence[SourceJob], ground: Ground, *, on_progress: Callable[[int, int], None]
 ) -> dict[SourceJob, Source]:
-    """Fit and prepare what is not stored yet. The adaptive attacker holds the next seed's model; of one seed,
-    the same.
-    """
-    models = {job: Path(given.place) / "sources" / _name(job.name, _source_key(job, given)) for job in jobs}
-    made = {
-        job: Source(model, model / f"streams-{_streams_key(job, given)}.npz") for job, model in models.items()
+    """Fits and prepares what is not stored yet; the adaptive attacker holds the next seed's model."""
+    models = {
+        job: part(ground.place / "sources", job.name, *_source_key(job, ground), suffix="") for job in jobs
     }
+    sources = {job: Source(m, part(m, "streams", *_streams_key(job, ground))) for job, m in models.items()}
     whole = [job for job in jobs if job.target is None]
     rival = {job: models[whole[(i + 1) % len(whole)]] for i, job in enumerate(whole)}
-    fit = [(job, given, str(s.model)) for job, s in made.items() if not (s.model / "manifest.json").exists()]
-    whole_way = 2 * len(jobs)
-    ended = run_tasks(_fit, fit, on_progress=lambda done: on_progress(len(jobs) - len(fit) + done, whole_way))
-    _raise_first(ended)
-    left = [
-        (job, given, str(s.model), str(rival.get(job, s.model)), str(s.streams))
-        for job, s in made.items()
+    unfitted = [
+        (job, ground, s.model) for job, s in sources.items() if not (s.model / "manifest.json").exists()
+    ]
+    _run(_fit, unfitted, 0, len(jobs), on_progress)
+    unprepared = [
+        (job, ground, s.model, rival.get(job, s.model), s.streams)
+        for job, s in sources.items()
         if not s.streams.exists()
     ]
-    ended = run_tasks(
-        prepare, left, on_progress=lambda done: on_progress(whole_way - len(left) + done, whole_way)
-    )
-    _raise_first(ended)
-    on_progress(2 * len(jobs), 2 * len(jobs))
-    return made
+    _run(prepare, unprepared, len(jobs), len(jobs), on_progress)
+    return sources
 
 
 def run_methods(
     jobs: Sequence[MethodJob],
-    given: Given,
+    ground: Ground,
     sources: Mapping[SourceJob, Source],
     *,
     on_progress: Callable[[int, int], None],
-) -> dict[MethodJob, Path]:
-    """Run what is not stored yet → each job's result file; one whose task failed has none."""
-    paths = {
-        job: Path(given.place) / "courses" / f"{_name(job.name, _method_key(job, sources[job.source]))}.npz"
-        for job in jobs
-    }
-    missing = [job for job in dict.fromkeys(jobs) if not paths[job].exists()]
-    calls = [(job, given, *map(str, sources[job.source]), str(paths[job])) for job in missing]
-    run_tasks(_adapt, calls, on_progress=lambda done: on_progress(len(jobs) - len(missing) + done, len(jobs)))
-    return {job: path for job, path in paths.items() if path.exists()}
+) -> dict[MethodJob, dict[str, Course]]:
+    """Runs what is not stored yet; returns stream -> course of every job, of a failed one nothing."""
+    paths = {job: _course_path(job, sources[job.source], ground) for job in jobs}
+    missing = [(job, ground, sources[job.source], path) for job, path in paths.items() if not path.exists()]
+    done = len(paths) - len(missing)
+    run_tasks(_adapt, missing, on_progress=lambda n: on_progress(done + n, len(paths)))
+    return {job: load(path, dict[str, online.Course]) for job, path in paths.items() if path.exists()}
 
 
-def read_courses(path: Path) -> dict[str, Course]:
-    """What ``run_methods`` stored, by stream; ValueError for anything else."""
-    return read_stored(path, _courses)
-
-
-def _courses(arrays: dict[str, np.ndarray]) -> dict[str, Course]:
-    found: dict[str, Course] = {}
-    for name in {n.rsplit(".", 1)[0] for n in arrays}:
-        facts = json.loads(str(arrays[f"{name}.facts"]))
-        online_, after, probe = (Rates(*r) if r else None for r in facts["rates"])
-        assert online_ and after
-        found[name] = Course(
-            arrays[f"{name}.score"],
-            arrays[f"{name}.pseudo_label"],
-            online_,
-            after,
-            probe,
-            arrays[f"{name}.shift"],
-            facts["stopped_after"],
-        )
-    return found
-
-
-def filled(tail: Params, fill: str, z: torch.Tensor, present: torch.Tensor, label: np.ndarray) -> Params:
-    """``tail`` with another stand-in for an absent modality, its boundaries set anew on source validation z,
-    present, label.
-    """
+def filled(tail: Params, fill: str, v: Stream) -> Params:
+    """Returns ``tail`` with another stand-in for a missing modality, boundaries set anew on ``v``."""
+    z, present = v.features.z, v.features.present
     if fill == FILLS[-1]:
         return tail
-    made = {**tail, "gate": torch.full_like(tail["gate"], SHUT)}
+    changed = {**tail, "gate": torch.full_like(tail["gate"], SHUT)}
     if fill.startswith("zero-fill"):
-        made["fill"] = torch.zeros_like(z[0])
+        changed["fill"] = torch.zeros_like(z[0])
     elif fill == "mean-fill":
-        made["fill"] = (z * present[..., None]).sum(0) / present.sum(0)[:, None].clamp(min=1)
-    made |= equal_error_boundaries(made, z, present, label)
-    return {**made, "pattern": torch.zeros_like(made["pattern"])} if fill == "zero-fill" else made
+        changed["fill"] = (z * present[..., None]).sum(0) / present.sum(0)[:, None].clamp(min=1)
+    changed |= equal_error_boundaries(changed, z, present, v.label)
+    return {**changed, "pattern": torch.zeros_like(changed["pattern"])} if fill == "zero-fill" else changed
 
 
-def _raise_first(ended: Sequence[Failed | None]) -> None:
-    for result in ended:
-        if isinstance(result, Failed):
-            raise ValueError(f"bench site: a source model or its streams: {result.why}")
+def _run(
+    task: Callable[..., None],
+    calls: Sequence[tuple[object, ...]],
+    before: int,
+    jobs: int,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Runs the calls of one of two rounds over all ``jobs``; ValueError with the first error."""
+    done = before + jobs - len(calls)
+    for ended in run_tasks(task, calls, on_progress=lambda n: on_progress(done + n, 2 * jobs)):
+        if isinstance(ended, Failed):
+            raise ValueError(f"bench site: a source model or its streams: {ended.why}")
 
 
-def _fit(job: SourceJob, given: Given, path: str) -> None:
+def _fit(job: SourceJob, ground: Ground, path: Path) -> None:
     torch.set_num_threads(1)
-    if Path(path, "manifest.json").exists():
-        return
-    stated = json.loads(job.source)
-    method = method_config("source", stated["kind"]).model_validate(stated)
-    corpora = [read_corpus(Path(given.corpora[d]), ("train", "val")) for d in job.domains]
-    task = fits.Task(method, ModelConfig.model_validate_json(job.model), corpora[0].frame.shape[-1])
-    checkpoint.save(Path(path), fits.fit(task, corpora))
+    if not (path / "manifest.json").exists():
+        corpora = [read_corpus(ground.corpora[d], ("train", "val")) for d in job.domains]
+        task = fits.Task(job.method, job.model, corpora[0].frame.shape[-1])
+        checkpoint.save(path, fits.fit(task, corpora))
 
 
-def _adapt(job: MethodJob, given: Given, model: str, streams: str, path: str) -> None:
+def _adapt(job: MethodJob, ground: Ground, source: Source, path: Path) -> None:
     torch.set_num_threads(1)
-    if Path(path).exists():
+    if path.exists():
         return
-    prepared, tail = read_prepared(Path(streams)), checkpoint.load(Path(model)).tail
-    v = prepared.validation
-    tail = filled(tail, job.fill, v.features.z, v.features.present, v.label)
-    stated = json.loads(job.site)
-    method = method_config("site", stated["kind"]).model_validate(stated)
-    chosen = [s for name, s in prepared.streams.items() if not job.only or name in job.only]
-    courses = online.run(
-        method, tail, chosen, prepared.probes, batch=given.batch, threshold=prepared.threshold, source=v
-    )
-    arrays: dict[str, np.ndarray] = {}
-    for name, c in courses.items():
-        facts = {"rates": [c.online, c.source_after, c.probe_after], "stopped_after": c.stopped_after}
-        arrays |= {
-            f"{name}.score": c.score,
-            f"{name}.pseudo_label": c.pseudo_label,
-            f"{name}.shift": c.shift,
-            f"{name}.facts": np.array(json.dumps(facts)),
-        }
-    write_atomic(Path(path), lambda tmp: store(tmp, arrays))
+    p = load(source.streams, Prepared)
+    tail = filled(checkpoint.load(source.model).tail, job.fill, p.validation)
+    chosen = {name: s for name, s in p.streams.items() if not job.only or name in job.only}
+    given = {"batch": ground.batch, "threshold": p.threshold}
+    save(path, online.run(job.method, tail, chosen, p.probes, source=p.validation, **given))
 
 
-def _source_key(job: SourceJob, given: Given) -> str:
-    source = json.loads(job.source)
-    source["start"] = next(iter(started(source["start"])), None)
-    digests = [read_manifest(Path(given.corpora[d])).digest for d in job.domains]
-    return digest(
-        [source, json.loads(job.model), digests, code_of(*CODE, f"pipeline/source/methods/{source['kind']}*")]
-    )
+def _source_key(job: SourceJob, ground: Ground) -> tuple[object, ...]:
+    return key_of(job.method, job.model, [read_manifest(ground.corpora[d]).digest for d in job.domains])
 
 
-def _streams_key(job: SourceJob, given: Given) -> str:
-    """Of what ``prepare`` depends on beside the model."""
+def _streams_key(job: SourceJob, ground: Ground) -> tuple[object, ...]:
     if job.target:
-        drawn: list[object] = [read_manifest(Path(given.corpora[job.target])).digest]
-    else:
-        scenarios = [asdict(s) for s in given.scenarios]
-        drawn = [
-            read_manifest(Path(given.pool)).digest,
-            scenarios,
-            given.captures,
-            given.attacker,
-            given.batch,
-            job.seed,
-        ]
-    return digest([drawn, code_of(*STREAMS)])
+        return read_manifest(ground.corpora[job.target]).digest, code_of(*STREAMS)
+    given = [asdict(s) for s in ground.scenarios], str(ground.captures), ground.attacker, ground.batch
+    return read_manifest(ground.pool).digest, *given, job.method.seed, code_of(*STREAMS)
 
 
-def _method_key(job: MethodJob, source: Source) -> str:
-    kind = json.loads(job.site)["kind"]
-    stated = [job.site, job.fill, job.only, source.model.name, source.streams.name]
-    return digest([stated, code_of(*METHODS, f"pipeline/site/methods/{kind}*")])
-
-
-def _name(name: str, key: str) -> str:
-    kept = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
-    return f"{kept}-{key}"
+def _course_path(job: MethodJob, source: Source, ground: Ground) -> Path:
+    code = code_of(*METHODS, f"pipeline/site/methods/{job.method.kind}*")
+    given = job.method, job.fill, job.only, source.model.name, source.streams.name, code
+    return part(ground.place / "courses", job.name, *given)

@@ -1,4 +1,4 @@
-"""One site method on one labelled stream: scored before it learns, counted at the source's threshold.
+"""Runs one site method on labelled streams: scored before it learns, counted at the source's threshold.
 
 Labels are read here only, to count; no method sees one. Rates are in [0, 1].
 """
@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
+from pipeline.data.features import mask_to_bool
 from pipeline.models import tail as tails
 from pipeline.site import bank
 from pipeline.stats import metrics
 from pipeline.types import Features
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from numpy.typing import NDArray
+    from collections.abc import Mapping, Sequence
 
     from pipeline.site.contract import Params, SiteMethod, State
 
@@ -28,19 +28,27 @@ WINDOW = 100  # samples a point of a timeline looks at
 POINTS = 60  # of a timeline
 LONGER = 1.5  # times as long as the shortest of those it is stepped together with, at most
 SLOTS = 16  # streams stepped together
+SOUND = "bit-equal and finite"  # what a degenerate batch leaves of its neighbours
 
 
 @dataclass(frozen=True)
 class Stream:
     """Labelled samples of one site in order, N of them."""
 
-    name: str
-    features: Features
-    label: NDArray[np.int64]  # [N]
-    pai: NDArray[np.str_]  # [N]
-    poison: NDArray[np.bool_]  # [N] placed there to be learned from
+    z: np.ndarray  # [N, M, F] features
+    present: np.ndarray  # [N] uint8, a bit per modality
+    session: np.ndarray  # [N]
+    label: np.ndarray  # [N] 1 bona fide, 0 attack
+    pai: np.ndarray  # [N] species
+    poison: np.ndarray  # [N] bool, placed there to be learned from
     changes: tuple[int, ...] = ()  # positions at which something changes for good
-    probe: str | None = None  # name of the Stream, never learned from, that counts errors afterwards
+    probe: str | None = None  # name of the stream, never learned from, that counts errors afterwards
+
+    @cached_property
+    def features(self) -> Features:
+        """The samples as a method sees them."""
+        z, present = torch.from_numpy(self.z.astype(np.float32)), torch.from_numpy(mask_to_bool(self.present))
+        return Features(z, present, torch.ones(len(z), dtype=torch.bool), torch.from_numpy(self.session))
 
 
 class Rates(NamedTuple):
@@ -56,73 +64,65 @@ class Rates(NamedTuple):
 class Course:
     """What one method did on one stream."""
 
-    score: NDArray[np.float32]  # [N] before learning
-    pseudo_label: NDArray[np.int8]  # [N] -1: not used
+    score: np.ndarray  # [N] before learning
+    pseudo_label: np.ndarray  # [N] int8, -1: not used
     online: Rates
-    source_after: Rates  # on source validation, by the state at the end: what was forgotten
+    source_after: Rates | None  # on source validation, by the state at the end: what was forgotten
     probe_after: Rates | None
-    shift: NDArray[np.float32]  # [steps] logits by which the boundary of complete captures moved
+    shift: np.ndarray  # [steps] logits by which the boundary of complete captures moved
     stopped_after: float  # poisoned samples until what serves last changed; inf: it went on
 
 
-def rates(
-    score: NDArray[np.floating], label: NDArray[np.int64], pai: NDArray[np.str_], threshold: float
-) -> Rates:
-    """HTER, BPCER and the worst species' APCER; small species are counted together as everywhere."""
+def rates(score: np.ndarray, label: np.ndarray, pai: np.ndarray, threshold: float) -> Rates:
+    """Returns HTER, BPCER and the worst species' APCER; small species are counted together as everywhere."""
     names, _ = metrics.merge_small(pai, label, min(metrics.MIN_SPECIES, 10))
     worst, top = metrics.max_apcer(metrics.apcer_by_species(score, label, names, threshold))
-    return Rates(
-        metrics.hter(score, label, threshold), metrics.bpcer(score, label, threshold).rate, top, worst
-    )
+    bpcer = metrics.bpcer(score, label, threshold).rate
+    return Rates(metrics.hter(score, label, threshold), bpcer, top, worst)
 
 
 def run(
     method: SiteMethod,
     tail: Params,
-    streams: Sequence[Stream],
+    streams: Mapping[str, Stream],
     probes: Mapping[str, Stream],
     *,
     batch: int,
     threshold: float,
     source: Stream | None = None,
-    on_stream: Callable[[int], None] | None = None,
 ) -> dict[str, Course]:
-    """Every stream from the source model's own state; ``source`` is its labelled validation."""
-    found: dict[str, Course] = {}
-    for part in _alike(streams):
-        stacked = bank.stack([method.init(tail) for _ in part])
+    """Runs every stream from the source model's own state; ``source`` is its labelled validation."""
+    courses: dict[str, Course] = {}
+    for names in _alike(streams):
         history: list[State] = []
         states, traces = bank.run(
             method,
             tail,
-            stacked,
-            [s.features for s in part],
+            bank.stack([method.init(tail) for _ in names]),
+            [streams[n].features for n in names],
             batch=batch,
-            slots=len(part),
-            on_step=lambda state, kept=history: kept.append({n: state[n] for n in tails.MOVABLE}),
+            slots=len(names),
+            on_step=lambda state, steps=history: steps.append({n: state[n] for n in tails.MOVABLE}),
         )
-        for k, (stream, trace) in enumerate(zip(part, traces, strict=True)):
-            own = {n: t[k : k + 1] for n, t in states.items()}
-            steps = history[: -(-len(stream.label) // batch)]
-            score = trace.score.numpy()
-            found[stream.name] = Course(
-                score,
-                trace.pseudo_label.numpy(),
-                rates(score, stream.label, stream.pai, threshold),
-                _afterwards(tail, own, source, threshold) or Rates(math.nan, math.nan, math.nan, ""),
-                _afterwards(tail, own, probes.get(stream.probe or ""), threshold),
-                np.array([_threshold_shift(tail, h, k) for h in steps], np.float32),
-                _stopped(tail, steps, k, stream.poison, batch),
+        for k, (name, trace) in enumerate(zip(names, traces, strict=True)):
+            s, own = streams[name], {n: t[k : k + 1] for n, t in states.items()}
+            steps = [{n: t[k] for n, t in step.items()} for step in history[: -(-len(s.label) // batch)]]
+            courses[name] = Course(
+                score=trace.score.numpy(),
+                pseudo_label=trace.pseudo_label.numpy(),
+                online=rates(trace.score.numpy(), s.label, s.pai, threshold),
+                source_after=_afterwards(tail, own, source, threshold),
+                probe_after=_afterwards(tail, own, probes.get(s.probe or ""), threshold),
+                shift=np.array([_shift(tail, step) for step in steps], np.float32),
+                stopped_after=_stopped(steps, s.poison, batch),
             )
-        if on_stream:
-            on_stream(len(found))
-    return found
+    return courses
 
 
 def timeline(
-    score: NDArray[np.floating], label: NDArray[np.int64], pai: NDArray[np.str_], threshold: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """(position, BPCER, max APCER) [POINTS] in windows of WINDOW samples; NaN where a class is missing."""
+    score: np.ndarray, label: np.ndarray, pai: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (position, BPCER, max APCER) [POINTS] in windows of WINDOW; NaN where a class is missing."""
     n = len(label)
     at = np.linspace(min(WINDOW, n) / 2, n - min(WINDOW, n) / 2, min(POINTS, max(1, n // 10)))
     rows = [slice(max(0, int(p - WINDOW / 2)), int(p + WINDOW / 2)) for p in at]
@@ -131,15 +131,9 @@ def timeline(
 
 
 def recovery(
-    score: NDArray[np.floating],
-    label: NDArray[np.int64],
-    threshold: float,
-    change: int,
-    *,
-    within: float = metrics.HARM,
+    score: np.ndarray, label: np.ndarray, threshold: float, change: int, *, within: float = metrics.HARM
 ) -> float:
-    """Samples after ``change`` until the error of the last WINDOW is back within ``within`` of what it was
-    before.
+    """Returns the samples after ``change`` until the error of a WINDOW is back ``within`` of that before.
 
     NaN where a class is missing before it; infinite if it does not come back.
     """
@@ -147,8 +141,7 @@ def recovery(
     if math.isnan(before):
         return math.nan
     for end in range(change + WINDOW, len(label) + 1, WINDOW // 4):
-        now = metrics.hter(score[end - WINDOW : end], label[end - WINDOW : end], threshold)
-        if now <= before + within:
+        if metrics.hter(score[end - WINDOW : end], label[end - WINDOW : end], threshold) <= before + within:
             return float(end - change)
     return math.inf
 
@@ -156,8 +149,9 @@ def recovery(
 def degenerate(
     method: SiteMethod, tail: Params, *, batch: int, sites: int = 4, steps: int = 3
 ) -> dict[str, str]:
-    """What the last slot of a bank was given → "bit-equal and finite" for the other slots and all states, or
-    what was not.
+    """Gives the last slot of a bank samples that nobody should learn from.
+
+    Returns SOUND for each kind of them if no other slot changed and all states are finite, else what was not.
     """
     random = torch.Generator().manual_seed(0)
     shape = (steps, sites, batch, *tail["site.gamma"].shape)
@@ -165,7 +159,7 @@ def degenerate(
     present = torch.ones(shape[:4], dtype=torch.bool)
     valid, session = present[..., 0].clone(), torch.arange(steps * sites * batch).view(shape[:3])
     start = bank.stack([method.init(tail) for _ in range(sites)])
-    poison = {"NaN": math.nan, "infinite": math.inf, "constant": 1.0, "all black": 0.0, "one sample": 0.0}
+    values = {"NaN": math.nan, "infinite": math.inf, "constant": 1.0, "all black": 0.0, "one sample": 0.0}
 
     def run_on(value: float | None, *, single: bool) -> State:
         state = start
@@ -177,66 +171,56 @@ def degenerate(
             state, _ = bank.step(method, tail, state, given)
         return state
 
-    clean = run_on(None, single=False)
-    found: dict[str, str] = {}
-    for name, value in poison.items():
+    clean, ends = run_on(None, single=False), dict[str, str]()
+    for name, value in values.items():
         state = run_on(value, single=name == "one sample")
         same = all(torch.equal(state[n][:-1], clean[n][:-1]) for n in clean)
         finite = all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point())
-        found[name] = (
-            "bit-equal and finite" if same and finite else "not finite" if same else "a neighbour changed"
-        )
-    return found
+        ends[name] = SOUND if same and finite else "not finite" if same else "a neighbour changed"
+    return ends
 
 
-def precision(pseudo_label: NDArray[np.int8], label: NDArray[np.int64], value: int) -> tuple[int, int]:
-    """(right, used) pseudo labels of the class ``value``."""
+def precision(pseudo_label: np.ndarray, label: np.ndarray, value: int) -> tuple[int, int]:
+    """Returns (right, used) pseudo labels of the class ``value``."""
     used = pseudo_label == value
     return int((label[used] == value).sum()), int(used.sum())
 
 
-def _alike(streams: Sequence[Stream]) -> list[list[Stream]]:
-    """At most SLOTS streams together, none much longer than another: a slot that has ended is computed all
-    the same.
-    """
-    parts: list[list[Stream]] = []
-    for s in sorted(streams, key=lambda s: len(s.label)):
-        if not parts or len(parts[-1]) == SLOTS or len(s.label) > LONGER * len(parts[-1][0].label):
-            parts.append([])
-        parts[-1].append(s)
-    return parts
+def _alike(streams: Mapping[str, Stream]) -> list[list[str]]:
+    """Groups at most SLOTS streams of like length: a slot that has ended is computed all the same."""
+    groups: list[list[str]] = []
+    length = {name: len(s.label) for name, s in streams.items()}
+    for name in sorted(streams, key=lambda n: length[n]):
+        if not groups or len(groups[-1]) == SLOTS or length[name] > LONGER * length[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(name)
+    return groups
 
 
-def _afterwards(tail: Params, own: State, stream: Stream | None, threshold: float) -> Rates | None:
-    if stream is None:
+def _afterwards(tail: Params, own: State, s: Stream | None, threshold: float) -> Rates | None:
+    if s is None:
         return None
-    score = bank.scores(tail, own, stream.features.z, stream.features.present)[0].numpy()
-    return rates(score, stream.label, stream.pai, threshold)
+    score = bank.scores(tail, own, s.features.z, s.features.present)[0].numpy()
+    return rates(score, s.label, s.pai, threshold)
 
 
-def _threshold_shift(tail: Params, state: State, k: int) -> float:
-    """Logits by which the fused boundary of complete captures lies above the source's; below 0: more is
-    accepted.
-    """
+def _shift(tail: Params, state: State) -> float:
+    """Returns the logits by which the boundary of complete captures lies above the source's."""
     full = 2**tails.MODALITIES - 1
-    now, then = (
-        float(s["log_rho"][..., tails.FUSED] + s["pattern"][..., full])
-        for s in ({n: state[n][k] for n in ("log_rho", "pattern")}, tail)
-    )
+    now, then = (float(s["log_rho"][..., tails.FUSED] + s["pattern"][..., full]) for s in (state, tail))
     return tails.KAPPA * (then - now if "linear" in tail else math.exp(then) - math.exp(now))
 
 
-def _stopped(tail: Params, steps: Sequence[State], k: int, poison: NDArray[np.bool_], batch: int) -> float:
-    """Poisoned samples seen up to the last step that changed what serves; 0: nothing moved after the first of
-    them.
-    """
+def _stopped(steps: Sequence[State], poison: np.ndarray, batch: int) -> float:
+    """Returns the poisoned samples up to the last change of what serves; 0: none after the first."""
     if not poison.any():
         return math.nan
     first = int(np.flatnonzero(poison)[0]) // batch
-    last = -1
-    for i in range(max(first, 1), len(steps)):
-        if any(not torch.equal(steps[i][n][k], steps[i - 1][n][k]) for n in tails.MOVABLE):
-            last = i
-    if last < 0:
+    moves = [
+        i
+        for i in range(max(first, 1), len(steps))
+        if any(not torch.equal(steps[i][n], steps[i - 1][n]) for n in steps[i])
+    ]
+    if not moves:
         return 0.0
-    return math.inf if last == len(steps) - 1 else float(poison[: (last + 1) * batch].sum())
+    return math.inf if moves[-1] == len(steps) - 1 else float(poison[: (moves[-1] + 1) * batch].sum())

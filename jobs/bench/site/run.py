@@ -1,39 +1,33 @@
-"""``palisade bench site``: every site method on the same streams, from the same source models, scored before
-it learns.
+"""Compares all site methods on the same streams, from the same source models, scored before they learn.
 
-Streams are recorded sites, domains that the source model has not learned from, and rendered scenarios,
-hostile ones among them. Thresholds come from source validation. Every fit and every run is stored when it is
-done, so a second call goes on.
+``palisade bench site``: streams are recorded sites, domains that the source model has not learned from, and
+rendered scenarios, hostile ones among them. Thresholds come from source validation.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
+import itertools
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jobs.bench import speed
-from jobs.bench.figures import conclude, context
-from jobs.bench.parts import code_of
-from jobs.bench.site import courses, online, streams
+from jobs.bench.parts import code_of, load
+from jobs.bench.report import conclude, context, glossary, notes
+from jobs.bench.site import courses, online, page
 from jobs.bench.site.courses import FILLS, MethodJob
-from jobs.bench.site.figures import Found, figures
-from jobs.bench.site.page import numbers, reported, shown
-from jobs.bench.site.streams import Given, SourceJob
-from jobs.bench.source.run import corpora_of
-from jobs.pretrain import pretrained
+from jobs.bench.site.results import BASELINE, OURS, Results, figures
+from jobs.bench.site.streams import Ground, Prepared, SourceJob
+from jobs.bench.source.run import begun, corpora_of
 from pipeline.cluster import connected
 from pipeline.config import method_config, methods
+from pipeline.control.deployment import now
 from pipeline.data.corpora import write_corpus
 from pipeline.data.corpus import read_manifest
 from pipeline.data.protocols import leave_one_domain_out
 from pipeline.models import checkpoint
-from pipeline.report import site as report
-from pipeline.report.content import Figure
-from pipeline.report.site import BASELINE, OURS
+from pipeline.report.bench import Report
 from pipeline.simulate import scenarios
 from pipeline.simulate.corpora import synth
 
@@ -42,13 +36,13 @@ if TYPE_CHECKING:
 
     from jobs.terminal import Terminal
     from pipeline.config import Config
-    from pipeline.site.contract import SiteMethod
 
 QUICK = (BASELINE, "recalibrate", "tent", OURS)
 QUICK_SCALE = 0.3  # of a scenario's length
 RENDERED = ("pipeline/simulate/*.py", "pipeline/data/decode.py")
-TOLD = ("shifted", "clean", "one-class", "poisoning")  # groups on which our additions are told apart
-ASIDE = ("door-0.9", "door-0.5", "drip-1", "kiosk-drip")  # of them
+JUDGED = ("shifted", "clean", "one-class", "poisoning")  # groups on which our additions are told apart,
+ASIDE = ("door-0.9", "door-0.5", "drip-1", "kiosk-drip")  # but for these streams of them
+MOVED = ("rig-g", "rig-swapped")  # streams of the ablation, with the missing and the recorded shifted ones
 LABELS, WEIGHTS = ("all", "confidence", "vote"), ("one", "omega", "restore")
 AS_PUBLISHED: dict[str, object] = {  # danet without our additions: what the abstract names
     "calibrate": False,
@@ -58,7 +52,7 @@ AS_PUBLISHED: dict[str, object] = {  # danet without our additions: what the abs
     "groups": None,
     "lr": 1e-3,
 }
-ADDITIONS: dict[str, tuple[str, dict[str, object]]] = {  # row → what it shows, settings of danet
+ADDITIONS: dict[str, tuple[str, dict[str, object]]] = {  # row -> what it shows, settings of danet
     "default": ("everything as configured", {}),
     "reconstruction alone": ("no calibration, no trigger, no cap, mean gradient", AS_PUBLISHED),
     "without calibration": ("gradients only", {"calibrate": False}),
@@ -79,165 +73,146 @@ ADDITIONS: dict[str, tuple[str, dict[str, object]]] = {  # row → what it shows
 }
 
 
-@dataclass(frozen=True)
-class Planned:
-    """One run and the table it is for."""
+class Planned(NamedTuple):
+    """One run and its place in a table."""
 
     table: str  # main, fills, ablation or additions
     row: str
     job: MethodJob
 
 
-def bench_site(config: Config, terminal: Terminal, *, quick: bool, seeds: int | None) -> int:
-    """Fit sources, prepare streams, run methods, compare, write the page."""
-    started = time.monotonic()
-    count = 1 if quick else seeds or config.bench.seeds
+def bench_site(
+    config: Config, terminal: Terminal, *, quick: bool, seeds: int | None, write: bool = False
+) -> int:
+    """Fits sources, prepares streams, runs and compares all methods; exit 0 if every figure holds, else 3."""
+    started, count = time.monotonic(), 1 if quick else seeds or config.bench.seeds
     folders = corpora_of(config, terminal)
-    if config.bench.pretrain:
-        start = config.source.model_copy(update={"start": str(pretrained(config, terminal))})
-        config = config.model_copy(update={"source": start})
-    given = _given(config, terminal, folders, quick=quick)
-    domains = sorted(set(folders) - set(config.bench.added_domains))
-    wanted = _sources(config, domains, seeds=count, quick=quick)
+    config = begun(config, terminal)
+    ground = _ground(config, terminal, folders, quick=quick)
+    wanted = _sources(
+        config, sorted(set(folders) - set(config.bench.added_domains)), seeds=count, quick=quick
+    )
+    planned = plan(config, wanted, quick=quick)
     with connected(config.cluster):
         with terminal.progress("bench site", "source models") as advance:
-            sources = courses.run_sources(wanted, given, on_progress=advance)
-        planned = plan(config, wanted, quick=quick)
+            sources = courses.run_sources(wanted, ground, on_progress=advance)
         with terminal.progress("bench site", "runs") as advance:
-            done = courses.run_methods([p.job for p in planned], given, sources, on_progress=advance)
-    for p in planned:
-        if p.job not in done:
-            terminal.say(f"{p.row} on {p.job.source.name}, seed {p.job.source.seed}: no result")
+            done = courses.run_methods([p.job for p in planned], ground, sources, on_progress=advance)
+    for p in (p for p in planned if p.job not in done):
+        terminal.say(f"{p.row} on {p.job.source.name}, seed {p.job.source.method.seed}: no result")
     terminal.say("timing a step beside forward-only")
-    model = checkpoint.load(sources[wanted[0]].model)
-    found = Found(
-        config=config,
-        scenarios=given.scenarios,
-        prepared={job: streams.read_prepared(s.streams) for job, s in sources.items()},
-        courses={
-            (p.table, p.row, p.job): courses.read_courses(done[p.job]) for p in planned if p.job in done
-        },
-        costs=speed.adaptation(
-            model, {p.row: _method(p.job) for p in planned if p.table == "main"}, batch=config.bank.batch_size
-        ),
-        borne=online.degenerate(config.site, model.tail, batch=config.bank.batch_size),
-        state_kib=sum(t.numel() * t.element_size() for t in config.site.init(model.tail).values()) / 1024,
+    model, batch = checkpoint.load(sources[wanted[0]].model), config.bank.batch_size
+    compared = {p.row: p.job.method for p in planned if p.table == "main"}
+    r = Results(
+        groups=config.bench.groups,
+        scenarios={s.name: s for s in ground.scenarios},
+        prepared={job: load(s.streams, Prepared) for job, s in sources.items()},
+        courses={(p.table, p.row, p.job): done[p.job] for p in planned if p.job in done},
+        costs=speed.adaptation(model, compared, batch=batch),
+        degenerate=online.degenerate(config.site, model.tail, batch=batch),
+        state_kib=sum(t.nbytes for t in config.site.init(model.tail).values()) / 1024,
+        batch=batch,
     )
-    made = reported(found, quick=quick)
-    decided = figures(found, made, seeds=count)
-    facts = context(
-        started,
-        seeds=list(range(count)),
-        quick=quick,
-        runs=len(planned),
-        sources=len(wanted),
-        data={d: read_manifest(path).digest[:12] for d, path in folders.items()},
-    )
-    out = config.folder("reports", "bench-site-quick.html" if quick else "bench-site.html")
-    rows = tuple(Figure(f.name, f.measured, "", f.target, f.holds, f.note) for f in decided)
-    report.write(replace(made, figures=rows, context={k: str(v) for k, v in facts.items()}), out)
-    return conclude(
-        terminal, decided, {**facts, **numbers(made), "page": str(out)}, *shown(made), f"page: {out}"
+    data, seeds_ = {d: read_manifest(path).digest[:12] for d, path in folders.items()}, list(range(count))
+    counts = {"runs": len(planned), "sources": len(wanted)}
+    facts = context("site", started, quick=quick, seeds=seeds_, **counts, data=data)
+    return conclude(config, terminal, _report(r, facts, count), write=write)
+
+
+def _report(r: Results, facts: dict[str, object], seeds: int) -> Report:
+    rows, quick = page.method_rows(r), bool(facts["quick"])
+    decided = figures(r, {m.method: m.hter.value for m in rows}, seeds=seeds)
+    return Report(
+        name="site",
+        title="Site methods",
+        created=now(),
+        figures=decided,
+        sections=page.sections(r, rows, {row: words for row, (words, _) in ADDITIONS.items()}, quick=quick),
+        context=facts,
+        answer=page.answer(rows, decided),
+        notes=notes("site", ours=OURS),
+        own=(OURS, "default"),
+        glossary=glossary("site", r.main),
     )
 
 
 def plan(config: Config, sources: Sequence[SourceJob], *, quick: bool) -> list[Planned]:
-    """All runs, the comparison first; the parts of danet are told apart on the first seed."""
+    """Returns all runs, the comparison first; the parts of danet are told apart on the first seed."""
+    own = config.site.model_dump()
 
-    def of(
-        table: str, row: str, source: SourceJob, kind: str, settings: dict[str, object], **more: object
-    ) -> Planned:
-        own = config.site.model_dump() if config.site.model_dump()["kind"] == kind else {}
-        stated = method_config("site", kind).model_validate({**own, "kind": kind, **settings})
-        job = MethodJob(row, source, stated.model_dump_json(), **more)  # pyright: ignore[reportArgumentType]
-        return Planned(table, row, job)
+    def job(
+        row: str,
+        source: SourceJob,
+        kind: str,
+        settings: dict[str, object],
+        fill: str = FILLS[-1],
+        only: Sequence[str] = (),
+    ) -> MethodJob:
+        given = {**(own if own["kind"] == kind else {}), "kind": kind, **settings}
+        return MethodJob(row, source, method_config("site", kind).model_validate(given), fill, tuple(only))
+
+    def streams(*groups: str) -> list[str]:
+        rendered = [s.name for s in scenarios.scenarios() if s.group in groups]
+        return rendered + [site for site, group in config.bench.groups.items() if group in groups]
 
     planned: list[Planned] = []
     for source in sources:
         for kind in QUICK if quick else methods("site"):
-            planned.append(of("main", kind, source, kind, {}))
+            ours = job(kind, source, kind, {})
+            planned.append(Planned("main", kind, ours))
             published = getattr(importlib.import_module(f"pipeline.site.methods.{kind}"), "PUBLISHED", {})
-            other = of("main", f"{kind} (published)", source, kind, published)
-            if not quick and other.job.site != planned[-1].job.site:
-                planned.append(other)
-    whole = [s for s in sources if s.target is None]
-    missing = tuple(s.name for s in scenarios.scenarios() if s.group == "missing")
-    missing += tuple(site for site, group in config.bench.groups.items() if group == "missing")
-    for source in whole:
-        planned += [of("fills", fill, source, BASELINE, {}, fill=fill, only=missing) for fill in FILLS]
+            other = job(f"{kind} (published)", source, kind, published)
+            if not quick and other.method != ours.method:
+                planned.append(Planned("main", other.name, other))
+    whole, missing = [s for s in sources if s.target is None], streams("missing")
+    planned += [
+        Planned("fills", fill, job(fill, s, BASELINE, {}, fill, missing)) for s in whole for fill in FILLS
+    ]
     if quick:
         return planned
-    told = tuple(s.name for s in scenarios.scenarios() if s.group in TOLD) + tuple(
-        site for site, group in config.bench.groups.items() if group in TOLD
-    )
-    told = tuple(name for name in told if name not in ASIDE)
+    judged = [name for name in streams(*JUDGED) if name not in ASIDE]
     planned += [
-        of("additions", row, whole[0], OURS, settings, only=told) for row, (_, settings) in ADDITIONS.items()
+        Planned("additions", row, job(row, whole[0], OURS, settings, only=judged))
+        for row, (_, settings) in ADDITIONS.items()
     ]
-    moved = (
-        *(site for site, group in config.bench.groups.items() if group == "shifted"),
-        "rig-g",
-        "rig-swapped",
-    )
-    for fill in (FILLS[0], *FILLS[2:]):
-        for labels in LABELS:
-            for weight in WEIGHTS:
-                settings = {**AS_PUBLISHED, "labels": labels, "weight": weight}
-                row = f"{fill} | {labels} | {weight}"
-                planned.append(of("ablation", row, whole[0], OURS, settings, fill=fill, only=missing + moved))
+    shifted = [*missing, *(site for site, group in config.bench.groups.items() if group == "shifted"), *MOVED]
+    for fill, labels, weight in itertools.product((FILLS[0], *FILLS[2:]), LABELS, WEIGHTS):
+        row, settings = f"{fill} | {labels} | {weight}", {**AS_PUBLISHED, "labels": labels, "weight": weight}
+        planned.append(Planned("ablation", row, job(row, whole[0], OURS, settings, fill, shifted)))
     return planned
 
 
-def _sources(config: Config, domains: Sequence[str], *, seeds: int, quick: bool) -> list[SourceJob]:
-    """One source model on everything, and one without each domain, per seed."""
+def _sources(config: Config, domains: list[str], *, seeds: int, quick: bool) -> list[SourceJob]:
+    """Returns one source model on everything, and one without each domain, per seed."""
     steps = config.bench.quick_steps if quick else config.source.steps
-    made: list[SourceJob] = []
-    for seed in range(seeds):
-        method = config.source.model_copy(update={"seed": seed, "steps": steps})
-        stated, model = method.model_dump_json(), config.model.model_dump_json()
-        parts = [
-            ("all", tuple(domains), None),
-            *((p.name, p.sources, p.target) for p in leave_one_domain_out(list(domains))),
-        ]
-        made += [
-            SourceJob(name, seed, stated, model, (*d, *config.bench.added_domains), target)
-            for name, d, target in parts
-        ]
-    return made
+    left_out = [(p.name, p.sources, p.target) for p in leave_one_domain_out(domains)]
+    return [
+        SourceJob(name, method, config.model, (*learned, *config.bench.added_domains), target)
+        for method in (config.source.model_copy(update={"seed": s, "steps": steps}) for s in range(seeds))
+        for name, learned, target in [("all", tuple(domains), None), *left_out]
+    ]
 
 
-def _method(job: MethodJob) -> SiteMethod:
-    stated = json.loads(job.site)
-    return method_config("site", stated["kind"]).model_validate(stated)
-
-
-def _given(config: Config, terminal: Terminal, folders: dict[str, Path], *, quick: bool) -> Given:
-    """Where the streams come from; the pool of the scenarios is rendered when it is not there."""
+def _ground(config: Config, terminal: Terminal, folders: dict[str, Path], *, quick: bool) -> Ground:
+    """Returns where the streams come from; the pool of the scenarios is rendered when it is not there."""
     captures = config.bench.streams
     if captures and not Path(captures).is_dir():
         raise ValueError(
             f"bench.streams: {captures} is not there; set it to a folder of site streams, or to null"
         )
-    return Given(
-        corpora={d: str(p.resolve()) for d, p in folders.items()},
-        pool=str(_pool(config, terminal).resolve()),
-        captures=str(Path(captures).resolve()) if captures else None,
-        limits=config.data.model_dump_json(),
-        scenarios=tuple(scenarios.scenarios(QUICK_SCALE if quick else 1.0)),
-        attacker=config.site.model_dump_json(),
-        batch=config.bank.batch_size,
-        place=str(config.folder("bench", "site")),
-    )
-
-
-def _pool(config: Config, terminal: Terminal) -> Path:
-    """Folder of the rendered captures that scenarios draw from, named by what they follow from."""
-    folder = config.folder("bench", "site", f"pool-{config.data.frame_px}-{code_of(*RENDERED)[:16]}")
-    if not (folder / "manifest.json").exists():
-        plan_ = scenarios.clips()
+    pool = config.folder("bench", "site", f"pool-{config.data.frame_px}-{code_of(*RENDERED)[:16]}")
+    if not (pool / "manifest.json").exists():
         with terminal.progress("render scenarios", "captures") as advance:
-            rows = synth.render(
-                plan_, size=config.data.frame_px, workers=config.cluster.cpus, progress=advance
-            )
-            write_corpus(rows, folder, domain="scenarios", kind=synth.KIND, size=config.data.frame_px)
-    return folder
+            given = {"size": config.data.frame_px, "workers": config.cluster.cpus, "progress": advance}
+            rows = synth.render(scenarios.clips(), **given)
+            write_corpus(rows, pool, domain="scenarios", kind=synth.KIND, size=config.data.frame_px)
+    return Ground(
+        corpora={d: p.resolve() for d, p in folders.items()},
+        pool=pool.resolve(),
+        captures=Path(captures).resolve() if captures else None,
+        limits=config.data,
+        scenarios=tuple(scenarios.scenarios(QUICK_SCALE if quick else 1.0)),
+        attacker=config.site,
+        batch=config.bank.batch_size,
+        place=config.folder("bench", "site"),
+    )

@@ -1,148 +1,215 @@
-"""Many small fits on Ray, each stored as soon as it is done: an interrupted benchmark goes on where it was.
+"""Fits source methods on some domains and scores the held-out others; each fit is stored when it is done.
 
-Fits on the same domains with the same seed share a task, so that what they see is drawn and augmented once.
+Fits on the same domains with the same seed share a Ray task, so that their samples are drawn and augmented
+once. Thresholds are not chosen here: a result holds the scores of the sources' pooled validation beside those
+of the held-out tests, under every pattern of missing modalities, with the complement and with zeros.
 """
 
 from __future__ import annotations
 
-import json
+import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from jobs.bench.parts import code_of, digest, store
+from jobs.bench.parts import code_of, part, save
 from pipeline.cluster.tasks import Failed, run_tasks
 from pipeline.cluster.train import started
-from pipeline.config import method_config
 from pipeline.data.corpus import read_corpus, read_manifest
-from pipeline.models import ModelConfig
+from pipeline.data.protocols import PATTERNS
+from pipeline.models import tail as tails
 from pipeline.source import fit as fits
-from pipeline.source.holdout import fit_and_score, to_arrays
+from pipeline.source.contract import Batch
+from pipeline.source.holdout import FILLS, Split, merged, score
 from pipeline.source.sampler import draw, stratify
-from pipeline.storage import write_atomic
+from pipeline.stats import metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from pipeline.data.corpus import Corpus
+    from pipeline.models import ModelConfig
     from pipeline.source.contract import SourceMethod
+    from pipeline.source.fit import Task
     from pipeline.source.sampler import Draw
 
-KEPT_BYTES = 2**30  # of drawn samples in a task
-CODE = (
+SHARED_BYTES = 2**30  # of drawn samples that the fits of a task share
+CODE = (  # what a stored fit depends on, besides the method's own file
     "pipeline/source/*.py",
     "pipeline/data/augment.py",
     "pipeline/data/protocols.py",
     "pipeline/models/*.py",
     "jobs/bench/source/fits.py",
-)  # what a stored result depends on, besides the method's own file
+)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One fit of a benchmark: a method, the domains it learns from and those it is tested on."""
+    """One fit: a method with its seed, the domains that it learns from and those that it is tested on."""
 
-    name: str  # the method, or the cell of an ablation
-    source: str  # JSON of the method's Config, seed included
-    model: str  # JSON of the ModelConfig
+    method: SourceMethod
+    model: ModelConfig
     sources: tuple[str, ...]
     targets: tuple[str, ...]
 
-    @property
-    def seed(self) -> int:
-        return int(json.loads(self.source)["seed"])
+
+@dataclass(frozen=True)
+class Result:
+    """Validation of the sources (for thresholds), held-out tests, and the training species of one fit."""
+
+    dev: Split
+    test: Split
+    known: tuple[str, ...]  # PAI species in the sources' train splits
+    radius: float  # of the fused head
+    seconds: float  # wall time of the fit
+
+    def threshold(self, pattern: str = "full", fill: str = "complement") -> float:
+        """Returns the logit at the equal error rate of source validation, same pattern and fill."""
+        return metrics.eer_threshold(*self.scores("dev", pattern, fill))
+
+    def scores(
+        self, split: str, pattern: str = "full", fill: str = "complement"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (logit, label) of ``dev`` or ``test`` where any modality is left."""
+        s = self.dev if split == "dev" else self.test
+        logit = s.logit[:, list(PATTERNS).index(pattern), FILLS.index(fill)]
+        kept = np.isfinite(logit)
+        return logit[kept], s.label[kept]
 
 
 def run(
     jobs: Sequence[Job],
     corpora: Mapping[str, Path],
     *,
-    place: Path,
+    folder: Path,
     workers: int,
     on_progress: Callable[[int, int], None],
-) -> dict[Job, Path | str]:
-    """Do what is not stored in ``place`` yet; every job's result file, or why it has none. Ray must be
-    initialised.
-    """
-    place.mkdir(parents=True, exist_ok=True)
+) -> dict[Job, Path | Failed]:
+    """Does what is not stored in ``folder``; returns each job's result file or why it has none. Needs Ray."""
+    folder.mkdir(parents=True, exist_ok=True)
     digests = {domain: read_manifest(path).digest for domain, path in corpora.items()}
-    paths = {job: place / f"{key(job, digests)}.npz" for job in jobs}
-    groups: dict[tuple[object, ...], list[Job]] = defaultdict(list)
-    for job in dict.fromkeys(jobs):
+    paths = {job: _path(folder, job, digests) for job in jobs}
+    groups: dict[object, list[Job]] = defaultdict(list)
+    for job in paths:
         if not paths[job].exists():
-            drawn_alike = {
-                k: v for k, v in json.loads(job.source).items() if k in ("batch", "seed", "steps", "augment")
-            }
-            groups[(job.sources, json.dumps(drawn_alike))].append(job)
-    folders = {domain: str(path.resolve()) for domain, path in corpora.items()}
-    parts, stored = _shared_out(groups, workers), set(paths.values())
-    calls = [([(job, str(paths[job])) for job in part], folders) for part in parts]
+            m = job.method
+            groups[job.sources, m.batch, m.seed, m.steps, m.augment].append(job)
+    places = {domain: path.resolve() for domain, path in corpora.items()}
+    shares, stored = _shared_out(groups, workers), set(paths.values())
+    calls = [([(job, paths[job]) for job in share], places) for share in shares]
     ended = run_tasks(
-        _group, calls, on_progress=lambda _: on_progress(sum(p.exists() for p in stored), len(stored))
+        _fit_group, calls, on_progress=lambda _: on_progress(sum(p.exists() for p in stored), len(stored))
     )
-    failed: dict[Job, str] = {}
-    for part, errors in zip(parts, ended, strict=True):
-        if isinstance(errors, Failed):  # a worker was lost three times, or broke: only its own fits are
-            errors = {job: errors.why for job in part if not paths[job].exists()}
+    failed: dict[Job, Failed] = {}
+    for share, errors in zip(shares, ended, strict=True):
+        if isinstance(errors, Failed):  # its worker was lost three times, or broke
+            errors = {job: errors for job in share if not paths[job].exists()}
         failed |= errors
     return {job: failed.get(job, path) for job, path in paths.items()}
 
 
-def key(job: Job, digests: Mapping[str, str]) -> str:
-    """Names a result by all that it depends on: method, model, data, start and code."""
-    source = json.loads(job.source)
-    source["start"] = next(iter(started(source["start"])), None)
+def key_of(method: SourceMethod, *given: object) -> tuple[object, ...]:
+    """Returns what a fit of ``method`` depends on: settings, start, code, and ``given``."""
+    start = next(iter(started(method.start)), None)
+    settings = method.model_copy(update={"start": start})
+    return settings, *given, code_of(*CODE, f"pipeline/source/methods/{method.kind}*")
+
+
+def fit_and_score(
+    task: Task,
+    sources: Sequence[Corpus],
+    targets: Sequence[Corpus],
+    *,
+    draws: Callable[[int], Draw] | None = None,
+) -> Result:
+    """Learns ``task`` on ``sources`` and scores their val splits and the targets' test splits."""
+    began = time.perf_counter()
+    model = fits.fit(task, sources, draws=draws)
+    seconds = time.perf_counter() - began
+    known = {str(s) for c in sources for s, split in zip(c.pai, c.split, strict=True) if split == "train"}
+    dev, test = (
+        merged([score(model, c, "val") for c in sources]),
+        merged([score(model, c, "test") for c in targets]),
+    )
+    radius = float(torch.exp(model.tail["log_rho"][tails.FUSED]))
+    return Result(dev, test, tuple(sorted(known)), radius, seconds)
+
+
+def degenerate(task: Task, corpora: Sequence[Corpus]) -> dict[str, str]:
+    """Fits corpora that no fit should be given; each ends as "finite", one error line, or "silent NaN"."""
+    task = replace(task, method=task.method.model_copy(update={"steps": 4}))
+
+    def only(c: Corpus, rows: np.ndarray) -> Corpus:
+        return replace(c, **{k: np.asarray(v)[rows] for k, v in vars(c).items() if k != "domain"})
+
+    first = corpora[0]
+    train = np.asarray(first.split) == "train"
+    three = np.flatnonzero(train)[np.linspace(0, train.sum() - 1, 3).astype(int)]
+    cases = {
+        "one class missing": [only(c, np.asarray(c.label) == 1) for c in corpora],
+        "one class missing in one domain": [only(first, np.asarray(first.label) == 1), *corpora[1:]],
+        "three samples in a domain": [only(first, np.union1d(three, np.flatnonzero(~train))), *corpora[1:]],
+        "a single domain": corpora[:1],
+    }
+
+    def outcome(run: Callable[[], np.ndarray]) -> str:
+        try:
+            return "finite" if np.isfinite(run()).all() else "silent NaN"
+        except ValueError as e:
+            return str(e)
+
+    def fitted(part: Sequence[Corpus]) -> np.ndarray:
+        return fit_and_score(task, part, [replace(c, split=np.full(len(c), "test")) for c in part]).test.logit
+
+    def one_step() -> np.ndarray:
+        frames, label = torch.full((4, 5, task.size, task.size), torch.nan), torch.tensor([0, 1, 0, 1])
+        sick = Batch(frames, torch.ones(4, 3, dtype=torch.bool), label, torch.zeros(4, dtype=torch.long), 0.0)
+        fits.step(fits.begin(task, domains=1), sick, torch.Generator())
+        return np.array([np.nan])
+
+    outcomes = {name: outcome(lambda part=part: fitted(part)) for name, part in cases.items()}
+    return {**outcomes, "NaN features": outcome(one_step)}
+
+
+def _path(folder: Path, job: Job, digests: Mapping[str, str]) -> Path:
     data = [[digests[d] for d in job.sources], [digests[d] for d in job.targets]]
-    given = [
-        source,
-        json.loads(job.model),
-        data,
-        code_of(*CODE, f"pipeline/source/methods/{source['kind']}*"),
-    ]
-    return f"{source['kind']}-{digest(*given)}"
+    return part(folder, job.method.kind, *key_of(job.method, job.model, data))
 
 
-def _shared_out(groups: Mapping[tuple[object, ...], list[Job]], workers: int) -> list[list[Job]]:
-    """Long groups first; where there are fewer groups than workers, they are halved."""
-    parts = sorted(groups.values(), key=len, reverse=True)
-    while parts and len(parts) < workers and len(parts[0]) > 1:
-        whole = parts.pop(0)
-        parts += [whole[0::2], whole[1::2]]
-        parts.sort(key=len, reverse=True)
-    return parts
+def _shared_out(groups: Mapping[object, list[Job]], workers: int) -> list[list[Job]]:
+    """Returns long groups first; where there are fewer groups than workers, they are halved."""
+    shares = sorted(groups.values(), key=len, reverse=True)
+    while shares and len(shares) < workers and len(shares[0]) > 1:
+        whole = shares.pop(0)
+        shares = sorted([*shares, whole[0::2], whole[1::2]], key=len, reverse=True)
+    return shares
 
 
-def _group(jobs: Sequence[tuple[Job, str]], folders: Mapping[str, str]) -> dict[Job, str]:
-    """Fit one after another on one thread; a fit that breaks says why and stops no other."""
+def _fit_group(jobs: Sequence[tuple[Job, Path]], folders: Mapping[str, Path]) -> dict[Job, Failed]:
+    """Fits one after another on one thread; a fit that breaks says why and stops no other."""
     torch.set_num_threads(1)
-    first = jobs[0][0]
-    sources = [read_corpus(Path(folders[d]), ("train", "val")) for d in first.sources]
-    cells = stratify(sources)
-    kept: dict[int, Draw] = {}
-    failed: dict[Job, str] = {}
+    sources = [read_corpus(folders[d], ("train", "val")) for d in jobs[0][0].sources]
+    cells, shared, failed = stratify(sources), dict[int, "Draw"](), dict[Job, Failed]()
     for job, path in jobs:
-        if Path(path).exists():  # a task that Ray started again
+        if path.exists():  # the task was started again
             continue
-        given = json.loads(job.source)
-        method = method_config("source", given["kind"]).model_validate(given)
 
-        def draws(step: int, method: SourceMethod = method) -> Draw:
-            if step in kept:
-                return kept[step]
+        def draws(step: int, method: SourceMethod = job.method) -> Draw:
+            if step in shared:
+                return shared[step]
             drawn = draw(method, sources, cells, step=step, rank=0, world=1)
-            if len(jobs) > 1 and len(kept) * drawn.frames.nbytes < KEPT_BYTES:
-                kept[step] = drawn
+            if len(jobs) > 1 and len(shared) * drawn.frames.nbytes < SHARED_BYTES:
+                shared[step] = drawn
             return drawn
 
-        task = fits.Task(method, ModelConfig.model_validate_json(job.model), sources[0].frame.shape[-1])
-        targets = [read_corpus(Path(folders[d]), ("test",)) for d in job.targets]
+        task = fits.Task(job.method, job.model, sources[0].frame.shape[-1])
+        targets = [read_corpus(folders[d], ("test",)) for d in job.targets]
         try:
-            result = fit_and_score(task, sources, targets, draws=draws)
+            save(path, fit_and_score(task, sources, targets, draws=draws))
         except ValueError as e:
-            failed[job] = str(e)
-            continue
-        arrays = to_arrays(result)
-        write_atomic(Path(path), lambda tmp, arrays=arrays: store(tmp, arrays))
+            failed[job] = Failed(str(e))
     return failed

@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jobs.bench.fleet import run as bench_fleet
-from jobs.bench.fleet import runs as bench_fleet_runs
-from jobs.bench.fleet.run import LEARNS, Size, figures
+from jobs.bench.fleet import runs
+from jobs.bench.fleet.run import LEARNS, Size, figures, once, registered
 from jobs.terminal import Terminal
 from pipeline.control.deployment import open_ledger
 from pipeline.data import blobs
-from pipeline.simulate import cloned_sites as crowd
+from pipeline.simulate import cloned_sites
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(300)]
 
@@ -21,10 +20,10 @@ SITES = 6
 
 
 @pytest.fixture(scope="module")
-def ground(trained, tmp_path_factory: pytest.TempPathFactory) -> bench_fleet_runs.Ground:
+def ground(trained, tmp_path_factory: pytest.TempPathFactory) -> runs.Ground:
     root = tmp_path_factory.mktemp("bench-fleet")
-    config = bench_fleet_runs.moved(trained.config, bank={"slots": 2})
-    return bench_fleet_runs.Ground(config, crowd.pool(root / "pool"), root)
+    config = runs.with_sections(trained.config, bank={"slots": 2})
+    return runs.Ground(config, cloned_sites.pool(root / "pool"), root)
 
 
 def states(config) -> dict[str, dict[str, torch.Tensor]]:
@@ -36,25 +35,25 @@ def states(config) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_a_cycle_under_ray_is_the_plain_loop_bit_for_bit(ground) -> None:
-    ours, bare = (ground.crowd(name, sites=SITES, captures=12) for name in ("ray", "plain"))
-    timed = bench_fleet_runs.cycle(ours, Terminal(as_json=True))
-    loop = bench_fleet_runs.plain(bare)
+    ours, bare = (ground.with_captures(name, sites=SITES, captures=12) for name in ("ray", "plain"))
+    timed = runs.cycle(ours, Terminal(as_json=True))
+    loop = runs.plain(bare)
     assert timed.sites == loop.sites == SITES
     assert min(timed.ingest, timed.adapt, timed.lineage, loop.ingest, loop.adapt) > 0
     mine, theirs = states(ours), states(bare)
-    assert set(mine) == set(theirs) == set(crowd.names(SITES))
+    assert set(mine) == set(theirs) == set(cloned_sites.names(SITES))
     assert all(torch.equal(t, theirs[site][n]) for site, state in mine.items() for n, t in state.items())
 
 
 def test_killed_shards_and_a_killed_driver(ground) -> None:
     fed = replace(ground, config=ground.config.model_copy(update={"site": LEARNS}))
-    seen = bench_fleet_runs.seen(ground.named("ray"))
-    calm, killed = (fed.fed(name, seen, sites=SITES, samples=64) for name in ("calm", "killed"))
-    bench_fleet_runs.adapted(calm, Terminal(as_json=True))
-    _, count = bench_fleet_runs.adapted(killed, Terminal(as_json=True), kill_every=2.0, most=2)
+    seen = runs.features_of(ground.named("ray"))
+    calm, killed = (fed.with_features(name, seen, sites=SITES, samples=64) for name in ("calm", "killed"))
+    runs.adapted(calm, Terminal(as_json=True))
+    _, count = runs.adapted(killed, Terminal(as_json=True), kill_every=2.0, most=2)
     assert 0 < count <= 2
-    resumed = fed.fed("resumed", seen, sites=SITES, samples=64)
-    seconds, left = bench_fleet_runs.resumed(resumed, Terminal(as_json=True))
+    resumed = fed.with_features("resumed", seen, sites=SITES, samples=64)
+    seconds, left = runs.resumed(resumed, Terminal(as_json=True))
     assert 0 < left < SITES and seconds > 0
     undisturbed = states(calm)
     assert any(
@@ -75,14 +74,11 @@ def test_a_figure_that_was_not_measured_does_not_hold() -> None:
 
 
 def test_registered_sites_are_counted_with_what_drives_them(ground) -> None:
-    found = bench_fleet._registered(ground, replace(Size(), registered=50), Terminal(as_json=True))
+    found = registered(ground, replace(Size(), registered=50), Terminal(as_json=True))
     assert 0.02 < found["resident"] < 2
 
 
 def test_a_part_is_measured_once(ground) -> None:
     given = [{"x": 1.0}, {"x": 2.0}]
-    found = [
-        bench_fleet._once(ground, size, "part", lambda: given.pop(0))
-        for size in (Size(), Size(), Size(small=3))
-    ]
+    found = [once(ground, size, "part", lambda: given.pop(0)) for size in (Size(), Size(), Size(small=3))]
     assert found == [{"x": 1.0}, {"x": 1.0}, {"x": 2.0}]

@@ -12,7 +12,6 @@ from jobs.bench.site import online
 from jobs.bench.site.online import Stream
 from pipeline.config import method_config
 from pipeline.models import TailConfig, tail
-from pipeline.types import Features
 
 F, B = 16, 8
 SOURCE = tail.init_tail(TailConfig(width=8, rank=4), F, generator=torch.Generator().manual_seed(0))
@@ -23,26 +22,25 @@ REPLAY = {
 }
 
 
-def stream(name: str, n: int, *, seed: int = 0, poison: int = 0, probe: str | None = None) -> Stream:
-    g = torch.Generator().manual_seed(seed)
-    there = torch.ones(n, 3, dtype=torch.bool)
-    features = Features(torch.randn(n, 3, F, generator=g), there, there[:, 0], torch.arange(n))
+def stream(n: int, *, seed: int = 0, poison: int = 0, probe: str | None = None) -> Stream:
+    z = torch.randn(n, 3, F, generator=torch.Generator().manual_seed(seed)).numpy()
     label = np.arange(n) % 3 % 2
     marked = np.zeros(n, bool)
     marked[n // 2 : n // 2 + poison] = True
-    return Stream(name, features, label, np.where(label == 1, "bona_fide", "print"), marked, probe=probe)
+    species = np.where(label == 1, "bona_fide", "print")
+    return Stream(z, np.full(n, 7, np.uint8), np.arange(n), label, species, marked, probe=probe)
 
 
 def run(kind: str, **settings: object) -> dict[str, online.Course]:
-    probe = stream("probe", 40, seed=9)
-    streams = [stream("long", 64, poison=10, probe="p"), stream("short", 21, seed=1)]
+    probe = stream(40, seed=9)
+    streams = {"long": stream(64, poison=10, probe="p"), "short": stream(21, seed=1)}
     method = method_config("site", kind)(**settings)
     return online.run(method, SOURCE, streams, {"p": probe}, batch=B, threshold=0.5, source=probe)
 
 
 def test_frozen_scores_are_the_source_models_and_nothing_moves():
     found = run("frozen")
-    s = stream("long", 64)
+    s = stream(64)
     want = tail.score(SOURCE, s.features.z, s.features.present).numpy()
     np.testing.assert_allclose(found["long"].score, want, atol=1e-6)
     assert len(found["short"].score) == 21
@@ -82,7 +80,7 @@ def test_recovery_is_counted_from_the_change():
 
 
 def test_timeline_windows_cover_the_stream():
-    s = stream("s", 300)
+    s = stream(300)
     at, bpcer, apcer = online.timeline(np.where(s.label == 1, 0.9, 0.1), s.label, s.pai, 0.5)
     assert at[0] == online.WINDOW / 2 and at[-1] == 300 - online.WINDOW / 2
     assert not bpcer.any() and not apcer.any()

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from jobs.bench.source.fits import Job, run
+from jobs.bench.parts import load as load_part
+from jobs.bench.source.fits import Job, Result, run
+from pipeline.cluster.tasks import Failed
 from pipeline.config import load, method_config
 from pipeline.data.corpus import Row, write_corpus
 from pipeline.models import ModelConfig, TailConfig, TinyConfig
-from pipeline.source.holdout import from_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,19 +50,20 @@ def job(kind: str, target: str, **settings: object) -> Job:
     method = method_config("source", kind).model_validate({"kind": kind, "steps": 4, "batch": 12, **settings})
     model = ModelConfig(trunk=TinyConfig(width=4, features=8), tail=TailConfig(width=8, rank=2))
     sources = tuple(d for d in "abc" if d != target)
-    return Job(kind, method.model_dump_json(), model.model_dump_json(), sources, (target,))
+    return Job(method, model, sources, (target,))
 
 
 def test_fits_are_stored_resumed_and_independent(corpora: dict[str, Path], tmp_path: Path) -> None:
     jobs = [job("erm", "a"), job("rise", "a"), job("erm", "b"), job("erm", "c", lr=1e30)]
     seen: list[tuple[int, int]] = []
-    found = run(jobs, corpora, place=tmp_path, workers=2, on_progress=lambda *at: seen.append(at))
-    assert "the loss is not finite" in str(found[jobs[3]]), "a fit that breaks says why"
+    found = run(jobs, corpora, folder=tmp_path, workers=2, on_progress=lambda *at: seen.append(at))
+    broken = found[jobs[3]]
+    assert isinstance(broken, Failed) and "the loss is not finite" in broken.why, "a fit that breaks says why"
     good = {j: found[j] for j in jobs[:3]}
-    assert all(np.isfinite(from_file(p).test.logit).all() for p in good.values() if not isinstance(p, str))
+    assert all(np.isfinite(load_part(p, Result).test.logit).all() for p in good.values())
     assert seen[-1] == (3, 4)
-    times = {p: p.stat().st_mtime_ns for p in good.values() if not isinstance(p, str)}
-    again = run(jobs[:3], corpora, place=tmp_path, workers=2, on_progress=lambda *at: None)
+    times = {p: p.stat().st_mtime_ns for p in good.values()}
+    again = run(jobs[:3], corpora, folder=tmp_path, workers=2, on_progress=lambda *at: None)
     assert again == good
     assert {p: p.stat().st_mtime_ns for p in times} == times, "what is stored is not fitted again"
 

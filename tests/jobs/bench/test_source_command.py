@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from jobs.__main__ import main
-from jobs.bench.figures import Figure
 from jobs.terminal import Terminal
+from pipeline.report.bench import Figure, at_least, at_most
 from pipeline.simulate.corpora import synth
 
 if TYPE_CHECKING:
@@ -80,12 +80,12 @@ def test_mistakes_are_one_line(bench: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("figure", "holds"),
     [
-        (Figure("f", 0.15, 0.15, least=False, note=""), True),
-        (Figure("f", 0.16, 0.15, least=False, note=""), False),
-        (Figure("f", 0.25, 0.25, least=True, note=""), True),
-        (Figure("f", 0.0, 0.0, least=True, note="", strict=True), False),
-        (Figure("f", None, 0.0, least=True, note=""), False),
-        (Figure("f", float("nan"), 0.0, least=False, note=""), False),
+        (at_most("f", 0.15, 0.15), True),
+        (at_most("f", 0.16, 0.15), False),
+        (at_least("f", 0.25, 0.25), True),
+        (at_least("f", 0.0, 0.0, strict=True), False),
+        (at_least("f", None, 0.0), False),
+        (at_most("f", float("nan"), 0.0), False),
     ],
 )
 def test_a_figure_holds_only_when_measured_and_on_its_side(figure: Figure, holds: bool) -> None:
