@@ -21,7 +21,7 @@ $(STAMP): | .venv/bin/python
 	@echo "[1/3] torch"
 	@$(BIN)/pip install -qq "$$(grep '^torch==' requirements.lock)"
 	@echo "[2/3] $$(grep -c '==' requirements.lock) pinned packages"
-	@$(BIN)/pip install -qq -r requirements.lock
+	@$(BIN)/pip install -qq --no-deps -r requirements.lock
 	@echo "[3/3] palisade"
 	@$(BIN)/pip install -qq --no-deps -e .
 	@rm -f .venv/installed-* && touch $@

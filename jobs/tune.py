@@ -120,10 +120,15 @@ def _site_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[
 def _source_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dict[str, Value]]:
     """Fits under sampled settings, each domain held out in turn; returns trials, the best first, and tags."""
     folders = corpora(config)
-    with connected(config.cluster), terminal.progress("tune source", "trials") as advance:
+    with connected(config.cluster):
+        from pipeline.cluster import stems
         from pipeline.cluster.search import search_source
 
-        trials = search_source(config, folders, storage=config.folder("tune", "runs"), on_progress=advance)
+        with terminal.progress("stem maps", "files") as advance:
+            stems.fill(config, folders, ("train", "val"), on_progress=advance)
+        with terminal.progress("tune source", "trials") as advance:
+            runs = config.folder("tune", "runs")
+            trials = search_source(config, folders, storage=runs, on_progress=advance)
     return trials, {f"data.{p.name}": read_manifest(p).digest for p in folders}
 
 

@@ -26,11 +26,11 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from pipeline.config import Config, method_config, parse
-from pipeline.data.corpus import read_corpus
 from pipeline.models import checkpoint
 from pipeline.sections import Choice, LogUniform, SearchConfig
 from pipeline.site import bank
 from pipeline.source import fit as fits
+from pipeline.source import stems
 from pipeline.source.holdout import score
 from pipeline.source.sampler import FitError
 from pipeline.stats import metrics
@@ -131,7 +131,9 @@ def held_out(given: dict[str, object]) -> None:
     defaults = config.source.model_dump()
     settings = cast("dict[str, object]", given["settings"])
     method = method_config("source", str(defaults["kind"])).model_validate({**defaults, **settings})
-    corpora = [read_corpus(Path(p), ("train", "val")) for p in cast("list[str]", given["corpora"])]
+    corpora = [
+        stems.read(Path(p), ("train", "val"), config.model.trunk) for p in cast("list[str]", given["corpora"])
+    ]
     task = fits.Task(method, config.model, config.data.frame_px)
     tested = [
         c for c in corpora if len(set(c.label[c.split == "val"].tolist())) == 2

@@ -23,10 +23,11 @@ import ray.train.torch
 import torch
 
 from pipeline.config import parse
-from pipeline.data.corpus import read_corpus, read_manifest
+from pipeline.data.corpus import read_manifest
 from pipeline.models import checkpoint, fit_state
 from pipeline.revision import code_revision
 from pipeline.source import fit as fits
+from pipeline.source import stems
 from pipeline.source.sampler import FitError, check_validation
 from pipeline.types import PalisadeError
 
@@ -170,7 +171,7 @@ def _fit(given: dict[str, object], folder: Path) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, config.cluster.cpus // world))
     places = [Path(p) for p in cast("list[str]", given["corpora"])]
-    corpora = [read_corpus(p, ("train", "val")) for p in places]
+    corpora = [stems.read(p, ("train", "val"), config.model.trunk) for p in places]
     check_validation(corpora)
     task = fits.Task(
         method=config.source,

@@ -32,6 +32,11 @@ class DataConfig(Section):
     redteam: str | None = Field(
         default=None, description="folder of <site>-labels.parquet of red-team presentations"
     )
+    stem_cache_gb: float = Field(
+        default=4.0,
+        ge=0,
+        description="disk for maps of a frozen stem, beside the corpora; 0 = computed at every step",
+    )
     frame_px: int = Field(default=48, ge=16, le=512, description="frame side in pixels after decoding")
     max_rows: int = Field(default=20_000, ge=1, description="rows a capture segment may hold")
     max_bytes: int = Field(

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +25,7 @@ from pipeline.storage import write_atomic
 from pipeline.types import PalisadeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 SPLITS = ("train", "val", "test")
 FORMAT = 1
@@ -89,6 +89,8 @@ class Corpus:
     video: np.ndarray  # [N] str
     present: np.ndarray  # [N] uint8
     frame: np.ndarray  # [N, 5, H, W] uint8
+    # split -> views of what a trunk's stem made of it, float16 [rows of the split, M, C, h, w]
+    maps: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict[str, tuple[np.ndarray, ...]])
 
     def __len__(self) -> int:
         return len(self.label)

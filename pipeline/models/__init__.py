@@ -17,6 +17,13 @@ class TinyConfig(Section):
     features: int = Field(default=64, ge=8, le=1024, description="F, length of a modality's feature vector")
 
 
+class MobileConfig(Section):
+    """MobileNetV2 of ImageNet to stride 16: a frozen stem, and a middle that every modality trains."""
+
+    kind: Literal["mobile"] = Field(description="an ImageNet CNN, its middle trained per modality")
+    features: int = Field(default=64, ge=8, le=1024, description="F, length of a modality's feature vector")
+
+
 class VitConfig(Section):
     """A pre-trained ViT of ``transformers`` (extra ``vit``), shared by all modalities."""
 
@@ -25,6 +32,9 @@ class VitConfig(Section):
         default=None, description="hub name or local directory; null = small random ViT"
     )
     features: int = Field(default=64, ge=8, le=1024, description="F, length of a modality's feature vector")
+
+
+TrunkConfig = TinyConfig | MobileConfig | VitConfig
 
 
 class TailConfig(Section):
@@ -40,7 +50,7 @@ class TailConfig(Section):
 class ModelConfig(Section):
     """Section ``model``."""
 
-    trunk: TinyConfig | VitConfig = Field(
+    trunk: TrunkConfig = Field(
         default=TinyConfig(), discriminator="kind", description="frozen shared feature extractor"
     )
     tail: TailConfig = Field(default=TailConfig(), description="the small rest that sites may move")

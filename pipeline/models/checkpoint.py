@@ -30,9 +30,10 @@ from pipeline.types import PalisadeError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from pipeline.models import ModelConfig
+    from pipeline.models.trunk import Trunk
     from pipeline.storage import Place
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
@@ -48,12 +49,12 @@ class BadCheckpoint(PalisadeError, ValueError):
 class SourceModel:
     """A folded, frozen trunk for inference and the tail that every site starts from."""
 
-    trunk: nn.Module
+    trunk: Trunk
     tail: dict[str, Tensor]
     manifest: Manifest
 
 
-def seal(trunk: nn.Module, tail: Mapping[str, Tensor], manifest: Manifest) -> SourceModel:
+def seal(trunk: Trunk, tail: Mapping[str, Tensor], manifest: Manifest) -> SourceModel:
     """Returns a SourceModel whose manifest carries its digests; ``trunk`` is folded already.
 
     Raises BadCheckpoint if a tensor holds a value that is not finite.
@@ -152,7 +153,7 @@ def local_folder(path: Place) -> Iterator[Path]:
         yield Path(copy)
 
 
-def trunk_digest(trunk: nn.Module, config: ModelConfig, size: int) -> str:
+def trunk_digest(trunk: Trunk, config: ModelConfig, size: int) -> str:
     """Returns the sha256 of the trunk's tensors, config and frame side: equal digests, equal features."""
     h = hashlib.sha256(json.dumps([config.trunk.model_dump(mode="json"), size], sort_keys=True).encode())
     for name, t in sorted(trunk.state_dict().items()):
@@ -167,7 +168,7 @@ def manifest_digest(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _serialise(trunk: nn.Module, tail: Mapping[str, Tensor]) -> bytes:
+def _serialise(trunk: Trunk, tail: Mapping[str, Tensor]) -> bytes:
     named = {
         **{TRUNK + n: t for n, t in trunk.state_dict().items()},
         **{TAIL + n: t for n, t in tail.items()},

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pipeline.data.features import mask_to_bool
 from pipeline.models import tail as tails
-from pipeline.models.trunk import features
 from pipeline.source.sampler import stratify
+from pipeline.source.stems import features_of
 from pipeline.stats import metrics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from pipeline.data.corpus import Corpus
+    from pipeline.models.trunk import Trunk
 
     Params = dict[str, Tensor]
 
@@ -85,7 +85,7 @@ def validation_reference(
     return {"reference.logit": logit, "reference.boundary": torch.tensor(boundaries)}
 
 
-def replay_samples(trunk: nn.Module, corpora: Sequence[Corpus]) -> Params:
+def replay_samples(trunk: Trunk, corpora: Sequence[Corpus]) -> Params:
     """Returns a few labelled training features, equal per domain x class.
 
     Site methods that keep the source in their loss use them.
@@ -95,15 +95,14 @@ def replay_samples(trunk: nn.Module, corpora: Sequence[Corpus]) -> Params:
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for cell in cells:
         rows = cell.rows[np.linspace(0, len(cell.rows) - 1, min(each, len(cell.rows))).astype(int)]
-        present = torch.from_numpy(mask_to_bool(np.asarray(corpora[cell.domain].present)[rows]))
-        z = features(trunk, torch.from_numpy(corpora[cell.domain].frame[rows]), present)
+        z, present = features_of(trunk, corpora[cell.domain], rows)
         parts.append((z, present, torch.full((len(rows),), float(cell.label))))
     z, present, label = (torch.cat(p) for p in zip(*parts, strict=True))
     return {"replay.z": z, "replay.present": present, "replay.label": label}
 
 
 def validation_features(
-    trunk: nn.Module, corpora: Sequence[Corpus]
+    trunk: Trunk, corpora: Sequence[Corpus]
 ) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
     """Returns (domain, label, z, present) of the pooled val split."""
     parts = []
@@ -111,8 +110,7 @@ def validation_features(
         rows = np.flatnonzero((np.asarray(corpus.split) == "val") & (np.asarray(corpus.present) > 0))
         if len(rows) == 0:
             continue
-        present = torch.from_numpy(mask_to_bool(np.asarray(corpus.present)[rows]))
-        z = features(trunk, torch.from_numpy(corpus.frame[rows]), present)
+        z, present = features_of(trunk, corpus, rows)
         parts.append((np.full(len(rows), e), np.asarray(corpus.label)[rows].astype(np.int64), z, present))
     domain, label, z, present = zip(*parts, strict=True)
     return np.concatenate(domain), np.concatenate(label), torch.cat(z), torch.cat(present)

@@ -69,7 +69,7 @@ class SourceMethod(Method):
 class Batch(NamedTuple):
     """A labelled batch, stratified domain x class."""
 
-    frames: Tensor  # [B, 5, H, W] float, augmented and prepared for the trunk
+    frames: Tensor  # [B, 5, H, W] float, augmented and prepared for the trunk, or its stem's maps of them
     present: Tensor  # [B, M] bool
     label: Tensor  # [B] 1 bona fide, 0 attack
     domain: Tensor  # [B] index of the domain

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from pipeline.data.corpus import Corpus
-    from pipeline.models.trunk import TinyTrunk, VitTrunk
+    from pipeline.models.trunk import Trunk
     from pipeline.source.contract import Batch, SourceMethod
     from pipeline.source.sampler import Draw
 
@@ -77,7 +77,7 @@ class Objective(nn.Module):
     model gets their mean.
     """
 
-    def __init__(self, method: SourceMethod, trunk: nn.Module, tail: Params, *, domains: int) -> None:
+    def __init__(self, method: SourceMethod, trunk: Trunk, tail: Params, *, domains: int) -> None:
         super().__init__()
         self.method, self.trunk = method, trunk
         extra = method.extra(domains, tail)
@@ -271,7 +271,7 @@ def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> Sourc
         parents=task.parents,
         fingerprint=task.fingerprint,
         revision=task.revision,
-        architecture=cast("TinyTrunk | VitTrunk", objective.trunk).architecture(),
+        architecture=objective.trunk.architecture(),
     )
     tail |= replay_samples(trunk, corpora)
     score = tails.score(tail, z, present).numpy()
@@ -304,7 +304,7 @@ def scores(model: SourceModel, z: Tensor, present: Tensor) -> Tensor:
         return tails.score(model.tail, z, present)
 
 
-def _load_start(start: Path, trunk: nn.Module, tail: Params) -> None:
+def _load_start(start: Path, trunk: Trunk, tail: Params) -> None:
     """Loads trunk and tail of the fit that ``save`` left in ``start``; raises FitError.
 
     A head that the stored fit lacks keeps its fresh weights.

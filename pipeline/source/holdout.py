@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.data.features import mask_to_bool
 from pipeline.data.protocols import FULL, PATTERNS, any_present, keep_only
 from pipeline.models import tail as tails
-from pipeline.models.trunk import features
+from pipeline.source.stems import features_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,8 +42,7 @@ def score(model: SourceModel, corpus: Corpus, split: str) -> Split:
     """Returns every sample of one split, scored under every pattern."""
     rows = np.flatnonzero((np.asarray(corpus.split) == split) & any_present(np.asarray(corpus.present)))
     bits = np.asarray(corpus.present)[rows]
-    present = torch.from_numpy(mask_to_bool(bits))
-    z = features(model.trunk, torch.from_numpy(corpus.frame[rows]), present)
+    z, present = features_of(model.trunk, corpus, rows)
     logit = np.full((len(rows), len(PATTERNS), len(FILLS)), np.nan, np.float32)
     with torch.no_grad():
         whole = tails.forward(model.tail, z, present)

@@ -17,6 +17,7 @@ from pipeline.data.augment import augment
 from pipeline.data.features import mask_to_bool
 from pipeline.models.trunk import prepare
 from pipeline.source.contract import Batch
+from pipeline.source.stems import within
 from pipeline.types import PalisadeError
 
 if TYPE_CHECKING:
@@ -71,9 +72,9 @@ def check_validation(corpora: Sequence[Corpus]) -> None:
 
 
 class Draw(NamedTuple):
-    """The samples of one step in 8 bits, small enough to keep for the next method."""
+    """The samples of one step, small enough to keep for the next method."""
 
-    frames: Tensor  # uint8 [B, 5, H, W], augmented
+    frames: Tensor  # uint8 [B, 5, H, W], augmented, or the stem's maps of them float16 [B, M, C, h, w]
     present: Tensor  # [B, M] bool
     label: Tensor  # [B]
     domain: Tensor  # [B]
@@ -102,20 +103,32 @@ def draw(
         for c, n in zip(order, counts, strict=True)
         if n
     ]
-    frames = torch.from_numpy(np.concatenate([corpora[c.domain].frame[rows] for c, rows in picked]))
+    mapped = all("train" in corpora[c.domain].maps for c, _ in picked)
+    pick = _pick_maps if mapped else _pick_frames
+    frames = torch.from_numpy(np.concatenate([pick(corpora[c.domain], rows, random) for c, rows in picked]))
     bits = np.concatenate([np.asarray(corpora[c.domain].present)[rows] for c, rows in picked])
-    if method.augment:
+    if method.augment and not mapped:
         frames = augment(frames.float() / 255, generator).mul_(255).round_().to(torch.uint8)
     label = torch.tensor([c.label for c, rows in picked for _ in rows])
     domain = torch.tensor([c.domain for c, rows in picked for _ in rows])
     return Draw(frames, torch.from_numpy(mask_to_bool(bits)), label, domain)
 
 
+def _pick_frames(corpus: Corpus, rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    return corpus.frame[rows]
+
+
+def _pick_maps(corpus: Corpus, rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Returns a random view of each row."""
+    views, at = corpus.maps["train"], within(corpus, "train", rows)
+    return np.stack([views[v][i] for v, i in zip(random.integers(len(views), size=len(rows)), at)])
+
+
 def make_batch(method: SourceMethod, drawn: Draw, *, step: int, rank: int) -> tuple[Batch, Generator]:
     """Returns ``drawn`` prepared for the trunk, and the generator for the method's own draws."""
     random = np.random.default_rng([method.seed, step, rank, 1])
     generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-    ready = prepare(drawn.frames)
+    ready = drawn.frames.float() if drawn.frames.dtype == torch.float16 else prepare(drawn.frames)
     return Batch(ready, drawn.present, drawn.label, drawn.domain, step / method.steps), generator
 
 

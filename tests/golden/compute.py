@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from pipeline import rollout
+from pipeline.data.corpus import Corpus
 from pipeline.guards import Cell, Evidence, GuardsConfig, assess
 from pipeline.models import ModelConfig, TailConfig, TinyConfig
 from pipeline.models.trunk import features
@@ -38,16 +38,16 @@ def digest(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     }
 
 
-def corpus(name: str, count: int, seed: int, bona_fide: float) -> SimpleNamespace:
+def corpus(name: str, count: int, seed: int, bona_fide: float) -> Corpus:
     """Returns frames whose depth and infrared hold a bright square for bona fide samples."""
     random = np.random.default_rng(seed)
     label = (np.arange(count) % 10 < 10 * bona_fide).astype(np.int8)
     frame = random.integers(60, 120, (count, 5, SIZE, SIZE)).astype(np.uint8)
     frame[label == 1, 3:, 4:12, 4:12] += 90
     split = np.array(["train", "train", "train", "val"])[np.arange(count) // 10 % 4]
-    return SimpleNamespace(
-        domain=name, frame=frame, label=label, present=np.full(count, 7, np.uint8), split=split
-    )
+    names = np.array([f"{name}{i}" for i in range(count)])
+    pai, present = np.where(label == 1, "bona_fide", "print"), np.full(count, 7, np.uint8)
+    return Corpus(name, names, split, label, pai, names, names, present, frame)
 
 
 def fitted(config: object) -> fits.SourceModel:

@@ -5,10 +5,18 @@ import json
 import pytest
 import torch
 
-from pipeline.models import TinyConfig, VitConfig
-from pipeline.models.trunk import BadTrunk, Block, build_trunk, features, fold, prepare
+from pipeline.models import MobileConfig, TinyConfig, TrunkConfig, VitConfig
+from pipeline.models.trunk import BadTrunk, build_trunk, features, fold, prepare
+from pipeline.models.trunks.tiny import Block
 
 SIZE = 32
+
+
+CONFIGS: dict[str, TrunkConfig] = {
+    "tiny": TinyConfig(width=8, features=16),
+    "mobile": MobileConfig(kind="mobile", features=16),
+    "vit": VitConfig(kind="vit", features=16),
+}
 
 
 def frames(count: int = 6) -> torch.Tensor:
@@ -17,8 +25,7 @@ def frames(count: int = 6) -> torch.Tensor:
 
 def trained(kind: str = "tiny") -> torch.nn.Module:
     """A trunk whose norms have seen data, so that folding has something to fold."""
-    config = TinyConfig(width=8, features=16) if kind == "tiny" else VitConfig(kind="vit", features=16)
-    trunk = build_trunk(config, SIZE).train()
+    trunk = build_trunk(CONFIGS[kind], SIZE).train()
     for _ in range(3):
         trunk(prepare(frames(16)), torch.ones(16, 3, dtype=torch.bool))
     for block in [m for m in trunk.modules() if isinstance(m, Block)]:
@@ -27,7 +34,7 @@ def trained(kind: str = "tiny") -> torch.nn.Module:
     return trunk
 
 
-@pytest.mark.parametrize("kind", ["tiny", pytest.param("vit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["tiny", "mobile", pytest.param("vit", marks=pytest.mark.slow)])
 def test_absent_pixels_never_reach_a_feature(kind: str) -> None:
     trunk, x = trained(kind), frames()
     present = torch.tensor(
@@ -39,8 +46,9 @@ def test_absent_pixels_never_reach_a_feature(kind: str) -> None:
     assert torch.equal(features(trunk, x, present), features(trunk, other, present))
 
 
-def test_a_modality_is_read_by_itself() -> None:
-    trunk, x, present = trained(), frames(), torch.ones(6, 3, dtype=torch.bool)
+@pytest.mark.parametrize("kind", ["tiny", "mobile"])
+def test_a_modality_is_read_by_itself(kind: str) -> None:
+    trunk, x, present = trained(kind), frames(), torch.ones(6, 3, dtype=torch.bool)
     other = x.clone()
     other[:, 4] = 255 - other[:, 4]
     z, w = features(trunk, x, present), features(trunk, other, present)
@@ -48,8 +56,9 @@ def test_a_modality_is_read_by_itself() -> None:
     assert not torch.allclose(z[:, 2], w[:, 2])
 
 
-def test_no_sample_moves_another_at_inference() -> None:
-    trunk, x, present = trained(), frames(), torch.ones(6, 3, dtype=torch.bool)
+@pytest.mark.parametrize("kind", ["tiny", "mobile"])
+def test_no_sample_moves_another_at_inference(kind: str) -> None:
+    trunk, x, present = trained(kind), frames(), torch.ones(6, 3, dtype=torch.bool)
     whole = features(trunk, x, present)
     assert torch.allclose(whole[2:3], features(trunk, x[2:3], present[2:3]), atol=1e-5)
     assert torch.allclose(whole.flip(0), features(trunk, x.flip(0), present), atol=1e-5)

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline.data.corpus import Corpus
 from pipeline.models import ModelConfig, TailConfig, TinyConfig, fit_state
 from pipeline.models import checkpoint as cp
 from pipeline.models import tail as tails
@@ -22,19 +22,19 @@ SIZE = 16
 MODEL = ModelConfig(trunk=TinyConfig(width=4, features=8), tail=TailConfig(width=8, rank=2))
 
 
-def corpus(name: str = "a", count: int = 60, *, seed: int = 0, live: float = 0.4) -> SimpleNamespace:
+def corpus(name: str = "a", count: int = 60, *, seed: int = 0, live: float = 0.4) -> Corpus:
     """Bona fide frames have a bright disc in depth and infrared, attacks are flat; RGB says nothing."""
     random = np.random.default_rng(seed)
     label = (np.arange(count) % 10 < 10 * live).astype(np.int8)
     frame = random.integers(60, 120, (count, 5, SIZE, SIZE)).astype(np.uint8)
     frame[label == 1, 3:, 4:12, 4:12] += 90
     split = np.array(["train", "train", "train", "val"])[np.arange(count) // 10 % 4]
-    return SimpleNamespace(
-        domain=name, frame=frame, label=label, present=np.full(count, 7, np.uint8), split=split
-    )
+    names = np.array([f"{name}{i}" for i in range(count)])
+    pai, present = np.where(label == 1, "bona_fide", "print"), np.full(count, 7, np.uint8)
+    return Corpus(name, names, split, label, pai, names, names, present, frame)
 
 
-def corpora() -> list[SimpleNamespace]:
+def corpora() -> list[Corpus]:
     return [corpus("a", 80), corpus("b", 80, seed=1, live=0.2), corpus("c", 40, seed=2, live=0.6)]
 
 
@@ -165,9 +165,8 @@ def test_a_domain_of_one_class_and_a_tiny_one_are_fine() -> None:
 
 
 def test_nothing_to_learn_from_is_said_before_the_fit() -> None:
-    one_class, no_train, no_val = corpus(live=1.0), corpus(), corpus()
-    no_train.split = np.array(["test"] * 60)
-    no_val.split = np.array(["train"] * 60)
+    one_class = corpus(live=1.0)
+    no_train, no_val = (replace(corpus(), split=np.array([only] * 60)) for only in ("test", "train"))
     for data, match in (
         ([one_class], "domains a: every training row is bona fide"),
         ([no_train], "domains a: no training rows"),

@@ -19,10 +19,11 @@ import torch
 from jobs.bench.parts import code_of, part, save
 from pipeline.cluster.tasks import Failed, run_tasks
 from pipeline.cluster.train import started
-from pipeline.data.corpus import read_corpus, read_manifest
+from pipeline.data.corpus import read_manifest
 from pipeline.data.protocols import PATTERNS
 from pipeline.models import tail as tails
 from pipeline.source import fit as fits
+from pipeline.source import stems
 from pipeline.source.contract import Batch
 from pipeline.source.holdout import FILLS, Split, merged, score
 from pipeline.source.sampler import draw, stratify
@@ -42,7 +43,7 @@ CODE = (  # what a stored fit depends on, besides the method's own file
     "pipeline/source/*.py",
     "pipeline/data/augment.py",
     "pipeline/data/protocols.py",
-    "pipeline/models/*.py",
+    "pipeline/models",
     "jobs/bench/source/fits.py",
 )
 
@@ -144,7 +145,8 @@ def degenerate(task: Task, corpora: Sequence[Corpus]) -> dict[str, str]:
     task = replace(task, method=task.method.model_copy(update={"steps": 4}))
 
     def only(c: Corpus, rows: np.ndarray) -> Corpus:
-        return replace(c, **{k: np.asarray(v)[rows] for k, v in vars(c).items() if k != "domain"})
+        columns = {k: np.asarray(v)[rows] for k, v in vars(c).items() if k not in ("domain", "maps")}
+        return replace(c, **columns, maps={})
 
     first = corpora[0]
     train = np.asarray(first.split) == "train"
@@ -192,7 +194,8 @@ def _shared_out(groups: Mapping[object, list[Job]], workers: int) -> list[list[J
 def _fit_group(jobs: Sequence[tuple[Job, Path]], folders: Mapping[str, Path]) -> dict[Job, Failed]:
     """Fits one after another on one thread; a fit that breaks says why and stops no other."""
     torch.set_num_threads(1)
-    sources = [read_corpus(folders[d], ("train", "val")) for d in jobs[0][0].sources]
+    trunk = jobs[0][0].model.trunk
+    sources = [stems.read(folders[d], ("train", "val"), trunk) for d in jobs[0][0].sources]
     cells, shared, failed = stratify(sources), dict[int, "Draw"](), dict[Job, Failed]()
     for job, path in jobs:
         if path.exists():  # the task was started again
@@ -207,7 +210,7 @@ def _fit_group(jobs: Sequence[tuple[Job, Path]], folders: Mapping[str, Path]) ->
             return drawn
 
         task = fits.Task(job.method, job.model, sources[0].frame.shape[-1])
-        targets = [read_corpus(folders[d], ("test",)) for d in job.targets]
+        targets = [stems.read(folders[d], ("test",), trunk) for d in job.targets]
         try:
             save(path, fit_and_score(task, sources, targets, draws=draws))
         except ValueError as e:

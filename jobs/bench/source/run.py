@@ -20,11 +20,11 @@ from jobs.bench.source.fits import Job, Result, degenerate, run
 from jobs.bench.source.page import BASELINE, OURS
 from jobs.import_corpus import import_into
 from jobs.pretrain import pretrained
-from pipeline.cluster import connected
+from pipeline.cluster import connected, stems
 from pipeline.cluster.tasks import Failed
 from pipeline.config import method_config, methods
 from pipeline.control.deployment import now
-from pipeline.data.corpus import read_corpus, read_manifest
+from pipeline.data.corpus import SPLITS, read_corpus, read_manifest
 from pipeline.data.protocols import leave_one_domain_out, limited_source
 from pipeline.report.bench import Report
 from pipeline.source import fit as fits
@@ -72,9 +72,12 @@ def bench_source(
     config = begun(config, terminal)
     domains = sorted(set(folders) - set(config.bench.added_domains))
     planned = plan(config, domains, seeds=count, quick=quick)
-    with connected(config.cluster), terminal.progress("bench source", "fits") as advance:
-        place, workers = config.folder("bench", "source"), config.cluster.cpus
-        ended = run([p.job for p in planned], folders, folder=place, workers=workers, on_progress=advance)
+    with connected(config.cluster):
+        with terminal.progress("stem maps", "files") as advance:
+            stems.fill(config, list(folders.values()), SPLITS, on_progress=advance)
+        with terminal.progress("bench source", "fits") as advance:
+            place, workers = config.folder("bench", "source"), config.cluster.cpus
+            ended = run([p.job for p in planned], folders, folder=place, workers=workers, on_progress=advance)
     for p in planned:
         if isinstance(why := ended[p.job], Failed):
             terminal.say(f"{p.row} {p.column} seed {p.job.method.seed}: no result: {why.why}")

@@ -1,0 +1,1 @@
+"""The trunks, a file each."""
