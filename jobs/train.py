@@ -77,12 +77,11 @@ def _name(config: Config, digests: Mapping[str, str], start: Sequence[str]) -> s
 
 def _fit(config: Config, terminal: Terminal, run: Run, folders: list[Path], name: str, path: Place) -> None:
     """Fits the model into ``path`` on Ray Train and records its losses."""
-    from pipeline.cluster import stems
     from pipeline.cluster import train as cluster_train
 
     with connected(config.cluster):
         with terminal.progress("stem maps", "files") as advance:
-            stems.fill(config, folders, ("train", "val"), on_progress=advance)
+            cluster_train.fill_stems(config, folders, ("train", "val"), on_progress=advance)
         with terminal.progress(f"train {config.source.kind}", "steps") as advance:
             result = cluster_train.train(
                 config, folders, storage=config.folder("train"), run_name=name, out=path, on_progress=advance

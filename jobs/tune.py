@@ -121,11 +121,11 @@ def _source_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dic
     """Fits under sampled settings, each domain held out in turn; returns trials, the best first, and tags."""
     folders = corpora(config)
     with connected(config.cluster):
-        from pipeline.cluster import stems
         from pipeline.cluster.search import search_source
+        from pipeline.cluster.train import fill_stems
 
         with terminal.progress("stem maps", "files") as advance:
-            stems.fill(config, folders, ("train", "val"), on_progress=advance)
+            fill_stems(config, folders, ("train", "val"), on_progress=advance)
         with terminal.progress("tune source", "trials") as advance:
             runs = config.folder("tune", "runs")
             trials = search_source(config, folders, storage=runs, on_progress=advance)

@@ -30,6 +30,11 @@ def test_code(path: Path) -> None:
     assert layout.ray_out_of_place(path, tree) == []
 
 
+def test_one_file_reads_pre_trained_weights() -> None:
+    readers = [p.as_posix() for p in modules(*CODE) if "torch.load" in read(p)]
+    assert readers == ["pipeline/models/trunks/pretrained.py"]
+
+
 @pytest.mark.parametrize("path", PYTHON, ids=str)
 def test_no_line_is_too_long_and_in_code_no_file_or_function(path: Path) -> None:
     assert [x for x in layout.too_long(read(path)) if path.parts[0] in CODE or x.endswith("columns")] == []
@@ -79,6 +84,7 @@ PLANTED = [
     (layout.unsafe, "from cloudpickle import loads"),
     (layout.unsafe, "from torch import load"),
     (layout.unsafe, "torch.load(f)"),
+    (layout.unsafe, "torch.load(f, weights_only=False)"),
     (layout.unsafe, "np.load(f, allow_pickle=True)"),
     (layout.test_imports, "from tests" + ".a.test_b import c"),
     (layout.test_imports, "import tests" + ".conftest"),

@@ -22,9 +22,10 @@ import ray.train
 import ray.train.torch
 import torch
 
+from pipeline.cluster.tasks import Failed, run_tasks
 from pipeline.config import parse
 from pipeline.data.corpus import read_manifest
-from pipeline.models import checkpoint, fit_state
+from pipeline.models import MobileConfig, checkpoint, fit_state
 from pipeline.revision import code_revision
 from pipeline.source import fit as fits
 from pipeline.source import stems
@@ -46,6 +47,12 @@ MODEL, PROGRESS, FAILURE = "model", "progress.jsonl", "failure.txt"
 
 class TrainError(PalisadeError, RuntimeError):
     """The cluster could not finish the fit; the cause is in the message."""
+
+    exit_code = 5
+
+
+class StemsFailed(PalisadeError, RuntimeError):
+    """Maps that could not be computed or stored; the message is one line."""
 
     exit_code = 5
 
@@ -127,6 +134,32 @@ def _trainer(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
+
+
+def fill_stems(
+    config: Config, corpora: Sequence[Path], splits: Sequence[str], *, on_progress: Callable[[int, int], None]
+) -> bool:
+    """Makes the missing maps of ``splits``; returns False where fits compute their own at every step.
+
+    That is so for a trunk without a stem, where training has a GPU, and where the maps would be larger than
+    ``data.stem_cache_gb``. ``on_progress`` gets (files, all). Needs a connected Ray.
+    """
+    trunk, most = config.model.trunk, config.data.stem_cache_gb * 2**30
+    if not isinstance(trunk, MobileConfig) or config.cluster.train_gpu:
+        return False
+    if not (wanted := stems.parts(corpora, trunk, splits, most=most)):
+        return False
+    todo = stems.missing(wanted)
+    done = len(wanted) - len(todo)
+    ended = run_tasks(
+        stems.make, [(part, trunk) for part in todo], on_progress=lambda n: on_progress(done + n, len(wanted))
+    )
+    if failed := [f.why for f in ended if isinstance(f, Failed)]:
+        raise StemsFailed(
+            f"stem maps of {Path(todo[0].corpus)}: {failed[0]}; free disk space, or set data.stem_cache_gb=0"
+        )
+    stems.prune(Path(corpora[0]).resolve().parent, wanted, most=most)
+    return True
 
 
 def started(start: str | None) -> tuple[str, ...]:

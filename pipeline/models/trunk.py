@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.models import MobileConfig, TinyConfig
-from pipeline.models.trunks.base import CHANNELS, BadTrunk, Trunk
+from pipeline.models.trunks.contract import CHANNELS, BadTrunk, Trunk
 from pipeline.models.trunks.mobile import MobileTrunk
 from pipeline.models.trunks.tiny import Block, TinyTrunk
 from pipeline.models.trunks.vit import VitTrunk, vit_backbone
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.models import TrunkConfig
-    from pipeline.models.trunks.base import Architecture
+    from pipeline.models.trunks.contract import Architecture
 
 __all__ = ["BadTrunk", "Trunk", "build_trunk", "features", "fold", "prepare"]
 

@@ -25,7 +25,7 @@ from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.data.features import mask_to_bool
 from pipeline.models import MobileConfig
 from pipeline.models.trunk import build_trunk, features, prepare
-from pipeline.models.trunks.base import MODALITIES
+from pipeline.models.trunks.contract import MODALITIES
 from pipeline.models.trunks.mobile import STEM_CHANNELS, STRIDE, MobileTrunk
 from pipeline.storage import write_atomic
 

@@ -60,14 +60,16 @@ def ray_out_of_place(path: PurePosixPath, tree: ast.AST) -> list[str]:
 
 
 def unsafe(tree: ast.AST) -> list[str]:
-    """Imports of pickling modules, and calls of torch.load or with allow_pickle."""
+    """Imports of pickling modules, calls with allow_pickle, and of torch.load without weights_only."""
     lines = [f"{n}: import {name}" for n, name in imported(tree) if name.split(".")[0] in PICKLES]
     lines += [f"{n}: import {name}" for n, name in imported(tree) if name == "torch.load"]
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            risky = any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords)
-            lines += [f"{node.lineno}: {called}"] if called == "torch.load" or risky else []
+            safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+            risky = called == "torch.load" and not safe
+            risky |= any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords)
+            lines += [f"{node.lineno}: {called}"] if risky else []
     return lines
 
 

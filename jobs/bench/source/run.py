@@ -20,8 +20,9 @@ from jobs.bench.source.fits import Job, Result, degenerate, run
 from jobs.bench.source.page import BASELINE, OURS
 from jobs.import_corpus import import_into
 from jobs.pretrain import pretrained
-from pipeline.cluster import connected, stems
+from pipeline.cluster import connected
 from pipeline.cluster.tasks import Failed
+from pipeline.cluster.train import fill_stems
 from pipeline.config import method_config, methods
 from pipeline.control.deployment import now
 from pipeline.data.corpus import SPLITS, read_corpus, read_manifest
@@ -74,7 +75,7 @@ def bench_source(
     planned = plan(config, domains, seeds=count, quick=quick)
     with connected(config.cluster):
         with terminal.progress("stem maps", "files") as advance:
-            stems.fill(config, list(folders.values()), SPLITS, on_progress=advance)
+            fill_stems(config, list(folders.values()), SPLITS, on_progress=advance)
         with terminal.progress("bench source", "fits") as advance:
             place, workers = config.folder("bench", "source"), config.cluster.cpus
             ended = run([p.job for p in planned], folders, folder=place, workers=workers, on_progress=advance)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.models.trunks import pretrained as weights
-from pipeline.models.trunks.base import CHANNELS, Trunk
+from pipeline.models.trunks.contract import CHANNELS, Trunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.models.trunks.base import BadTrunk
+from pipeline.models.trunks.contract import BadTrunk
 
 if TYPE_CHECKING:
     from torch import Tensor

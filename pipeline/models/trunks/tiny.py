@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.models.trunks.base import CHANNELS, Trunk
+from pipeline.models.trunks.contract import CHANNELS, Trunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.models.trunks.base import CHANNELS, BadTrunk, Trunk
+from pipeline.models.trunks.contract import CHANNELS, BadTrunk, Trunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import ViTModel
 
-    from pipeline.models.trunks.base import Architecture
+    from pipeline.models.trunks.contract import Architecture
 
 ADAPTER = 8  # width of the adapters' bottleneck
 CENTRAL = 0.5  # share of the central difference in an adapter's convolution (DADM)
