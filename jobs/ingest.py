@@ -14,6 +14,7 @@ from jobs.terminal import Exit, table
 from pipeline.cluster import connected, repair
 from pipeline.cluster import ingest as cluster_ingest
 from pipeline.control.deployment import ingest_sources, lease, now, open_ledger, source_model
+from pipeline.data.featurise import digest, segment_at
 from pipeline.ledger import CycleBusy, StaleGeneration
 from pipeline.storage import StoreUnavailable
 
@@ -233,7 +234,7 @@ def _delete_ingested(config: Config, listing: IngestListing, ingested: Ingested)
     """Deletes the captures that were just ingested; a segment with a refused row stays for inspection."""
     clean = {(s.site, s.name): s.sha256 for s in ingested.segments if not s.quarantined}
     for backlog in listing.new:
-        for path in map(cluster_ingest.segment_at, backlog.paths):
+        for path in map(segment_at, backlog.paths):
             _delete_same(path, clean.get((backlog.site, path.name)), config.data.max_bytes)
 
 
@@ -247,7 +248,7 @@ def _delete_counted(config: Config, ledger: Ledger, listing: IngestListing) -> N
 
 def _delete_same(path: Place, sha256: str | None, limit: int) -> None:
     """Deletes a segment if its bytes are those that the ledger counts, of digest ``sha256``."""
-    if sha256 and cluster_ingest.digest(path, limit) == sha256:
+    if sha256 and digest(path, limit) == sha256:
         path.unlink(missing_ok=True)
 
 

@@ -1,10 +1,10 @@
 """Turns captures into features: one Ray Data execution per cycle for the new segments of the whole fleet.
 
-The driver lists segments; one task at a time works on a site, so that its stream has one order: it validates,
-decodes, runs the trunks, writes feature files and counts offsets on from the site's last. One ledger
-transaction at the end makes them count; a crash before it repeats the same files with the same offsets. A
-segment counts when it has its features under every trunk: the champion's, and the challenger's while there is
-one.
+The driver lists segments. Tasks validate and decode them in any order, a pool of actors puts the frames
+through the trunks, and the driver gives every site's samples their offsets, in stream order on from the
+site's last, and stores them. One ledger transaction at the end makes them count; a crash before it repeats
+the same files with the same offsets. A segment counts when it has its features under every trunk: the
+champion's, and the challenger's while there is one.
 
 A segment that counts is known by its name: later bytes under that name are not read. A file that was refused
 as a whole is known by name and content (``segment-0003.parquet@<sha256, 12>``), so that a file which was
@@ -13,50 +13,42 @@ mended counts as new.
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 import json
 import logging
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import cv2
+import numpy as np
 import torch
 
 from pipeline.control.loaders import load_model
 from pipeline.data import DataConfig
-from pipeline.data.captures import BadRow, BadSegment, list_segments, read_segment
+from pipeline.data.assemble import Backlog, Gathered, Trunk, store_site
+from pipeline.data.captures import list_segments
 from pipeline.data.features import delete_range
-from pipeline.data.featurise import NewSegment, recent_offsets, store_segment
+from pipeline.data.featurise import Listed, add_features, decode_segments, digest, segment_at
 from pipeline.ledger import QuarantineRow, SegmentRow
+from pipeline.models.checkpoint import read_manifest
 from pipeline.storage import place, version
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
-
-    import numpy as np
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from concurrent.futures import Future
 
     from pipeline.config import Config
+    from pipeline.data.assemble import SegmentResult
+    from pipeline.data.featurise import Columns
     from pipeline.models.checkpoint import SourceModel
     from pipeline.sections import ClusterConfig
     from pipeline.storage import Place
 
-BLOCK_BYTES = (
-    32 * 2**20
-)  # of captures in a task: seconds, so that progress moves and a lost worker costs little
-SITE_BYTES = 2**16  # what a site costs however little it sent, in bytes of captures
-
-
-@dataclass(frozen=True)
-class Backlog:
-    """Lists new segments of one site in stream order."""
-
-    site: str
-    base_offset: int  # of the first row
-    paths: tuple[str, ...]  # or URLs
-    size: int  # bytes
+BLOCK_BYTES = 32 * 2**20  # of captures in a decoding task: seconds, so that a lost worker costs little
+SEGMENT_BYTES = 2**14  # what a segment costs however little is in it, in bytes of captures
+FRAME_BYTES = 16 * 2**20  # of frames in a block between the stages
+CPU_BATCH, GPU_BATCH = 64, 512  # frames in the trunks at once
+WRITERS = 8  # threads that store features
 
 
 @dataclass(frozen=True)
@@ -79,19 +71,6 @@ class Ingested:
         tuple[str, str], ...
     ]  # (site, reason): the next cycle tries again from the segment that failed
     orphans: tuple[tuple[str, int, int], ...]  # (site, start, end): offsets whose features must not be read
-
-
-class SegmentResult(TypedDict):
-    """Reports one segment: ``refused`` is final, ``error`` is tried again."""
-
-    site: str
-    name: str
-    base_offset: int
-    rows: int
-    sha256: str
-    bad: list[BadRow]
-    refused: str
-    error: str
 
 
 def find(
@@ -139,33 +118,116 @@ def run(
     """
     if not new:
         return Ingested((), (), (), ())
+    listed = list_all(new)
+    on_progress(0, len(listed))
+    batches = featurised(config, new, listed, checkpoints)
+    done = assemble(config, new, batches, checkpoints, on_progress=lambda n: on_progress(n, len(listed)))
+    return collect(new, done, {b.site: history(b.site) for b in new if b.base_offset})
+
+
+def list_all(new: Sequence[Backlog]) -> list[Listed]:
+    """Returns every segment of ``new`` with its number."""
+    each = ((b.site, path) for b in new for path in b.paths)
+    return [Listed(number, site, path) for number, (site, path) in enumerate(each)]
+
+
+def featurised(
+    config: Config, new: Sequence[Backlog], listed: Sequence[Listed], checkpoints: Sequence[str]
+) -> Iterator[Columns]:
+    """Yields rows with features as workers have them: one Ray Data execution of two stages.
+
+    Decoding tasks and a pool of actors with the trunks run side by side; Ray holds decoding back where the
+    trunks are slower. A worker that a file killed costs the segments of its task, not the fleet.
+    """
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its remarks would drown ours
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # a worker that a file killed costs the sites of its task, not the fleet
-    limits, workers = config.data.model_dump_json(), config.cluster.ingest_workers
-    items, (cpus, gpus) = _dealt(new, workers), resources(config.cluster)
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _ingest_batch,  # pyright: ignore[reportArgumentType]: what reaches it is the numpy batch format
-        batch_size=1,
-        compute=ray.data.TaskPoolStrategy(size=workers),
-        fn_kwargs={
-            "limits": limits,
-            "checkpoints": list(checkpoints),
-            "features": str(config.place("features")),
-        },
-        num_cpus=cpus,
-        num_gpus=gpus or None,
+    context.max_errored_blocks = -1
+    context.target_max_block_size = FRAME_BYTES
+    workers, (cpus, gpus) = config.cluster.ingest_workers, resources(config.cluster)
+    items = _dealt(listed, [b.size / len(b.paths) for b in new for _ in b.paths], workers)
+    dataset = (
+        ray.data.from_items(items, override_num_blocks=len(items))
+        .map_batches(
+            _decode_batch,  # pyright: ignore[reportArgumentType]: what reaches it is the numpy batch format
+            batch_size=1,
+            compute=ray.data.TaskPoolStrategy(size=workers),
+            fn_kwargs={"limits": config.data.model_dump_json()},
+            num_cpus=cpus / 2,
+        )
+        .map_batches(
+            Featuriser,  # pyright: ignore[reportArgumentType]: as above
+            batch_size=GPU_BATCH if gpus else CPU_BATCH,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            fn_constructor_kwargs={"checkpoints": list(checkpoints)},
+            num_cpus=cpus / 2,
+            num_gpus=gpus or None,
+        )
     )
-    done: list[SegmentResult] = []
-    total = sum(len(b.paths) for b in new)
-    on_progress(0, total)
-    for row in dataset.iter_rows():
-        done += json.loads(row["result"])
-        on_progress(len(done), total)
-    return collect(new, done, {b.site: history(b.site) for b in new if b.base_offset})
+    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+        yield cast("Columns", batch)
+
+
+def featurised_here(config: Config, new: Sequence[Backlog], checkpoints: Sequence[str]) -> Iterator[Columns]:
+    """Yields what ``featurised`` yields, by the same functions in this process."""
+    models = [task_model(c) for c in checkpoints]
+    for columns in decode_segments(list_all(new), config.data):
+        yield add_features(columns, models)
+
+
+def assemble(
+    config: Config,
+    new: Sequence[Backlog],
+    batches: Iterable[Columns],
+    checkpoints: Sequence[str],
+    *,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> list[SegmentResult]:
+    """Stores each site as soon as its last segment is there; ``on_progress`` gets the segments that are.
+
+    Sites do not wait for each other; a store that answers slowly is written to by several threads.
+    """
+    trunks = [Trunk.of(read_manifest(place(c))) for c in checkpoints]
+    features = config.place("features")
+    gathered = [[Gathered() for _ in b.paths] for b in new]
+    owner = [(at, k) for at, b in enumerate(new) for k in range(len(b.paths))]
+    waiting = [len(b.paths) for b in new]
+    stored: dict[int, Future[list[SegmentResult]]] = {}
+    with ThreadPoolExecutor(WRITERS) as pool:
+
+        def finish(at: int) -> None:
+            stored[at] = pool.submit(store_site, new[at], gathered[at], trunks, features)
+            gathered[at] = []
+
+        arrived = 0
+        for columns in batches:
+            numbers = columns["segment"]
+            for number in np.unique(numbers).tolist():
+                at, k = owner[number]
+                segment = gathered[at][k]
+                segment.add({name: column[numbers == number] for name, column in columns.items()})
+                if segment.complete:
+                    arrived += 1
+                    waiting[at] -= 1
+                    if not waiting[at]:
+                        finish(at)
+            on_progress(arrived)
+        for at in range(len(new)):  # what lost a worker is stored as far as it is there
+            if at not in stored:
+                finish(at)
+        return [result for at in range(len(new)) for result in stored[at].result()]
+
+
+class Featuriser:
+    """An actor of the pool: the trunks, on its GPU where it has one."""
+
+    def __init__(self, checkpoints: list[str]) -> None:
+        self.models = [task_model(c) for c in checkpoints]
+
+    def __call__(self, columns: Columns) -> Columns:
+        return add_features(columns, self.models)
 
 
 def resources(cluster: ClusterConfig) -> tuple[float, float]:
@@ -218,53 +280,6 @@ def collect(
     return Ingested(tuple(segments), tuple(quarantined), tuple(failed.items()), tuple(orphans))
 
 
-def ingest_site(
-    backlog: Backlog, limits: DataConfig, checkpoints: Sequence[str], features: Place
-) -> list[SegmentResult]:
-    """Works through one site's segments in order; a failure is reported, so it stops no other site."""
-    done: list[SegmentResult] = []
-    site, base, earlier = backlog.site, backlog.base_offset, None
-    for path in map(segment_at, backlog.paths):
-        result = SegmentResult(
-            site=site, name=path.name, base_offset=base, rows=0, sha256="", bad=[], refused="", error=""
-        )
-        done.append(result)
-        try:
-            models = [task_model(c) for c in checkpoints]
-            if earlier is None:
-                earlier = recent_offsets(features, models[0], site, end=base) if base else {}
-            read = read_segment(path, site=site, limits=limits)
-            segment = NewSegment(site, path.name, str(path), len(read.good) + len(read.bad), base)
-            bad = store_segment(segment, read, earlier, limits.frame_px, models, features)
-            result.update(rows=segment.rows, sha256=read.sha256, bad=bad)
-            base += segment.rows
-        except BadSegment as e:
-            result.update(sha256=digest(path, limits.max_bytes), refused=str(e))
-        except FileNotFoundError:
-            result["error"] = "it vanished after it was listed"
-            break
-        except Exception as e:  # a site may fail, the fleet may not: the reason is kept and shown
-            result["error"] = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-            break
-    return done
-
-
-def segment_at(text: str) -> Place:
-    """Returns the place of one of ``Backlog.paths``; a link keeps its own name."""
-    return place(text) if "://" in text else Path(text)
-
-
-def digest(path: Place, limit: int) -> str:
-    """Returns the sha256 of a file of at most ``limit`` bytes; empty if it is larger or unreadable."""
-    try:
-        if isinstance(path, Path) and not path.is_file():
-            return ""
-        size, written = version(path)
-        return _hashed(path, size, written) if size <= limit else ""
-    except OSError:
-        return ""
-
-
 def task_model(path: str) -> SourceModel:
     """Returns the source model of this process's tasks, on the GPU that Ray gave the task, if any."""
     import ray
@@ -295,32 +310,25 @@ def _marked(name: str, sha256: str) -> str:
     return f"{name}@{sha256[:12]}"
 
 
-def _dealt(new: Sequence[Backlog], workers: int) -> list[dict[str, str]]:
-    """Returns the sites in groups of about equal size, the large ones dealt first."""
-    n = min(len(new), max(4 * workers, sum(b.size for b in new) // BLOCK_BYTES))
-    hands: list[list[Backlog]] = [[] for _ in range(n)]
-    heap = [(0, k) for k in range(n)]
-    for b in sorted(new, key=lambda b: -b.size):
-        held, k = heap[0]
-        hands[k].append(b)
-        heapq.heapreplace(heap, (held + b.size + SITE_BYTES, k))
-    return [{"sites": json.dumps([asdict(b) for b in hand])} for hand in hands]
+def _dealt(listed: Sequence[Listed], sizes: Sequence[float], workers: int) -> list[dict[str, str]]:
+    """Returns the segments in hands of about equal size, so that progress moves and a death costs little."""
+    total = sum(sizes)
+    count = int(min(len(listed), max(4 * workers, total // BLOCK_BYTES)))
+    most = (total + SEGMENT_BYTES * len(listed)) / count
+    hands: list[list[Listed]] = [[]]
+    held = 0.0
+    for segment, size in zip(listed, sizes, strict=True):
+        if held >= most:
+            hands.append([])
+            held = 0.0
+        hands[-1].append(segment)
+        held += size + SEGMENT_BYTES
+    return [{"segments": json.dumps(hand)} for hand in hands]
 
 
-def _ingest_batch(
-    batch: dict[str, np.ndarray], *, limits: str, checkpoints: list[str], features: str
-) -> dict[str, list[str]]:
-    """Ingests one group of sites; the function that Ray Data maps over groups."""
+def _decode_batch(batch: dict[str, np.ndarray], *, limits: str) -> Iterator[Columns]:
+    """Decodes one hand of segments; the function that Ray Data maps over hands."""
+    cv2.setNumThreads(1)  # tasks fill the cores; threads of their own make decoding 1.6 times as slow
     data = DataConfig.model_validate_json(limits)
-    sites = [Backlog(**b) for text in batch["sites"] for b in json.loads(text)]
-    return {"result": [json.dumps(ingest_site(b, data, checkpoints, place(features))) for b in sites]}
-
-
-@lru_cache(maxsize=4096)
-def _hashed(path: Place, size: int, written: int) -> str:
-    """``written`` (and ``size``) tell that the file is no longer the one that was read."""
-    digest_of = hashlib.sha256()
-    with path.open("rb") as f:
-        while data := f.read(2**20):
-            digest_of.update(data)
-    return digest_of.hexdigest()
+    for text in batch["segments"]:
+        yield from decode_segments((Listed(*fields) for fields in json.loads(text)), data)

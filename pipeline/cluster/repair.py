@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.cluster.ingest import resources, task_model
+from pipeline.data.assemble import Trunk, gather_segment, store_segment
 from pipeline.data.blobs import BadBlob
-from pipeline.data.captures import BadSegment, read_segment
 from pipeline.data.features import delete_range, read_features
-from pipeline.data.featurise import NewSegment, restore_segment
+from pipeline.data.featurise import VANISHED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pipeline.config import Config
     from pipeline.data import DataConfig
-    from pipeline.data.captures import Segment
     from pipeline.ledger import SegmentRow
     from pipeline.models.checkpoint import SourceModel
     from pipeline.storage import Place
@@ -82,17 +81,20 @@ def repair_site(stretch: Stretch, limits: DataConfig, checkpoint: str, features:
     restored, lost = list[str](), list[str]()
     try:
         model = task_model(checkpoint)
+        trunk = Trunk.of(model.manifest)
         for row, refused, path in zip(stretch.segments, stretch.refused, stretch.captures, strict=True):
             if _whole(row, model, features):
                 continue
-            read = _same(row, path, limits)
-            if read is None:
+            got = None if path is None else gather_segment(row.site, str(path), limits, [model])
+            head = got.head if got else None
+            if head and head.error not in ("", VANISHED):
+                return Repaired(stretch.site, tuple(restored), tuple(lost), head.error)
+            if got is None or head is None or head.error or head.sha256 != row.sha256 or not head.rows:
                 end = row.base_offset + row.rows
                 delete_range(features, model.manifest.trunk_digest, row.site, start=row.base_offset, end=end)
                 lost += [row.name] if row.good else []
                 continue
-            segment = NewSegment(row.site, row.name, str(path), row.rows, row.base_offset)
-            restore_segment(segment, read, refused, limits.frame_px, model, features)
+            store_segment(row.site, row.base_offset, got, {}, [trunk], features, without=refused)
             if not _whole(row, model, features):
                 raise ValueError(f"{row.name}: the same capture no longer gives {row.good} samples")
             restored.append(row.name)
@@ -118,14 +120,3 @@ def _whole(row: SegmentRow, model: SourceModel, features: Place) -> bool:
     except BadBlob:
         return False
     return len(block) == row.good
-
-
-def _same(row: SegmentRow, path: Place | None, limits: DataConfig) -> Segment | None:
-    """Returns the segment that was ingested; None if it is gone or was changed."""
-    if path is None:
-        return None
-    try:
-        read = read_segment(path, site=row.site, limits=limits)
-    except (BadSegment, FileNotFoundError):
-        return None
-    return read if read.sha256 == row.sha256 else None

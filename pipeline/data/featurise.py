@@ -1,57 +1,63 @@
-"""Turns one segment of captures into stored features: decode, trunk, store; it knows no Ray.
+"""Turns segments of captures into features in three stages that know no Ray.
 
-``read_segment`` and ``decode_chunks`` are the data plane, ``compute_features`` the models' share: while a
-release of another source model goes on, every sample is decoded once and goes through both trunks.
+1. ``decode_segments`` reads, checks and decodes segments: CPU work, and all that a hostile file can break.
+2. ``add_features`` puts frames through the trunks, in batches that do not mind where a segment ends.
+3. ``pipeline.data.assemble`` gives a site's samples their offsets, in stream order, and stores them.
+
+Between the stages rows travel as columns: ``segment`` (its number in the list), ``row``, ``sample_id``,
+``captured_at``, ``session``, ``present``, ``head`` (JSON of a ``Head`` on the last row of a segment, else
+empty) and ``frame``, which becomes ``z0`` and, while a release of another source model goes on, ``z1``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from pipeline.data.blobs import BadBlob
-from pipeline.data.captures import BadRow, Capture, Segment, read_segment
+from pipeline.data.captures import BadRow, BadSegment, Capture, read_segment
 from pipeline.data.decode import CHANNELS, BadImage, decode
-from pipeline.data.features import (
-    FeatureBlock,
-    delete_range,
-    mask_to_bool,
-    pseudonym,
-    read_features,
-    write_features,
-)
+from pipeline.data.features import mask_to_bool, pseudonym
 from pipeline.models.trunk import features as features_of
+from pipeline.storage import place, version
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from pipeline.data import DataConfig
     from pipeline.models.checkpoint import SourceModel
     from pipeline.storage import Place
 
-CHUNK = 256  # captures decoded and featurised together, which bounds a task's memory
-TRUNK_SLICE = (
-    64  # of them in the trunk at once: its activations then stay in a core's cache, 1.3 times as fast
-)
-REPEAT_REASON = "sample_id: already at offset"  # how the reason of such a row begins
-REPEAT_WINDOW = (
-    1000  # offsets before a segment among which its sample ids are looked for: what an uploader sends again
-)
+    Columns = dict[str, np.ndarray]
+
+VANISHED = "it vanished after it was listed"
+CHUNK = 256  # captures decoded together, which bounds a task's memory
+
+
+class Listed(NamedTuple):
+    """A segment that is to be decoded."""
+
+    number: int  # in the list of all segments of this ingest
+    site: str
+    path: str  # or URL
 
 
 @dataclass(frozen=True)
-class NewSegment:
-    """A segment that passed its check, with the offset of its first row."""
+class Head:
+    """What is known of a segment once it was decoded: ``refused`` is final, ``error`` is tried again."""
 
-    site: str
-    name: str
-    path: str
-    rows: int
-    base_offset: int
+    rows: int = 0
+    decoded: int = 0  # rows that have a frame
+    sha256: str = ""
+    bad: list[tuple[int, str | None, str]] = field(default_factory=list[tuple[int, str | None, str]])
+    refused: str = ""
+    error: str = ""
 
 
 class DecodedChunk(NamedTuple):
@@ -63,62 +69,41 @@ class DecodedChunk(NamedTuple):
     bad: list[BadRow]
 
 
-def ingest_segment(
-    segment: NewSegment, limits: DataConfig, model: SourceModel, features: Place
-) -> tuple[str, list[BadRow]]:
-    """Reads, decodes, featurises and stores one segment; returns its sha256 and its bad rows."""
-    read = read_segment(Path(segment.path), site=segment.site, limits=limits)
-    return read.sha256, store_segment(segment, read, {}, limits.frame_px, [model], features)
+def decode_segments(segments: Iterable[Listed], limits: DataConfig) -> Iterator[Columns]:
+    """Yields the decoded rows of ``segments``; one that fails says so in its head and stops no other."""
+    for listed in segments:
+        waiting: Columns | None = None  # the last rows wait for the head
+        head = Head()
+        path = segment_at(listed.path)
+        try:
+            read = read_segment(path, site=listed.site, limits=limits)
+            bad, decoded = list(read.bad), 0
+            for chunk in decode_chunks(read.good, limits.frame_px):
+                bad += chunk.bad
+                if not chunk.captures:
+                    continue
+                if waiting is not None:
+                    yield waiting
+                waiting, decoded = _columns(listed, chunk), decoded + len(chunk.captures)
+            reasons = sorted((b.row, b.sample_id, b.reason) for b in bad)
+            head = Head(len(read.good) + len(read.bad), decoded, read.sha256, reasons)
+        except BadSegment as e:
+            head = Head(sha256=digest(path, limits.max_bytes), refused=str(e))
+        except FileNotFoundError:
+            head = Head(error=VANISHED)
+        except Exception as e:  # a segment may fail, the fleet may not: the reason is kept and shown
+            head = Head(error=f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")
+        last = waiting if waiting is not None else _no_rows(listed, limits.frame_px)
+        last["head"][-1] = json.dumps(asdict(head))
+        yield last
 
 
-def store_segment(
-    segment: NewSegment,
-    read: Segment,
-    earlier: dict[str, int],
-    size: int,
-    models: Sequence[SourceModel],
-    features: Place,
-) -> list[BadRow]:
-    """Decodes, featurises and stores a segment under the trunk of each of ``models``; returns the bad rows.
-
-    ``earlier``: offsets by sample id of the site's samples before it; those of this segment come to it.
-    """
-    bad = list(read.bad)
-    oldest = segment.base_offset - REPEAT_WINDOW
-    fresh: list[Capture] = []
-    for c in read.good:
-        earlier_offset = earlier.get(c["sample_id"], -1)
-        if earlier_offset >= max(0, oldest):
-            bad.append(BadRow(c["row"], c["sample_id"], f"{REPEAT_REASON} {earlier_offset} of the site"))
-        else:
-            fresh.append(c)
-    worse, stored = _store(segment, fresh, size, models, features)
-    earlier.update(stored)
-    return sorted([*bad, *worse], key=lambda b: b.row)
-
-
-def restore_segment(
-    segment: NewSegment,
-    read: Segment,
-    refused: Collection[int],
-    size: int,
-    model: SourceModel,
-    features: Place,
-) -> None:
-    """Stores a segment under one trunk, without the rows that ``store_segment`` ``refused``."""
-    _store(segment, [c for c in read.good if c["row"] not in refused], size, [model], features)
-
-
-def recent_offsets(features: Place, model: SourceModel, site: str, *, end: int) -> dict[str, int]:
-    """Returns the offset by sample id of the stored samples in the REPEAT_WINDOW offsets before ``end``."""
-    trunk, width = model.manifest.trunk_digest, model.manifest.config.trunk.features
-    try:
-        block = read_features(
-            features, trunk, site, start=max(0, end - REPEAT_WINDOW), end=end, features=width
-        )
-    except BadBlob:
-        return {}  # adaptation names the file; what is new need not wait for its repair
-    return dict(zip(block.sample_id.tolist(), block.offset.tolist()))
+def add_features(columns: Mapping[str, np.ndarray], models: Sequence[SourceModel]) -> Columns:
+    """Replaces ``frame`` by the features z0, z1… float16 [N, M, F] under the trunk of each of ``models``."""
+    kept = {name: column for name, column in columns.items() if name != "frame"}
+    for k, model in enumerate(models):
+        kept[f"z{k}"] = compute_features(model, columns["frame"], columns["present"])
+    return kept
 
 
 def decode_chunks(captures: Sequence[Capture], size: int) -> Iterator[DecodedChunk]:
@@ -145,70 +130,67 @@ def decode_chunks(captures: Sequence[Capture], size: int) -> Iterator[DecodedChu
         yield chunk._replace(pixels=pixels[:n], present=chunk.present[:n])
 
 
-def compute_features(model: SourceModel, frames: DecodedChunk) -> np.ndarray:
-    """Returns the features z float16 [N, M, F]."""
-    present = torch.from_numpy(mask_to_bool(frames.present))
-    if not len(present):
-        return np.zeros((0, present.shape[1], model.manifest.config.trunk.features), np.float16)
-    return (
-        features_of(model.trunk, torch.from_numpy(frames.pixels), present, batch=TRUNK_SLICE)
-        .numpy()
-        .astype(np.float16)
-    )
+def compute_features(model: SourceModel, frames: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Returns the features z float16 [N, M, F] of frames [N, 5, H, W]; ``present`` [N] is a bit mask."""
+    shown = torch.from_numpy(mask_to_bool(present))
+    if not len(shown):
+        return np.zeros((0, shown.shape[1], model.manifest.config.trunk.features), np.float16)
+    z = features_of(model.trunk, torch.from_numpy(np.require(frames, requirements="W")), shown)
+    return z.numpy().astype(np.float16)
 
 
-def _store(
-    segment: NewSegment,
-    captures: Sequence[Capture],
-    size: int,
-    models: Sequence[SourceModel],
-    features: Place,
-) -> tuple[list[BadRow], dict[str, int]]:
-    """Decodes once, then featurises and stores under every trunk.
-
-    Returns the bad rows, and the offsets of the others by sample id.
-    """
-    bad, blocks = list[BadRow](), list[list[FeatureBlock]]()
-    for frames in decode_chunks(captures, size):
-        chunk_blocks, worse = _blocks(frames, segment, [compute_features(model, frames) for model in models])
-        blocks.append(chunk_blocks)
-        bad += [*frames.bad, *worse]
-    end = segment.base_offset + segment.rows
-    ids: dict[str, int] = {}
-    for k, model in enumerate(models):
-        trunk, parts = model.manifest.trunk_digest, [chunk_blocks[k] for chunk_blocks in blocks]
-        delete_range(features, trunk, segment.site, start=segment.base_offset, end=end)
-        if sum(map(len, parts)):
-            names = FeatureBlock.__dataclass_fields__
-            whole = FeatureBlock(*(np.concatenate([getattr(b, n) for b in parts]) for n in names))
-            write_features(features, trunk, segment.site, whole)
-            ids = dict(zip(whole.sample_id.tolist(), whole.offset.tolist()))
-    return bad, ids
+def segment_at(text: str) -> Place:
+    """Returns the place of a listed segment; a link keeps its own name."""
+    return place(text) if "://" in text else Path(text)
 
 
-def _blocks(
-    frames: DecodedChunk, segment: NewSegment, zs: Sequence[np.ndarray]
-) -> tuple[list[FeatureBlock], list[BadRow]]:
-    """Returns one block for each of ``zs`` with the samples whose features are finite under every trunk."""
-    fine = np.logical_and.reduce([np.isfinite(z).all(axis=(1, 2)) for z in zs])
-    captures = frames.captures
-    bad = [
-        BadRow(c["row"], c["sample_id"], "its features are not finite")
-        for c, ok in zip(captures, fine)
-        if not ok
-    ]
-    whole = FeatureBlock(
-        offset=segment.base_offset + np.array([c["row"] for c in captures], np.int64),
-        sample_id=np.array([c["sample_id"] for c in captures], dtype=object),
-        captured_at=np.array([c["captured_at"] for c in captures], dtype="datetime64[us]"),
-        session=np.array([pseudonym(segment.site, c["session_id"]) for c in captures], np.int64),
-        present=frames.present,
-        z=zs[0],
-    )
-    return [replace(whole, z=z).rows(fine) for z in zs], bad
+def digest(path: Place, limit: int) -> str:
+    """Returns the sha256 of a file of at most ``limit`` bytes; empty if it is larger or unreadable."""
+    try:
+        if isinstance(path, Path) and not path.is_file():
+            return ""
+        size, written = version(path)
+        return _hashed(path, size, written) if size <= limit else ""
+    except OSError:
+        return ""
+
+
+def _columns(listed: Listed, chunk: DecodedChunk) -> Columns:
+    captures = chunk.captures
+    count = len(captures)
+    return {
+        "segment": np.full(count, listed.number, np.int32),
+        "row": np.array([c["row"] for c in captures], np.int32),
+        "sample_id": np.array([c["sample_id"] for c in captures], dtype=object),
+        "captured_at": np.array([c["captured_at"] for c in captures], "datetime64[us]").astype(np.int64),
+        "session": np.array([pseudonym(listed.site, c["session_id"]) for c in captures], np.int64),
+        "present": chunk.present,
+        "head": np.array([""] * count, dtype=object),
+        "frame": chunk.pixels,
+    }
+
+
+def _no_rows(listed: Listed, size: int) -> Columns:
+    """Returns one row that stands for a segment without any: nothing of it is present."""
+    nothing = DecodedChunk([], np.zeros((0, CHANNELS, size, size), np.uint8), np.zeros(0, np.uint8), [])
+    empty = _columns(listed, nothing)
+    row = {name: np.zeros((1, *column.shape[1:]), column.dtype) for name, column in empty.items()}
+    row["segment"][:] = listed.number
+    row["sample_id"][0] = row["head"][0] = ""
+    return row
 
 
 def _informative_modalities(frame: np.ndarray) -> int:
     """Returns the bit mask of the modalities with more than one value; a constant one counts as absent."""
     planes = (frame[:3], frame[3], frame[4])
     return sum(1 << m for m, plane in enumerate(planes) if plane.min() != plane.max())
+
+
+@lru_cache(maxsize=4096)
+def _hashed(path: Place, size: int, written: int) -> str:
+    """``written`` (and ``size``) tell that the file is no longer the one that was read."""
+    digest_of = hashlib.sha256()
+    with path.open("rb") as f:
+        while data := f.read(2**20):
+            digest_of.update(data)
+    return digest_of.hexdigest()

@@ -9,12 +9,13 @@ import pytest
 
 from jobs.ingest import _delete_counted
 from pipeline.cluster import ingest
-from pipeline.cluster.ingest import Backlog, SegmentResult, collect
+from pipeline.cluster.ingest import collect
 from pipeline.config import load
 from pipeline.control.deployment import ingest_sources, now
+from pipeline.data.assemble import Backlog, SegmentResult, store_segment
 from pipeline.data.captures import read_segment
 from pipeline.data.features import write_features
-from pipeline.data.featurise import CHUNK, decode_chunks, store_segment
+from pipeline.data.featurise import CHUNK, decode_chunks
 from tests.support.captures import SIZE, Fleet, hash_of, image, save_model, segment
 from tests.support.ledgers import source_manifest
 
@@ -52,7 +53,7 @@ def test_an_old_duplicate_leaves_no_features(fleet: Fleet, monkeypatch: pytest.M
     """Beyond the offsets that sample ids are remembered for, only the digest tells."""
     first = segment(fleet.captures / "gate/segment-0.parquet", "a", "b")
     fleet.round()
-    monkeypatch.setattr("pipeline.data.featurise.REPEAT_WINDOW", 0)
+    monkeypatch.setattr("pipeline.data.assemble.REPEAT_WINDOW", 0)
     (fleet.captures / "gate/segment-1.parquet").write_bytes(first.read_bytes())
     segment(fleet.captures / "gate/segment-2.parquet", "c")
     assert fleet.round().orphans == (("gate", 2, 4),)
@@ -131,12 +132,12 @@ def test_a_segment_that_fails_lets_the_later_ones_of_its_site_wait(
         for k in range(3):
             segment(fleet.captures / f"{site}/segment-{k}.parquet", f"{site}{k}")
 
-    def full(where, read, *rest):
-        if where.site == "gate" and where.name == "segment-1.parquet":
+    def full(site, base, *rest):
+        if (site, base) == ("gate", 1):
             raise OSError(28, "No space left on device")
-        return store_segment(where, read, *rest)
+        return store_segment(site, base, *rest)
 
-    monkeypatch.setattr(ingest, "store_segment", full)
+    monkeypatch.setattr("pipeline.data.assemble.store_segment", full)
     result = fleet.round()
     assert result.failed == (("gate", "segment-1.parquet: OSError: [Errno 28] No space left on device"),)
     assert fleet.stored("gate") == {"gate0": 0}
@@ -209,7 +210,7 @@ def test_every_sample_goes_through_both_trunks_and_counts_when_both_have_it(
             raise OSError(28, "No space left on device")
         return write_features(root, trunk, site, block)
 
-    monkeypatch.setattr("pipeline.data.featurise.write_features", full)
+    monkeypatch.setattr("pipeline.data.assemble.write_features", full)
     assert fleet.round().failed == (
         ("gate", "segment-1.parquet: OSError: [Errno 28] No space left on device"),
     )

@@ -101,7 +101,7 @@ def test_a_store_that_is_away_loses_nothing(fleet: Fleet, monkeypatch: pytest.Mo
     def away(*_: object, **__: object) -> None:
         raise StoreUnavailable("s3://captures: the store does not answer")
 
-    monkeypatch.setattr("pipeline.cluster.repair.read_segment", away)
+    monkeypatch.setattr("pipeline.data.featurise.read_segment", away)
     told = mended(fleet)
     assert (told.restored, told.lost) == ((), ())
     assert told.error == "StoreUnavailable: s3://captures: the store does not answer"
@@ -116,8 +116,8 @@ def test_a_sample_that_one_trunk_can_make_nothing_of_counts_under_neither(
     segment(fleet.captures / "gate/segment-0.parquet", "a", "b")
     segment(fleet.captures / "gate/segment-1.parquet", rgb=b"no image")
 
-    def overflown(model, frames):
-        z = compute_features(model, frames)
+    def overflown(model, frames, present):
+        z = compute_features(model, frames, present)
         z[1:, 0, 0] = np.inf if model.manifest.digest == fleet.models["n"].manifest.digest else 1
         return z
 

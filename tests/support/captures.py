@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.cluster import ingest
-from pipeline.cluster.ingest import SegmentResult, collect, find
+from pipeline.cluster.ingest import collect, find
 from pipeline.config import Config
 from pipeline.control.deployment import now
 from pipeline.data.captures import SCHEMA, write_segment
@@ -79,14 +79,9 @@ class Fleet:
     def round(self, **bounds: object) -> ingest.Ingested:
         found = self.find(**bounds)
         self.ledger.streams.register({s: {} for s in found.sites}, now=now())
-        done: list[SegmentResult] = []
-        for b in found.new:
-            done += ingest.ingest_site(
-                b,
-                self.config.data,
-                [str(self.config.place("models", m)) for m in self.models],
-                self.config.place("features"),
-            )
+        checkpoints = [str(self.config.place("models", m)) for m in self.models]
+        batches = ingest.featurised_here(self.config, found.new, checkpoints)
+        done = ingest.assemble(self.config, found.new, batches, checkpoints)
         history = {
             b.site: {s.sha256: s.name for s, _ in self.ledger.streams.segments(b.site) if s.rows}
             for b in found.new

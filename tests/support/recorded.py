@@ -10,8 +10,8 @@ import torch
 
 from pipeline.cluster import ingest
 from pipeline.config import Config
-from pipeline.data import featurise
 from pipeline.data.anchor import AnchorSet, seal
+from pipeline.data.assemble import Trunk, gather_segment, store_segment
 from pipeline.data.captures import check_segment
 from pipeline.data.corpus import read_corpus
 from pipeline.data.features import mask_to_bool
@@ -38,8 +38,10 @@ def ingested(config: Config, model: checkpoint.SourceModel, backlog: ingest.Back
     rows, base = [], backlog.base_offset
     for path in map(Path, backlog.paths):
         n = check_segment(path, site=backlog.site, limits=config.data)
-        segment = featurise.NewSegment(backlog.site, path.name, str(path), n, base)
-        sha256, bad = featurise.ingest_segment(segment, config.data, model, config.place("features"))
+        got = gather_segment(backlog.site, str(path), config.data, [model])
+        trunks = [Trunk.of(model.manifest)]
+        bad = store_segment(backlog.site, base, got, {}, trunks, config.place("features"))
+        sha256 = got.head.sha256 if got.head else ""
         rows.append(SegmentRow(backlog.site, path.name, sha256, n, base, n - len(bad), len(bad)))
         base += n
     return rows

@@ -80,7 +80,7 @@ def _loaded(config: Config, paths: list[Path]) -> float:
             began = time.perf_counter()  # its workers are there
         else:
             count += len(frames.captures)
-        compute_features(model, frames)
+        compute_features(model, frames.pixels, frames.present)
     return count / (time.perf_counter() - (began or 0))
 
 

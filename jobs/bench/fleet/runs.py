@@ -125,13 +125,14 @@ def cycle(config: Config, terminal: Terminal) -> Timed:
 def plain(config: Config) -> Timed:
     """Does the same work by the same functions in one loop of this process."""
     torch.set_num_threads(1)
-    ledger, place = open_ledger(config), config.place("features")
+    ledger = open_ledger(config)
     models = [source_model(ledger).path]
     with lease(config, ledger, "cycle") as held:
         at = [time.perf_counter()]
         listing = cluster_ingest.find(config.data, {}, lambda _: 0)
         ledger.streams.register({site: {} for site in listing.sites}, now=now())
-        done = [d for b in listing.new for d in cluster_ingest.ingest_site(b, config.data, models, place)]
+        batches = cluster_ingest.featurised_here(config, listing.new, models)
+        done = cluster_ingest.assemble(config, listing.new, batches, models)
         ingested = cluster_ingest.collect(listing.new, done, {})
         ledger.streams.commit(held, ingested.segments, ingested.quarantined, now=now())
         at.append(time.perf_counter())

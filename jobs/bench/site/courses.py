@@ -28,6 +28,7 @@ STREAMS = (  # what the prepared streams depend on, beside the model
     "pipeline/simulate/*.py",
     "pipeline/data/decode.py",
     "pipeline/data/captures.py",
+    "pipeline/data/assemble.py",
     "pipeline/data/featurise.py",
     "pipeline/site",
     "jobs/bench/site/streams.py",

@@ -15,10 +15,10 @@ import torch
 
 from jobs.bench.parts import save
 from jobs.bench.site.online import Stream
+from pipeline.data.assemble import Trunk, gather_segment, store_segment
 from pipeline.data.captures import check_segment, list_segments, read_labels
 from pipeline.data.corpus import read_corpus
 from pipeline.data.features import mask_to_bool, read_features
-from pipeline.data.featurise import NewSegment, ingest_segment
 from pipeline.data.protocols import any_present
 from pipeline.models import checkpoint
 from pipeline.models import tail as tails
@@ -175,7 +175,8 @@ def _recorded(model: SourceModel, ground: Ground) -> dict[str, Stream]:
         end = 0
         for path in paths:
             rows = check_segment(path, site=site, limits=ground.limits)
-            ingest_segment(NewSegment(site, path.name, str(path), rows, end), ground.limits, model, place)
+            got = gather_segment(site, str(path), ground.limits, [model])
+            store_segment(site, end, got, {}, [Trunk.of(model.manifest)], place)
             end += rows
         block = read_features(place, model.manifest.trunk_digest, site, start=0, end=end, features=width)
         labels = read_labels(ground.captures / "_sealed" / f"{site}-labels.parquet")

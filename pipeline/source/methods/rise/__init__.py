@@ -27,19 +27,32 @@ class Config(SourceMethod):
     """``source.kind: rise``. A weight of 0 switches its term off and saves its cost."""
 
     kind: str = "rise"
-    invariance: Literal["pgirm", "irmv1", "none"] = Field(
+    invariance: Literal["pgirm", "irmv1", "both", "none"] = Field(
         default="pgirm", description="how the boundary becomes invariant over domains"
     )
     margin: float = Field(
         default=0.1, ge=0, le=0.9, description="mu: bona fide inside rho - mu, attacks outside rho + mu"
     )
     compact: float = Field(default=0.1, ge=0, description="weight of compact bona fide")
-    angle: float = Field(default=0.1, ge=0, description="weight of the contrast by (domain, class)")
+    angle: float = Field(default=0.1, ge=0, description="weight of the contrast of directions")
+    angle_groups: Literal["domains", "attacks"] = Field(
+        default="domains",
+        description="what the contrast tells apart: both classes of every domain, or one bona fide of all "
+        "domains from the attacks of each",
+    )
+    angle_modalities: float = Field(
+        default=0.0, ge=0, description="weight inside angle of the same contrast for each modality alone"
+    )
     synergy: float = Field(default=0.1, ge=0, description="weight of MMSD")
     decorrelate: float = Field(default=0.1, ge=0, description="weight of the disentanglement inside MMSD")
     complement: float = Field(default=0.3, ge=0, description="weight of predicting absent modalities")
     consistency: float = Field(
         default=0.5, ge=0, description="weight of full-to-dropped KL inside the complement term"
+    )
+    patterns: Literal["drawn", "all"] = Field(
+        default="drawn",
+        description="modalities that the complement term does without: a set drawn per sample, or every set, "
+        "weighted in proportion to its KL",
     )
     temperature: float = Field(default=0.1, gt=0, description="temperature of the contrast")
     alpha: float = Field(
@@ -53,7 +66,7 @@ class Config(SourceMethod):
         """Returns the boundary of every head for each domain (``pgirm``); the model gets their mean."""
         from pipeline.source.losses import domain_boundaries
 
-        return domain_boundaries(domains, tail) if self.invariance == "pgirm" else {}
+        return domain_boundaries(domains, tail) if self.invariance in ("pgirm", "both") else {}
 
     def losses(self, model: Model, batch: Batch, generator: Generator) -> dict[str, Tensor]:
         """Returns the weighted terms of the objective by name."""

@@ -35,13 +35,11 @@ def loss_terms(config: Config, model: Model, batch: Batch, generator: Generator)
         terms["compact"] = config.compact * compactness(
             full.logit[:, tails.FUSED], batch.label, config.margin
         )
-    if config.invariance == "irmv1" and config.irm:
+    if config.invariance in ("irmv1", "both") and config.irm:
         weight = config.irm * min(1.0, 2 * batch.progress)
         terms["irm"] = weight * irm_penalty(full.logit[:, tails.FUSED], batch)
     if config.angle:
-        terms["angle"] = config.angle * sup_con(
-            full.hidden, 2 * batch.domain + batch.label, config.temperature
-        )
+        terms["angle"] = config.angle * angle_term(config, full, batch)
     if config.synergy:
         mixed = mix(batch, generator)
         intrinsic, synergy = split_mixed(tail, z, mixed)
@@ -50,9 +48,29 @@ def loss_terms(config: Config, model: Model, batch: Batch, generator: Generator)
         )
         terms["synergy"] = config.synergy * (retrieval + config.decorrelate * decorrelated)
     if config.complement:
-        reconstruct, kl = complement_terms(tail, z, batch.present, full, generator)
+        complement = complement_terms if config.patterns == "drawn" else all_patterns_terms
+        reconstruct, kl = complement(tail, z, batch.present, full, generator)
         terms["complement"] = config.complement * (reconstruct + config.consistency * kl)
     return terms
+
+
+def angle_term(config: Config, full: tails.TailOutput, batch: Batch) -> Tensor:
+    """Returns the contrast of the fused directions, and of each modality's intrinsic ones, by group.
+
+    With ``attacks`` bona fide of all domains are one group, attacks of each domain one of their own: bona
+    fide is one class, attacks keep their domain (MMDG++).
+    """
+    group = 2 * batch.domain + batch.label
+    if config.angle_groups == "attacks":
+        group = torch.where(batch.label == 1, 2 * batch.domain.max() + 2, group)
+    term = sup_con(full.hidden, group, config.temperature)
+    if config.angle_modalities:
+        each = [
+            sup_con(full.intrinsic[:, m], group, config.temperature, used=batch.present[:, m])
+            for m in range(tails.MODALITIES)
+        ]
+        term = term + config.angle_modalities * torch.stack(each).mean()
+    return term
 
 
 def compactness(logit: Tensor, label: Tensor, margin: float) -> Tensor:
@@ -150,7 +168,29 @@ def complement_terms(
     The full score is the teacher (stop-gradient): learning to do without a sensor must not spoil the verdict
     with it.
     """
-    dropped = drop_modalities(present, 1.0, generator)
+    return _without(tail, z, present, drop_modalities(present, 1.0, generator), full)
+
+
+def all_patterns_terms(
+    tail: Params, z: Tensor, present: Tensor, full: tails.TailOutput, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Returns the two complement terms over every set of modalities, each weighted by its share of the KL.
+
+    What is hard to do without is practised most (after MMA-FAS); nothing is drawn.
+    """
+    everything = 2**tails.MODALITIES - 1
+    modality = torch.arange(tails.MODALITIES, device=z.device)
+    sets = [(left >> modality & 1).bool() for left in range(1, everything)]
+    kept = [torch.where((present & s).any(dim=1, keepdim=True), present & s, present) for s in sets]
+    both = [_without(tail, z, present, dropped, full) for dropped in kept]
+    reconstruct, kl = (torch.stack(terms) for terms in zip(*both, strict=True))
+    share = kl.detach() / kl.detach().sum().clamp(min=1e-6)
+    return (share * reconstruct).sum(), (share * kl).sum()
+
+
+def _without(
+    tail: Params, z: Tensor, present: Tensor, dropped: Tensor, full: tails.TailOutput
+) -> tuple[Tensor, Tensor]:
     fixed = {n: t.detach() if n in tails.BOUNDARY else t for n, t in tail.items()}
     part = tails.forward(fixed, z, dropped)
     gap = 1 - torch.nn.functional.cosine_similarity(part.complement, z.detach(), dim=-1)  # [B, M]
