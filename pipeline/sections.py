@@ -25,9 +25,11 @@ class ClusterConfig(Section):
     train_workers: int = Field(default=1, ge=1, description="workers of a source fit")
     train_gpu: bool = Field(default=False, description="a GPU for every worker of a source fit")
     shards: int = Field(default=2, ge=1, description="shard actors; about one per core")
-    ingest_workers: int = Field(default=2, ge=1, description="parallel ingest tasks")
+    ingest_workers: int = Field(
+        default=2, ge=1, description="decoding tasks of ingest at a time, and actors with the trunk"
+    )
     ingest_gpus: float = Field(
-        default=0, ge=0, description="share of a GPU per ingest task; has not been run on a GPU"
+        default=0, ge=0, description="share of a GPU per actor with the trunk; has not been run on a GPU"
     )
     object_store_mb: int = Field(default=512, ge=80, description="MiB of Ray's object store")
     image: str = Field(

@@ -149,7 +149,7 @@ def held_out(given: dict[str, object]) -> None:
         hters: dict[str, float] = {}
         for held, part, state in zip(tested, others, states, strict=True):
             fits.advance(state, part, until=method.steps * (rung + 1) // config.search.rungs)
-            seen = score(fits.finish(task, state.objective, part), held, "val")
+            seen = score(fits.finish(state, part), held, "val")
             hters[held.domain] = metrics.hter(seen.logit[:, 0, 0], seen.label, 0.0)
         ray.train.report(
             {WORST: max(hters.values()), "rung": rung + 1, **{f"hter_{d}": h for d, h in hters.items()}}

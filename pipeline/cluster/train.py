@@ -230,7 +230,7 @@ def _fit(given: dict[str, object], folder: Path) -> None:
             fits.restore(state, Path(saved))
     every, until = cast("int", given["every"]), task.method.steps
     fits.advance(state, corpora, until=until, rank=rank, world=world, report=report, every=every)
-    _report(rank, state, fits.finish(task, state.objective, corpora))
+    _report(rank, state, fits.finish(state, corpora))
 
 
 def _report(rank: int, state: fits.Fit, model: checkpoint.SourceModel | None) -> None:

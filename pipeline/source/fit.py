@@ -5,6 +5,7 @@ It knows no Ray.
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,6 +69,9 @@ class Fit:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0
+    mean: Params = field(
+        default_factory=dict[str, "Tensor"]
+    )  # of the trained weights, where they are averaged
 
 
 class Objective(nn.Module):
@@ -125,7 +129,7 @@ def fit(
     check_validation(corpora)
     state = begin(task, domains=len(corpora))
     advance(state, corpora, until=task.method.steps, report=report, every=every, draws=draws)
-    return finish(task, state.objective, corpora)
+    return finish(state, corpora)
 
 
 def advance(
@@ -207,7 +211,21 @@ def step(
     state.optimizer.step()
     method.after_step(state.objective.extra)
     state.step += 1
+    _average(state)
     return {name: float(t.detach()) for name, t in terms.items()}
+
+
+def _average(state: Fit) -> None:
+    """Takes the weights after a step into their mean (SWA, Izmailov et al., UAI 2018)."""
+    method = state.task.method
+    taken = state.step - (method.steps - round(method.average * method.steps))
+    if taken < 1:
+        return
+    with torch.no_grad():
+        for name, p in state.objective.named_parameters():
+            if p.requires_grad:
+                mean = state.mean.setdefault(name, p.detach().clone())
+                mean.lerp_(p, 1 / taken)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -221,6 +239,7 @@ def schedule(step: int, steps: int) -> float:
 def save(state: Fit, folder: Path) -> None:
     """Saves everything that the rest of the fit depends on, as safetensors and JSON."""
     tensors = {f"model.{n}": t for n, t in state.objective.state_dict().items()}
+    tensors |= {f"mean.{n}": t for n, t in state.mean.items()}
     for i, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{n}": torch.as_tensor(t) for n, t in moments.items()}
     facts = {"step": state.step, "kind": state.task.method.kind, "fingerprint": state.task.fingerprint}
@@ -238,6 +257,7 @@ def restore(state: Fit, folder: Path) -> None:
             )
     model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     state.objective.load_state_dict(model)
+    state.mean = {n.removeprefix("mean."): t for n, t in tensors.items() if n.startswith("mean.")}
     moments: dict[int, dict[str, Tensor]] = {}
     for name, t in tensors.items():
         if name.startswith("optimizer."):
@@ -255,8 +275,12 @@ def restore(state: Fit, folder: Path) -> None:
     state.step = cast("int", meta["step"])
 
 
-def finish(task: Task, objective: Objective, corpora: Sequence[Corpus]) -> SourceModel:
+def finish(state: Fit, corpora: Sequence[Corpus]) -> SourceModel:
     """Folds the trunk, sets boundaries and threshold at the EER of the validation, and seals the model."""
+    task, objective = state.task, state.objective
+    if state.mean:
+        objective = copy.deepcopy(objective)
+        objective.load_state_dict(state.mean, strict=False)
     trunk, tail = fold(objective.trunk).cpu(), objective.final_tail()
     domain, label, z, present = validation_features(trunk, corpora)
     tail |= equal_error_boundaries(tail, z, present, label)
