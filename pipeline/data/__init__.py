@@ -37,7 +37,7 @@ class DataConfig(Section):
         ge=0,
         description="disk for maps of a frozen stem, beside the corpora; 0 = computed at every step",
     )
-    frame_px: int = Field(default=48, ge=16, le=512, description="frame side in pixels after decoding")
+    frame_px: int = Field(default=112, ge=16, le=512, description="frame side in pixels after decoding")
     max_rows: int = Field(default=20_000, ge=1, description="rows a capture segment may hold")
     max_bytes: int = Field(
         default=96 * 2**20,

@@ -10,7 +10,7 @@ from pipeline.types import Section
 
 
 class TinyConfig(Section):
-    """A CNN of about 60 thousand parameters per modality, which trains on a CPU."""
+    """A CNN of about 60 thousand parameters per modality, trained from scratch in seconds: for tests."""
 
     kind: Literal["tiny"] = Field(default="tiny", description="a small CNN per modality")
     width: int = Field(default=16, ge=4, le=256, description="channels of the first block")
@@ -20,7 +20,9 @@ class TinyConfig(Section):
 class MobileConfig(Section):
     """MobileNetV2 of ImageNet to stride 16: a frozen stem, and a middle that every modality trains."""
 
-    kind: Literal["mobile"] = Field(description="an ImageNet CNN, its middle trained per modality")
+    kind: Literal["mobile"] = Field(
+        default="mobile", description="an ImageNet CNN, its middle trained per modality"
+    )
     features: int = Field(default=64, ge=8, le=1024, description="F, length of a modality's feature vector")
 
 
@@ -51,6 +53,6 @@ class ModelConfig(Section):
     """Section ``model``."""
 
     trunk: TrunkConfig = Field(
-        default=TinyConfig(), discriminator="kind", description="frozen shared feature extractor"
+        default=MobileConfig(), discriminator="kind", description="frozen shared feature extractor"
     )
     tail: TailConfig = Field(default=TailConfig(), description="the small rest that sites may move")

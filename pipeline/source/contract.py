@@ -27,11 +27,11 @@ class SourceMethod(Method):
     Shared settings keep comparisons fair.
     """
 
-    steps: int = Field(default=700, ge=1, description="optimizer steps")
+    steps: int = Field(default=300, ge=1, description="optimizer steps")
     batch: int = Field(
         default=48, ge=4, description="samples per step over all workers, equal per domain x class"
     )
-    lr: float = Field(default=2e-3, gt=0, description="highest learning rate")
+    lr: float = Field(default=5e-4, gt=0, description="highest learning rate")
     weight_decay: float = Field(default=1e-4, ge=0, description="weight decay of AdamW")
     seed: int = Field(default=0, description="seed of weights, batches and augmentation")
     start: str | None = Field(
