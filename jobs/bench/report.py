@@ -44,7 +44,7 @@ def conclude(config: Config, terminal: Terminal, report: Report, *, write: bool 
     figures = {f.name: {"value": f.measured, "target": f.target, "holds": f.holds} for f in report.figures}
     context = {**report.context, **{t.key: rows_of(t) for t in report.tables if t.key}, "page": str(page)}
     shown = [_printed(t) for t in text_tables(report)]
-    terminal.result({"figures": figures, "context": context}, *shown, f"page: {page}", summary(report))
+    terminal.result({"figures": figures, "context": context}, *shown, f"page: {page}", report.summary)
     return Exit.DONE if all(f.holds for f in report.figures) else Exit.HOLD
 
 
@@ -87,13 +87,6 @@ def glossary(kind: str, names: Iterable[str]) -> dict[str, str]:
     return lines | WORDS["glossary"]
 
 
-def summary(report: Report) -> str:
-    """Returns how many figures hold, and the names of the others."""
-    missed = [f.name for f in report.figures if not f.holds]
-    held = f"{len(report.figures) - len(missed)} of {len(report.figures)} figures hold"
-    return held + (f"; not {', '.join(missed)}" if missed else "")
-
-
 def rows_of(t: Table) -> Mapping[str, object] | Sequence[object]:
     """Returns a table for JSON: an object per row by the columns' keys, with the heading above it."""
     records: dict[str, dict[str, object]] = {}
@@ -134,7 +127,7 @@ def markdown(report: Report) -> str:
     where = (
         f"Measured on {report.created:%d %B %Y} by `{c['command']}` on {c['cores']} cores ({c['processor']})"
     )
-    parts = [f"{where}, seeds {c['seeds']}, revision {str(c['revision'])[:12]}; {summary(report)}."]
+    parts = [f"{where}, seeds {c['seeds']}, revision {str(c['revision'])[:12]}; {report.summary}."]
     for t in text_tables(report):
         heads, rows = cells_of(t)
         lines = [heads, ["---"] * len(heads), *rows]

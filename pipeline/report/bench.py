@@ -167,8 +167,15 @@ class Report:
         """The figures as a table."""
         columns = {name: name for name in ("figure", "value", "target", "holds", "note")}
         return Table(
-            "", "figures", columns, [[f.name, _value(f), f.target, _held(f), f.note] for f in self.figures]
+            "", "figures", columns, [[f.name, _value(f), _target(f), _held(f), f.note] for f in self.figures]
         )
+
+    @property
+    def summary(self) -> str:
+        """How many figures hold, and the names of the others."""
+        missed = [f.name for f in self.figures if not f.holds]
+        held = f"{len(self.figures) - len(missed)} of {len(self.figures)} figures hold"
+        return held + (f"; not {', '.join(missed)}" if missed else "")
 
 
 def tabled(
@@ -284,7 +291,22 @@ def render(report: Report) -> str:
     template = environment().get_template("bench.html.j2")
     own = Section("figures", "Figures that decide", "Each value beside its target.", [report.targets])
     pages = [*([own] if report.figures else []), *report.sections]
-    return template.render(report=report, pages=pages, table=lambda t: _table(t, report.own))
+    return template.render(
+        report=report,
+        answer=report.answer or [report.summary],
+        pages=pages,
+        table=lambda t: _table(t, report.own),
+        words=_context,
+    )
+
+
+def _context(value: object) -> str:
+    """Returns a value of the context in words: names before their values, no brackets or quotes."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_context(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_context(inner) for inner in value)
+    return {"True": "yes", "False": "no", "None": "–"}.get(str(value), str(value))
 
 
 def _table(t: Table, own: Sequence[str]) -> Markup:
@@ -309,11 +331,20 @@ def _table(t: Table, own: Sequence[str]) -> Markup:
         name = row[0] if isinstance(row[0], Cell) else Cell(None, row[0] or "")
         form = '<tr{}><th scope="row">{}{}</th>{}</tr>\n'
         body += html(
-            form, Markup(" class=own") * (name.text in own), name.text, _small(name), Markup("").join(cells)
+            form,
+            Markup(" class=own") * (name.text in own),
+            _breakable(name.text),
+            _small(name),
+            Markup("").join(cells),
         )
     form = '<div class="scroll{}" tabindex="0" role="region" aria-label="{}"><table class="data">'
     form += "<thead><tr>{}</tr></thead><tbody>\n{}</tbody></table></div>"
     return html(form, " tall" * (len(t.rows) > TALL), t.title, head, body)
+
+
+def _breakable(name: str) -> Markup:
+    """Returns a name that a narrow column breaks after an underscore, not within a word."""
+    return Markup("_<wbr>").join(html("{}", part) for part in name.split("_"))
 
 
 def _cell(c: Cell | str | None, among: Sequence[float]) -> Markup:
@@ -351,6 +382,10 @@ def _rank(c: Cell | str | None) -> float:
 
 def _value(f: Figure) -> Cell:
     return Cell(f.measured, "not measured" if f.measured is None else f"{f.measured:.4g}".translate(MINUS))
+
+
+def _target(f: Figure) -> Cell:
+    return Cell(f.target, f.target.replace("<=", "≤").replace(">=", "≥"))
 
 
 def _held(f: Figure) -> Cell:

@@ -78,11 +78,11 @@ class Month:
     events: Counter[str] = field(default_factory=Counter[str])
 
     @property
-    def summary(self) -> dict[str, object]:
-        """Its numbers for the context of the report."""
-        each = round(self.seconds / max(1, self.days), 3)
-        facts = {"sites": self.sites, "days": self.days, "seed": self.seed, "violations": self.violations[:5]}
-        return {**facts, "seconds_per_day": each, **dict(sorted(self.events.items()))}
+    def numbers(self) -> dict[str, float]:
+        """Its numbers by name."""
+        facts: dict[str, float] = {"sites": self.sites, "days": self.days, "seed": self.seed}
+        facts["seconds_per_day"] = round(self.seconds / max(1, self.days), 3)
+        return {**facts, "violations": len(self.violations), **dict(sorted(self.events.items()))}
 
 
 def simulate(folder: Path, *, sites: int, days: int, seed: int, advance: Callable[[int, int], None]) -> Month:

@@ -39,7 +39,11 @@ ENOUGH, P = (
     100,
     0.05,
 )  # presentations before the threshold canary believes a rate; of the Mann-Whitney test, every day
-STOPS = ("ours", "threshold", "ranks")
+STOPS = {
+    "ours": "guards",
+    "threshold": "threshold",
+    "ranks": "Mann-Whitney",
+}  # field of Outcome -> who stopped it
 
 
 class Outcome(NamedTuple):
@@ -72,14 +76,9 @@ class Outcomes:
         return float(np.median([np.inf if s is None else s for s in stops]))
 
     @property
-    def summary(self) -> dict[str, object]:
-        """Shares of stopped seeds, and presentations until half of them were stopped."""
-        medians = {name: self.median(name) if self.harmed else None for name in STOPS}
-        stops = {n: {"stopped": self.stopped(n), "median_presentations": medians[n]} for n in STOPS}
-        days, held = min(o.site_days for o in self.seeds), sum(o.held for o in self.seeds)
-        singles = sum(o.singles for o in self.seeds)
-        counts = {"site_days_per_seed": days, "held": held, "single_sites_taken_back": singles}
-        return {"seeds": len(self.seeds), **counts, **stops}
+    def name(self) -> str:
+        """Of its row in a table."""
+        return "harmed" if self.harmed else "clean"
 
 
 @dataclass(frozen=True)
