@@ -389,8 +389,6 @@ def _target(f: Figure) -> Cell:
 
 
 def _held(f: Figure) -> Cell:
-    tone, mark, words = ("good", "✓", "holds") if f.holds else ("bad", "✕", "does not hold")
-    if f.measured is None:
-        tone, mark, words = "muted", "", "not measured"
+    tone, mark, word = ("good", "✓", "yes") if f.holds else ("bad", "✕", "no")
     form = '<span class="badge {}"><span aria-hidden="true">{}</span> {}</span>'
-    return Cell(words, "yes" if f.holds else "no", drawn=html(form, tone, mark, words))
+    return Cell(f.holds, word, drawn=html(form, tone, mark, word))

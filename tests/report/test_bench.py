@@ -89,9 +89,9 @@ def test_every_part_is_on_the_page_and_the_answer_comes_first() -> None:
 
 def test_figures_say_whether_they_hold() -> None:
     text = section(render(report()), "figures")
-    assert "danet_hter_below_frozen 0.309 ≥ 0.3 ✓ holds paired over streams" in text
-    assert "worst_site_rise 0.013 ≤ 0.01 ✕ does not hold over frozen" in text
-    assert "recovery not measured ≤ 400 not measured no stream with a sudden change" in text
+    assert "danet_hter_below_frozen 0.309 ≥ 0.3 ✓ yes paired over streams" in text
+    assert "worst_site_rise 0.013 ≤ 0.01 ✕ no over frozen" in text
+    assert "recovery not measured ≤ 400 ✕ no no stream with a sudden change" in text
 
 
 def test_worse_is_marked_by_more_than_colour() -> None:

@@ -74,7 +74,7 @@ def sections(
 ) -> list[Section]:
     """Returns everything that was timed, stopped and simulated, as tables."""
     timed: list[Column[Control]] = [
-        ("sites", "sites", lambda c: f"{c.sites:,}"),
+        ("sites", "sites", lambda c: str(c.sites)),
         ("plan", "plan", lambda c: number(c.plan.wall)),
         ("waves", "waves", lambda c: number(c.waves.wall)),
         ("waves_cpu", "waves, CPU", lambda c: number(c.waves.cpu)),

@@ -205,8 +205,8 @@ def _stream_cells(r: Results, name: str, order: Sequence[str]) -> list[Cell | No
 def _stream_cell(x: online.Rates, measure: str, base: float | None) -> Cell:
     value, name = getattr(x, measure), RATES[measure] * (measure != "hter")
     over = None if base is None else value - base
-    both = f"BPCER {plots.percent(x.bpcer)}, max APCER {plots.percent(x.max_apcer)}"
-    small = ("" if over is None else bench.marked(over), name, both, x.worst_species)
+    both = f"BPCER {plots.percent(x.bpcer)}", f"max APCER {plots.percent(x.max_apcer)}"
+    small = ("" if over is None else bench.marked(over), name, *both, x.worst_species)
     return rate(value, rise=over)._replace(value=x._asdict(), small=small)
 
 
