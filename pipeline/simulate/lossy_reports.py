@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline.guards import LabelledCounts
+from pipeline.guards.fleet import LabelledCounts
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from pipeline import rollout as machine
 from pipeline.control.health import observe_rollback
 from pipeline.control.rollout import load, save, step
-from pipeline.guards import Cell, Evidence, GuardsConfig, assess
+from pipeline.guards import Cell, Evidence, GuardsConfig
+from pipeline.guards.verdict import assess
 from pipeline.ledger import Ledger, SegmentRow, ShardRow, Store, WindowRecord, state_id
 from pipeline.models import ModelConfig
 from pipeline.models.manifest import Manifest

@@ -21,7 +21,8 @@ from jobs.bench.rollout.control import delete
 from pipeline import rollout as machine
 from pipeline.control.health import observe_rollback
 from pipeline.control.rollout import save
-from pipeline.guards import GuardsConfig, judge_promoted
+from pipeline.guards import GuardsConfig
+from pipeline.guards.fleet import judge_promoted
 from pipeline.ledger import StaleGeneration
 from pipeline.rollout import (
     IN_PROGRESS,

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from pipeline import rollout as machine
-from pipeline.guards import LabelledCounts, error_budget, judge_promoted
+from pipeline.guards.fleet import LabelledCounts, error_budget, judge_promoted
 from pipeline.rollout import IN_PROGRESS, IN_ROLLBACK, Candidate, Pointer, SiteFacts, Status
 from pipeline.simulate import cloned_sites
 from pipeline.simulate.release_fleet import SOURCE, ObedientFleet
