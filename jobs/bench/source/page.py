@@ -53,7 +53,7 @@ def figures(m: Measured, rows: Sequence[MethodRow], *, seconds: float, quick: bo
         at_most("rise_score_shift", ours and ours.score_shift, 0.02, "HTER - oracle EER"),
         at_least("rise_relative_to_erm", gain and gain.value, 0.25, note),
     ]
-    for name in (n for n in methods("source") if n != OURS):
+    for name in (BASELINE,) if quick else (n for n in methods("source") if n != OURS):
         paired = by_name[name].paired if name in by_name else None
         note = f"{name}'s HTER - rise's; rise - {name} 95 % {_interval(paired and paired.difference)}"
         better = paired and -paired.difference.value
@@ -135,7 +135,7 @@ def methods_section(rows: Sequence[MethodRow]) -> Section:
         ("method", "method", lambda r: r.method),
         ("hter", "HTER", lambda r: estimate(r.hter)),
         *(
-            (f"targets.{t}", f"→{t}", lambda r, t=t: estimate(r.hter_by_target.get(t, UNKNOWN)))
+            (f"targets.{t}", f"→{t}", lambda r, t=t: _of_target(r.hter_by_target.get(t, UNKNOWN)))
             for t in targets
         ),
         ("oracle_eer", "oracle EER", lambda r: rate(r.oracle_eer)),
@@ -158,7 +158,9 @@ def methods_section(rows: Sequence[MethodRow]) -> Section:
         ("seeds", "seeds", lambda r: bench.count(r.seeds)),
     ]
     title = "one domain left out, threshold from source validation"
-    table = replace(bench.tabled("methods", title, rows, columns, "column"), keyed=True)
+    aside = ("worst_species", "bpcer20", "auc", "avoided", "seeds")
+    shown = tuple(key for key, *_ in columns if key not in aside)
+    table = replace(bench.tabled("methods", title, rows, columns, "column"), keyed=True, shown=shown)
     words = {"interval": "mean HTER, 95 % interval", "oracle": "oracle EER", "shift": "score shift"}
     return section(
         "source", "methods", [bench.legend(words), bench.bells(chart, top), table] if rows else [], ours=OURS
@@ -203,6 +205,11 @@ def _part(results: Sequence[Result]) -> Cell:
     return rate(hter.value, *words, ranked=True)._replace(value=value)
 
 
+def _of_target(e: Estimate) -> Cell:
+    """Returns the cell of one target, whose interval only the page shows."""
+    return estimate(e)._replace(small=("", bench.span(e.low, e.high)))
+
+
 def _difference(e: Estimate) -> Cell:
     """Returns the difference of ours to a method, marked where the interval leaves out zero."""
     mark = "▼ " if e.high < 0 else "▲ " if e.low > 0 else ""
@@ -215,7 +222,7 @@ def det_section(curves: Mapping[str, Sequence[tuple[str, DetCurve]]]) -> Section
     others = dict.fromkeys(m for of in curves.values() for m, _ in of if m not in (OURS, BASELINE))
     form = '<span><svg class="det" width="34" height="14"><path class="{}" d="M2 7h30"/></svg>{}</span>'
     key = bench.joined(
-        form, (("after", OURS), ("before", BASELINE), ("other", ", ".join(others) or "no other"))
+        form, [("after", OURS), ("before", BASELINE), *([("other", ", ".join(others))] if others else [])]
     )
     drawn = ((t, plots.dets(c, t, {BASELINE: "before", OURS: "after"})) for t, c in curves.items())
     charts = bench.joined("<figure><h3>{}</h3>{}</figure>\n", drawn)
