@@ -179,20 +179,35 @@ class Report:
 
 
 def tabled(
-    key: str, title: str, records: Iterable[T], columns: Sequence[Column[T]], among: Among = ""
+    key: str,
+    title: str,
+    records: Iterable[T],
+    columns: Sequence[Column[T]],
+    among: Among = "",
+    *,
+    medium: Medium = "everywhere",
+    shown: tuple[str, ...] = (),
+    keyed: bool = False,
 ) -> Table:
     """Returns a table with a row per record."""
     rows = [[cell(r) for *_, cell in columns] for r in records]
-    return Table(key, title, {k: heading for k, heading, _ in columns}, rows, among)
+    heads = {k: heading for k, heading, _ in columns}
+    return Table(key, title, heads, rows, among, medium, shown, keyed=keyed)
 
 
 def grid(
-    key: str, title: str, head: str, cells: Mapping[str, Mapping[str, Cell]], among: Among = ""
+    key: str,
+    title: str,
+    head: str,
+    cells: Mapping[str, Mapping[str, Cell]],
+    among: Among = "",
+    *,
+    medium: Medium = "everywhere",
 ) -> Table:
     """Returns a table of cells by the names of rows and columns; ``head`` stands over the rows."""
     names = dict.fromkeys(name for row in cells.values() for name in row)
     rows = [[name, *(row.get(n) for n in names)] for name, row in cells.items()]
-    return Table(key, title, {"row": head, **{n: n for n in names}}, rows, among, keyed=True)
+    return Table(key, title, {"row": head, **{n: n for n in names}}, rows, among, medium, keyed=True)
 
 
 def rate(value: float, *small: str, rise: float | None = None, ranked: bool = False) -> Cell:

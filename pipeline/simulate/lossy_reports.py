@@ -84,8 +84,8 @@ class LossyReports:
 
     def counts(self, promoted: Sequence[Promoted], serving: Mapping[str, ServingRow]) -> LabelledCounts:
         """Returns the counts of the promoted sites since their promotion, as far as they have arrived."""
-        found = [(serving.get(p.site), self._counts.get(p.site, NOTHING)) for p in promoted]
-        rows = [counts if s and s.counter == n else NOTHING[1] for s, (n, counts) in found]
+        counted = [(serving.get(p.site), self._counts.get(p.site, NOTHING)) for p in promoted]
+        rows = [counts if s and s.counter == n else NOTHING[1] for s, (n, counts) in counted]
         attacks, worse, better, both = np.array(rows, np.int64).reshape(-1, 4).T
         zero = np.zeros_like(attacks)
         return LabelledCounts([p.site for p in promoted], attacks, worse + both, worse, better, zero, zero)

@@ -35,10 +35,8 @@ HOURS = 24 // LOOKS
 ATTACKS, REAL = 40, 200  # labelled presentations of a site and day
 WORSE, HARMED, REFUSED = 0.10, 0.05, 0.01  # APCER and share of harmed sites; BPCER of all
 CONTROLS = 0.05  # of the fleet, for the Mann-Whitney canary
-ENOUGH, P = (
-    100,
-    0.05,
-)  # presentations before the threshold canary believes a rate; of the Mann-Whitney test, every day
+ENOUGH = 100  # presentations before the threshold canary believes a rate
+P = 0.05  # of the Mann-Whitney test, every day
 STOPS = {
     "ours": "guards",
     "threshold": "threshold",
@@ -141,10 +139,8 @@ def release(on: Release, seed: int, *, harmed: bool) -> Outcome:
         if fleet.r.status in IN_PROGRESS and "ours" not in stop:
             reasons = error_budget(on.limits, *zip(*draws.hours[-6:], strict=True))
             freezes += bool(reasons)
-            fleet.now, fleet.freeze = (
-                START + timedelta(hours=look * HOURS),
-                reasons[0].text if reasons else "",
-            )
+            fleet.now = START + timedelta(hours=look * HOURS)
+            fleet.freeze = reasons[0].text if reasons else ""
             # a site that went back goes on to count, by replay
             findings = judge_promoted(on.limits, draws.counts(on.names, on.ends[fleet.r.wave]))
             fleet.breach = tuple(b.text for b in findings.breach)

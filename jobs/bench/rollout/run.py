@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.bench.report import conclude, context, section
@@ -54,8 +54,8 @@ def bench_rollout(config: Config, terminal: Terminal, *, quick: bool, write: boo
     for seed in range(size.months):
         terminal.say(f"bench rollout: {size.days} days of {size.sites} sites, seed {seed}")
         with terminal.progress("simulate", "days") as advance:
-            given = {"sites": size.sites, "days": size.days, "seed": seed, "advance": advance}
-            months.append(month.simulate(folder / "simulated", **given))
+            place = folder / "simulated"
+            months.append(month.simulate(place, sites=size.sites, days=size.days, seed=seed, advance=advance))
     facts = context(
         "rollout",
         started,
@@ -102,11 +102,11 @@ def sections(
     names = dict.fromkeys(name for m in months for name in m.numbers)
     happened = {name: {f"seed {m.seed}": _event(m.numbers.get(name, 0)) for m in months} for name in names}
     tables = [
-        replace(tabled("control_seconds", "seconds of a release, median", costs, timed), keyed=True),
-        replace(tabled("statistics", "releases that were stopped", outcomes, stopped), keyed=True),
-        grid("simulated", "the simulated month", "event", happened),
+        tabled("control_seconds", "seconds of a release, median", costs, timed, medium="page", keyed=True),
+        tabled("statistics", "releases that were stopped", outcomes, stopped, medium="page", keyed=True),
+        grid("simulated", "the simulated month", "event", happened, medium="page"),
     ]
-    return [section("rollout", t.key, [replace(t, medium="page")]) for t in tables]
+    return [section("rollout", t.key, [t]) for t in tables]
 
 
 def _event(n: float) -> Cell:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jobs.bench.report import section
+from jobs.bench import report
 from jobs.bench.source import compare
 from jobs.bench.source.compare import judged, shared_targets
 from pipeline.config import methods
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 OURS, BASELINE = "rise", "erm"
 UNKNOWN = Estimate(np.nan, np.nan, np.nan)
 CELLS = 15  # boundaries x synergy of the ablation
+section = partial(report.section, "source")
 PARTS = ("load", "forward", "backward", "optimizer")  # of a step
 
 
@@ -88,11 +89,9 @@ def sections(m: Measured, rows: Sequence[MethodRow], *, quick: bool) -> list[Sec
         methods_section(rows),
         det_section({t: compare.det_curves(m.main, t) for t in shared_targets(m.main)}),
         radii_section(radii),
-        section(
-            "source", "ablation", [bench.grid("ablation", title, "boundary", parts, "table")], why, ours=OURS
-        ),
-        section("source", "missing", [_grid("missing", "HTER with modalities missing", missing)]),
-        section("source", "limited", [_grid("limited", "HTER, two source domains", pairs)], why),
+        section("ablation", [bench.grid("ablation", title, "boundary", parts, "table")], why, ours=OURS),
+        section("missing", [_grid("missing", "HTER with modalities missing", missing)]),
+        section("limited", [_grid("limited", "HTER, two source domains", pairs)], why),
         unseen_section(compare.unseen_rows(m.main, (OURS, BASELINE))),
         speed_section(m.speed),
     ]
@@ -160,10 +159,10 @@ def methods_section(rows: Sequence[MethodRow]) -> Section:
     title = "one domain left out, threshold from source validation"
     aside = ("worst_species", "bpcer20", "auc", "avoided", "seeds")
     shown = tuple(key for key, *_ in columns if key not in aside)
-    table = replace(bench.tabled("methods", title, rows, columns, "column"), keyed=True, shown=shown)
+    table = bench.tabled("methods", title, rows, columns, "column", keyed=True, shown=shown)
     words = {"interval": "mean HTER, 95 % interval", "oracle": "oracle EER", "shift": "score shift"}
     return section(
-        "source", "methods", [bench.legend(words), bench.bells(chart, top), table] if rows else [], ours=OURS
+        "methods", [bench.legend(words), bench.bells(chart, top), table] if rows else [], ours=OURS
     )
 
 
@@ -177,7 +176,7 @@ def unseen_section(rows: Sequence[compare.UnseenRow]) -> Section:
 
     cells = {f"{r.target}: {r.species}": {m: cell(a) for m, a in r.apcer.items()} for r in rows}
     title = "instruments that no source has: APCER"
-    return section("source", "unseen", [bench.grid("unseen", title, "target: instrument", cells, "table")])
+    return section("unseen", [bench.grid("unseen", title, "target: instrument", cells, "table")])
 
 
 def speed_section(speed: Speed) -> Section:
@@ -189,7 +188,7 @@ def speed_section(speed: Speed) -> Section:
     }
     table = bench.grid("speed", "milliseconds of one optimizer step by part", "loop", cells)
     bar = plots.bar(speed[:4], PARTS, top=float(np.nansum(speed[:4])))
-    return section("source", "speed", [bar, table])
+    return section("speed", [bar, table])
 
 
 def _grid(key: str, title: str, hters: Mapping[str, Mapping[str, Estimate]]) -> Table:
@@ -227,7 +226,7 @@ def det_section(curves: Mapping[str, Sequence[tuple[str, DetCurve]]]) -> Section
     drawn = ((t, plots.dets(c, t, {BASELINE: "before", OURS: "after"})) for t, c in curves.items())
     charts = bench.joined("<figure><h3>{}</h3>{}</figure>\n", drawn)
     form = '<div class="key">{}<span>dot: the honest threshold</span></div><div class="pair">{}</div>'
-    return section("source", "det", [html(form, key, charts)] if curves else [])
+    return section("det", [html(form, key, charts)] if curves else [])
 
 
 def radii_section(per_target: Mapping[str, Sequence[RadiusPanel]]) -> Section:
@@ -258,7 +257,7 @@ def radii_section(per_target: Mapping[str, Sequence[RadiusPanel]]) -> Section:
         inside = [(plots.percent(p.inside), len(p.attack)) for p in panels]
         charts = bench.joined(form, ((*d, *o, *i) for d, o, i in zip(drawn, outside, inside, strict=True)))
         parts.append(html('<h3>Target {}</h3><div class="four">{}</div>', target, charts))
-    return section("source", "radii", parts, points=plots.POINTS)
+    return section("radii", parts, points=plots.POINTS)
 
 
 def _interval(of: Estimate | None) -> str:
