@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jobs.bench.report import conclude, context, section
@@ -102,11 +102,11 @@ def sections(
     names = dict.fromkeys(name for m in months for name in m.numbers)
     happened = {name: {f"seed {m.seed}": _event(m.numbers.get(name, 0)) for m in months} for name in names}
     tables = [
-        tabled("control_seconds", "seconds of a release, median", costs, timed, medium="page", keyed=True),
-        tabled("statistics", "releases that were stopped", outcomes, stopped, medium="page", keyed=True),
-        grid("simulated", "the simulated month", "event", happened, medium="page"),
+        tabled("control_seconds", "seconds of a release, median", costs, timed),
+        tabled("statistics", "releases that were stopped", outcomes, stopped),
+        grid("simulated", "the simulated month", "event", happened),
     ]
-    return [section("rollout", t.key, [t]) for t in tables]
+    return [section("rollout", t.key, [replace(t, medium="page")]) for t in tables]
 
 
 def _event(n: float) -> Cell:

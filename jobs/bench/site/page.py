@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -263,7 +264,7 @@ def _poison(r: Results, order: Sequence[str]) -> Section:
     title = f"poisoning: worst species' APCER on the probe over {BASELINE}'s, points"
     table = Table("poison", title, columns, rows, medium="page", grouped="stream")
     matrix = {n: {m: points(rises[m][n]) for m in order if "(" not in m} for n in names}
-    text = bench.grid("", title, "stream", matrix, medium="text")
+    text = replace(bench.grid("", title, "stream", matrix), medium="text")
     facts = {"limit": f"{100 * LIMIT:g}", "low": bench.signed(low), "high": bench.signed(high)}
     return section("poison", [table, text], baseline=BASELINE, **facts)
 

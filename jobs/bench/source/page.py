@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -159,7 +160,7 @@ def methods_section(rows: Sequence[MethodRow]) -> Section:
     title = "one domain left out, threshold from source validation"
     aside = ("worst_species", "bpcer20", "auc", "avoided", "seeds")
     shown = tuple(key for key, *_ in columns if key not in aside)
-    table = bench.tabled("methods", title, rows, columns, "column", keyed=True, shown=shown)
+    table = replace(bench.tabled("methods", title, rows, columns, "column"), shown=shown)
     words = {"interval": "mean HTER, 95 % interval", "oracle": "oracle EER", "shift": "score shift"}
     return section(
         "methods", [bench.legend(words), bench.bells(chart, top), table] if rows else [], ours=OURS
