@@ -108,11 +108,8 @@ def methods_section(rows: Sequence[MethodRow]) -> Section:
     ]
     title = "shifted streams, scored before learning, threshold from source validation"
     words = {"interval": "mean online HTER, 95 % interval over streams and seeds", "reference": BASELINE}
-    parts = [
-        bench.legend(words),
-        bench.bells(chart, top),
-        bench.tabled("methods", title, rows, columns, "column"),
-    ]
+    table = bench.tabled("methods", title, rows, columns, "column")
+    parts = [bench.legend(words), bench.bells(chart, top), table]
     return section("methods", parts if rows else [], baseline=BASELINE)
 
 
@@ -198,11 +195,8 @@ def _stream_cells(r: Results, name: str, order: Sequence[str]) -> list[Cell | No
         means = {n: float(np.mean([getattr(e, n) for e in each])) for n in RATES}
         rates[method] = online.Rates(**means, worst_species=each[0].worst_species)
     measure = next((n for n in RATES if any(np.isfinite(getattr(x, n)) for x in rates.values())), "hter")
-    base = getattr(rates[BASELINE], measure) if BASELINE in rates else None
-    return [
-        _stream_cell(rates[m], measure, None if m == BASELINE else base) if m in rates else None
-        for m in order
-    ]
+    base = {m: getattr(rates[BASELINE], measure) for m in order if m != BASELINE and BASELINE in rates}
+    return [_stream_cell(rates[m], measure, base.get(m)) if m in rates else None for m in order]
 
 
 def _stream_cell(x: online.Rates, measure: str, base: float | None) -> Cell:
@@ -281,11 +275,11 @@ def _ablation(r: Results, why: str) -> Section:
     for row, runs in r.tables["ablation"].items():
         fill, labels, weight = row.split(" | ")
         site = f"worst site {bench.signed(worst(r.rises(runs, list(runs), 'hter'))[1])}"
-        cells.setdefault(f"{fill}, {labels}", {})[weight] = rate(
-            mean(runs, list(runs), "hter"), site, ranked=True
-        )
+        cell = rate(mean(runs, list(runs), "hter"), site, ranked=True)
+        cells.setdefault(f"{fill}, {labels}", {})[weight] = cell
     title = "reconstruction alone by stand-in, labels and weight, first seed: HTER"
-    return section("ablation", [bench.grid("ablation", title, "stands in, labels", cells, "table")], why)
+    table = bench.grid("ablation", title, "stands in, labels", cells, "table")
+    return section("ablation", [table], why)
 
 
 def _additions(r: Results, changes: Mapping[str, str], why: str) -> Section:
@@ -308,12 +302,7 @@ def _additions(r: Results, changes: Mapping[str, str], why: str) -> Section:
             [name, rate(hter, over[0]), below, *(points(n, o) for n, o in zip(numbers[1:], over[1:]))]
         )
         default = default or numbers
-    columns = {
-        "name": "setting",
-        "hter": "HTER",
-        "below_frozen": f"below {BASELINE}",
-        "worst_rise": "worst site",
-    }
-    columns |= {"poison_rise": "poison", "one_class_rise": "one class"}
+    columns = {"name": "setting", "hter": "HTER", "below_frozen": f"below {BASELINE}"}
+    columns |= {"worst_rise": "worst site", "poison_rise": "poison", "one_class_rise": "one class"}
     table = Table("additions", f"{OURS}, part by part, first seed", columns, rows)
     return section("additions", [table], why, baseline=BASELINE)

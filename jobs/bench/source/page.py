@@ -91,8 +91,8 @@ def sections(m: Measured, rows: Sequence[MethodRow], *, quick: bool) -> list[Sec
         det_section({t: compare.det_curves(m.main, t) for t in shared_targets(m.main)}),
         radii_section(radii),
         section("ablation", [bench.grid("ablation", title, "boundary", parts, "table")], why, ours=OURS),
-        section("missing", [_grid("missing", "HTER with modalities missing", missing)]),
-        section("limited", [_grid("limited", "HTER, two source domains", pairs)], why),
+        section("missing", [_grid("missing", "HTER with modalities missing", "sensors", missing)]),
+        section("limited", [_grid("limited", "HTER, two source domains", "sources->targets", pairs)], why),
         unseen_section(compare.unseen_rows(m.main, (OURS, BASELINE))),
         speed_section(m.speed),
     ]
@@ -192,9 +192,9 @@ def speed_section(speed: Speed) -> Section:
     return section("speed", [bar, table])
 
 
-def _grid(key: str, title: str, hters: Mapping[str, Mapping[str, Estimate]]) -> Table:
+def _grid(key: str, title: str, head: str, hters: Mapping[str, Mapping[str, Estimate]]) -> Table:
     cells = {row: {k: estimate(e) for k, e in per.items()} for row, per in hters.items()}
-    return bench.grid(key, title, "", cells, "row")
+    return bench.grid(key, title, head, cells, "row")
 
 
 def _part(results: Sequence[Result]) -> Cell:
@@ -232,33 +232,27 @@ def det_section(curves: Mapping[str, Sequence[tuple[str, DetCurve]]]) -> Section
 
 def radii_section(per_target: Mapping[str, Sequence[RadiusPanel]]) -> Section:
     """Returns the radii of every target's samples, on an axis that holds 99 of 100, and their directions."""
-    form = (
-        '<figure>{}{}<div class="x" aria-hidden="true"><span>0</span><span>radius</span><span>{}</span></div>'
-    )
-    form += (
-        "<figcaption><b>{}</b>, boundary {}<br>outside: {} of {:,} bona fide<br>inside: {} of {:,} attacks"
-    )
-    form += "</figcaption></figure>\n"
-    words = {
-        "bona fide": "bona fide (bars upwards)",
-        "attack": "attack (bars downwards)",
-        "boundary": "boundary",
-    }
+    form = '<figure>{}{}<div class="x" aria-hidden="true"><span>0</span><span>radius</span><span>{}</span>'
+    form += "</div><figcaption><b>{}</b>, boundary {}<br>outside: {} of {:,} bona fide<br>"
+    form += "inside: {} of {:,} attacks</figcaption></figure>\n"
+    words = {"bona fide": "bona fide (bars upwards)", "attack": "attack (bars downwards)"}
+    words["boundary"] = "boundary"
     parts = [bench.legend(words)] if per_target else []
     for target, panels in per_target.items():
-        radii = np.concatenate(
-            [r[np.isfinite(r)] for p in panels for r in (p.bona_fide, p.attack)] or [np.zeros(0)]
-        )
+        radii = np.concatenate([np.zeros(0), *(r for p in panels for r in (p.bona_fide, p.attack))])
+        radii = radii[np.isfinite(radii)]
         far = float(np.quantile(radii, 0.99)) if len(radii) else 0.0
         top = plots.scale([far, *(1.1 * p.rho for p in panels)], 0.1)
-        drawn = [
-            (plots.sphere(p, top=top), plots.radii(p, top=top), plots.number(top), p.domain) for p in panels
-        ]
-        outside = [(plots.number(p.rho), plots.percent(p.outside), len(p.bona_fide)) for p in panels]
-        inside = [(plots.percent(p.inside), len(p.attack)) for p in panels]
-        charts = bench.joined(form, ((*d, *o, *i) for d, o, i in zip(drawn, outside, inside, strict=True)))
+        charts = bench.joined(form, (_panel(p, top) for p in panels))
         parts.append(html('<h3>Target {}</h3><div class="four">{}</div>', target, charts))
     return section("radii", parts, points=plots.POINTS)
+
+
+def _panel(p: RadiusPanel, top: float) -> tuple[object, ...]:
+    """Returns the charts of one domain, the end of its axis, its name, and its errors in words."""
+    outside = plots.number(p.rho), plots.percent(p.outside), len(p.bona_fide)
+    charts = plots.sphere(p, top=top), plots.radii(p, top=top)
+    return *charts, plots.number(top), p.domain, *outside, plots.percent(p.inside), len(p.attack)
 
 
 def _interval(of: Estimate | None) -> str:

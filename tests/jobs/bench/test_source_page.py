@@ -125,7 +125,7 @@ def test_a_difference_is_marked_only_where_it_is_sure() -> None:
 def test_grids_unseen_attacks_and_speed_show_every_number() -> None:
     rng = np.random.default_rng(3)
     cells = {p: {c: around(0.2, rng) for c in ("complement", "zero-fill")} for p in ("no IR", "no RGB")}
-    missing = Section("missing", "M", "", [page._grid("missing", "t", cells)])
+    missing = Section("missing", "M", "", [page._grid("missing", "t", "sensors", cells)])
     unseen = (
         UnseenRow("wmca", "mask", {"rise": rate(41, 411), "erm": rate(80, 411)}),
         UnseenRow("surf", "bent", {"rise": rate(0, 32)}),
