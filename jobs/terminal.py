@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     Advance = Callable[[int, int], None]
 
 
+SIGNS = "+-−≤≥▲▼ "  # before the digits of a number
+
+
 class Exit(IntEnum):
     """Exit codes of every command; they are part of the interface."""
 
@@ -88,14 +91,14 @@ class Terminal:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """A result table: words to the left, columns of numbers to the right."""
-    made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    result = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for i, name in enumerate(columns):
         cells = [str(row[i]) for row in rows if row[i] is not None]
-        numbers = i > 0 and all(cell[:1].isdigit() or cell == "-" for cell in cells)
-        made.add_column(name, justify="right" if numbers else "left", no_wrap=i == 0)
+        numbers = i > 0 and all(cell == "-" or cell.lstrip(SIGNS)[:1].isdigit() for cell in cells)
+        result.add_column(name, justify="right" if numbers else "left", no_wrap=i == 0, overflow="fold")
     for row in rows:
-        made.add_row(*("-" if cell is None else str(cell) for cell in row))
-    return made
+        result.add_row(*("-" if cell is None else str(cell) for cell in row))
+    return result
 
 
 def _known(data: object) -> object:

@@ -77,7 +77,7 @@ def test_no_changed_bit_is_ever_used(stored, kind, at, bit):
 
 
 def test_every_byte_of_a_feature_file_counts(stored):
-    """Pages, page headers, footer, lengths and magic alike."""
+    """A flipped bit in pages, headers, footer, lengths or magic is refused."""
     path, read = stored["features"]
     whole = path.read_bytes()
     for at in range(len(whole)):
@@ -88,7 +88,7 @@ def test_every_byte_of_a_feature_file_counts(stored):
 
 @given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_changed_manifest_is_refused_or_says_the_same(stored, at, bit):
-    """Blanks between its words may change; what it says may not."""
+    """Only the white space of the JSON may differ."""
     path, read = stored["manifest"]
     whole, before = path.read_bytes(), read()
     changed = bytearray(whole)
@@ -293,7 +293,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path, when):
 
 
 def test_others_may_read_what_was_written(tmp_path):
-    """As the umask says: a report server or a second pod runs under another user."""
+    """Files get the mode of the umask, because a report server or a second pod runs under another user."""
     write_atomic(tmp_path / "deep" / "x", b"1")
     (tmp_path / "plain").write_bytes(b"1")
     assert (tmp_path / "deep" / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode

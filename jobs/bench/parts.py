@@ -27,9 +27,9 @@ DAMAGED = (OSError, KeyError, ValueError, TypeError, EOFError, IndexError, Runti
 DAMAGED = (*DAMAGED, zipfile.BadZipFile, zlib.error, struct.error)  # what an archive with flipped bits raises
 
 
-def digest(*given: object) -> str:
-    """Returns 20 hexadecimal digits over the JSON of ``given``."""
-    text = json.dumps(given, sort_keys=True, default=lambda x: x.model_dump(mode="json"))
+def digest(*inputs: object) -> str:
+    """Returns 20 hexadecimal digits over the JSON of ``inputs``."""
+    text = json.dumps(inputs, sort_keys=True, default=lambda x: x.model_dump(mode="json"))
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
@@ -38,17 +38,17 @@ def code_of(*patterns: str) -> str:
 
     A folder stands for the Python files in it.
     """
-    found = {pattern: sorted(ROOT.glob(pattern)) for pattern in patterns}
-    assert all(found.values()), f"no file: {[p for p, paths in found.items() if not paths]}"
-    paths = {path for paths in found.values() for path in paths}
+    matches = {pattern: [*ROOT.glob(pattern)] for pattern in patterns}
+    assert all(matches.values()), f"no file: {[p for p, paths in matches.items() if not paths]}"
+    paths = {path for paths in matches.values() for path in paths}
     files = sorted({f for path in paths for f in (path.rglob("*.py") if path.is_dir() else [path])})
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def part(folder: Path, name: str, *given: object, suffix: str = ".npz") -> Path:
-    """Returns the file of the part ``name`` that depends on ``given``."""
+def part(folder: Path, name: str, *inputs: object, suffix: str = ".npz") -> Path:
+    """Returns the file of the part ``name`` that depends on ``inputs``."""
     plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
-    return folder / f"{plain}-{digest(*given)}{suffix}"
+    return folder / f"{plain}-{digest(*inputs)}{suffix}"
 
 
 def save(path: Path, record: object) -> None:

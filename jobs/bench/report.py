@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from markupsafe import Markup
-    from rich.table import Table as RichTable
 
     from jobs.terminal import Terminal
     from pipeline.config import Config
@@ -43,8 +42,8 @@ def conclude(config: Config, terminal: Terminal, report: Report, *, write: bool 
         write_section(README, report)
     figures = {f.name: {"value": f.measured, "target": f.target, "holds": f.holds} for f in report.figures}
     context = {**report.context, **{t.key: rows_of(t) for t in report.tables if t.key}, "page": str(page)}
-    shown = [_printed(t) for t in text_tables(report)]
-    terminal.result({"figures": figures, "context": context}, *shown, f"page: {page}", summary(report))
+    shown = [table(t.title, *cells_of(t)) for t in text_tables(report)]
+    terminal.result({"figures": figures, "context": context}, *shown, f"page: {page}", report.summary)
     return Exit.DONE if all(f.holds for f in report.figures) else Exit.HOLD
 
 
@@ -53,10 +52,7 @@ def context(name: str, started: float, *, quick: bool, **more: object) -> dict[s
     return {
         "command": f"palisade bench {name}{' --quick' * quick}",
         "revision": code_revision(),
-        "versions": {
-            "python": platform.python_version(),
-            **{library: version(library) for library in LIBRARIES},
-        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         "cores": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
         "processor": _processor(),
@@ -80,18 +76,8 @@ def notes(bench: str, **facts: object) -> list[str]:
 
 def glossary(kind: str, names: Iterable[str]) -> dict[str, str]:
     """Returns the terms of the pages after the first line of each method's documentation."""
-    found = {name for name in names if name in methods(kind)}
-    lines = {
-        n: (import_module(f"pipeline.{kind}.methods.{n}").__doc__ or "").split("\n")[0] for n in sorted(found)
-    }
-    return lines | WORDS["glossary"]
-
-
-def summary(report: Report) -> str:
-    """Returns how many figures hold, and the names of the others."""
-    missed = [f.name for f in report.figures if not f.holds]
-    held = f"{len(report.figures) - len(missed)} of {len(report.figures)} figures hold"
-    return held + (f"; not {', '.join(missed)}" if missed else "")
+    modules = {n: import_module(f"pipeline.{kind}.methods.{n}") for n in sorted({*names} & {*methods(kind)})}
+    return {n: (m.__doc__ or "").split("\n")[0] for n, m in modules.items()} | WORDS["glossary"]
 
 
 def rows_of(t: Table) -> Mapping[str, object] | Sequence[object]:
@@ -131,19 +117,14 @@ def cells_of(t: Table) -> tuple[list[str], list[list[str]]]:
 def markdown(report: Report) -> str:
     """Returns the tables of a report with when, where and how they were measured."""
     c = report.context
-    where = (
-        f"Measured on {report.created:%d %B %Y} by `{c['command']}` on {c['cores']} cores ({c['processor']})"
-    )
-    parts = [f"{where}, seeds {c['seeds']}, revision {str(c['revision'])[:12]}; {summary(report)}."]
+    where = f"Measured on {report.created:%d %B %Y} by `{c['command']}` on {c['cores']} cores"
+    how = f"({c['processor']}), seeds {c['seeds']}, revision {str(c['revision'])[:12]}"
+    parts = [f"{where} {how}; {report.summary}."]
     for t in text_tables(report):
         heads, rows = cells_of(t)
         lines = [heads, ["---"] * len(heads), *rows]
-        parts.append(f"**{t.title}**")
-        parts.append(
-            "\n".join(
-                f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-            )
-        )
+        escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+        parts += [f"**{t.title}**", "\n".join(f"| {' | '.join(line)} |" for line in escaped)]
     return "\n\n".join(parts)
 
 
@@ -157,10 +138,6 @@ def write_section(path: Path, report: Report) -> None:
     path.write_text(text[: text.index(begin)] + written + text[text.index(end) + len(end) :])
 
 
-def _printed(t: Table) -> RichTable:
-    return table(t.title, *cells_of(t))
-
-
 def _words(cell: Cell | str | None) -> str:
     if not isinstance(cell, Cell):
         return cell or "-"
@@ -170,5 +147,5 @@ def _words(cell: Cell | str | None) -> str:
 def _processor() -> str:
     """Returns the model of the processor, as Linux names it."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return model[1] if model else platform.processor() or platform.machine()

@@ -1,6 +1,4 @@
-"""How fast a fit is beside a bare PyTorch loop on the same data, and what adaptation costs beside scoring
-alone.
-"""
+"""Times a fit beside a bare PyTorch loop on the same data, and adaptation beside scoring alone."""
 
 from __future__ import annotations
 
@@ -48,9 +46,7 @@ class Speed(NamedTuple):
 
 
 def measure(task: Task, corpora: Sequence[Corpus], *, workers: int = 1) -> Speed:
-    """Time ``task`` on ``corpora`` in this process; the two loops take turns, so that both meet the same
-    machine.
-    """
+    """Times ``task`` on ``corpora`` in this process; the two loops take turns, to meet the same machine."""
     parts = _split(task, corpora)
     ours, bare = _fitted(task, corpora), _bare(task, corpora, workers)
     seconds = {"ours": 0.0, "bare": 0.0}
@@ -68,7 +64,7 @@ def measure(task: Task, corpora: Sequence[Corpus], *, workers: int = 1) -> Speed
 
 
 def _split(task: Task, corpora: Sequence[Corpus]) -> dict[str, float]:
-    """Mean seconds of each part of a step when nothing overlaps."""
+    """Returns the mean seconds of each part of a step when nothing overlaps."""
     state, cells, method = fits.begin(task, domains=len(corpora)), stratify(corpora), task.method
     spent: dict[str, float] = dict.fromkeys(("load", "forward", "backward", "optimizer"), 0.0)
     last = 0.0
@@ -99,9 +95,7 @@ def _fitted(task: Task, corpora: Sequence[Corpus]) -> Iterator[None]:
 
 
 def _bare(task: Task, corpora: Sequence[Corpus], workers: int) -> Iterator[None]:
-    """What one would write by hand: a shuffling DataLoader that augments in its workers, loss, backward,
-    step.
-    """
+    """Fits as one would by hand: a shuffling DataLoader that augments in workers, loss, backward, step."""
     state = fits.begin(task, domains=len(corpora))
     generator = torch.Generator().manual_seed(task.method.seed)
     rows = _Rows(corpora)
@@ -116,9 +110,9 @@ def _bare(task: Task, corpora: Sequence[Corpus], workers: int) -> Iterator[None]
         generator=generator,
     )
     while True:
-        for given in loader:
+        for batch in loader:
             state.optimizer.zero_grad(set_to_none=True)
-            terms: dict[str, Tensor] = state.module(given, generator)
+            terms: dict[str, Tensor] = state.module(batch, generator)
             torch.stack(list(terms.values())).sum().backward()
             torch.nn.utils.clip_grad_norm_(state.objective.parameters(), fits.CLIP)
             state.optimizer.step()
@@ -129,31 +123,30 @@ def _bare(task: Task, corpora: Sequence[Corpus], workers: int) -> Iterator[None]
 def adaptation(
     model: SourceModel, methods: Mapping[str, SiteMethod], *, batch: int, sites: int = 16
 ) -> dict[str, float]:
-    """Method → time of trunk, score and learning over that of trunk and score alone, on a mixed batch of
-    ``sites``.
+    """Returns by method the time of trunk, score and learning over that of trunk and score alone.
 
-    One thread; all take turns, so that they meet the same machine.
+    Each step has a mixed batch of ``sites``; one thread; all take turns, so that they meet the same machine.
     """
-    frames, given = _mixed(model, sites, batch)
-    there = given.present.flatten(0, 1)
-    z = features(model.trunk, frames, there)
+    frames, mixed = _mixed(model, sites, batch)
+    present = mixed.present.flatten(0, 1)
+    z = features(model.trunk, frames, present)
     states = {name: bank.stack([m.init(model.tail)] * sites) for name, m in methods.items()}
 
     def forward_only() -> None:
-        features(model.trunk, frames, there)
+        features(model.trunk, frames, present)
         with torch.no_grad():
-            tails.score(model.tail, z, there)
+            tails.score(model.tail, z, present)
 
     def adapt(name: str) -> None:
-        features(model.trunk, frames, there)
-        states[name], _ = bank.step(methods[name], model.tail, states[name], given)
+        features(model.trunk, frames, present)
+        states[name], _ = bank.step(methods[name], model.tail, states[name], mixed)
 
     spent = _in_turns({"": forward_only, **{name: partial(adapt, name) for name in methods}})
     return {name: spent[name] / spent[""] for name in methods}
 
 
 class Banked(NamedTuple):
-    """What it brings to adapt many sites in one step: ratios of sites per second."""
+    """What adapting many sites in one step gains: ratios of sites per second."""
 
     alone: float  # over the same method, one site after the other, K = 64
     tent: float  # over a loop that back-propagates entropy through the trunk, site by site
@@ -162,40 +155,29 @@ class Banked(NamedTuple):
 
 
 def banked(model: SourceModel, method: SiteMethod, *, batch: int) -> Banked:
-    """Measure ``method`` on mixed batches; one thread, all in turns."""
+    """Measures ``method`` on mixed batches; one thread, all in turns."""
     sites = 64
-    frames, given = _mixed(model, sites, batch)
+    frames, mixed = _mixed(model, sites, batch)
     states = {k: bank.stack([method.init(model.tail)] * k) for k in (1, 16, sites, 256)}
-    batches = {k: _mixed(model, k, batch)[1] for k in (1, 16, 256)} | {sites: given}
+    batches = {k: _mixed(model, k, batch)[1] for k in (1, 16, 256)} | {sites: mixed}
 
     def together(k: int) -> None:
         states[k], _ = bank.step(method, model.tail, states[k], batches[k])
 
     def with_trunk() -> None:
-        features(model.trunk, frames, given.present.flatten(0, 1))
+        features(model.trunk, frames, mixed.present.flatten(0, 1))
         together(sites)
 
-    loop = {
-        1: partial(together, 1),
-        16: partial(together, 16),
-        64: partial(together, 64),
-        256: partial(together, 256),
-    }
-    tent = partial(_tent_through_trunk, model, frames[:batch], given.present[0])
-    spent = _in_turns({**{str(k): run for k, run in loop.items()}, "trunk": with_trunk, "tent": tent})
-    one = spent["64"] / sites
-    return Banked(
-        spent["1"] / one,
-        spent["tent"] / one,
-        spent["tent"] * sites / spent["trunk"],
-        (spent["256"] / 256) / (spent["16"] / 16),
-    )
+    banks = {str(k): partial(together, k) for k in states}
+    tent = partial(_tent_through_trunk, model, frames[:batch], mixed.present[0])
+    spent = _in_turns({**banks, "trunk": with_trunk, "tent": tent})
+    one, through_trunk = spent[str(sites)] / sites, spent["tent"] * sites / spent["trunk"]
+    wide = (spent["256"] / 256) / (spent["16"] / 16)
+    return Banked(spent["1"] / one, spent["tent"] / one, through_trunk, wide)
 
 
 def _tent_through_trunk(model: SourceModel, frames: Tensor, present: Tensor) -> None:
-    """One step of one site as TENT (Wang et al., 2021) is used on whole networks: every scale and shift of
-    the trunk moves.
-    """
+    """Takes one step of one site as TENT (Wang et al., 2021): every scale and shift of the trunk moves."""
     moving = [p for p in model.trunk.parameters() if p.dim() <= 1]
     own = [p.detach().clone() for p in moving]
     for p in moving:
@@ -212,7 +194,7 @@ def _tent_through_trunk(model: SourceModel, frames: Tensor, present: Tensor) -> 
 
 
 def _mixed(model: SourceModel, sites: int, batch: int) -> tuple[Tensor, Features]:
-    """Random frames [sites * batch, 5, H, W] and their features as one batch of a bank."""
+    """Returns random frames [sites * batch, 5, H, W] and their features as one batch of a bank."""
     random = torch.Generator().manual_seed(0)
     size, shape = model.manifest.size, (sites, batch)
     frames = torch.randint(0, 256, (sites * batch, 5, size, size), generator=random, dtype=torch.uint8)
@@ -223,7 +205,7 @@ def _mixed(model: SourceModel, sites: int, batch: int) -> tuple[Tensor, Features
 
 
 def _in_turns(runs: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-    """Seconds of each, the median of BLOCK rounds after WARM; one thread."""
+    """Returns the seconds of each run, the median of BLOCK rounds after WARM; one thread."""
     spent: dict[str, list[float]] = {name: [] for name in runs}
     with fits.threads(1):
         for at in range(WARM + BLOCK):

@@ -10,7 +10,8 @@ import numpy as np
 from jobs.terminal import Exit, table
 from pipeline.control.deployment import open_ledger
 from pipeline.control.recheck import find_verdict, limits_of, verdict_basis
-from pipeline.guards import ATTACKS, REAL, GuardsConfig, paired_upper95
+from pipeline.guards import ATTACKS, REAL, GuardsConfig
+from pipeline.guards.verdict import paired_upper95
 from pipeline.ledger import VerdictRow
 from pipeline.stats.metrics import clopper_pearson
 

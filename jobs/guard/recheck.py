@@ -20,7 +20,7 @@ from pipeline.control.recheck import (
     recheck_verdict,
     verdict_basis,
 )
-from pipeline.guards import assess
+from pipeline.guards.verdict import assess
 from pipeline.ledger import LedgerError, VerdictRow
 
 if TYPE_CHECKING:

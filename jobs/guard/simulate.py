@@ -23,7 +23,7 @@ from pipeline.control.deployment import open_ledger
 from pipeline.control.recheck import cycle_verdicts
 from pipeline.control.scoring import join_labels, site_labels
 from pipeline.data.blobs import BadBlob
-from pipeline.guards import assess
+from pipeline.guards.verdict import assess
 from pipeline.ledger import LedgerError
 from pipeline.stats import metrics
 from pipeline.storage import write_atomic

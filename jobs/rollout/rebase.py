@@ -1,7 +1,7 @@
-"""``palisade rebase``: adapts every site anew under another source model's trunk, beside its present states.
+"""``palisade rollout rebase``: adapts every site anew under another source model's trunk.
 
 This is the first half of a release of a new source model with ``--states rebase``: it makes candidates with
-verdicts for a plan. No site's cursor, learner or serving state changes.
+verdicts for a plan, beside the present states. No site's cursor, learner or serving state changes.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from pipeline.control.loaders import (
 from pipeline.data import blobs
 from pipeline.data.anchor import open_sealed
 from pipeline.data.features import read_features
-from pipeline.guards import SiteHistory, add_hours
+from pipeline.guards.stream import SiteHistory, add_hours
 from pipeline.ledger import Cycle, Ledger, ShardRow, StateRow, WindowRecord
 from pipeline.site import bank
 

@@ -13,7 +13,7 @@ from pipeline.control.judge import anchor_scores
 from pipeline.data.anchor import AnchorSet, frame_keys, open_sealed, seal
 from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.data.features import mask_to_bool
-from pipeline.guards import evidence_of
+from pipeline.guards.evidence import evidence_of
 from pipeline.ledger import LedgerError
 from pipeline.models import checkpoint
 from pipeline.models.trunk import features

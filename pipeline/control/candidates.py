@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from pipeline import rollout as machine
 from pipeline.control.deployment import check_size, now, source_model
-from pipeline.guards import assess, expired
 from pipeline.guards.limits import of_source
+from pipeline.guards.unlabelled import expired
+from pipeline.guards.verdict import assess
 from pipeline.ledger import RETIRED
 from pipeline.rollout import Candidate, Pointer, SiteFacts, Status
 

@@ -10,8 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import psutil
-
 from pipeline.ledger import Ledger, LedgerError, LedgerUnavailable, StaleGeneration
 from pipeline.storage import place
 
@@ -105,6 +103,8 @@ def lease(config: Config, ledger: Ledger, kind: str, *, purpose: str = "") -> Ge
 
     The caller ends the cycle. A cycle that was begun for another ``purpose`` is not resumed.
     """
+    import psutil  # here, as below: too slow for commands that only read
+
     host = socket.gethostname()
     process = psutil.Process()
     holder = f"{host}:{process.pid}:{process.create_time():.0f}"
@@ -139,6 +139,8 @@ def _dead(holder: str) -> bool:
         return False
     if int(pid) == os.getpid():
         return True  # this process itself, from an earlier job that did not end well
+    import psutil
+
     try:
         process = psutil.Process(int(pid))
         another = abs(process.create_time() - float(started)) > CLOCK_SECONDS

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.control.candidates import pointer
 from pipeline.control.deployment import now
-from pipeline.guards import compare_with_controls, error_budget, judge_promoted
+from pipeline.guards.fleet import compare_with_controls, error_budget, judge_promoted
 from pipeline.rollout import (
     CONTROL,
     IN_PROGRESS,

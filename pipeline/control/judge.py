@@ -11,17 +11,10 @@ import torch
 
 from pipeline.data.features import mask_to_bool
 from pipeline.data.protocols import PATTERNS
-from pipeline.guards import (
-    Evidence,
-    SiteHistory,
-    Stream,
-    Verdict,
-    WindowScores,
-    assess,
-    evidence_of,
-    measure_stream,
-    usual_modalities,
-)
+from pipeline.guards import Evidence, Stream, Verdict
+from pipeline.guards.evidence import evidence_of
+from pipeline.guards.stream import SiteHistory, WindowScores, measure_stream, usual_modalities
+from pipeline.guards.verdict import assess
 from pipeline.models import tail
 from pipeline.site import bank
 from pipeline.types import Features, Modality

@@ -16,7 +16,7 @@ from pipeline.control.scoring import site_labels
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment
 from pipeline.data.features import read_features
-from pipeline.guards import LabelledCounts
+from pipeline.guards.fleet import LabelledCounts
 from pipeline.models import tail
 
 if TYPE_CHECKING:

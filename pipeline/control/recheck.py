@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from pipeline.config import PLACES, RESULT_SECTIONS, translate_stored
 from pipeline.data.blobs import BadBlob, MissingBlob
-from pipeline.guards import GuardsConfig, assess
+from pipeline.guards import GuardsConfig
+from pipeline.guards.verdict import assess
 from pipeline.ledger import LedgerError, SourceVerdictRow, UnknownSite, VerdictRow
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from pipeline.control.judge import anchor_scores
 from pipeline.control.loaders import anchor_score_cache, load_anchor, load_model, load_state
 from pipeline.control.recheck import verdict_basis
-from pipeline.guards import evidence_of
+from pipeline.guards.evidence import evidence_of
 from pipeline.models.tail import site_state
 from pipeline.site import bank
 from pipeline.types import Modality

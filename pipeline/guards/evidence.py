@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.guards.reason import Measured
-from pipeline.guards.stream import Stream
+from pipeline.guards.records import REAL, Cell, Evidence, Stream
 from pipeline.stats.metrics import BONA_FIDE, MIN_SPECIES, merge_small
-from pipeline.types import Section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,36 +17,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-REAL = "bona_fide"  # species of the cell whose errors are bona fide presentations called attack
 CLIP = 1e-6  # scores are clipped to [CLIP, 1 - CLIP] before their logit is taken
-
-
-class Cell(Section):
-    """Counts one missing-modality pattern and species on the anchor set."""
-
-    pattern: str
-    species: str  # PAI species; REAL for bona fide
-    n: int  # presentations
-    errors: int  # of the candidate
-    worse: int  # candidate wrong, champion right
-    better: int  # candidate right, champion wrong
-
-
-class Evidence(Section):
-    """Holds all that ``assess`` decides on; stored with the verdict, so its field names are on record."""
-
-    cells: tuple[Cell, ...]
-    trust_ratio: Measured  # distance of the candidate from the source state over the source state's norm
-    margin_drop: Measured  # rise of the mean attack logit over the champion's, worst species and pattern
-    stream_n: int  # samples in the window
-    age_seconds: Measured  # of the newest sample in the window
-    finite: bool  # every score and every state tensor is finite
-    holds_before: int = 0  # verdicts "hold" in a row before this one
-    merged: tuple[str, ...] = ()  # species with few presentations, counted together as "other"
-    labels: str = "anchor"  # source of the attack labels
-    rig: tuple[str, ...] = ()  # modalities of the site's sensors; empty = unknown, then all are assumed
-    unseen: tuple[str, ...] = ()  # patterns that leave no modality of the rig: no guard applies to them
-    stream: Stream = Stream()  # of the window, without labels
 
 
 def evidence_of(

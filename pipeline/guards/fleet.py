@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.guards.reason import Reason
+from pipeline.guards.records import Reason
 from pipeline.stats import sequential
 
 if TYPE_CHECKING:

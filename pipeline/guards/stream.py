@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline.guards.reason import Measured
+from pipeline.guards.records import Hours, Stream
 from pipeline.stats import sequential
-from pipeline.types import Section
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,36 +29,6 @@ if TYPE_CHECKING:
 MODALITIES = 3
 CALIBRATION = 30  # anchor presentations below which there is no source distribution
 TINY = 1e-6  # scores are clipped to [TINY, 1 - TINY] before their entropy is taken
-Hours = tuple[tuple[int, int], ...]  # [24] per hour of the day: (sessions, sessions called bona fide)
-
-
-class Stream(Section):
-    """Evidence without labels; None = not measured, as in the records of earlier versions."""
-
-    sessions: int | None = None  # sessions in the window
-    sessions_before: int = 0  # sessions that the state had learned from before the window
-    taught_bona_fide: int = 0  # samples learned from with this pseudo label
-    taught_attack: int = 0
-    taught_session: int = 0  # samples learned from of the session that taught most
-    taught_modalities: tuple[int, ...] = ()  # samples learned from that show 1, 2, ... modalities
-    taught_disagreement: Measured = None  # largest disagreement of a sample learned from, nats
-    flips_bona_fide: int = 0  # samples that the champion calls attack and the candidate bona fide
-    flips_attack: int = 0  # the other way round
-    last: int = 0  # newest calls counted below, at most collapse.calls
-    last_bona_fide: int = 0  # of these, called bona fide by the candidate
-    last_champion: int = 0  # of these, called bona fide by the champion
-    drift_entropy: Measured = None  # largest log e-value within the window
-    drift_attack: Measured = None  # largest log e-value within the window
-    risk_lower: Measured = None  # lower bound of the stream's mean proxy risk
-    risk_source: Measured = (
-        None  # upper bound of the source's mean proxy risk, at the stream's share of calls
-    )
-    ratchet: Measured = None  # largest log e-value within the window; None without a baseline
-    baseline: Hours = ()  # of earlier windows that did not fail
-    hours: Hours = ()  # of this window
-    born: str | None = None  # ISO time at which the state left the source model
-    age_days: Measured = None  # since ``born``
-    steps: int | None = None  # since ``born``
 
 
 class SiteHistory(NamedTuple):

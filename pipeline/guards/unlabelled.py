@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.guards.reason import Reason
+from pipeline.guards.records import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from datetime import datetime
 
-    from pipeline.guards.evidence import Evidence
     from pipeline.guards.limits import Expiry, GuardsConfig
-    from pipeline.guards.reason import Call
-    from pipeline.guards.stream import Stream
+    from pipeline.guards.records import Call, Evidence, Stream
 
 
 def unlabelled(limits: GuardsConfig, evidence: Evidence) -> Iterator[Reason]:

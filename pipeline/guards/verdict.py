@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.guards.evidence import REAL, Cell, Evidence
-from pipeline.guards.reason import Call, Reason
+from pipeline.guards.records import ATTACKS, REAL, Call, Cell, Evidence, Reason, Verdict
 from pipeline.guards.unlabelled import unlabelled
 from pipeline.stats.metrics import clopper_pearson
-from pipeline.types import Section
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,23 +27,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-ATTACKS = "all attacks"  # the sum of a pattern's species
 Z95 = 1.6448536269514722
-
-
-class Verdict(Section):
-    """Says what was decided and why."""
-
-    outcome: Call
-    reasons: tuple[Reason, ...]
-    abort: bool = False  # too many holds in a row: a person should look
-    labels: str = "anchor"
-
-    @property
-    def decisive(self) -> str:
-        """Returns the first finding that decided, in one line; empty for none."""
-        found = (r for r in self.reasons if r.call == self.outcome and not r.advisory)
-        return next((f"{r.guard}: {r.text}" for r in found), "")
 
 
 def assess(limits: GuardsConfig, evidence: Evidence) -> Verdict:

@@ -36,9 +36,7 @@ SPAN = 0.02  # rates that lie closer than this are not spread over all shades
 TALL = 16  # rows above which a table scrolls by itself
 MINUS = str.maketrans("-", "\N{MINUS SIGN}")
 TONES = {"▲": "worse", "▼": "better"}  # marks of a difference of error rates: colour alone never tells it
-DASH = Markup(
-    '<span class="muted"><span aria-hidden="true">–</span><span class="sr">not measured</span></span>'
-)
+DASH = '<span class="muted"><span aria-hidden="true">–</span><span class="sr">not measured</span></span>'
 SYMBOLS = {  # of the legends
     "interval": '<path class="span" d="M2 7h30"/><circle class="after" cx="17" cy="7" r="4.5"/>',
     "oracle": '<circle class="before" cx="17" cy="7" r="4"/>',
@@ -116,9 +114,7 @@ class Table:
     title: str
     columns: Mapping[str, str]  # key in JSON -> heading; the keys "x.a" and "x.b" become an object x
     rows: Sequence[Sequence[Cell | str | None] | Group]
-    among: Among = (
-        ""  # the ranked cells that are compared: the lowest is bold, the shade spans from lowest to highest
-    )
+    among: Among = ""  # which ranked cells are compared: the lowest is bold, the shade goes to the highest
     medium: Medium = "everywhere"
     shown: tuple[str, ...] = ()  # keys of the columns that terminal and Markdown show; empty: all
     grouped: str = "group"  # key in JSON of the heading above a row
@@ -166,17 +162,22 @@ class Report:
     def targets(self) -> Table:
         """The figures as a table."""
         columns = {name: name for name in ("figure", "value", "target", "holds", "note")}
-        return Table(
-            "", "figures", columns, [[f.name, _value(f), f.target, _held(f), f.note] for f in self.figures]
-        )
+        return Table("", "figures", columns, [_figure(f) for f in self.figures])
+
+    @property
+    def summary(self) -> str:
+        """How many figures hold, and the names of the others."""
+        missed = [f.name for f in self.figures if not f.holds]
+        held = f"{len(self.figures) - len(missed)} of {len(self.figures)} figures hold"
+        return held + (f"; not {', '.join(missed)}" if missed else "")
 
 
 def tabled(
     key: str, title: str, records: Iterable[T], columns: Sequence[Column[T]], among: Among = ""
 ) -> Table:
-    """Returns a table with a row per record."""
+    """Returns a table with a row per record, keyed by its name."""
     rows = [[cell(r) for *_, cell in columns] for r in records]
-    return Table(key, title, {k: heading for k, heading, _ in columns}, rows, among)
+    return Table(key, title, {k: heading for k, heading, _ in columns}, rows, among, keyed=True)
 
 
 def grid(
@@ -261,19 +262,16 @@ def joined(form: str, parts: Iterable[Sequence[object]]) -> Markup:
 def legend(words: Mapping[str, str]) -> Markup:
     """Returns what the symbols of a chart mean."""
     form = '<span><svg class="bell" width="34" height="14">{}</svg>{}</span>'
-    return html(
-        '<div class="key" aria-hidden="true">{}</div>',
-        joined(form, ((Markup(SYMBOLS[s]), w) for s, w in words.items())),
-    )
+    symbols = joined(form, ((Markup(SYMBOLS[s]), w) for s, w in words.items()))
+    return html('<div class="key" aria-hidden="true">{}</div>', symbols)
 
 
 def bells(rows: Sequence[tuple[str, Estimate, Markup]], top: float) -> Markup:
     """Returns a chart on [0, ``top``] with a row per name: its whisker, and the estimate in words."""
     ticks = joined('<span style="left:{}%">{:g}%</span>', ((25 * q, 25 * q * top) for q in range(5)))
     line = '<span class="site" title="{0}">{0}</span>{1}<span class="v">{2} <small>{3}</small></span>\n'
-    lines = joined(
-        line, ((name, whisker, plots.percent(e[0]), span(e[1], e[2])) for name, e, whisker in rows)
-    )
+    cells = ((name, whisker, plots.percent(e[0]), span(e[1], e[2])) for name, e, whisker in rows)
+    lines = joined(line, cells)
     form = '<div class="bells wider"><span></span><div class="ticks" aria-hidden="true">{}</div>'
     form += "<span></span>\n{}</div>"
     return html(form, ticks, lines)
@@ -284,7 +282,22 @@ def render(report: Report) -> str:
     template = environment().get_template("bench.html.j2")
     own = Section("figures", "Figures that decide", "Each value beside its target.", [report.targets])
     pages = [*([own] if report.figures else []), *report.sections]
-    return template.render(report=report, pages=pages, table=lambda t: _table(t, report.own))
+    return template.render(
+        report=report,
+        answer=report.answer or [report.summary],
+        pages=pages,
+        table=lambda t: _table(t, report.own),
+        words=_context,
+    )
+
+
+def _context(value: object) -> str:
+    """Returns a value of the context in words: names before their values, no brackets or quotes."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_context(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_context(inner) for inner in value)
+    return {"True": "yes", "False": "no", "None": "–"}.get(str(value), str(value))
 
 
 def _table(t: Table, own: Sequence[str]) -> Markup:
@@ -309,11 +322,20 @@ def _table(t: Table, own: Sequence[str]) -> Markup:
         name = row[0] if isinstance(row[0], Cell) else Cell(None, row[0] or "")
         form = '<tr{}><th scope="row">{}{}</th>{}</tr>\n'
         body += html(
-            form, Markup(" class=own") * (name.text in own), name.text, _small(name), Markup("").join(cells)
+            form,
+            Markup(" class=own") * (name.text in own),
+            _breakable(name.text),
+            _small(name),
+            Markup("").join(cells),
         )
     form = '<div class="scroll{}" tabindex="0" role="region" aria-label="{}"><table class="data">'
     form += "<thead><tr>{}</tr></thead><tbody>\n{}</tbody></table></div>"
     return html(form, " tall" * (len(t.rows) > TALL), t.title, head, body)
+
+
+def _breakable(name: str) -> Markup:
+    """Returns a name that a narrow column breaks after an underscore, not within a word."""
+    return Markup("_<wbr>").join(html("{}", part) for part in name.split("_"))
 
 
 def _cell(c: Cell | str | None, among: Sequence[float]) -> Markup:
@@ -321,7 +343,7 @@ def _cell(c: Cell | str | None, among: Sequence[float]) -> Markup:
     if isinstance(c, str):
         return html('<td class="wrap">{}</td>', c)
     if c is None or not (c.text or c.drawn):
-        return html('<td class="n">{}{}</td>', DASH, _small(c) if c else "")
+        return html('<td class="n">{}{}</td>', Markup(DASH), _small(c) if c else "")
     kind, style, text = "n", "", _marked(c.text) if c.drawn is None else c.drawn
     if c.rise is not None and np.isfinite(c.rise):
         tone = TONES.get(marked(c.rise)[:1], "same")
@@ -349,13 +371,11 @@ def _rank(c: Cell | str | None) -> float:
     return c.rank if isinstance(c, Cell) and c.rank is not None else math.nan
 
 
-def _value(f: Figure) -> Cell:
-    return Cell(f.measured, "not measured" if f.measured is None else f"{f.measured:.4g}".translate(MINUS))
-
-
-def _held(f: Figure) -> Cell:
-    tone, mark, words = ("good", "✓", "holds") if f.holds else ("bad", "✕", "does not hold")
-    if f.measured is None:
-        tone, mark, words = "muted", "", "not measured"
+def _figure(f: Figure) -> list[Cell | str | None]:
+    """Returns the row of a figure."""
+    value = "not measured" if f.measured is None else f"{f.measured:.4g}".translate(MINUS)
+    target = f.target.replace("<=", "≤").replace(">=", "≥")
+    tone, mark, word = ("good", "✓", "yes") if f.holds else ("bad", "✕", "no")
     form = '<span class="badge {}"><span aria-hidden="true">{}</span> {}</span>'
-    return Cell(words, "yes" if f.holds else "no", drawn=html(form, tone, mark, words))
+    held = Cell(f.holds, word, drawn=html(form, tone, mark, word))
+    return [f.name, Cell(f.measured, value), Cell(f.target, target), held, f.note]

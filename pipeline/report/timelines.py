@@ -120,10 +120,10 @@ def end(timeline: Timeline) -> float:
 
 
 def rates(timeline: Timeline, rate: str, look: Mapping[str, str]) -> Panel:
-    """Draws every method's ``rate`` ("bpcer" or "max_apcer") over the stream; ours lies over the others."""
+    """Draws every method's ``rate`` ("bpcer" or "max_apcer"); the dashed baseline lies over ours."""
     lines = {m: (line.position, getattr(line, rate)) for m, line in timeline.lines.items()}
     top = min(1.0, plots.scale([v for _, values in lines.values() for v in values.tolist()], 0.04))
-    order = sorted(lines, key=lambda m: {"own": 2, "frozen": 1}.get(look[m], 0))
+    order = sorted(lines, key=lambda m: {"own": 1, "frozen": 2}.get(look[m], 0))
     path = '<path class="{}" d="{}"/>'
     inner = joined(path, ((look[m], _path(*lines[m], end(timeline), 0, top)) for m in order))
     each = "; ".join(f"{plots.clean(m)} {_range(values)}" for m, (_, values) in lines.items()) or "no method"

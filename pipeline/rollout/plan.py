@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pipeline.guards.limits import Shadow
 from pipeline.rollout.calendar import is_time_zone
-from pipeline.rollout.power import days_to_detect
 from pipeline.rollout.settings import RolloutConfig
 from pipeline.types import Section
 
@@ -213,6 +212,10 @@ def diff(a: Mapping[str, Target], b: Mapping[str, Target]) -> PlanDiff:
 
 
 def _wave(share: float, sites: int, config: RolloutConfig, shadow: Shadow) -> Wave:
+    from pipeline.rollout.power import (
+        days_to_detect,
+    )  # here: numpy is too slow for readers of the configuration
+
     days = None
     if not shadow.advisory:
         days = days_to_detect(sites, config.presentations_per_day, apcer=shadow.apcer, alpha=shadow.alpha)

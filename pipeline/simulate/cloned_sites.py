@@ -35,7 +35,7 @@ SITES = (
 
 
 def pool(folder: Path) -> pa.Table:
-    """The images of two simulated sites' first day, rendered below ``folder`` when they are not there."""
+    """Returns the images of two simulated sites' first day; renders them below ``folder`` the first time."""
     scripts = [replace(s, rate=6.0) for s in demo_fleet() if s.site in SITES]
     paths = [folder / "captures" / site for site in SITES]
     if not all(p.exists() for p in paths):
@@ -49,12 +49,12 @@ def pool(folder: Path) -> pa.Table:
 
 
 def names(sites: int) -> list[str]:
-    """Ids of a crowd's sites."""
+    """Returns the ids of the cloned sites."""
     return [f"site-{k:06d}" for k in range(sites)]
 
 
 def write_captures(root: Path, images: pa.Table, *, sites: int, captures: int) -> None:
-    """A segment of ``captures`` for each of ``sites``; not synced, as nobody's data is in it."""
+    """Writes a segment of ``captures`` for each of ``sites``; not fsynced, since it holds no real data."""
     for k, site in enumerate(names(sites)):
         rows = (k * 7 + np.arange(captures)) % len(images)
         table = pa.table(
@@ -75,7 +75,7 @@ def write_captures(root: Path, images: pa.Table, *, sites: int, captures: int) -
 
 
 def store_features(root: Place, trunk: str, seen: FeatureBlock, *, sites: int, samples: int) -> None:
-    """What ingest would have stored for each of ``sites``, from the features in ``seen``."""
+    """Stores for each of ``sites`` what ingest would have stored, from the features in ``seen``."""
     for k, site in enumerate(names(sites)):
         block = seen.rows((k * 7 + np.arange(samples)) % len(seen))
         ids = np.array([f"{site}-{i:05d}" for i in range(samples)], dtype=object)

@@ -55,7 +55,7 @@ _TRAITS = {  # mean and standard deviation over identities; mm, or dimensionless
 
 
 def shape_of(subject: int) -> Shape:
-    """The identity: named lengths and traits, two standard deviations at most from the mean."""
+    """Returns a person: named lengths and traits, at most two standard deviations from the mean."""
     draw = np.clip(np.random.default_rng([subject, 7]).standard_normal(len(_TRAITS)), -2, 2)
     return {name: mean + sd * float(d) for (name, (mean, sd)), d in zip(_TRAITS.items(), draw, strict=True)}
 
@@ -88,7 +88,7 @@ def person(subject: int, fixed: np.random.Generator, moving: np.random.Generator
 
 
 def skin_of(s: Shape, wavelength: int) -> tuple[float, float, float, float]:
-    """Reflectance of this person's skin: red, green, blue, NIR."""
+    """Returns the reflectance of this person's skin: red, green, blue, NIR."""
     tone = float(np.clip(s["tone"], 0.02, 0.98))
     red, green, blue = (
         light * (1 - tone) + dark * tone for light, dark in ((0.82, 0.30), (0.60, 0.18), (0.48, 0.12))
@@ -97,7 +97,7 @@ def skin_of(s: Shape, wavelength: int) -> tuple[float, float, float, float]:
 
 
 def torso(rng: np.random.Generator) -> Map:
-    """Shoulders in some clothing; textiles are often bright in NIR whatever their colour."""
+    """Draws shoulders in clothing; textiles are often bright in NIR whatever their colour."""
     out = np.zeros((8, N, N), np.float32)
     weave = grain(rng, 30)
     out[:3] = column(rng.uniform(0.04, 0.8, 3)) * (1 + 0.08 * weave)
@@ -109,7 +109,7 @@ def torso(rng: np.random.Generator) -> Map:
 
 
 def wall(rng: np.random.Generator, side: int) -> Map:
-    """A backdrop in shades of one colour with blocks (a shelf, a door), well behind the face."""
+    """Draws a backdrop in shades of one colour with blocks (a shelf, a door), well behind the face."""
     maps = np.zeros((8, side, side), np.float32)
     colour, nir = rng.uniform(0.1, 0.8) * rng.uniform(0.8, 1.2, 3), rng.uniform(0.15, 0.7)
     blocks = cv2.resize(
@@ -123,18 +123,18 @@ def wall(rng: np.random.Generator, side: int) -> Map:
 
 
 def eyes(s: Shape, rx: float, ry: float, dx: float = 0.0) -> Map:
-    """Both eyes as ellipses."""
+    """Returns both eyes as ellipses."""
     return np.maximum(disc(s["eye_x"] + dx, s["eye_y"], rx, ry), disc(-s["eye_x"] + dx, s["eye_y"], rx, ry))
 
 
 def disc(x: float, y: float, rx: float, ry: float, soft: float = 2.5) -> Map:
-    """An ellipse of value 1 with an edge about ``soft`` mm wide."""
+    """Returns an ellipse of value 1 with an edge about ``soft`` mm wide."""
     q = np.sqrt(((X - x) / rx) ** 2 + ((Y - y) / ry) ** 2)
     return np.clip(0.5 + (1 - q) * (min(rx, ry) / soft), 0, 1)
 
 
 def box(half_width: float, half_height: float, y: float = 0.0, soft: float = 3.0) -> Map:
-    """A rectangle of value 1 around (0, y)."""
+    """Returns a rectangle of value 1 around (0, y)."""
     edge = np.minimum(half_width - np.abs(X), half_height - np.abs(Y - y))
     return np.clip(0.5 + edge / soft, 0, 1)
 
@@ -149,18 +149,18 @@ def paint(
 
 
 def grain(rng: np.random.Generator, cells: int, side: int = N) -> Map:
-    """Smooth noise of unit variance at the cells, [side, side]."""
+    """Returns smooth noise of unit variance at the cells, [side, side]."""
     noise = rng.standard_normal((cells, cells), dtype=np.float32)
     return cv2.resize(noise, (side, side), interpolation=cv2.INTER_LINEAR)
 
 
 def column(values: Sequence[float] | np.ndarray) -> Map:
-    """Values as [C, 1, 1], one per channel."""
+    """Returns values as [C, 1, 1], one per channel."""
     return np.array(values, np.float32)[:, None, None]
 
 
 def _skull(s: Shape) -> Map:
-    """A superellipse that narrows to the chin: below 1 inside the outline of the face."""
+    """Returns a superellipse that narrows to the chin: below 1 inside the outline of the face."""
     half = s["width"] * (1 - s["taper"] * np.clip((Y - 10) / s["bottom"], 0, 1) ** 1.6)
     return (np.abs(X) / half) ** 2.3 + (np.abs(Y) / np.where(Y < 0, s["top"], s["bottom"])) ** 2.3
 
@@ -182,7 +182,7 @@ def _hair(s: Shape, skull: Map) -> Map:
 
 @lru_cache(maxsize=48)
 def _at_rest(subject: int, wavelength: int) -> Map:
-    """The head without mouth, irises and expression; read only."""
+    """Returns the head without mouth, irises and expression; read only."""
     s = shape_of(subject)
     skull = _skull(s)
     face = np.clip(0.5 + (1 - skull) * 12, 0, 1)
@@ -208,7 +208,7 @@ def _at_rest(subject: int, wavelength: int) -> Map:
 
 
 def _relief(s: Shape) -> Map:
-    """Height of the face above the dome of the skull, mm; without the mouth."""
+    """Returns the height of the face above the dome of the skull, mm; without the mouth."""
     tilt = 1 + 0.04 * s["skew"] * np.sign(X)
     z = s["brow"] * _pair(23, -32, 17, 7) - s["socket"] * _pair(s["eye_x"], s["eye_y"], 13, 9) * tilt
     z = z + 4 * _pair(s["eye_x"], s["eye_y"], 8, 5) + s["bridge"] * _blob(0, -4, 6, 18)
@@ -221,7 +221,7 @@ def _relief(s: Shape) -> Map:
 
 
 def _complexion(out: Map, s: Shape, rng: np.random.Generator, wavelength: int) -> None:
-    """Skin, beard, brows, the white of the eyes and nostrils."""
+    """Draws skin, beard, brows, the white of the eyes and nostrils."""
     red, green, blue, nir = skin_of(s, wavelength)
     out[:4] = column([red, green, blue, nir]) * (1 + grain(rng, 28) * column([0.03, 0.045, 0.045, 0.035]))
     paint(out, 0.35 * _pair(38, 22, 14, 12), (red, green * 0.72, blue * 0.72), nir)
@@ -235,7 +235,7 @@ def _complexion(out: Map, s: Shape, rng: np.random.Generator, wavelength: int) -
 
 
 def _blob(x: float, y: float, sx: float, sy: float) -> Map:
-    """A separable Gaussian bump of height 1."""
+    """Returns a separable Gaussian bump of height 1."""
     return np.exp(-(((Y - y) / sy) ** 2) / 2) * np.exp(-(((X - x) / sx) ** 2) / 2)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline.guards import LabelledCounts
+from pipeline.guards.fleet import LabelledCounts
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -23,16 +23,18 @@ NOTHING = (-1, np.zeros(4, np.int64))  # counts of a site that has reported noth
 
 
 class Report(NamedTuple):
-    """One site's day. ``calls``: attacks called worse and better than by the way back, and wrong by both."""
+    """One site's report of a day."""
 
     site: str
     name: str
     counter: int  # of the release that it served
-    calls: tuple[int, int, int] | None
+    calls: (
+        tuple[int, int, int] | None
+    )  # attacks: called worse and better than by the state before, wrong by both
 
 
 class LossyReports:
-    """What is under way, and what arrived of labelled presentations since each site's newest release."""
+    """Holds the reports in transit, and each site's labelled presentations since its newest release."""
 
     def __init__(self, random: np.random.Generator, sites: Sequence[str], labelled: Collection[str]) -> None:
         self.events: Counter[str] = Counter()
@@ -47,7 +49,7 @@ class LossyReports:
     def send(
         self, tick: int, sites: Sequence[str], serving: Mapping[str, ServingRow], worse: Collection[str]
     ) -> None:
-        """Sends a day's report of each site at some hour of that day; states in ``worse`` err more."""
+        """Sends each site's report of a day at a random hour; states in ``worse`` err more."""
         n, random = len(sites), self._random
         due = tick + random.integers(DAY, size=n)
         due += (random.random(n) < DELAYED) * random.integers(DAY, 3 * DAY, size=n)
@@ -65,7 +67,7 @@ class LossyReports:
         self.events.update(messages=n, messages_delayed=late, **counts)
 
     def arrive(self, fleet: LedgerFleet, tick: int, serving: Mapping[str, ServingRow]) -> list[str]:
-        """Ingests what is due, in any order; returns what was counted wrongly."""
+        """Ingests the reports that are due, in random order; returns a violation if one was miscounted."""
         due = self._due.pop(tick, [])
         self._random.shuffle(due)  # pyright: ignore[reportArgumentType]  # a list is shuffled in place
         fresh, again = list[tuple[str, str, int]](), list[tuple[str, str, int]]()
@@ -84,8 +86,8 @@ class LossyReports:
 
     def counts(self, promoted: Sequence[Promoted], serving: Mapping[str, ServingRow]) -> LabelledCounts:
         """Returns the counts of the promoted sites since their promotion, as far as they have arrived."""
-        found = [(serving.get(p.site), self._counts.get(p.site, NOTHING)) for p in promoted]
-        rows = [counts if s and s.counter == n else NOTHING[1] for s, (n, counts) in found]
+        counted = [(serving.get(p.site), self._counts.get(p.site, NOTHING)) for p in promoted]
+        rows = [counts if s and s.counter == n else NOTHING[1] for s, (n, counts) in counted]
         attacks, worse, better, both = np.array(rows, np.int64).reshape(-1, 4).T
         zero = np.zeros_like(attacks)
         return LabelledCounts([p.site for p in promoted], attacks, worse + both, worse, better, zero, zero)

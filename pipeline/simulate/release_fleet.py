@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from pipeline import rollout as machine
 from pipeline.control.health import observe_rollback
 from pipeline.control.rollout import load, save, step
-from pipeline.guards import Cell, Evidence, GuardsConfig, assess
+from pipeline.guards import Cell, Evidence, GuardsConfig
+from pipeline.guards.verdict import assess
 from pipeline.ledger import Ledger, SegmentRow, ShardRow, Store, WindowRecord, state_id
 from pipeline.models import ModelConfig
 from pipeline.models.manifest import Manifest
@@ -50,7 +51,7 @@ BAD = GOOD.model_copy(update={"trust_ratio": 0.5})
 
 
 class Died(Exception):
-    """The process was killed here."""
+    """Stands for a SIGKILL of the driver at this point."""
 
 
 class MortalStore(Store):
@@ -103,7 +104,7 @@ class LedgerFleet:
         return fleet
 
     def reopen(self) -> None:
-        """Opens the ledger as the process does that is started after another one has died."""
+        """Opens the ledger again, as a new process does after a crash."""
         self.store = MortalStore.open(self.url)
         self.ledger = Ledger(self.store)
         self.refresh()
@@ -128,7 +129,7 @@ class LedgerFleet:
 
     @property
     def row(self) -> RolloutRow:
-        """The newest rollout, as this process knows it."""
+        """The newest rollout's row as this process last read it."""
         assert self._row is not None
         return self._row
 
@@ -205,7 +206,7 @@ class LedgerFleet:
         version: int = 1,
         before: int | None = None,
     ) -> Draft:
-        """Plans the next release and stores it; ``before`` is the source model that it takes the place of."""
+        """Plans the next release and stores it; ``before`` is the source model that it replaces."""
         name = f"release-{len(self.ledger.plans.rollouts()) + 1:05d}"
         draft = machine.plan(name, facts, version, config, source_before=before)
         r = machine.start(draft.plan, self.now)
@@ -217,7 +218,7 @@ class LedgerFleet:
         return draft
 
     def join(self, facts: Mapping[str, SiteFacts]) -> dict[str, Target]:
-        """Lets later sites go with the last wave, if the plan has their zone; returns their targets."""
+        """Adds late sites to the last wave, if the plan has their zone; returns their targets."""
         r = self.r
         draft, last = (
             machine.plan(self.row.id, facts, r.plan.source_version, r.plan.config),
@@ -229,7 +230,7 @@ class LedgerFleet:
         return joined
 
     def save(self, r: Rollout, event: str, *, joined: Mapping[str, Target] | None = None) -> None:
-        """Stores a person's step; StaleGeneration if another driver stored one."""
+        """Stores a person's decision; StaleGeneration if another driver stored one first."""
         self._row = save(self.ledger, self.row, r, event, at=self.now, joined=joined)
 
     def approve(self, *people: str) -> None:

@@ -15,7 +15,8 @@ import torch
 
 from pipeline import rollout
 from pipeline.data.corpus import Corpus
-from pipeline.guards import Cell, Evidence, GuardsConfig, assess
+from pipeline.guards import Cell, Evidence, GuardsConfig
+from pipeline.guards.verdict import assess
 from pipeline.models import ModelConfig, TailConfig, TinyConfig
 from pipeline.models.trunk import features
 from pipeline.rollout import Candidate, Pointer, RolloutConfig, SiteFacts

@@ -9,20 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.guards import (
-    Cell,
-    Evidence,
-    GuardsConfig,
-    SiteHistory,
-    Stream,
-    Verdict,
-    WindowScores,
-    add_hours,
-    assess,
-    expired,
-    measure_stream,
-    usual_modalities,
-)
+from pipeline.guards import Cell, Evidence, GuardsConfig, Stream, Verdict
+from pipeline.guards.stream import SiteHistory, WindowScores, add_hours, measure_stream, usual_modalities
+from pipeline.guards.unlabelled import expired
+from pipeline.guards.verdict import assess
 
 LIMITS = GuardsConfig()
 CELLS = (

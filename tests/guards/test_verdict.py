@@ -10,20 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import guards
-from pipeline.guards import (
-    Cell,
-    Evidence,
-    GuardsConfig,
+from pipeline.guards import Cell, Evidence, GuardsConfig, Verdict
+from pipeline.guards.evidence import evidence_of
+from pipeline.guards.fleet import (
     LabelledCounts,
     PromotedFindings,
-    Verdict,
-    assess,
     compare_with_controls,
     error_budget,
-    evidence_of,
     judge_promoted,
 )
+from pipeline.guards.verdict import assess, paired_upper95
 
 LIMITS = GuardsConfig()
 PATTERNS = ("all", "no_depth")
@@ -142,17 +138,17 @@ def test_under_resolved_cells_allow_no_loss_or_hold():
 def test_paired_bound_moves_the_right_way(worse, better, rest):
     n = worse + better + rest + 1
     w, b, m = (np.array([float(x)]) for x in (worse, better, n))
-    upper = guards.paired_upper95(w, b, m)[0]
+    upper = paired_upper95(w, b, m)[0]
     assert upper > (worse - better) / n or upper == 1
-    assert guards.paired_upper95(w + 1, b, m)[0] >= upper
-    assert guards.paired_upper95(w, b, 10 * m)[0] <= max(upper, 0.0) or worse < better
+    assert paired_upper95(w + 1, b, m)[0] >= upper
+    assert paired_upper95(w, b, 10 * m)[0] <= max(upper, 0.0) or worse < better
 
 
 def test_paired_bound_covers():
     """By 4,000 draws, an exact enumeration being long: a true difference of 1 pp is missed in about 5 %."""
     rng = np.random.default_rng(0)
     draws = rng.multinomial(600, [0.03, 0.02, 0.95], size=4000).astype(float)
-    upper = guards.paired_upper95(draws[:, 0], draws[:, 1], np.full(4000, 600.0))
+    upper = paired_upper95(draws[:, 0], draws[:, 1], np.full(4000, 600.0))
     assert 0.03 < np.mean(upper < 0.01) < 0.06
 
 

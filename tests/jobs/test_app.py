@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,6 +25,18 @@ def leaves(command, path=()):
 
 
 LEAVES = dict(leaves(typer.main.get_command(app)))
+
+
+READMES = sorted(p for p in JOBS.parent.glob("**/README.md") if not {".venv", "run", "demo"} & {*p.parts})
+NAMED = re.compile(r"(?:^|[`/])palisade(?: --config \S+)? ([a-z-]+)(?: ([a-z-]+))?", re.MULTILINE)
+
+
+def test_every_command_in_a_readme_is_there():
+    known = {path[:n] for path in LEAVES for n in (1, 2)}
+    groups = {path[0] for path in LEAVES if len(path) > 1}
+    named = [(p, words) for p in READMES for words in NAMED.findall(p.read_text())]
+    assert len(named) > 50
+    assert [(p, w) for p, w in named if (w[:1] if w[0] not in groups or not w[1] else w) not in known] == []
 
 
 def test_global_options_may_stand_anywhere():

@@ -165,7 +165,7 @@ def test_the_command_counts_then_deletes_then_finds_nothing(fleet, capsys):
 
 
 def test_gc_waits_for_a_cycle_that_has_not_ended(fleet, capsys):
-    """Its lease may have run out: it would be resumed, and gc must not take that from it."""
+    """A cycle whose lease has expired is resumed later, so gc keeps what it needs."""
     cycle = fleet.ledger.cycles.begin("cycle", "f", "{}", holder="gone", dead=lambda _: False, now=T0)
     assert run(fleet, "gc") == 5
     said = capsys.readouterr().err

@@ -94,7 +94,7 @@ def deployment(recorded, tmp_path) -> Deployment:
 
 
 def test_now_is_what_the_first_cycle_recorded(recorded, capsys):
-    """The left side is no estimate: scores, labels used and errors are those of the shard, bit for bit."""
+    """The replay under the present settings equals the shard bit for bit: scores, labels used, errors."""
     d = recorded
     assert d.run("what-if", "--with", "site.kind=frozen", "--json") == 0
     found = printed(capsys)
@@ -308,7 +308,7 @@ def test_without_labels_or_an_anchor_set_there_are_still_calls(deployment, capsy
 
 
 def test_an_old_recording_is_judged_as_at_its_end(deployment, capsys):
-    """What is asked is whether the settings are better, not whether the evidence is of today."""
+    """Old evidence does not hold a what-if: it compares settings."""
     with sqlite3.connect(deployment.root / "ledger.db") as c:
         c.execute("update segments set ingested_at = ?", ((now() - timedelta(days=400)).isoformat(),))
     assert deployment.run("what-if", "--with", "site.kind=frozen", "--json") == 0
@@ -316,7 +316,7 @@ def test_an_old_recording_is_judged_as_at_its_end(deployment, capsys):
 
 
 def test_only_what_the_current_source_model_saw_counts(deployment, capsys):
-    """A trunk that came later has no features of earlier segments, and that is no hole."""
+    """Segments from before the current trunk have no features, which is no error."""
     feature_files(deployment, SITES[0])[0].unlink()
     assert deployment.run("what-if", "--with", "site.kind=frozen", "--site", SITES[0], "--json") == 0
     (row,) = printed(capsys)["sites"]

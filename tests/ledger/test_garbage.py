@@ -1,4 +1,4 @@
-"""What is still needed: nothing that a job can ask for next is missing, and the rest is let go."""
+"""Garbage collection keeps everything that a job can ask for next, and deletes the rest."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from pipeline.control.recheck import cycle_limits, limits_of, stored_fingerprint
-from pipeline.guards import assess
+from pipeline.guards.verdict import assess
 from pipeline.ledger import Ledger, schema
 from tests.support.ledgers import execute
 from tests.support.old_ledgers import write_old_ledger

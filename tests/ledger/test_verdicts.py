@@ -6,7 +6,8 @@ from datetime import timedelta
 
 import pytest
 
-from pipeline.guards import GuardsConfig, assess
+from pipeline.guards import GuardsConfig
+from pipeline.guards.verdict import assess
 from pipeline.ledger import Ledger, LedgerError, state_id, verdicts
 from tests.support.ledgers import BAD, GOOD, HELD, T0, begin, shard, source_manifest
 

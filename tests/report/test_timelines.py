@@ -23,11 +23,11 @@ def test_lines_differ_in_colour_and_dashes() -> None:
     assert len({c for c, _ in ten}) == len({d for _, d in ten}) == 10
 
 
-def test_ours_is_drawn_over_the_baseline_over_the_others() -> None:
+def test_the_baseline_is_drawn_over_ours_over_the_others() -> None:
     look = timelines.looks(["danet", "frozen", "eata"], "danet", "frozen")
     lines = {m: Line(np.arange(3.0), np.ones(3), np.ones(3)) for m in ("danet", "frozen", "eata")}
     drawn = timelines.rates(Timeline("s", "", (), (), lines, None), "bpcer", look).drawn
-    assert re.findall(r'<path class="(own|frozen|c0 d0)"', drawn) == ["c0 d0", "frozen", "own"]
+    assert re.findall(r'<path class="(own|frozen|c0 d0)"', drawn) == ["c0 d0", "own", "frozen"]
 
 
 def test_a_line_has_gaps_and_no_lost_points() -> None:

@@ -1,4 +1,4 @@
-"""Simulated sites: scripts come true in the files, and nothing in a row gives a label away."""
+"""Simulated sites: files follow their script, and no column of a capture reveals its label."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scores of held-out samples rest on: boundaries, draws, and names of instruments that mean the same."""
+"""Scores of held-out samples: boundaries, draws, and instruments with several names."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
-from pipeline.guards import Cell, Evidence, GuardsConfig, assess
+from pipeline.guards import Cell, Evidence, GuardsConfig
+from pipeline.guards.verdict import assess
 from pipeline.ledger import SegmentRow, ShardRow, WindowRecord
 from pipeline.models import ModelConfig, checkpoint
 from pipeline.models.manifest import Manifest

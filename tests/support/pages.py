@@ -28,7 +28,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in {"meta", "br"}:
+        if tag not in {"meta", "br", "wbr"}:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -64,7 +64,7 @@ def section(html: str, name: str) -> str:
     """The text of one section."""
     found = re.search(rf'<section id="{name}">.*?</section>', html, re.DOTALL)
     assert found
-    return " ".join(re.sub(r"<[^>]*>", " ", found[0]).split())
+    return " ".join(re.sub(r"<[^>]*>", " ", found[0].replace("<wbr>", "")).split())
 
 
 def head(html: str) -> str:

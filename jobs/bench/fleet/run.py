@@ -43,9 +43,7 @@ SURE = {
     "unanimous_bona_fide": False,
     "disagreement": 1,
 }
-LEARNS = Danet(
-    trigger=None, sessions=0, session_cap=None, **SURE
-)  # every sample teaches: the most that it can cost
+LEARNS = Danet(trigger=None, sessions=0, session_cap=None, **SURE)  # every sample teaches: the highest cost
 
 
 @dataclass(frozen=True)
@@ -114,34 +112,25 @@ def figures(numbers: Numbers, size: Size) -> list[Figure]:
     step = "16 sites x 8 samples, every sample teaches, model of conf/fleet.yaml"
     quiet = also("no site learns: {:.2f}", "step.quiet")
     at_48 = also("at 48 px {:.2f} and {:.2f}", "step.small", "step.small.quiet")
-    cycles, seconds = (
-        f"site_cost_{size.large}_over_{size.small}",
-        also("larger fleet: {:.0f} s", "scale.seconds"),
-    )
+    cycles, larger = f"site_cost_{size.large}_over_{size.small}", "larger fleet: {:.0f} s"
     left = also("driver killed, {:.0f} sites left: until the next commit", "resume.left")
     through = also("paying for the trunk as well: {:.1f}", "bank.tent.trunk")
-    own, rate = (
-        also("with the model's own {:.2f}", "ingest.trunk"),
-        also("ingest {:.0f} captures/s", "ingest.rate"),
-    )
+    own = also("with the model's own {:.2f}", "ingest.trunk")
+    rate = also("ingest {:.0f} captures/s", "ingest.rate")
     ray = also("ingest {:.2f}, adapt {:.2f}", "ray.ingest", "ray.adapt")
     killed = also("{:.0f} shards killed in {:.0f} s", "kills.count", "kills.seconds")
     return [
         most("adapt_step_over_forward", "step", 1.15, step, quiet, at_48),
         most("site_cost_256_over_16", "bank.wide", 1.1, "one step of a bank of 256 sites beside one of 16"),
-        most(cycles, "scale", 1.1, seconds),
+        most(cycles, "scale", 1.1, also(larger, "scale.seconds")),
         most("hot_site_kib", "state", 160, "tensors of one site in memory"),
-        most(
-            f"resident_gib_{size.registered}", "resident", 2, "a driver that has read and planned every site"
-        ),
+        most(f"resident_gib_{size.registered}", "resident", 2, "a driver that has planned every site"),
         most("resume_seconds", "resume", 5, left),
         most("lineage_share", "lineage", 0.05, f"of a cycle of {size.large} sites"),
         least("bank_over_one_site_at_a_time", "bank.alone", 5, "64 sites, every sample teaches"),
         least("bank_over_tent_through_trunk", "bank.tent", 5, "features are there", through),
         least("ingest_over_decode_loop", "ingest", 0.85, "loop times cores", "with the smallest trunk", own),
-        least(
-            "ingest_over_dataloader", "ingest.loader", 1.0, "two workers decode, the trunk beside them", rate
-        ),
+        least("ingest_over_dataloader", "ingest.loader", 1.0, "two workers decode, trunk beside them", rate),
         least("ray_over_plain_loop", "ray", 0.9, f"cycle of {size.small} sites", ray),
         least("throughput_under_kills", "kills", 0.7, killed, also("undisturbed {:.0f} s", "calm.seconds")),
     ]

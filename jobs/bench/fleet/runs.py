@@ -209,11 +209,8 @@ def resident(url: str) -> float:
 
 def _pending(ledger: Ledger) -> dict[str, int]:
     """Returns how many samples each site has not learned from yet."""
-    return {
-        r.site: r.ingested_offset - r.learned_offset
-        for r in ledger.streams.sites()
-        if r.learned_offset < r.ingested_offset
-    }
+    left = {r.site: r.ingested_offset - r.learned_offset for r in ledger.streams.sites()}
+    return {site: samples for site, samples in left.items() if samples > 0}
 
 
 def _run_fleet(
@@ -224,8 +221,8 @@ def _run_fleet(
     on_shard: Callable[[int], object] | None = None,
 ) -> Mapping[str, str]:
     job, placement = shard_job(config, ledger, held), fleet.placement(config)
-    given = {"placement": placement, "on_progress": on_progress, "on_shard": on_shard}
-    return fleet.run_fleet(job, _pending(ledger), **given)
+    callbacks = {"on_progress": on_progress, "on_shard": on_shard}
+    return fleet.run_fleet(job, _pending(ledger), placement=placement, **callbacks)
 
 
 def _check(ledger: Ledger) -> int:

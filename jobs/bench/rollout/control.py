@@ -40,13 +40,6 @@ class Control(NamedTuple):
     back: Cost  # from the wish to rolled back
     single: float  # seconds per site of one commit each
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Everything that was timed."""
-        parts = {"plan": self.plan.wall, "waves": self.waves.wall, "waves_cpu": self.waves.cpu}
-        parts |= {"rollback": self.back.wall, "rollback_cpu": self.back.cpu}
-        return {k: round(v, 4) for k, v in parts.items()} | {"one_commit_per_site": round(self.single, 6)}
-
 
 def measure(config: RolloutConfig, folder: Path, *, sites: int, repeat: int) -> Control:
     """Releases to ``sites`` and takes it back, ``repeat`` times, each on a fresh copy of the same ledger."""

@@ -21,7 +21,8 @@ from jobs.bench.rollout.control import delete
 from pipeline import rollout as machine
 from pipeline.control.health import observe_rollback
 from pipeline.control.rollout import save
-from pipeline.guards import GuardsConfig, judge_promoted
+from pipeline.guards import GuardsConfig
+from pipeline.guards.fleet import judge_promoted
 from pipeline.ledger import StaleGeneration
 from pipeline.rollout import (
     IN_PROGRESS,
@@ -48,14 +49,8 @@ if TYPE_CHECKING:
 START = datetime(2026, 3, 2, tzinfo=UTC)
 TICKS = 6  # a day
 PATIENCE = 15  # days after the last that everything has to end
-ZONES = (
-    "America/Los_Angeles",
-    "America/Sao_Paulo",
-    "Europe/Berlin",
-    "Africa/Nairobi",
-    "Asia/Kolkata",
-    "Asia/Tokyo",
-)
+ZONES = ("America/Los_Angeles", "America/Sao_Paulo", "Europe/Berlin")
+ZONES = (*ZONES, "Africa/Nairobi", "Asia/Kolkata", "Asia/Tokyo")
 LATE, GONE = 0.02, 0.02  # of the sites join, or retire, within the month
 LABELLED = 0.05  # of the sites show labelled attacks; of a small fleet 200
 EVERY = 3 * TICKS  # ticks between the end of a release and the next
@@ -78,11 +73,11 @@ class Month:
     events: Counter[str] = field(default_factory=Counter[str])
 
     @property
-    def summary(self) -> dict[str, object]:
-        """Its numbers for the context of the report."""
-        each = round(self.seconds / max(1, self.days), 3)
-        facts = {"sites": self.sites, "days": self.days, "seed": self.seed, "violations": self.violations[:5]}
-        return {**facts, "seconds_per_day": each, **dict(sorted(self.events.items()))}
+    def numbers(self) -> dict[str, float]:
+        """Its numbers by name."""
+        facts: dict[str, float] = {"sites": self.sites, "days": self.days, "seed": self.seed}
+        facts["seconds_per_day"] = round(self.seconds / max(1, self.days), 3)
+        return {**facts, "violations": len(self.violations), **dict(sorted(self.events.items()))}
 
 
 def simulate(folder: Path, *, sites: int, days: int, seed: int, advance: Callable[[int, int], None]) -> Month:
@@ -129,8 +124,8 @@ class World:
         )
         freeze = Freeze(start=START + timedelta(days=days / 3), end=START + timedelta(days=days / 3 + 1.5))
         waits = {"bake_seconds": 12 * 3600, "stage_seconds": 6 * 3600, "hold_seconds": 2 * 86_400}
-        given = {"missing_share": 0.1, "seed": month.seed, **waits}
-        self.config = RolloutConfig(night="22:00-05:00", freeze=(freeze,), **given)
+        settings = {"night": "22:00-05:00", "missing_share": 0.1, "seed": month.seed, **waits}
+        self.config = RolloutConfig(freeze=(freeze,), **settings)
         self.rest = TICKS  # ticks until the next release
 
     def close(self) -> None:
@@ -191,10 +186,7 @@ class World:
     def _come_and_go(self, day: int) -> None:
         """Lets sites join and retire, evenly over the month."""
         left = self.month.days - day
-        joined, retired = (
-            self.joining[: len(self.joining) // left],
-            self.retiring[: len(self.retiring) // left],
-        )
+        joined, retired = (sites[: len(sites) // left] for sites in (self.joining, self.retiring))
         if joined:
             self.joining = self.joining[len(joined) :]
             self.fleet.ledger.streams.register({s: self.fleet.tags[s] for s in joined}, now=self.fleet.now)
@@ -306,10 +298,8 @@ class World:
         findings, wave_of = judge_promoted(GuardsConfig(), counts), {p.site: p.wave for p in promoted}
         for site, n in zip(counts.sites, counts.attacks.tolist(), strict=True):
             shown[wave_of[site]] += n
-        heard = [
-            (w.sites, w.not_serving, w.first_not_serving, *silent.get(i, (0, "")))
-            for i, w in enumerate(waves)
-        ]
+        quiet = (silent.get(i, (0, "")) for i in range(len(waves)))
+        heard = [(w.sites, w.not_serving, w.first_not_serving, *q) for w, q in zip(waves, quiet, strict=True)]
         return Observation(
             waves=tuple(WaveObservation(*w, attack_presentations=shown[i]) for i, w in enumerate(heard)),
             failed_returnable=plans.returnable(rollout, out) if out else 0,

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from pipeline import rollout as machine
-from pipeline.guards import LabelledCounts, error_budget, judge_promoted
+from pipeline.guards.fleet import LabelledCounts, error_budget, judge_promoted
 from pipeline.rollout import IN_PROGRESS, IN_ROLLBACK, Candidate, Pointer, SiteFacts, Status
 from pipeline.simulate import cloned_sites
 from pipeline.simulate.release_fleet import SOURCE, ObedientFleet
@@ -35,11 +35,13 @@ HOURS = 24 // LOOKS
 ATTACKS, REAL = 40, 200  # labelled presentations of a site and day
 WORSE, HARMED, REFUSED = 0.10, 0.05, 0.01  # APCER and share of harmed sites; BPCER of all
 CONTROLS = 0.05  # of the fleet, for the Mann-Whitney canary
-ENOUGH, P = (
-    100,
-    0.05,
-)  # presentations before the threshold canary believes a rate; of the Mann-Whitney test, every day
-STOPS = ("ours", "threshold", "ranks")
+ENOUGH = 100  # presentations before the threshold canary believes a rate
+P = 0.05  # of the Mann-Whitney test, every day
+STOPS = {
+    "ours": "guards",
+    "threshold": "threshold",
+    "ranks": "Mann-Whitney",
+}  # field of Outcome -> who stopped it
 
 
 class Outcome(NamedTuple):
@@ -72,14 +74,9 @@ class Outcomes:
         return float(np.median([np.inf if s is None else s for s in stops]))
 
     @property
-    def summary(self) -> dict[str, object]:
-        """Shares of stopped seeds, and presentations until half of them were stopped."""
-        medians = {name: self.median(name) if self.harmed else None for name in STOPS}
-        stops = {n: {"stopped": self.stopped(n), "median_presentations": medians[n]} for n in STOPS}
-        days, held = min(o.site_days for o in self.seeds), sum(o.held for o in self.seeds)
-        singles = sum(o.singles for o in self.seeds)
-        counts = {"site_days_per_seed": days, "held": held, "single_sites_taken_back": singles}
-        return {"seeds": len(self.seeds), **counts, **stops}
+    def name(self) -> str:
+        """Of its row in a table."""
+        return "harmed" if self.harmed else "clean"
 
 
 @dataclass(frozen=True)
@@ -142,10 +139,8 @@ def release(on: Release, seed: int, *, harmed: bool) -> Outcome:
         if fleet.r.status in IN_PROGRESS and "ours" not in stop:
             reasons = error_budget(on.limits, *zip(*draws.hours[-6:], strict=True))
             freezes += bool(reasons)
-            fleet.now, fleet.freeze = (
-                START + timedelta(hours=look * HOURS),
-                reasons[0].text if reasons else "",
-            )
+            fleet.now = START + timedelta(hours=look * HOURS)
+            fleet.freeze = reasons[0].text if reasons else ""
             # a site that went back goes on to count, by replay
             findings = judge_promoted(on.limits, draws.counts(on.names, on.ends[fleet.r.wave]))
             fleet.breach = tuple(b.text for b in findings.breach)

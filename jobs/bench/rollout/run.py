@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from jobs.bench.report import conclude, context
+from jobs.bench.report import conclude, context, section
 from jobs.bench.rollout import control, month, power
 from pipeline.control.deployment import now
 from pipeline.guards import GuardsConfig
-from pipeline.report.bench import Report, at_least, at_most
+from pipeline.report.bench import Report, at_least, at_most, count, grid, number, tabled
 from pipeline.rollout import RolloutConfig
 from pipeline.stats.metrics import clopper_pearson
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jobs.bench.rollout.power import Outcomes
     from jobs.terminal import Terminal
     from pipeline.config import Config
-    from pipeline.report.bench import Figure
+    from pipeline.report.bench import Cell, Column, Figure, Section
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,63 @@ def bench_rollout(config: Config, terminal: Terminal, *, quick: bool, write: boo
     for seed in range(size.months):
         terminal.say(f"bench rollout: {size.days} days of {size.sites} sites, seed {seed}")
         with terminal.progress("simulate", "days") as advance:
-            given = {"sites": size.sites, "days": size.days, "seed": seed, "advance": advance}
-            months.append(month.simulate(folder / "simulated", **given))
+            place = folder / "simulated"
+            months.append(month.simulate(place, sites=size.sites, days=size.days, seed=seed, advance=advance))
     facts = context(
         "rollout",
         started,
         quick=quick,
         seeds={"statistics": size.seeds, "simulator": list(range(size.months))},
-        control_seconds={str(c.sites): c.seconds for c in costs},
-        statistics={"clean": clean.summary, "harmed": harmed.summary},
-        simulated=[m.summary for m in months],
+        violations=[line for m in months for line in m.violations][:5],
     )
     figures = [*costs_of(costs), *statistics_of(clean, harmed), *simulated_of(months)]
-    report = Report("rollout", "What a release costs and sees", now(), figures, [], facts)
+    tables = sections(costs, (clean, harmed), months)
+    report = Report("rollout", "What a release costs and sees", now(), figures, tables, facts)
     return conclude(config, terminal, report, write=write)
+
+
+def sections(
+    costs: Sequence[Control], outcomes: Sequence[Outcomes], months: Sequence[Month]
+) -> list[Section]:
+    """Returns everything that was timed, stopped and simulated, as tables."""
+    timed: list[Column[Control]] = [
+        ("sites", "sites", lambda c: str(c.sites)),
+        ("plan", "plan", lambda c: number(c.plan.wall)),
+        ("waves", "waves", lambda c: number(c.waves.wall)),
+        ("waves_cpu", "waves, CPU", lambda c: number(c.waves.cpu)),
+        ("rollback", "rollback", lambda c: number(c.back.wall)),
+        ("rollback_cpu", "rollback, CPU", lambda c: number(c.back.cpu)),
+        ("one_commit_per_site", "one commit, one site", lambda c: number(c.single)),
+    ]
+    stopped: list[Column[Outcomes]] = [
+        ("releases", "releases", lambda o: o.name),
+        ("seeds", "seeds", lambda o: count(len(o.seeds))),
+        ("site_days_per_seed", "site-days per seed", lambda o: count(min(s.site_days for s in o.seeds))),
+        ("held", "held at the end of a bake", lambda o: count(sum(s.held for s in o.seeds))),
+        (
+            "single_sites_taken_back",
+            "single sites taken back",
+            lambda o: count(sum(s.singles for s in o.seeds)),
+        ),
+    ]
+    for n, who in power.STOPS.items():
+        stopped.append((f"{n}.stopped", f"stopped by {who}", lambda o, n=n: count(o.stopped(n))))
+        median = f"median presentations, {who}"
+        stopped.append(
+            (f"{n}.median_presentations", median, lambda o, n=n: count(o.median(n)) if o.harmed else None)
+        )
+    names = dict.fromkeys(name for m in months for name in m.numbers)
+    happened = {name: {f"seed {m.seed}": _event(m.numbers.get(name, 0)) for m in months} for name in names}
+    tables = [
+        tabled("control_seconds", "seconds of a release, median", costs, timed),
+        tabled("statistics", "releases that were stopped", outcomes, stopped),
+        grid("simulated", "the simulated month", "event", happened),
+    ]
+    return [section("rollout", t.key, [replace(t, medium="page")]) for t in tables]
+
+
+def _event(n: float) -> Cell:
+    return count(n) if n == round(n) else number(n)
 
 
 def costs_of(costs: Sequence[Control]) -> list[Figure]:
@@ -96,8 +139,8 @@ def statistics_of(clean: Outcomes, harmed: Outcomes) -> list[Figure]:
     days, held = min(o.site_days for o in clean.seeds), sum(o.held for o in harmed.seeds)
     stops = f"{_share(clean, 'ours')}, {days} site-days each{others}"
     caught = f"{_share(harmed, 'ours')}, {held} of them held at the end of its bake{late}"
-    ranks, threshold = harmed.median("ranks"), harmed.median("threshold")
-    median = f"attacks per site until the stop; Mann-Whitney {ranks:g}, threshold {threshold:g}"
+    ranks, threshold = (count(harmed.median(name)).text for name in ("ranks", "threshold"))
+    median = f"attacks per site until half are stopped; Mann-Whitney {ranks}, threshold {threshold}"
     shares = [x.stopped("ours") / len(x.seeds) for x in (clean, harmed)]
     return [
         at_most("clean_releases_stopped", shares[0], 0.01, stops),
@@ -112,7 +155,9 @@ def simulated_of(months: Sequence[Month]) -> list[Figure]:
     first = next((m.violations[0] for m in months if m.violations), "none")
     moved, days = sum(m.events["sites_moved"] for m in months), sum(m.days for m in months)
     note = f"{days} days, {moved} moves of sites; first: {first}"
-    each = f"of {sum(m.rollouts for m in months)}; {sum(m.seconds for m in months) / days:.2f} s a day"
+    each = (
+        f"of {sum(m.rollouts for m in months)} releases; {sum(m.seconds for m in months) / days:.2f} s a day"
+    )
     return [
         at_most("simulated_violations", sum(len(m.violations) for m in months), 0, note),
         at_most("unfinished_rollouts", sum(m.unfinished for m in months), 0, each),

@@ -65,22 +65,16 @@ def run_sources(
     jobs: Sequence[SourceJob], ground: Ground, *, on_progress: Callable[[int, int], None]
 ) -> dict[SourceJob, Source]:
     """Fits and prepares what is not stored yet; the adaptive attacker holds the next seed's model."""
-    models = {
-        job: part(ground.place / "sources", job.name, *_source_key(job, ground), suffix="") for job in jobs
-    }
+    place = ground.place / "sources"
+    models = {job: part(place, job.name, *_source_key(job, ground), suffix="") for job in jobs}
     sources = {job: Source(m, part(m, "streams", *_streams_key(job, ground))) for job, m in models.items()}
     whole = [job for job in jobs if job.target is None]
     rival = {job: models[whole[(i + 1) % len(whole)]] for i, job in enumerate(whole)}
-    unfitted = [
-        (job, ground, s.model) for job, s in sources.items() if not (s.model / "manifest.json").exists()
-    ]
-    _run(_fit, unfitted, 0, len(jobs), on_progress)
-    unprepared = [
-        (job, ground, s.model, rival.get(job, s.model), s.streams)
-        for job, s in sources.items()
-        if not s.streams.exists()
-    ]
-    _run(prepare, unprepared, len(jobs), len(jobs), on_progress)
+    unfitted = {job: s for job, s in sources.items() if not (s.model / "manifest.json").exists()}
+    _run(_fit, [(job, ground, s.model) for job, s in unfitted.items()], 0, len(jobs), on_progress)
+    unprepared = {job: s for job, s in sources.items() if not s.streams.exists()}
+    calls = [(job, ground, s.model, rival.get(job, s.model), s.streams) for job, s in unprepared.items()]
+    _run(prepare, calls, len(jobs), len(jobs), on_progress)
     return sources
 
 
@@ -142,8 +136,8 @@ def _adapt(job: MethodJob, ground: Ground, source: Source, path: Path) -> None:
     p = load(source.streams, Prepared)
     tail = filled(checkpoint.load(source.model).tail, job.fill, p.validation)
     chosen = {name: s for name, s in p.streams.items() if not job.only or name in job.only}
-    given = {"batch": ground.batch, "threshold": p.threshold}
-    save(path, online.run(job.method, tail, chosen, p.probes, source=p.validation, **given))
+    facts = {"batch": ground.batch, "threshold": p.threshold}
+    save(path, online.run(job.method, tail, chosen, p.probes, source=p.validation, **facts))
 
 
 def _source_key(job: SourceJob, ground: Ground) -> tuple[object, ...]:
@@ -153,11 +147,11 @@ def _source_key(job: SourceJob, ground: Ground) -> tuple[object, ...]:
 def _streams_key(job: SourceJob, ground: Ground) -> tuple[object, ...]:
     if job.target:
         return read_manifest(ground.corpora[job.target]).digest, code_of(*STREAMS)
-    given = [asdict(s) for s in ground.scenarios], str(ground.captures), ground.attacker, ground.batch
-    return read_manifest(ground.pool).digest, *given, job.method.seed, code_of(*STREAMS)
+    drawn = [asdict(s) for s in ground.scenarios], str(ground.captures), ground.attacker, ground.batch
+    return read_manifest(ground.pool).digest, *drawn, job.method.seed, code_of(*STREAMS)
 
 
 def _course_path(job: MethodJob, source: Source, ground: Ground) -> Path:
     code = code_of(*METHODS, f"pipeline/site/methods/{job.method.kind}*")
-    given = job.method, job.fill, job.only, source.model.name, source.streams.name, code
-    return part(ground.place / "courses", job.name, *given)
+    inputs = job.method, job.fill, job.only, source.model.name, source.streams.name, code
+    return part(ground.place / "courses", job.name, *inputs)

@@ -164,11 +164,11 @@ def degenerate(
     def run_on(value: float | None, *, single: bool) -> State:
         state = start
         for at in range(steps):
-            given = Features(z[at].clone(), present[at], valid[at].clone(), session[at])
+            samples = Features(z[at].clone(), present[at], valid[at].clone(), session[at])
             if value is not None:
-                given.z[-1] = z[at, -1] if single else value
-            given.valid[-1, 1:] &= not single
-            state, _ = bank.step(method, tail, state, given)
+                samples.z[-1] = z[at, -1] if single else value
+            samples.valid[-1, 1:] &= not single
+            state, _ = bank.step(method, tail, state, samples)
         return state
 
     clean, ends = run_on(None, single=False), dict[str, str]()
@@ -216,11 +216,11 @@ def _stopped(steps: Sequence[State], poison: np.ndarray, batch: int) -> float:
     if not poison.any():
         return math.nan
     first = int(np.flatnonzero(poison)[0]) // batch
-    moves = [
-        i
-        for i in range(max(first, 1), len(steps))
-        if any(not torch.equal(steps[i][n], steps[i - 1][n]) for n in steps[i])
-    ]
+
+    def moved(i: int) -> bool:
+        return any(not torch.equal(tensor, steps[i - 1][n]) for n, tensor in steps[i].items())
+
+    moves = [i for i in range(max(first, 1), len(steps)) if moved(i)]
     if not moves:
         return 0.0
     return math.inf if moves[-1] == len(steps) - 1 else float(poison[: (moves[-1] + 1) * batch].sum())

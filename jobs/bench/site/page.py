@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jobs.bench.report import WORDS, section
+from jobs.bench import report
+from jobs.bench.report import WORDS
 from jobs.bench.site import online
 from jobs.bench.site.results import BASELINE, OURS, QUIET, calls_of, mean, worst
 from pipeline.report import bench, plots, timelines
@@ -29,6 +31,7 @@ TIMELINES = ("gate-ageing", "branch-swap", "rig-swapped", "CPS->W", "dock-missin
 TIMELINES += ("unseen-species", "door-1", "gate-oneclass", "kiosk-drip", "drip-20", "burst-100")
 LIMIT = 0.005  # that poison may raise the worst species' APCER by
 GROUPS: dict[str, str] = WORDS["groups"]  # in the order of the page
+section = partial(report.section, "site")
 RATES = {"hter": "HTER", "bpcer": "BPCER", "max_apcer": "max APCER"}
 
 
@@ -105,12 +108,9 @@ def methods_section(rows: Sequence[MethodRow]) -> Section:
     ]
     title = "shifted streams, scored before learning, threshold from source validation"
     words = {"interval": "mean online HTER, 95 % interval over streams and seeds", "reference": BASELINE}
-    parts = [
-        bench.legend(words),
-        bench.bells(chart, top),
-        bench.tabled("methods", title, rows, columns, "column"),
-    ]
-    return section("site", "methods", parts if rows else [], baseline=BASELINE)
+    table = bench.tabled("methods", title, rows, columns, "column")
+    parts = [bench.legend(words), bench.bells(chart, top), table]
+    return section("methods", parts if rows else [], baseline=BASELINE)
 
 
 def sections(
@@ -135,7 +135,7 @@ def timelines_section(drawn: Sequence[Timeline]) -> Section:
     """Returns the errors along single streams."""
     look = timelines.looks(list(dict.fromkeys(m for t in drawn for m in t.lines)), OURS, BASELINE)
     figures = bench.joined("{}", ((timelines.figure(t, look, OURS),) for t in drawn))
-    return section("site", "timelines", [bench.html('<div class="pair">{}</div>', figures)] if drawn else [])
+    return section("timelines", [bench.html('<div class="pair">{}</div>', figures)] if drawn else [])
 
 
 def _method(r: Results, name: str, runs: Runs) -> MethodRow:
@@ -185,7 +185,7 @@ def _streams(r: Results, order: Sequence[str]) -> Section:
     columns = {"stream": "stream", "oracle_eer": "oracle EER", **{f"methods.{m}": m for m in order}}
     shown = ("stream", "oracle_eer", *(f"methods.{m}" for m in SHOWN))
     table = Table("streams", "HTER per stream", columns, rows, shown=shown, keyed=True)
-    return section("site", "streams", [table], baseline=BASELINE, full=f"{100 * bench.FULL:g}")
+    return section("streams", [table], baseline=BASELINE, full=f"{100 * bench.FULL:g}")
 
 
 def _stream_cells(r: Results, name: str, order: Sequence[str]) -> list[Cell | None]:
@@ -195,18 +195,15 @@ def _stream_cells(r: Results, name: str, order: Sequence[str]) -> list[Cell | No
         means = {n: float(np.mean([getattr(e, n) for e in each])) for n in RATES}
         rates[method] = online.Rates(**means, worst_species=each[0].worst_species)
     measure = next((n for n in RATES if any(np.isfinite(getattr(x, n)) for x in rates.values())), "hter")
-    base = getattr(rates[BASELINE], measure) if BASELINE in rates else None
-    return [
-        _stream_cell(rates[m], measure, None if m == BASELINE else base) if m in rates else None
-        for m in order
-    ]
+    base = {m: getattr(rates[BASELINE], measure) for m in order if m != BASELINE and BASELINE in rates}
+    return [_stream_cell(rates[m], measure, base.get(m)) if m in rates else None for m in order]
 
 
 def _stream_cell(x: online.Rates, measure: str, base: float | None) -> Cell:
     value, name = getattr(x, measure), RATES[measure] * (measure != "hter")
     over = None if base is None else value - base
-    both = f"BPCER {plots.percent(x.bpcer)}, max APCER {plots.percent(x.max_apcer)}"
-    small = ("" if over is None else bench.marked(over), name, both, x.worst_species)
+    both = f"BPCER {plots.percent(x.bpcer)}", f"max APCER {plots.percent(x.max_apcer)}"
+    small = ("" if over is None else bench.marked(over), name, *both, x.worst_species)
     return rate(value, rise=over)._replace(value=x._asdict(), small=small)
 
 
@@ -237,7 +234,7 @@ def _one_class(r: Results, order: Sequence[str]) -> Section:
     columns["burst_apcer"] = "APCER at the burst"
     title = "doors that see one class, and a burst of attacks"
     table = Table("one_class", title, columns, rows, medium="page", grouped="stream")
-    return section("site", "one_class", [table], baseline=BASELINE)
+    return section("one_class", [table], baseline=BASELINE)
 
 
 def _poison(r: Results, order: Sequence[str]) -> Section:
@@ -263,14 +260,14 @@ def _poison(r: Results, order: Sequence[str]) -> Section:
     matrix = {n: {m: points(rises[m][n]) for m in order if "(" not in m} for n in names}
     text = replace(bench.grid("", title, "stream", matrix), medium="text")
     facts = {"limit": f"{100 * LIMIT:g}", "low": bench.signed(low), "high": bench.signed(high)}
-    return section("site", "poison", [table, text], baseline=BASELINE, **facts)
+    return section("poison", [table, text], baseline=BASELINE, **facts)
 
 
 def _missing(fills: Mapping[str, Runs]) -> Section:
     rates = {f: {n: mean(runs, list(runs), n) for n in RATES} for f, runs in fills.items()}
     cells = {f: {RATES[n]: rate(v, ranked=True) for n, v in of.items()} for f, of in rates.items()}
     table = bench.grid("missing", f"a modality missing, {BASELINE}", "stands in", cells, "column")
-    return section("site", "missing", [table])
+    return section("missing", [table])
 
 
 def _ablation(r: Results, why: str) -> Section:
@@ -278,13 +275,11 @@ def _ablation(r: Results, why: str) -> Section:
     for row, runs in r.tables["ablation"].items():
         fill, labels, weight = row.split(" | ")
         site = f"worst site {bench.signed(worst(r.rises(runs, list(runs), 'hter'))[1])}"
-        cells.setdefault(f"{fill}, {labels}", {})[weight] = rate(
-            mean(runs, list(runs), "hter"), site, ranked=True
-        )
+        cell = rate(mean(runs, list(runs), "hter"), site, ranked=True)
+        cells.setdefault(f"{fill}, {labels}", {})[weight] = cell
     title = "reconstruction alone by stand-in, labels and weight, first seed: HTER"
-    return section(
-        "site", "ablation", [bench.grid("ablation", title, "stands in, labels", cells, "table")], why
-    )
+    table = bench.grid("ablation", title, "stands in, labels", cells, "table")
+    return section("ablation", [table], why)
 
 
 def _additions(r: Results, changes: Mapping[str, str], why: str) -> Section:
@@ -307,12 +302,7 @@ def _additions(r: Results, changes: Mapping[str, str], why: str) -> Section:
             [name, rate(hter, over[0]), below, *(points(n, o) for n, o in zip(numbers[1:], over[1:]))]
         )
         default = default or numbers
-    columns = {
-        "name": "setting",
-        "hter": "HTER",
-        "below_frozen": f"below {BASELINE}",
-        "worst_rise": "worst site",
-    }
-    columns |= {"poison_rise": "poison", "one_class_rise": "one class"}
+    columns = {"name": "setting", "hter": "HTER", "below_frozen": f"below {BASELINE}"}
+    columns |= {"worst_rise": "worst site", "poison_rise": "poison", "one_class_rise": "one class"}
     table = Table("additions", f"{OURS}, part by part, first seed", columns, rows)
-    return section("site", "additions", [table], why, baseline=BASELINE)
+    return section("additions", [table], why, baseline=BASELINE)

@@ -32,7 +32,7 @@ from pipeline.simulate import scenarios
 from pipeline.simulate.corpora import synth
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from jobs.terminal import Terminal
     from pipeline.config import Config
@@ -89,9 +89,8 @@ def bench_site(
     folders = corpora_of(config, terminal)
     config = begun(config, terminal)
     ground = _ground(config, terminal, folders, quick=quick)
-    wanted = _sources(
-        config, sorted(set(folders) - set(config.bench.added_domains)), seeds=count, quick=quick
-    )
+    domains = sorted(set(folders) - set(config.bench.added_domains))
+    wanted = _sources(config, domains, seeds=count, quick=quick)
     planned = plan(config, wanted, quick=quick)
     with connected(config.cluster):
         with terminal.progress("bench site", "source models") as advance:
@@ -144,12 +143,12 @@ def plan(config: Config, sources: Sequence[SourceJob], *, quick: bool) -> list[P
         row: str,
         source: SourceJob,
         kind: str,
-        settings: dict[str, object],
+        changes: Mapping[str, object],
         fill: str = FILLS[-1],
         only: Sequence[str] = (),
     ) -> MethodJob:
-        given = {**(own if own["kind"] == kind else {}), "kind": kind, **settings}
-        return MethodJob(row, source, method_config("site", kind).model_validate(given), fill, tuple(only))
+        settings = {**(own if own["kind"] == kind else {}), "kind": kind, **changes}
+        return MethodJob(row, source, method_config("site", kind).model_validate(settings), fill, tuple(only))
 
     def streams(*groups: str) -> list[str]:
         rendered = [s.name for s in scenarios.scenarios() if s.group in groups]
@@ -203,9 +202,9 @@ def _ground(config: Config, terminal: Terminal, folders: dict[str, Path], *, qui
     pool = config.folder("bench", "site", f"pool-{config.data.frame_px}-{code_of(*RENDERED)[:16]}")
     if not (pool / "manifest.json").exists():
         with terminal.progress("render scenarios", "captures") as advance:
-            given = {"size": config.data.frame_px, "workers": config.cluster.cpus, "progress": advance}
-            rows = synth.render(scenarios.clips(), **given)
-            write_corpus(rows, pool, domain="scenarios", kind=synth.KIND, size=config.data.frame_px)
+            size, workers = config.data.frame_px, config.cluster.cpus
+            rows = synth.render(scenarios.clips(), size=size, workers=workers, progress=advance)
+            write_corpus(rows, pool, domain="scenarios", kind=synth.KIND, size=size)
     return Ground(
         corpora={d: p.resolve() for d, p in folders.items()},
         pool=pool.resolve(),

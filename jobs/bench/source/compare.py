@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Runs = dict[str, dict[str, list[Result]]]
 
 MISSING = tuple(p for p in PATTERNS if p != "full")
+MEANS = ("eer", "max_apcer", "bpcer", "bpcer20", "auc")  # of a PadReport, over targets and seeds
 STANDS_IN = {  # column of the table -> what fills the gap, and whether its own threshold decides
     "complement": ("complement", True),
     "zero-fill": ("zero-fill", True),
@@ -79,30 +80,23 @@ def method_rows(runs: Runs, ours: str) -> tuple[MethodRow, ...]:
     called = {m: {t: judged(per[t]) for t in targets} for m, per in runs.items()} if targets else {}
 
     def row(method: str, of: dict[str, Calls]) -> MethodRow:
-        per = runs[method]
+        per, base = runs[method], runs.get(ours, {})
         pads = [_pad(r) for t in targets for r in per[t]]
-        comparable = (
-            ours in runs and method != ours and all(len(runs[ours][t]) == len(per[t]) for t in targets)
-        )
-        mean = {
-            n: float(np.mean([getattr(p, n) for p in pads]))
-            for n in ("eer", "max_apcer", "bpcer", "bpcer20", "auc")
-        }
-        worst = Counter(p.worst_species for p in pads).most_common(1)[0][0]
+        comparable = method != ours and base and all(len(base[t]) == len(per[t]) for t in targets)
+        mean = {n: float(np.mean([getattr(p, n) for p in pads])) for n in MEANS}
         return MethodRow(
             method=method,
             hter_by_target={t: mean_hter([c]) for t, c in of.items()},
             hter=mean_hter([*of.values()]),
             oracle_eer=mean.pop("eer"),
-            worst_species=worst,
+            worst_species=Counter(p.worst_species for p in pads).most_common(1)[0][0],
             seeds=min(len(results) for results in per.values()),
             paired=paired_bootstrap([*called[ours].values()], [*of.values()]) if comparable else None,
             **mean,
         )
 
-    return tuple(
-        sorted((row(m, of) for m, of in called.items()), key=lambda r: (np.isnan(r.hter.value), r.hter.value))
-    )
+    rows = (row(method, of) for method, of in called.items())
+    return tuple(sorted(rows, key=lambda r: (np.isnan(r.hter.value), r.hter.value)))
 
 
 def shared_targets(runs: Runs) -> list[str]:
@@ -112,17 +106,13 @@ def shared_targets(runs: Runs) -> list[str]:
 
 def det_curves(runs: Runs, target: str) -> list[tuple[str, DetCurve]]:
     """Returns each method's curve of its first seed, with the point of the honest threshold."""
-    curves: list[tuple[str, DetCurve]] = []
-    for method, per in runs.items():
-        logit, label = per[target][0].scores("test")
-        curve = metrics.det_curve(logit, label)
-        curves.append(
-            (
-                method,
-                DetCurve(curve.far, curve.frr, metrics.far_frr(logit, label, per[target][0].threshold())),
-            )
-        )
-    return curves
+
+    def curve(r: Result) -> DetCurve:
+        logit, label = r.scores("test")
+        far, frr = metrics.det_curve(logit, label)[:2]
+        return DetCurve(far, frr, metrics.far_frr(logit, label, r.threshold()))
+
+    return [(method, curve(per[target][0])) for method, per in runs.items()]
 
 
 def radius_panels(r: Result) -> list[RadiusPanel]:
@@ -136,15 +126,14 @@ def radius_panels(r: Result) -> list[RadiusPanel]:
 
 def missing_grid(per_target: Mapping[str, Sequence[Result]]) -> dict[str, dict[str, Estimate]]:
     """Returns pattern -> what stands in -> mean HTER over targets and seeds; the last row is their mean."""
-    grid = {
-        pattern: {
-            name: mean_hter([judged(rs, pattern, fill, own=own) for rs in per_target.values()])
-            for name, (fill, own) in STANDS_IN.items()
-        }
-        for pattern in (MISSING if per_target else ())
-    }
-    means = {name: mean_hter(_over_patterns(per_target, name)) for name in STANDS_IN} if per_target else {}
-    return grid | ({"mean": means} if means else {})
+    if not per_target:
+        return {}
+
+    def hter(pattern: str, fill: str, own: bool) -> Estimate:
+        return mean_hter([judged(results, pattern, fill, own=own) for results in per_target.values()])
+
+    grid = {p: {name: hter(p, *how) for name, how in STANDS_IN.items()} for p in MISSING}
+    return {**grid, "mean": {name: mean_hter(_over_patterns(per_target, name)) for name in STANDS_IN}}
 
 
 def complement_saves(per_target: Mapping[str, Sequence[Result]]) -> Estimate | None:
@@ -176,9 +165,8 @@ def unseen_rows(runs: Runs, methods: Sequence[str]) -> tuple[UnseenRow, ...]:
         known = {instrument(s) for s in first.known}
         kinds = np.array([instrument(s) for s in first.test.pai.tolist()])
         for kind in sorted(set(kinds[first.test.label == 0].tolist()) - known):
-            rows.append(
-                UnseenRow(target, kind, {m: _accepted(runs[m][target], kinds == kind) for m in methods})
-            )
+            apcer = {m: _accepted(runs[m][target], kinds == kind) for m in methods}
+            rows.append(UnseenRow(target, kind, apcer))
     return tuple(rows)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jobs.bench.report import section
+from jobs.bench import report
 from jobs.bench.source import compare
 from jobs.bench.source.compare import judged, shared_targets
 from pipeline.config import methods
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 OURS, BASELINE = "rise", "erm"
 UNKNOWN = Estimate(np.nan, np.nan, np.nan)
 CELLS = 15  # boundaries x synergy of the ablation
+section = partial(report.section, "source")
 PARTS = ("load", "forward", "backward", "optimizer")  # of a step
 
 
@@ -53,7 +55,7 @@ def figures(m: Measured, rows: Sequence[MethodRow], *, seconds: float, quick: bo
         at_most("rise_score_shift", ours and ours.score_shift, 0.02, "HTER - oracle EER"),
         at_least("rise_relative_to_erm", gain and gain.value, 0.25, note),
     ]
-    for name in (n for n in methods("source") if n != OURS):
+    for name in (BASELINE,) if quick else (n for n in methods("source") if n != OURS):
         paired = by_name[name].paired if name in by_name else None
         note = f"{name}'s HTER - rise's; rise - {name} 95 % {_interval(paired and paired.difference)}"
         better = paired and -paired.difference.value
@@ -88,11 +90,9 @@ def sections(m: Measured, rows: Sequence[MethodRow], *, quick: bool) -> list[Sec
         methods_section(rows),
         det_section({t: compare.det_curves(m.main, t) for t in shared_targets(m.main)}),
         radii_section(radii),
-        section(
-            "source", "ablation", [bench.grid("ablation", title, "boundary", parts, "table")], why, ours=OURS
-        ),
-        section("source", "missing", [_grid("missing", "HTER with modalities missing", missing)]),
-        section("source", "limited", [_grid("limited", "HTER, two source domains", pairs)], why),
+        section("ablation", [bench.grid("ablation", title, "boundary", parts, "table")], why, ours=OURS),
+        section("missing", [_grid("missing", "HTER with modalities missing", "sensors", missing)]),
+        section("limited", [_grid("limited", "HTER, two source domains", "sources->targets", pairs)], why),
         unseen_section(compare.unseen_rows(m.main, (OURS, BASELINE))),
         speed_section(m.speed),
     ]
@@ -135,7 +135,7 @@ def methods_section(rows: Sequence[MethodRow]) -> Section:
         ("method", "method", lambda r: r.method),
         ("hter", "HTER", lambda r: estimate(r.hter)),
         *(
-            (f"targets.{t}", f"→{t}", lambda r, t=t: estimate(r.hter_by_target.get(t, UNKNOWN)))
+            (f"targets.{t}", f"→{t}", lambda r, t=t: _of_target(r.hter_by_target.get(t, UNKNOWN)))
             for t in targets
         ),
         ("oracle_eer", "oracle EER", lambda r: rate(r.oracle_eer)),
@@ -158,10 +158,12 @@ def methods_section(rows: Sequence[MethodRow]) -> Section:
         ("seeds", "seeds", lambda r: bench.count(r.seeds)),
     ]
     title = "one domain left out, threshold from source validation"
-    table = replace(bench.tabled("methods", title, rows, columns, "column"), keyed=True)
+    aside = ("worst_species", "bpcer20", "auc", "avoided", "seeds")
+    shown = tuple(key for key, *_ in columns if key not in aside)
+    table = replace(bench.tabled("methods", title, rows, columns, "column"), shown=shown)
     words = {"interval": "mean HTER, 95 % interval", "oracle": "oracle EER", "shift": "score shift"}
     return section(
-        "source", "methods", [bench.legend(words), bench.bells(chart, top), table] if rows else [], ours=OURS
+        "methods", [bench.legend(words), bench.bells(chart, top), table] if rows else [], ours=OURS
     )
 
 
@@ -175,7 +177,7 @@ def unseen_section(rows: Sequence[compare.UnseenRow]) -> Section:
 
     cells = {f"{r.target}: {r.species}": {m: cell(a) for m, a in r.apcer.items()} for r in rows}
     title = "instruments that no source has: APCER"
-    return section("source", "unseen", [bench.grid("unseen", title, "target: instrument", cells, "table")])
+    return section("unseen", [bench.grid("unseen", title, "target: instrument", cells, "table")])
 
 
 def speed_section(speed: Speed) -> Section:
@@ -187,12 +189,12 @@ def speed_section(speed: Speed) -> Section:
     }
     table = bench.grid("speed", "milliseconds of one optimizer step by part", "loop", cells)
     bar = plots.bar(speed[:4], PARTS, top=float(np.nansum(speed[:4])))
-    return section("source", "speed", [bar, table])
+    return section("speed", [bar, table])
 
 
-def _grid(key: str, title: str, hters: Mapping[str, Mapping[str, Estimate]]) -> Table:
+def _grid(key: str, title: str, head: str, hters: Mapping[str, Mapping[str, Estimate]]) -> Table:
     cells = {row: {k: estimate(e) for k, e in per.items()} for row, per in hters.items()}
-    return bench.grid(key, title, "", cells, "row")
+    return bench.grid(key, title, head, cells, "row")
 
 
 def _part(results: Sequence[Result]) -> Cell:
@@ -201,6 +203,11 @@ def _part(results: Sequence[Result]) -> Cell:
     words = f"oracle EER {plots.percent(eer)}, {len(results)} runs", bench.span(hter.low, hter.high)
     value = {"hter": hter, "oracle_eer": eer, "fits": len(results)}
     return rate(hter.value, *words, ranked=True)._replace(value=value)
+
+
+def _of_target(e: Estimate) -> Cell:
+    """Returns the cell of one target, whose interval only the page shows."""
+    return estimate(e)._replace(small=("", bench.span(e.low, e.high)))
 
 
 def _difference(e: Estimate) -> Cell:
@@ -215,43 +222,37 @@ def det_section(curves: Mapping[str, Sequence[tuple[str, DetCurve]]]) -> Section
     others = dict.fromkeys(m for of in curves.values() for m, _ in of if m not in (OURS, BASELINE))
     form = '<span><svg class="det" width="34" height="14"><path class="{}" d="M2 7h30"/></svg>{}</span>'
     key = bench.joined(
-        form, (("after", OURS), ("before", BASELINE), ("other", ", ".join(others) or "no other"))
+        form, [("after", OURS), ("before", BASELINE), *([("other", ", ".join(others))] if others else [])]
     )
     drawn = ((t, plots.dets(c, t, {BASELINE: "before", OURS: "after"})) for t, c in curves.items())
     charts = bench.joined("<figure><h3>{}</h3>{}</figure>\n", drawn)
     form = '<div class="key">{}<span>dot: the honest threshold</span></div><div class="pair">{}</div>'
-    return section("source", "det", [html(form, key, charts)] if curves else [])
+    return section("det", [html(form, key, charts)] if curves else [])
 
 
 def radii_section(per_target: Mapping[str, Sequence[RadiusPanel]]) -> Section:
     """Returns the radii of every target's samples, on an axis that holds 99 of 100, and their directions."""
-    form = (
-        '<figure>{}{}<div class="x" aria-hidden="true"><span>0</span><span>radius</span><span>{}</span></div>'
-    )
-    form += (
-        "<figcaption><b>{}</b>, boundary {}<br>outside: {} of {:,} bona fide<br>inside: {} of {:,} attacks"
-    )
-    form += "</figcaption></figure>\n"
-    words = {
-        "bona fide": "bona fide (bars upwards)",
-        "attack": "attack (bars downwards)",
-        "boundary": "boundary",
-    }
+    form = '<figure>{}{}<div class="x" aria-hidden="true"><span>0</span><span>radius</span><span>{}</span>'
+    form += "</div><figcaption><b>{}</b>, boundary {}<br>outside: {} of {:,} bona fide<br>"
+    form += "inside: {} of {:,} attacks</figcaption></figure>\n"
+    words = {"bona fide": "bona fide (bars upwards)", "attack": "attack (bars downwards)"}
+    words["boundary"] = "boundary"
     parts = [bench.legend(words)] if per_target else []
     for target, panels in per_target.items():
-        radii = np.concatenate(
-            [r[np.isfinite(r)] for p in panels for r in (p.bona_fide, p.attack)] or [np.zeros(0)]
-        )
+        radii = np.concatenate([np.zeros(0), *(r for p in panels for r in (p.bona_fide, p.attack))])
+        radii = radii[np.isfinite(radii)]
         far = float(np.quantile(radii, 0.99)) if len(radii) else 0.0
         top = plots.scale([far, *(1.1 * p.rho for p in panels)], 0.1)
-        drawn = [
-            (plots.sphere(p, top=top), plots.radii(p, top=top), plots.number(top), p.domain) for p in panels
-        ]
-        outside = [(plots.number(p.rho), plots.percent(p.outside), len(p.bona_fide)) for p in panels]
-        inside = [(plots.percent(p.inside), len(p.attack)) for p in panels]
-        charts = bench.joined(form, ((*d, *o, *i) for d, o, i in zip(drawn, outside, inside, strict=True)))
+        charts = bench.joined(form, (_panel(p, top) for p in panels))
         parts.append(html('<h3>Target {}</h3><div class="four">{}</div>', target, charts))
-    return section("source", "radii", parts, points=plots.POINTS)
+    return section("radii", parts, points=plots.POINTS)
+
+
+def _panel(p: RadiusPanel, top: float) -> tuple[object, ...]:
+    """Returns the charts of one domain, the end of its axis, its name, and its errors in words."""
+    outside = plots.number(p.rho), plots.percent(p.outside), len(p.bona_fide)
+    charts = plots.sphere(p, top=top), plots.radii(p, top=top)
+    return *charts, plots.number(top), p.domain, *outside, plots.percent(p.inside), len(p.attack)
 
 
 def _interval(of: Estimate | None) -> str:

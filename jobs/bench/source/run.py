@@ -139,14 +139,9 @@ def plan(config: Config, domains: list[str], *, seeds: int, quick: bool) -> list
         kind: str, sources: tuple[str, ...], targets: tuple[str, ...], seed: int, head: str, **more: object
     ) -> Job:
         """A method with the configured schedule, and its other settings too if it is the configured one."""
-        given = {
-            **(own if kind == own["kind"] else shared),
-            **more,
-            "kind": kind,
-            "seed": seed,
-            "steps": steps,
-        }
-        method = method_config("source", kind).model_validate(given)
+        settings = {**(own if kind == own["kind"] else shared), **more}
+        settings |= {"kind": kind, "seed": seed, "steps": steps}
+        method = method_config("source", kind).model_validate(settings)
         model = config.model.model_copy(update={"tail": config.model.tail.model_copy(update={"head": head})})
         return Job(method, model, (*sources, *config.bench.added_domains), targets)
 

@@ -1,4 +1,4 @@
-"""What is counted on a stream is what happened there."""
+"""Rates, timelines, recovery and degenerate batches of a method on a stream, against hand-made cases."""
 
 from __future__ import annotations
 

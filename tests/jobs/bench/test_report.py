@@ -92,7 +92,7 @@ def test_the_markdown_says_when_where_and_how_and_escapes_a_bar() -> None:
         "Measured on 22 November 2026 by `palisade bench site` on 2 cores (Example 1), seeds [0]"
     )
     assert "| stream | danet |\n| --- | --- |\n| shifted |  |\n| a\\|b | 10.0% [▼ −10.0] |" in text
-    assert "| below | 0.31 | >= 0.3 | yes | paired |\n| rise | not measured | <= 0.01 | no | - |" in text
+    assert "| below | 0.31 | ≥ 0.3 | yes | paired |\n| rise | not measured | ≤ 0.01 | no | - |" in text
 
 
 def test_a_cell_without_a_number_is_a_dash_and_only_its_first_line_stands_beside() -> None:

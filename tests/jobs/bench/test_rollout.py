@@ -71,7 +71,7 @@ def test_a_month_is_its_seed(tmp_path):
 
 
 def test_the_checks_see_a_wave_that_was_not_begun_and_a_site_that_never_passed(tmp_path):
-    """What the product cannot be brought to do is written past it."""
+    """Writes to the ledger directly what the product refuses to do."""
     tags = {f"s{i}": {"tz": "UTC"} for i in range(10)}
     fleet = LedgerFleet.create(f"sqlite:///{tmp_path}/l.db", tags, START)
     candidates = fleet.learn(dict.fromkeys(tags, 0))

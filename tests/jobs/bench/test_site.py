@@ -73,9 +73,9 @@ def test_figures_page_and_a_second_call(bench: Path, capsys: pytest.CaptureFixtu
     assert figures["ablation_cells"] == {"value": 0, "target": ">= 36", "holds": False}
     assert figures["seeds"] == {"value": 1, "target": ">= 3", "holds": False}
     assert {"versions", "cores", "seeds", "seconds", "revision"} <= set(context)
-    assert {m["method"] for m in context["methods"]} == set(jobs.bench.site.run.QUICK)
+    assert set(context["methods"]) == set(jobs.bench.site.run.QUICK)
     assert {"lobby-north", "AB->D", "rig-e", "door-1", "drip-20"} <= set(context["streams"])
-    frozen = next(m for m in context["methods"] if m["method"] == "frozen")
+    frozen = context["methods"]["frozen"]
     assert frozen["below_frozen"] == 0 and frozen["forgetting"] == 0
     assert all(p["rise"] is None or -1 <= p["rise"] <= 1 for p in context["poison"])
     assert "Left out with --quick" in (bench / "artifacts" / "reports" / "bench-site-quick.html").read_text()

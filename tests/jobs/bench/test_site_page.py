@@ -150,7 +150,7 @@ def test_streams_come_by_group_with_every_number(results: Results, html: str) ->
         assert " ".join(said) in text
     for method, more in METHODS.items():
         value = [pc(0.2 + more)] + [bench.marked(more)] * (method != "frozen")
-        both = f"BPCER {pc(0.1 + more)}, max APCER {pc(0.4 + 2 * more)} {'print' if more else 'mask'}"
+        both = f"BPCER {pc(0.1 + more)} max APCER {pc(0.4 + 2 * more)} {'print' if more else 'mask'}"
         assert " ".join([*value, both]) in text
 
 

@@ -15,7 +15,8 @@ from pipeline.control.adapt import shard_job
 from pipeline.control.deployment import lease
 from pipeline.control.recheck import cycle_limits, find_verdict, stored_fingerprint, verdict_basis
 from pipeline.control.recount import count_differences, recount_evidence
-from pipeline.guards import Evidence, GuardsConfig, assess
+from pipeline.guards import Evidence, GuardsConfig
+from pipeline.guards.verdict import assess
 from tests.support.crowds import SITES, Crowd, new_crowd
 from tests.support.deployments import new_deployment, printed
 from tests.support.judged import CELLS

@@ -40,7 +40,7 @@ def verify(crowd, box, *more):
 
 
 def again(crowd, box, **changes):
-    """Sign what the box has once more, otherwise."""
+    """Signs the manifest on the box again with other content."""
     content = json.loads((box / "release.json").read_bytes())["manifest"] | changes
     key = private_key((crowd.d.root / "release.pem").read_bytes(), "")
     (box / "release.json").write_bytes(sign(ReleaseManifest.model_validate(content), key))
@@ -100,7 +100,7 @@ def test_a_rollback_is_a_higher_counter_and_an_older_release_is_refused(crowd, b
 
 
 def test_a_ledger_that_lost_releases_cannot_take_a_box_back(crowd, box, tmp_path, capsys):
-    """Restored from a backup, it gives out counters that were used."""
+    """A ledger restored from a backup issues release counters that boxes have already seen."""
     before = copy_crowd(crowd, tmp_path / "backup")
     serve(crowd, "rollback", {SITE: None})
     assert pull(crowd, box) == 0  # not accepted yet, and yet never undone
