@@ -48,7 +48,7 @@ class SourceMethod(Method):
         default=0.0,
         ge=0,
         le=1,
-        description="share of the samples whose stem maps take part of another one's contrast and level (MixStyle)",
+        description="share of samples whose stem maps take part of another's contrast and level (MixStyle)",
     )
     average: float = Field(
         default=0.0,
