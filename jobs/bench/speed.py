@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.augment import augment
+from pipeline.data.decode import CHANNELS
 from pipeline.data.features import mask_to_bool
 from pipeline.models import tail as tails
-from pipeline.models.trunk import features, prepare
+from pipeline.models.trunk import build_trunk, features, fold, prepare
 from pipeline.site import bank
 from pipeline.site.trust import entropy
 from pipeline.source import fit as fits
@@ -43,6 +45,36 @@ class Speed(NamedTuple):
     optimizer: float
     samples: float  # per second of a fit
     bare: float  # per second of the bare loop
+
+
+class Cost(NamedTuple):
+    """What the trunk costs for one capture with every modality, on one core."""
+
+    macs: int  # multiplications with an addition, of convolutions and linear layers
+    milliseconds: float
+
+
+def capture_cost(task: Task, *, captures: int = 64) -> Cost:
+    """Counts and times the trunk of ``task`` at inference."""
+    trunk, total = fold(build_trunk(task.model.trunk, task.size)), 0
+    frames = torch.randint(0, 256, (captures, CHANNELS, task.size, task.size), dtype=torch.uint8)
+    present = torch.ones(captures, tails.MODALITIES, dtype=torch.bool)
+
+    def count(module: nn.Module, _: object, out: Tensor) -> None:
+        nonlocal total
+        weight = cast("Tensor", module.weight)
+        total += out.numel() // out.shape[1] * weight.numel() if out.dim() == 4 else weight.numel()
+
+    layers = [m for m in trunk.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [m.register_forward_hook(count) for m in layers]
+    features(trunk, frames[:1], present[:1])
+    for hook in hooks:
+        hook.remove()
+    with fits.threads(1):
+        features(trunk, frames, present)
+        began = time.perf_counter()
+        features(trunk, frames, present)
+    return Cost(total, 1000 * (time.perf_counter() - began) / captures)
 
 
 def measure(task: Task, corpora: Sequence[Corpus], *, workers: int = 1) -> Speed:

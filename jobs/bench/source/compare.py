@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     Runs = dict[str, dict[str, list[Result]]]
 
+CEILING = 0.07  # NIST SP 800-63A-4: IAPAR below 0.07
 MISSING = tuple(p for p in PATTERNS if p != "full")
 MEANS = ("eer", "max_apcer", "bpcer", "bpcer20", "auc")  # of a PadReport, over targets and seeds
 STANDS_IN = {  # column of the table -> what fills the gap, and whether its own threshold decides
@@ -55,6 +56,29 @@ class MethodRow(NamedTuple):
         return self.hter.value - self.oracle_eer
 
 
+class SpeciesRow(NamedTuple):
+    """The APCER on one PAI species where every set is a source."""
+
+    species: str
+    apcer: metrics.Rate
+
+    @property
+    def holds(self) -> bool:
+        """Whether the one-sided 95 % upper bound is at most CEILING."""
+        return self.apcer.upper95 <= CEILING
+
+
+class Contribution(NamedTuple):
+    """What a modality adds to the logit: the mean over presentations of the logit with it minus without it.
+
+    Interventional: the modality is replaced by its complement from the others, nothing else changes.
+    """
+
+    modality: str
+    bona_fide: float
+    attack: float
+
+
 class UnseenRow(NamedTuple):
     """The APCER by method on a PAI species of a target that no source domain has."""
 
@@ -80,9 +104,10 @@ def method_rows(runs: Runs, ours: str) -> tuple[MethodRow, ...]:
     called = {m: {t: judged(per[t]) for t in targets} for m, per in runs.items()} if targets else {}
 
     def row(method: str, of: dict[str, Calls]) -> MethodRow:
-        per, base = runs[method], runs.get(ours, {})
+        per, base = runs[method], runs.get(ours, {}) if method != ours else {}
         pads = [_pad(r) for t in targets for r in per[t]]
-        comparable = method != ours and base and all(len(base[t]) == len(per[t]) for t in targets)
+        seeds = {t: min(len(base[t]), len(per[t])) for t in (targets if base else ())}  # that both have
+        pair = [[judged(of_one[t][:n]) for t, n in seeds.items()] for of_one in (base, per)]
         mean = {n: float(np.mean([getattr(p, n) for p in pads])) for n in MEANS}
         return MethodRow(
             method=method,
@@ -91,7 +116,7 @@ def method_rows(runs: Runs, ours: str) -> tuple[MethodRow, ...]:
             oracle_eer=mean.pop("eer"),
             worst_species=Counter(p.worst_species for p in pads).most_common(1)[0][0],
             seeds=min(len(results) for results in per.values()),
-            paired=paired_bootstrap([*called[ours].values()], [*of.values()]) if comparable else None,
+            paired=paired_bootstrap(*pair) if base else None,
             **mean,
         )
 
@@ -168,6 +193,30 @@ def unseen_rows(runs: Runs, methods: Sequence[str]) -> tuple[UnseenRow, ...]:
             apcer = {m: _accepted(runs[m][target], kinds == kind) for m in methods}
             rows.append(UnseenRow(target, kind, apcer))
     return tuple(rows)
+
+
+def species_rows(results: Sequence[Result]) -> tuple[SpeciesRow, ...]:
+    """Returns every species of the tests, the highest bound first."""
+    if not results:
+        return ()
+    names, label = results[0].test.pai, results[0].test.label
+    rows = [SpeciesRow(s, _accepted(results, names == s)) for s in sorted(set(names[label == 0].tolist()))]
+    return tuple(sorted(rows, key=lambda r: -r.apcer.upper95))
+
+
+def contributions(per_target: Mapping[str, Sequence[Result]]) -> tuple[Contribution, ...]:
+    """Returns what each modality adds to the logit, mean over targets and seeds."""
+    names, results = list(PATTERNS), [r for rs in per_target.values() for r in rs]
+
+    def mean(modality: str, label: int) -> float:
+        each: list[float] = []
+        for r in results:
+            logit = r.test.logit[r.test.label == label][:, :, 0]
+            added = logit[:, names.index("full")] - logit[:, names.index(f"no-{modality}")]
+            each.append(float(np.nanmean(added)))
+        return float(np.mean(each))
+
+    return tuple(Contribution(m, mean(m, 1), mean(m, 0)) for m in (("rgb", "depth", "ir") if results else ()))
 
 
 def mean_eer(results: Sequence[Result]) -> float:

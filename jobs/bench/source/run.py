@@ -1,7 +1,8 @@
 """``palisade bench source``: compares all source methods on the same trunk, tail, sampler and threshold rule.
 
-Leaves one domain out over several seeds, takes modalities away at test, learns from two domains only, and
-takes RiSe apart; unseen instruments and the speed of a step are measured beside. Thresholds come from source
+Leaves one domain out: every method with one seed; RiSe, ERM and the two closest others with all. Takes
+modalities away at test, learns from two domains only and from all, and takes RiSe apart; unseen instruments
+and speed are measured beside. Thresholds come from source
 validation; only what is named oracle chose its threshold on the target.
 """
 
@@ -17,7 +18,7 @@ from jobs.bench.parts import load
 from jobs.bench.report import conclude, context, glossary, notes
 from jobs.bench.source import compare, page
 from jobs.bench.source.fits import Job, Result, degenerate, run
-from jobs.bench.source.page import BASELINE, OURS
+from jobs.bench.source.page import ABLATED, BASELINE, OURS
 from jobs.import_corpus import import_into
 from jobs.pretrain import pretrained
 from pipeline.cluster import connected
@@ -32,7 +33,7 @@ from pipeline.source import fit as fits
 from pipeline.source.contract import SourceMethod
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from jobs.bench.source.compare import Runs
     from jobs.terminal import Terminal
@@ -40,26 +41,24 @@ if TYPE_CHECKING:
     from pipeline.source.contract import SourceMethod
 
 LIMITED = ("CW->PS", "PS->CW")  # the published two; other domains: the first two choices
-BOUNDARIES: dict[str, tuple[str, dict[str, object]]] = {  # row of the ablation -> head, settings of rise
-    "linear CE": ("linear", {"invariance": "none"}),
-    "linear + PG-IRM": ("linear", {}),
-    "sphere ERM": ("radial", {"invariance": "none"}),
-    "sphere + PG-IRM": ("radial", {}),
+ABLATION: dict[str, tuple[str, dict[str, object]]] = {  # row of the ablation -> head, settings of rise
+    "whole": ("radial", {}),
+    "plane instead of a sphere": ("linear", {}),
+    "without invariance": ("radial", {"invariance": "none"}),
     "without angle": ("radial", {"angle": 0.0}),
+    "without MMSD": ("radial", {"synergy": 0.0}),
+    "without complement": ("radial", {"complement": 0.0}),
+    "without margin and compactness": ("radial", {"margin": 0.0, "compact": 0.0}),
 }
-SYNERGY: dict[str, dict[str, object]] = {  # column of the ablation -> settings of rise
-    "no MMSD": {"synergy": 0.0},
-    "mixing only": {"decorrelate": 0.0},
-    "full": {},
-}
+CLOSEST = 2  # baselines beside erm that get every seed, by their first
 
 
 class Planned(NamedTuple):
     """One fit and its place in a table."""
 
-    table: str  # main, limited or ablation
-    row: str  # method or boundary
-    column: str  # target, protocol or synergy
+    table: str  # main, limited, ablation or together
+    row: str  # method or setting
+    column: str  # target or protocol
     job: Job
 
 
@@ -72,26 +71,28 @@ def bench_source(
     count = 1 if quick else seeds or config.bench.seeds
     config = begun(config, terminal)
     domains = sorted(set(folders) - set(config.bench.added_domains))
-    planned = plan(config, domains, seeds=count, quick=quick)
     with connected(config.cluster):
         with terminal.progress("stem maps", "files") as advance:
             fill_stems(config, list(folders.values()), SPLITS, on_progress=advance)
-        with terminal.progress("bench source", "fits") as advance:
-            place, workers = config.folder("bench", "source"), config.cluster.cpus
-            ended = run([p.job for p in planned], folders, folder=place, workers=workers, on_progress=advance)
-    for p in planned:
-        if isinstance(why := ended[p.job], Failed):
-            terminal.say(f"{p.row} {p.column} seed {p.job.method.seed}: no result: {why.why}")
-    paths = {job: path for job, path in ended.items() if isinstance(path, Path)}
-    results = {job: load(path, Result) for job, path in paths.items()}
+        planned = compared(config, domains, (BASELINE, OURS) if quick else methods("source"), range(1), quick)
+        paths = _fitted(config, terminal, folders, planned)
+        if not quick:
+            rows = compare.method_rows(_by_table(planned, _results(paths))["main"], OURS)
+            closest = [r.method for r in rows if r.method not in (BASELINE, OURS)][:CLOSEST]
+            again = compared(config, domains, (OURS, BASELINE, *closest), range(1, count), quick)
+            planned += [*again, *others(config, domains, count)]
+            paths = _fitted(config, terminal, folders, planned)
+    results = _results(paths)
     runs = _by_table(planned, results)
     stored = sum(r.seconds for job, r in results.items() if paths[job].stat().st_mtime < began)
-    terminal.say("timing a training step beside a bare DataLoader loop")
+    terminal.say("timing a training step beside a bare DataLoader loop, and a capture")
     corpora = [read_corpus(folders[d], ("train", "val")) for d in domains]
     task = fits.Task(config.source, config.model, config.data.frame_px)
     with fits.threads(config.cluster.cpus):
         timed = speed.measure(task, corpora)
-    m = page.Measured(**runs, speed=timed, degenerate=degenerate(task, corpora), targets=len(domains))
+    cost = speed.capture_cost(task)
+    ends = degenerate(task, corpora)
+    m = page.Measured(**runs, speed=timed, cost=cost, degenerate=ends, targets=len(domains))
     seconds = time.monotonic() - started + stored / config.cluster.cpus
     facts = context(
         "source",
@@ -99,10 +100,27 @@ def bench_source(
         quick=quick,
         seeds=list(range(count)),
         steps=config.bench.quick_steps if quick else config.source.steps,
-        fits=len(ended),
+        fits=len(planned),
         data={d: read_manifest(path).digest[:12] for d, path in folders.items()},
     )
     return conclude(config, terminal, _report(config, m, facts, seconds), write=write)
+
+
+def _fitted(
+    config: Config, terminal: Terminal, folders: Mapping[str, Path], planned: Sequence[Planned]
+) -> dict[Job, Path]:
+    """Returns the result files of the fits that succeeded, and says why the others did not."""
+    with terminal.progress("bench source", "fits") as advance:
+        place, workers = config.folder("bench", "source"), config.cluster.cpus
+        ended = run([p.job for p in planned], folders, folder=place, workers=workers, on_progress=advance)
+    for p in planned:
+        if isinstance(why := ended[p.job], Failed):
+            terminal.say(f"{p.row} {p.column} seed {p.job.method.seed}: no result: {why.why}")
+    return {job: path for job, path in ended.items() if isinstance(path, Path)}
+
+
+def _results(paths: Mapping[Job, Path]) -> dict[Job, Result]:
+    return {job: load(path, Result) for job, path in paths.items()}
 
 
 def _report(config: Config, m: page.Measured, facts: dict[str, object], seconds: float) -> Report:
@@ -130,43 +148,56 @@ def begun(config: Config, terminal: Terminal) -> Config:
     return config.model_copy(update={"source": start})
 
 
-def plan(config: Config, domains: list[str], *, seeds: int, quick: bool) -> list[Planned]:
-    """Returns all fits, the comparison first."""
-    own, steps = config.source.model_dump(), config.bench.quick_steps if quick else config.source.steps
-    shared = {k: v for k, v in own.items() if k in SourceMethod.model_fields}
-
-    def job(
-        kind: str, sources: tuple[str, ...], targets: tuple[str, ...], seed: int, head: str, **more: object
-    ) -> Job:
-        """A method with the configured schedule, and its other settings too if it is the configured one."""
-        settings = {**(own if kind == own["kind"] else shared), **more}
-        settings |= {"kind": kind, "seed": seed, "steps": steps}
-        method = method_config("source", kind).model_validate(settings)
-        model = config.model.model_copy(update={"tail": config.model.tail.model_copy(update={"head": head})})
-        return Job(method, model, (*sources, *config.bench.added_domains), targets)
-
-    left_out = [(p.sources, (p.target,), p.target) for p in leave_one_domain_out(domains)]
-    kinds = (BASELINE, OURS) if quick else methods("source")
-    planned = [
-        Planned("main", kind, target, job(kind, sources, targets, seed, "radial"))
-        for sources, targets, target in left_out
-        for seed in range(seeds)
+def compared(
+    config: Config, domains: Sequence[str], kinds: Sequence[str], seeds: Iterable[int], quick: bool
+) -> list[Planned]:
+    """Returns the fits of the comparison: every method, each domain left out in turn."""
+    return [
+        Planned("main", kind, p.target, _job(config, kind, p.sources, (p.target,), seed, quick=quick))
+        for p in leave_one_domain_out(domains)
+        for seed in seeds
         for kind in kinds
     ]
-    choices = [] if quick else limited_source(domains)
-    planned += [
-        Planned("limited", kind, p.name, job(kind, p.sources, p.targets, seed, "radial"))
+
+
+def others(config: Config, domains: Sequence[str], seeds: int) -> list[Planned]:
+    """Returns the fits of the other tables: two sources, our method part by part, and all sets together."""
+    choices = limited_source(domains)
+    planned = [
+        Planned("limited", kind, p.name, _job(config, kind, p.sources, p.targets, 0))
         for p in [p for p in choices if p.name in LIMITED] or choices[:2]
-        for seed in range(seeds)
         for kind in (BASELINE, OURS)
     ]
     planned += [
-        Planned("ablation", row, column, job(OURS, sources, targets, 0, head, **settings, **more))
-        for sources, targets, _ in ([] if quick else left_out)
-        for row, (head, settings) in BOUNDARIES.items()
-        for column, more in SYNERGY.items()
+        Planned("ablation", row, p.target, _job(config, OURS, p.sources, (p.target,), 0, head, settings))
+        for p in leave_one_domain_out(domains)[:ABLATED]
+        for row, (head, settings) in ABLATION.items()
     ]
-    return planned
+    whole = tuple(domains)
+    return planned + [
+        Planned("together", OURS, "all", _job(config, OURS, whole, whole, seed)) for seed in range(seeds)
+    ]
+
+
+def _job(
+    config: Config,
+    kind: str,
+    sources: tuple[str, ...],
+    targets: tuple[str, ...],
+    seed: int,
+    head: str = "radial",
+    more: Mapping[str, object] | None = None,
+    *,
+    quick: bool = False,
+) -> Job:
+    """A method with the configured schedule, and its other settings too if it is the configured one."""
+    own = config.source.model_dump()
+    shared = {k: v for k, v in own.items() if k in SourceMethod.model_fields}
+    settings = {**(own if kind == own["kind"] else shared), **(more or {}), "kind": kind, "seed": seed}
+    settings["steps"] = config.bench.quick_steps if quick else config.source.steps
+    method = method_config("source", kind).model_validate(settings)
+    model = config.model.model_copy(update={"tail": config.model.tail.model_copy(update={"head": head})})
+    return Job(method, model, (*sources, *config.bench.added_domains), targets)
 
 
 def corpora_of(config: Config, terminal: Terminal) -> dict[str, Path]:
@@ -200,15 +231,15 @@ def corpora_of(config: Config, terminal: Terminal) -> dict[str, Path]:
     return {d: root / d for d in used}
 
 
-def _by_table(planned: list[Planned], results: Mapping[Job, Result]) -> dict[str, Runs]:
+def _by_table(planned: Sequence[Planned], results: Mapping[Job, Result]) -> dict[str, Runs]:
     """Returns the results by table, row and column.
 
     A column that lacks a seed is left out: a mean over what happened to survive would be another figure.
     """
-    runs: dict[str, Runs] = {"main": {}, "limited": {}, "ablation": {}}
+    runs: dict[str, Runs] = {"main": {}, "limited": {}, "ablation": {}, "together": {}}
     wanted = Counter(p[:3] for p in planned)
     there = Counter(p[:3] for p in planned if p.job in results)
     for p in planned:
-        if p.job in results and (p.table == "ablation" or there[p[:3]] == wanted[p[:3]]):
+        if p.job in results and there[p[:3]] == wanted[p[:3]]:
             runs[p.table].setdefault(p.row, defaultdict(list))[p.column].append(results[p.job])
     return runs

@@ -51,7 +51,8 @@ def test_figures_context_and_page(bench: Path, capsys: pytest.CaptureFixture[str
     assert [n for n in figures if n.startswith("rise_better_than")] == ["rise_better_than_erm"], (
         "the one it fits"
     )
-    assert figures["ablation_cells"]["value"] == 0
+    assert figures["ablation_rows"]["value"] == 0
+    assert figures["all_sets_hter"]["value"] is None
     assert figures["degenerate_corpora_sound"]["holds"]
     assert set(told["context"]["methods"]["erm"]["targets"]) == {"A", "B", "D"}
     assert {"versions", "cores", "seeds", "seconds", "revision"} <= set(told["context"])

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.bench.source import page
 from jobs.bench.source.compare import MethodRow, UnseenRow
-from jobs.bench.speed import Speed
+from jobs.bench.speed import Cost, Speed
 from pipeline.report import bench
 from pipeline.report.bench import Report, Section, render
 from pipeline.report.content import DetCurve, RadiusPanel
@@ -130,7 +130,7 @@ def test_grids_unseen_attacks_and_speed_show_every_number() -> None:
         UnseenRow("wmca", "mask", {"rise": rate(41, 411), "erm": rate(80, 411)}),
         UnseenRow("surf", "bent", {"rise": rate(0, 32)}),
     )
-    speed = page.speed_section(Speed(0.0021, 0.0412, 0.0627, 0.0049, 431.7, 238.2))
+    speed = page.speed_section(Speed(0.0021, 0.0412, 0.0627, 0.0049, 431.7, 238.2), Cost(151_000_000, 6.61))
     html = drawn(missing, page.unseen_section(unseen), speed)
     for p, per in cells.items():
         said = " ".join(f"{100 * e.value:.1f}% {100 * e.low:.1f}–{100 * e.high:.1f}" for e in per.values())
@@ -139,7 +139,8 @@ def test_grids_unseen_attacks_and_speed_show_every_number() -> None:
         said = " ".join(f"{100 * a.rate:.1f}% ≤ {100 * a.upper95:.1f}%, n {a.n}" for a in u.apcer.values())
         assert f"{u.target}: {u.species} {said}" in section(html, "unseen")
     assert "palisade 2.1 41.2 62.7 4.9 432" in section(html, "speed")
-    assert section(html, "speed").endswith("bare loop with a DataLoader" + " – not measured" * 4 + " 238")
+    assert "bare loop with a DataLoader" + " – not measured" * 4 + " 238" in section(html, "speed")
+    assert section(html, "speed").endswith("trunk 151 6.61")
     assert "load 2.1 ms, forward 41.2 ms, backward 62.7 ms, optimizer 4.9 ms" in html
 
 
@@ -198,7 +199,9 @@ def test_what_was_not_measured_is_a_dash() -> None:
         page.det_section({"wmca": det}),
         page.radii_section({"wmca": radii, "surf": []}),
         page.unseen_section((UnseenRow("wmca", "mask", {"rise": rate(0, 0)}),)),
-        page.speed_section(Speed(NAN, NAN, NAN, NAN, NAN, NAN)),
+        page.speed_section(Speed(NAN, NAN, NAN, NAN, NAN, NAN), Cost(0, NAN)),
+        page.species_section((), "not here"),
+        page.contributions_section(()),
     )
     assert not re.search(r"\b(nan|inf|None)\b", check_safe(html).text)
     assert not re.search(r"[\"'=: ](nan|inf|None)\b", html)
@@ -207,7 +210,8 @@ def test_what_was_not_measured_is_a_dash() -> None:
 def test_a_method_that_lacks_a_target_does_not_decide() -> None:
     some = rows()
     lacks = [r._replace(hter_by_target={"wmca": r.hter}) if r.method == "irm" else r for r in some]
-    measured = page.Measured({}, {}, {}, Speed(1, 1, 1, 1, 9, 10), {"x": "finite", "y": "silent NaN"}, 4)
+    ends = {"x": "finite", "y": "silent NaN"}
+    measured = page.Measured({}, {}, {}, {}, Speed(1, 1, 1, 1, 9, 10), Cost(1, 1.0), ends, 4)
     figures = {f.name: f for f in page.figures(measured, lacks, seconds=400, quick=False)}
     assert figures["rise_better_than_irm"].measured is None and not figures["rise_better_than_irm"].holds
     erm = next(r for r in some if r.method == "erm")
@@ -216,5 +220,5 @@ def test_a_method_that_lacks_a_target_does_not_decide() -> None:
     assert figures["degenerate_corpora_sound"].value == 1 and not figures["degenerate_corpora_sound"].holds
     assert figures["throughput_relative_to_dataloader"].value == 0.9
     assert figures["seconds"].holds
-    quick = {f.name: f.holds for f in page.figures(measured, lacks, seconds=400, quick=True)}
+    quick = {f.name: f.holds for f in page.figures(measured, lacks, seconds=500, quick=True)}
     assert not quick["seconds"] and "rise_better_than_erm" in quick and "rise_better_than_irm" not in quick
