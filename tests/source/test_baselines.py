@@ -10,9 +10,9 @@ from torch.nn.functional import normalize
 
 from pipeline.models import TailConfig
 from pipeline.models import tail as tails
-from pipeline.source.contract import Batch
+from pipeline.source.contract import Batch, SourceMethod
 from pipeline.source.losses import PAIRS, logistic_loss, mean_over_domains, sup_con, with_domain_boundaries
-from pipeline.source.methods import ctnet, dadm, irm, mmdg, vrex
+from pipeline.source.methods import ctnet, dadm, irm, mmdg, sda, vrex
 
 F, D, B = 16, 8, 24
 HEADS = ("radial", "linear")
@@ -33,9 +33,7 @@ def batch(present: torch.Tensor = EVERY, *, seed: int = 0, progress: float = 0.5
 class Stored:
     """What a method sees of the objective, with a trunk that returns its input."""
 
-    def __init__(
-        self, config: irm.Config | vrex.Config | mmdg.Config | ctnet.Config, head: str = "radial"
-    ) -> None:
+    def __init__(self, config: SourceMethod, head: str = "radial") -> None:
         tail = tails.init_tail(TailConfig(head=head, width=D, rank=4), F, generator=generator())
         self.tail = {n: t.requires_grad_() for n, t in tail.items()}
         self.extra = {n: t.requires_grad_() for n, t in config.extra(2, tail).items()}
@@ -344,3 +342,44 @@ def test_auxiliary_features_are_learned_from_rgb_and_their_targets_stay() -> Non
         gap.backward()
         optimizer.step()
     assert course[-1] < 0.6 * course[0]
+
+
+def test_a_sample_moves_as_its_class_varies_within_domains() -> None:
+    b, z = batch(), torch.zeros(B, tails.MODALITIES, F)
+    z[..., 0], z[..., 1] = (
+        5.0 * b.label[:, None],
+        9.0 * b.domain[:, None],
+    )  # what tells classes and domains apart
+    own = torch.where(b.label == 1, 2, 3)
+    z.scatter_add_(2, own[:, None, None].expand(-1, 3, 1), torch.randn(B, 3, 1, generator=generator()))
+    step = sda.vicinal_steps(z, b, torch.randn(B, B, generator=generator()))
+    for label, axis in ((1, 2), (0, 3)):
+        along = step[b.label == label].abs().amax(dim=(0, 1))
+        assert float(along[axis]) > 0.5
+        assert float(along[torch.arange(F) != axis].max()) < 1e-5
+
+
+def test_the_steps_have_the_covariance_of_the_class_over_all_modalities() -> None:
+    b, z = batch(), torch.randn(B, tails.MODALITIES, F, generator=generator())
+    z[:, 1] = 2 * z[:, 0]
+    steps = torch.stack([sda.vicinal_steps(z, b, row.expand(B, B))[1] for row in torch.eye(B)]).flatten(1)
+    assert int(b.label[1]) == 1
+    cells = [z[(b.label == 1) & (b.domain == e)].flatten(1) for e in range(2)]
+    deviation = torch.cat([c - c.mean(dim=0) for c in cells])
+    assert torch.allclose(steps.T @ steps, deviation.T @ deviation / len(deviation), atol=1e-4)
+    assert torch.allclose(steps[:, F : 2 * F], 2 * steps[:, :F], atol=1e-5), "modalities move together"
+
+
+def test_sda_without_strength_is_irm_on_the_samples_themselves() -> None:
+    b = batch(progress=0.6)
+
+    def terms(kind, **over: float) -> dict[str, float]:
+        config = kind.Config(**over)
+        losses = config.losses(Stored(config), b, generator())
+        return {n: float(t.detach()) for n, t in losses.items()}
+
+    plain, still, moved = terms(irm), terms(sda, strength=0), terms(sda)
+    assert (still["risk"], still["vicinal_irm"]) == pytest.approx((plain["risk"], plain["irm"]))
+    assert still["vicinal"] == pytest.approx(still["risk"])
+    assert moved["risk"] == still["risk"], "the samples themselves stay in the loss"
+    assert abs(moved["vicinal"] - still["vicinal"]) > 1e-3 < abs(moved["vicinal_irm"] - still["vicinal_irm"])
