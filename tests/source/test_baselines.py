@@ -12,7 +12,7 @@ from pipeline.models import TailConfig
 from pipeline.models import tail as tails
 from pipeline.source.contract import Batch, SourceMethod
 from pipeline.source.losses import PAIRS, logistic_loss, mean_over_domains, sup_con, with_domain_boundaries
-from pipeline.source.methods import ctnet, dadm, irm, mmdg, sda, vrex
+from pipeline.source.methods import ctnet, dadm, irm, mmdg, pmrl, sda, vrex
 
 F, D, B = 16, 8, 24
 HEADS = ("radial", "linear")
@@ -383,3 +383,65 @@ def test_sda_without_strength_is_irm_on_the_samples_themselves() -> None:
     assert still["vicinal"] == pytest.approx(still["risk"])
     assert moved["risk"] == still["risk"], "the samples themselves stay in the loss"
     assert abs(moved["vicinal"] - still["vicinal"]) > 1e-3 < abs(moved["vicinal_irm"] - still["vicinal_irm"])
+
+
+def dominance(rows: torch.Tensor, present: tuple[bool, ...] = (True, True, True)) -> float:
+    seen = torch.tensor([present])
+    unit = pmrl.unit_rows(rows[None], seen)
+    return float(pmrl.dominance_loss(unit, seen, 0.3)[0])
+
+
+@given(seed=st.integers(0, 99))
+def test_the_leading_value_is_largest_for_equal_directions_and_smallest_for_orthogonal_ones(
+    seed: int,
+) -> None:
+    rows = torch.randn(3, D, generator=generator(seed))
+    length = torch.tensor([[0.1], [1.0], [7.0]])
+    least, most = dominance(length * rows[:1]), dominance(length * torch.eye(3, D))
+    assert least == pytest.approx(math.log1p(2 * math.exp((1e-3 - math.sqrt(3)) / 0.3)), rel=1e-3)
+    assert most == pytest.approx(math.log(3), rel=1e-4)
+    assert least - 1e-5 <= dominance(rows) <= most + 1e-5
+
+
+def test_an_absent_modality_has_no_singular_value() -> None:
+    rows = torch.eye(3, D)
+    assert dominance(rows, (True, False, True)) == pytest.approx(math.log(2), rel=1e-4)
+    assert dominance(rows, (False, True, False)) == pytest.approx(0, abs=1e-6)
+    config, alone = pmrl.Config(), EVERY.clone()
+    alone[:, 1:] = False
+    assert float(config.losses(Stored(config), batch(alone), generator())["align"].detach()) == 0
+
+
+def test_learning_the_leading_value_turns_modalities_onto_one_line() -> None:
+    config, b = pmrl.Config(), batch()
+    model = Stored(config)
+    optimizer = torch.optim.Adam([model.tail["intrinsic"]], lr=1e-2)
+
+    def alignment() -> float:
+        unit = normalize(tails.forward(model.tail, b.frames, b.present).intrinsic, dim=-1)
+        return float((unit @ unit.mT).abs().mean().detach())
+
+    before = alignment()
+    for _ in range(40):
+        optimizer.zero_grad()
+        config.losses(model, b, generator())["align"].backward()
+        optimizer.step()
+    assert before < 0.6 < 0.8 < alignment()
+
+
+def test_the_leading_direction_is_that_of_the_decomposition_on_the_side_of_the_modalities() -> None:
+    unit = pmrl.unit_rows(torch.randn(B, 3, D, generator=generator()), EVERY)
+    leading = pmrl.leading_direction(unit)
+    right = torch.linalg.svd(unit).Vh[:, 0]
+    assert torch.allclose((leading * right).sum(dim=1).abs(), torch.ones(B), atol=1e-4)
+    same = torch.randn(B, 1, D, generator=generator(1)).expand(-1, 3, -1)
+    found = pmrl.leading_direction(pmrl.unit_rows(same, EVERY))
+    assert torch.allclose(found, normalize(same[:, 0], dim=1), atol=1e-4)
+
+
+def test_samples_on_one_direction_are_as_close_as_can_be() -> None:
+    every, some = torch.ones(D, dtype=torch.bool), torch.arange(D) < 3
+    one = torch.eye(D)[:1].expand(D, D)
+    assert float(pmrl.separation(one, every, 0.1)) == pytest.approx(math.log(D))
+    assert float(pmrl.separation(one, some, 0.1)) == pytest.approx(math.log(3))
+    assert float(pmrl.separation(torch.eye(D), every, 0.1)) < 1e-3
