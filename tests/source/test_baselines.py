@@ -11,8 +11,15 @@ from torch.nn.functional import normalize
 from pipeline.models import TailConfig
 from pipeline.models import tail as tails
 from pipeline.source.contract import Batch, SourceMethod
-from pipeline.source.losses import PAIRS, logistic_loss, mean_over_domains, sup_con, with_domain_boundaries
-from pipeline.source.methods import ctnet, dadm, irm, mmdg, pmrl, sda, vrex
+from pipeline.source.losses import (
+    PAIRS,
+    domain_risks,
+    logistic_loss,
+    mean_over_domains,
+    sup_con,
+    with_domain_boundaries,
+)
+from pipeline.source.methods import ctnet, dadm, irm, lirr, mmdg, pmrl, sda, vrex
 
 F, D, B = 16, 8, 24
 HEADS = ("radial", "linear")
@@ -344,6 +351,12 @@ def test_auxiliary_features_are_learned_from_rgb_and_their_targets_stay() -> Non
     assert course[-1] < 0.6 * course[0]
 
 
+def moved_only(terms: dict[str, torch.Tensor], name: str, tensors: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the tensors that a term has a gradient for."""
+    grads = torch.autograd.grad(terms[name], list(tensors.values()), retain_graph=True, allow_unused=True)
+    return {n for n, g in zip(tensors, grads) if g is not None and bool(g.any())}
+
+
 def test_a_sample_moves_as_its_class_varies_within_domains() -> None:
     b, z = batch(), torch.zeros(B, tails.MODALITIES, F)
     z[..., 0], z[..., 1] = (
@@ -445,3 +458,58 @@ def test_samples_on_one_direction_are_as_close_as_can_be() -> None:
     assert float(pmrl.separation(one, every, 0.1)) == pytest.approx(math.log(D))
     assert float(pmrl.separation(one, some, 0.1)) == pytest.approx(math.log(3))
     assert float(pmrl.separation(torch.eye(D), every, 0.1)) < 1e-3
+
+
+def twins(seed: int = 0) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+    """Two domains that hold the same samples, with their fused logits and features."""
+    b, index = batch(), torch.arange(B) // 4 * 2 + torch.arange(B) % 2
+    drawn = torch.randn(B // 2, D + 1, generator=generator(seed))[index]
+    return b, drawn[:, 0], drawn[:, 1:]
+
+
+@given(seed=st.integers(0, 99), scale=st.floats(0, 3))
+def test_equal_domains_gain_nothing_by_predictors_of_their_own(seed: int, scale: float) -> None:
+    b, logit, hidden = twins(seed)
+    predictor = scale * torch.randn(2, D + 1, generator=generator(seed + 1000))
+    assert float(lirr.invariance_gap(logit, hidden, predictor, b)) <= 1e-6
+    shared = predictor[:1].expand(2, -1)
+    assert float(lirr.invariance_gap(logit, hidden, shared, b)) == pytest.approx(0, abs=1e-6)
+
+
+def test_domains_that_need_other_boundaries_gain_and_their_predictors_learn_it() -> None:
+    b, logit, hidden = twins()
+    hidden[:, 0] = (2.0 * b.label - 1) * (2.0 * b.domain - 1)  # the cue turns round between the domains
+    predictor = torch.zeros(2, D + 1, requires_grad=True)
+    optimizer = torch.optim.Adam([predictor], lr=0.1)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (-lirr.invariance_gap(logit, hidden, predictor, b)).backward()
+        optimizer.step()
+    gap = float(lirr.invariance_gap(logit, hidden, predictor, b).detach())
+    risk = float(domain_risks(logit, b, EVERY[:, 0]).mean())
+    assert 0.4 * risk < gap < risk
+
+
+def test_the_representation_descends_the_gap_and_the_predictors_ascend_it() -> None:
+    config = lirr.Config()
+    model = Stored(config)
+    terms = config.losses(model, batch(), generator())
+    every = {**model.tail, **model.extra}
+    assert "predictor" not in moved_only(terms, "gap", every)
+    assert {"intrinsic", "fuse.out", "log_rho"} <= moved_only(terms, "gap", every)
+    assert moved_only(terms, "predictor", every) == {"predictor"}
+    assert float(terms["predictor"].detach()) == pytest.approx(-float(terms["gap"].detach()) / config.gap)
+
+
+def test_the_distance_of_domains_is_zero_for_equal_ones_and_knows_no_class_prior() -> None:
+    b, _, x = twins()
+    used = EVERY[:, 0]
+    assert abs(float(lirr.energy_distance(x, b, used))) < 1e-5
+    apart = x + b.domain[:, None]
+    far = float(lirr.energy_distance(apart, b, used))
+    assert far > float(lirr.energy_distance(x + 0.3 * b.domain[:, None], b, used)) > 0.01
+    index = torch.cat([torch.arange(B), ((b.label == 1) & (b.domain == 0)).nonzero()[:, 0].repeat(4)])
+    skewed = Batch(b.frames[index], b.present[index], b.label[index], b.domain[index], 0.5)
+    assert float(lirr.energy_distance(apart[index], skewed, used[index])) == pytest.approx(far, rel=1e-4)
+    no_attacks = (b.label == 1) | (b.domain == 0)
+    assert float(lirr.energy_distance(apart, b, no_attacks)) == 0, "a domain without a class is left out"
