@@ -19,7 +19,7 @@ from pipeline.source.losses import (
     sup_con,
     with_domain_boundaries,
 )
-from pipeline.source.methods import ctnet, dadm, irm, lirr, mmdg, pmrl, sda, vrex
+from pipeline.source.methods import ctnet, dadm, imagine, irm, lirr, mmdg, pmrl, sda, vrex
 
 F, D, B = 16, 8, 24
 HEADS = ("radial", "linear")
@@ -513,3 +513,61 @@ def test_the_distance_of_domains_is_zero_for_equal_ones_and_knows_no_class_prior
     assert float(lirr.energy_distance(apart[index], skewed, used[index])) == pytest.approx(far, rel=1e-4)
     no_attacks = (b.label == 1) | (b.domain == 0)
     assert float(lirr.energy_distance(apart, b, no_attacks)) == 0, "a domain without a class is left out"
+
+
+def test_the_imagination_learns_from_features_and_the_complement_from_the_imagination() -> None:
+    config = imagine.Config()
+    model = Stored(config)
+    terms = config.losses(model, batch(), generator())
+    every = {**model.tail, **model.extra}
+    assert moved_only(terms, "imagination", every) == set(model.extra)
+    student = {n for n in model.tail if n.startswith("complement.")}
+    assert moved_only(terms, "complement", every) - set(tails.ADAPTER) == student
+    assert student <= moved_only(terms, "missing", every)
+    assert not set(model.extra) & set(model.tail), "a served tail holds nothing of the network"
+
+
+def test_what_the_network_imagines_is_what_the_tail_comes_to_substitute() -> None:
+    config = imagine.Config()
+    model = Stored(config)
+    z = torch.randn(B, 1, F, generator=generator()).expand(-1, 3, -1)
+    z = torch.stack([z[:, 0], z[:, 1].roll(1, dims=-1), z[:, 2].flip(-1)], dim=1)
+    b = batch()._replace(frames=z)
+    alone = EVERY & torch.tensor([True, False, False])
+
+    def error() -> float:
+        with torch.no_grad():
+            substitute = tails.complete(model.tail, z * alone[..., None], alone).complement
+            return float(imagine.relative_error(substitute, z, ~alone))
+
+    student = [t for n, t in model.tail.items() if n.startswith("complement.")]
+    optimizer = torch.optim.Adam([*student, *model.extra.values()], lr=1e-2)
+    before = error()
+    for i in range(150):
+        terms = config.losses(model, b, generator(i))
+        optimizer.zero_grad()
+        (terms["imagination"] + terms["complement"]).backward()
+        optimizer.step()
+    assert error() < 0.6 * before
+
+
+def test_the_network_imagines_from_nothing_but_what_is_left() -> None:
+    network = imagine.Config().extra(2, Stored(imagine.Config()).tail)
+    z, left = batch().frames, EVERY.clone()
+    left[:, 1] = False
+    other = z.clone()
+    other[:, 1] = 1e3
+    assert torch.equal(imagine.imagine(network, z, left), imagine.imagine(network, other, left))
+
+
+def test_equal_moments_of_invariant_features_are_no_discrepancy() -> None:
+    maps = torch.randn(1, D, F, generator=generator()).expand(3, -1, -1)
+    z = torch.randn(B, 1, F, generator=generator()).expand(-1, 3, -1)
+    assert float(imagine.moment_discrepancy(maps, z, EVERY)) < 1e-4
+    shuffled = torch.stack([z[:, 0], z[:, 1].roll(1, dims=0), z[:, 2]], dim=1)
+    assert float(imagine.moment_discrepancy(maps, shuffled, EVERY)) < 1e-4, "samples need not be matched"
+    shifted = z + torch.tensor([0.0, 1.0, 0.0])[:, None]
+    far = float(imagine.moment_discrepancy(maps, shifted, EVERY))
+    assert far > 0.3
+    blind = EVERY & torch.tensor([True, False, True])
+    assert float(imagine.moment_discrepancy(maps, shifted, blind)) < 1e-4

@@ -23,6 +23,8 @@ DRAWN = {  # terms that depend on which samples, modalities and directions were 
     "complement",
     "vicinal",
     "vicinal_irm",
+    "imagination",
+    "missing",
 }
 PRIOR_FREE = {"risk", "heads", "variance", "consistency", "inconsistency", "rebalance"}
 
