@@ -122,8 +122,7 @@ def test_adapters_begin_as_the_identity_and_leave_registers_out_of_the_grid(kind
 
 @slow
 @every_backbone
-@every_tuning
-def test_the_class_token_is_that_of_the_backbone_itself(kind: str, tuning: str) -> None:
+def test_the_class_token_is_that_of_the_backbone_itself(kind: str) -> None:
     trunk = trunk_of(kind, "last_block").eval()
     x = prepare(frames())[:, :3]
     big = torch.nn.functional.interpolate(x, size=(32, 32), mode="bilinear", antialias=True)
@@ -230,6 +229,23 @@ def test_without_a_network_a_hub_name_says_so(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     assert "'no/such-model' cannot be loaded" in mistake("no/such-model")
+
+
+@slow
+def test_a_hub_name_that_was_fetched_before_needs_no_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub.constants as hub
+
+    revision, repository = "0" * 40, tmp_path / "models--some--vit"
+    backbone = saved(repository / "snapshots" / revision, "vit")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    trunk = build_trunk(VitConfig(kind="vit", features=16, pretrained="some/vit"), SIZE)
+    for name, t in trunk.backbone.state_dict().items():
+        assert torch.equal(t, backbone.state_dict()[name]), name
 
 
 @slow
