@@ -27,11 +27,21 @@ class MobileConfig(Section):
 
 
 class VitConfig(Section):
-    """A pre-trained ViT of ``transformers`` (extra ``vit``), shared by all modalities."""
+    """A pre-trained ViT, DINOv2 with registers or CLIP of ``transformers`` (extra ``vit``).
+
+    All modalities share it. The default of ``tuning`` is left out when this is written, so that the digests
+    of checkpoints from before it stay.
+    """
 
     kind: Literal["vit"] = Field(description="one ViT shared by the modalities")
     pretrained: str | None = Field(
-        default=None, description="hub name or local directory; null = small random ViT"
+        default=None,
+        description="hub name or local folder: ViT, DINOv2 with registers, CLIP; null = small random ViT",
+    )
+    tuning: Literal["adapters", "last_block"] = Field(
+        default="adapters",
+        exclude_if=lambda tuning: tuning == "adapters",
+        description="adapters: small ones per modality and the last block; last_block: that alone",
     )
     features: int = Field(default=64, ge=8, le=1024, description="F, length of a modality's feature vector")
 

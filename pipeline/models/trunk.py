@@ -44,7 +44,8 @@ def build_trunk(config: TrunkConfig, size: int, *, architecture: Architecture | 
         return TinyTrunk(config.width, config.features)
     if isinstance(config, MobileConfig):
         return MobileTrunk(config.features, pretrained=architecture is None)
-    return VitTrunk(vit_backbone(config.pretrained, architecture), config.features)
+    backbone = vit_backbone(config.pretrained, architecture)
+    return VitTrunk(backbone, config.features, tuning=config.tuning)
 
 
 def prepare(frames: Tensor) -> Tensor:

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
-from pipeline.models import MobileConfig, TinyConfig, TrunkConfig, VitConfig
-from pipeline.models.trunk import BadTrunk, build_trunk, features, fold, prepare
+from pipeline.models import MobileConfig, TinyConfig, TrunkConfig
+from pipeline.models.trunk import build_trunk, features, fold, prepare
 from pipeline.models.trunks.tiny import Block
 
 SIZE = 32
@@ -15,7 +13,6 @@ SIZE = 32
 CONFIGS: dict[str, TrunkConfig] = {
     "tiny": TinyConfig(width=8, features=16),
     "mobile": MobileConfig(kind="mobile", features=16),
-    "vit": VitConfig(kind="vit", features=16),
 }
 
 
@@ -34,7 +31,7 @@ def trained(kind: str = "tiny") -> torch.nn.Module:
     return trunk
 
 
-@pytest.mark.parametrize("kind", ["tiny", "mobile", pytest.param("vit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["tiny", "mobile"])
 def test_absent_pixels_never_reach_a_feature(kind: str) -> None:
     trunk, x = trained(kind), frames()
     present = torch.tensor(
@@ -113,27 +110,3 @@ def test_prepare_takes_each_frame_by_itself_and_survives_flat_ones() -> None:
     ready = prepare(x)
     assert torch.equal(prepare(x[:1]), ready[:1])
     assert bool((ready[1:].abs() < 1e-4).all())
-
-
-@pytest.mark.slow
-def test_vit_trains_its_last_layer_and_small_parts_only() -> None:
-    trunk = trained("vit")
-    trunk(prepare(frames(4)), torch.ones(4, 3, dtype=torch.bool)).sum().backward()
-    learned = {n for n, p in trunk.named_parameters() if p.requires_grad}
-    assert not any(n.startswith("backbone.embeddings") or n.startswith("backbone.layers.0") for n in learned)
-    assert any(n.startswith("backbone.layers.2") for n in learned)
-    again = build_trunk(
-        VitConfig(kind="vit", features=16, pretrained="no/such-model"),
-        SIZE,
-        architecture=json.loads(json.dumps(trunk.architecture())),
-    )
-    again.load_state_dict(trunk.state_dict())
-    x, present = frames(3), torch.ones(3, 3, dtype=torch.bool)
-    assert torch.equal(features(again, x, present), features(trunk, x, present))
-
-
-@pytest.mark.slow
-def test_vit_that_cannot_be_loaded_says_so_in_one_line(tmp_path) -> None:
-    with pytest.raises(BadTrunk, match=r"model\.trunk\.pretrained: .* cannot be loaded") as e:
-        build_trunk(VitConfig(kind="vit", pretrained=str(tmp_path)), SIZE)
-    assert "\n" not in str(e.value)

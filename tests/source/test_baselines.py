@@ -10,9 +10,16 @@ from torch.nn.functional import normalize
 
 from pipeline.models import TailConfig
 from pipeline.models import tail as tails
-from pipeline.source.contract import Batch
-from pipeline.source.losses import PAIRS, logistic_loss, mean_over_domains, sup_con, with_domain_boundaries
-from pipeline.source.methods import ctnet, dadm, irm, mmdg, vrex
+from pipeline.source.contract import Batch, SourceMethod
+from pipeline.source.losses import (
+    PAIRS,
+    domain_risks,
+    logistic_loss,
+    mean_over_domains,
+    sup_con,
+    with_domain_boundaries,
+)
+from pipeline.source.methods import ctnet, dadm, imagine, irm, lirr, mmdg, pmrl, sda, vrex
 
 F, D, B = 16, 8, 24
 HEADS = ("radial", "linear")
@@ -33,9 +40,7 @@ def batch(present: torch.Tensor = EVERY, *, seed: int = 0, progress: float = 0.5
 class Stored:
     """What a method sees of the objective, with a trunk that returns its input."""
 
-    def __init__(
-        self, config: irm.Config | vrex.Config | mmdg.Config | ctnet.Config, head: str = "radial"
-    ) -> None:
+    def __init__(self, config: SourceMethod, head: str = "radial") -> None:
         tail = tails.init_tail(TailConfig(head=head, width=D, rank=4), F, generator=generator())
         self.tail = {n: t.requires_grad_() for n, t in tail.items()}
         self.extra = {n: t.requires_grad_() for n, t in config.extra(2, tail).items()}
@@ -344,3 +349,225 @@ def test_auxiliary_features_are_learned_from_rgb_and_their_targets_stay() -> Non
         gap.backward()
         optimizer.step()
     assert course[-1] < 0.6 * course[0]
+
+
+def moved_only(terms: dict[str, torch.Tensor], name: str, tensors: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the tensors that a term has a gradient for."""
+    grads = torch.autograd.grad(terms[name], list(tensors.values()), retain_graph=True, allow_unused=True)
+    return {n for n, g in zip(tensors, grads) if g is not None and bool(g.any())}
+
+
+def test_a_sample_moves_as_its_class_varies_within_domains() -> None:
+    b, z = batch(), torch.zeros(B, tails.MODALITIES, F)
+    z[..., 0], z[..., 1] = (
+        5.0 * b.label[:, None],
+        9.0 * b.domain[:, None],
+    )  # what tells classes and domains apart
+    own = torch.where(b.label == 1, 2, 3)
+    z.scatter_add_(2, own[:, None, None].expand(-1, 3, 1), torch.randn(B, 3, 1, generator=generator()))
+    step = sda.vicinal_steps(z, b, torch.randn(B, B, generator=generator()))
+    for label, axis in ((1, 2), (0, 3)):
+        along = step[b.label == label].abs().amax(dim=(0, 1))
+        assert float(along[axis]) > 0.5
+        assert float(along[torch.arange(F) != axis].max()) < 1e-5
+
+
+def test_the_steps_have_the_covariance_of_the_class_over_all_modalities() -> None:
+    b, z = batch(), torch.randn(B, tails.MODALITIES, F, generator=generator())
+    z[:, 1] = 2 * z[:, 0]
+    steps = torch.stack([sda.vicinal_steps(z, b, row.expand(B, B))[1] for row in torch.eye(B)]).flatten(1)
+    assert int(b.label[1]) == 1
+    cells = [z[(b.label == 1) & (b.domain == e)].flatten(1) for e in range(2)]
+    deviation = torch.cat([c - c.mean(dim=0) for c in cells])
+    assert torch.allclose(steps.T @ steps, deviation.T @ deviation / len(deviation), atol=1e-4)
+    assert torch.allclose(steps[:, F : 2 * F], 2 * steps[:, :F], atol=1e-5), "modalities move together"
+
+
+def test_sda_without_strength_is_irm_on_the_samples_themselves() -> None:
+    b = batch(progress=0.6)
+
+    def terms(kind, **over: float) -> dict[str, float]:
+        config = kind.Config(**over)
+        losses = config.losses(Stored(config), b, generator())
+        return {n: float(t.detach()) for n, t in losses.items()}
+
+    plain, still, moved = terms(irm), terms(sda, strength=0), terms(sda)
+    assert (still["risk"], still["vicinal_irm"]) == pytest.approx((plain["risk"], plain["irm"]))
+    assert still["vicinal"] == pytest.approx(still["risk"])
+    assert moved["risk"] == still["risk"], "the samples themselves stay in the loss"
+    assert abs(moved["vicinal"] - still["vicinal"]) > 1e-3 < abs(moved["vicinal_irm"] - still["vicinal_irm"])
+
+
+def dominance(rows: torch.Tensor, present: tuple[bool, ...] = (True, True, True)) -> float:
+    seen = torch.tensor([present])
+    unit = pmrl.unit_rows(rows[None], seen)
+    return float(pmrl.dominance_loss(unit, seen, 0.3)[0])
+
+
+@given(seed=st.integers(0, 99))
+def test_the_leading_value_is_largest_for_equal_directions_and_smallest_for_orthogonal_ones(
+    seed: int,
+) -> None:
+    rows = torch.randn(3, D, generator=generator(seed))
+    length = torch.tensor([[0.1], [1.0], [7.0]])
+    least, most = dominance(length * rows[:1]), dominance(length * torch.eye(3, D))
+    assert least == pytest.approx(math.log1p(2 * math.exp((1e-3 - math.sqrt(3)) / 0.3)), rel=1e-3)
+    assert most == pytest.approx(math.log(3), rel=1e-4)
+    assert least - 1e-5 <= dominance(rows) <= most + 1e-5
+
+
+def test_an_absent_modality_has_no_singular_value() -> None:
+    rows = torch.eye(3, D)
+    assert dominance(rows, (True, False, True)) == pytest.approx(math.log(2), rel=1e-4)
+    assert dominance(rows, (False, True, False)) == pytest.approx(0, abs=1e-6)
+    config, alone = pmrl.Config(), EVERY.clone()
+    alone[:, 1:] = False
+    assert float(config.losses(Stored(config), batch(alone), generator())["align"].detach()) == 0
+
+
+def test_learning_the_leading_value_turns_modalities_onto_one_line() -> None:
+    config, b = pmrl.Config(), batch()
+    model = Stored(config)
+    optimizer = torch.optim.Adam([model.tail["intrinsic"]], lr=1e-2)
+
+    def alignment() -> float:
+        unit = normalize(tails.forward(model.tail, b.frames, b.present).intrinsic, dim=-1)
+        return float((unit @ unit.mT).abs().mean().detach())
+
+    before = alignment()
+    for _ in range(40):
+        optimizer.zero_grad()
+        config.losses(model, b, generator())["align"].backward()
+        optimizer.step()
+    assert before < 0.6 < 0.8 < alignment()
+
+
+def test_the_leading_direction_is_that_of_the_decomposition_on_the_side_of_the_modalities() -> None:
+    unit = pmrl.unit_rows(torch.randn(B, 3, D, generator=generator()), EVERY)
+    leading = pmrl.leading_direction(unit)
+    right = torch.linalg.svd(unit).Vh[:, 0]
+    assert torch.allclose((leading * right).sum(dim=1).abs(), torch.ones(B), atol=1e-4)
+    same = torch.randn(B, 1, D, generator=generator(1)).expand(-1, 3, -1)
+    found = pmrl.leading_direction(pmrl.unit_rows(same, EVERY))
+    assert torch.allclose(found, normalize(same[:, 0], dim=1), atol=1e-4)
+
+
+def test_samples_on_one_direction_are_as_close_as_can_be() -> None:
+    every, some = torch.ones(D, dtype=torch.bool), torch.arange(D) < 3
+    one = torch.eye(D)[:1].expand(D, D)
+    assert float(pmrl.separation(one, every, 0.1)) == pytest.approx(math.log(D))
+    assert float(pmrl.separation(one, some, 0.1)) == pytest.approx(math.log(3))
+    assert float(pmrl.separation(torch.eye(D), every, 0.1)) < 1e-3
+
+
+def twins(seed: int = 0) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+    """Two domains that hold the same samples, with their fused logits and features."""
+    b, index = batch(), torch.arange(B) // 4 * 2 + torch.arange(B) % 2
+    drawn = torch.randn(B // 2, D + 1, generator=generator(seed))[index]
+    return b, drawn[:, 0], drawn[:, 1:]
+
+
+@given(seed=st.integers(0, 99), scale=st.floats(0, 3))
+def test_equal_domains_gain_nothing_by_predictors_of_their_own(seed: int, scale: float) -> None:
+    b, logit, hidden = twins(seed)
+    predictor = scale * torch.randn(2, D + 1, generator=generator(seed + 1000))
+    assert float(lirr.invariance_gap(logit, hidden, predictor, b)) <= 1e-6
+    shared = predictor[:1].expand(2, -1)
+    assert float(lirr.invariance_gap(logit, hidden, shared, b)) == pytest.approx(0, abs=1e-6)
+
+
+def test_domains_that_need_other_boundaries_gain_and_their_predictors_learn_it() -> None:
+    b, logit, hidden = twins()
+    hidden[:, 0] = (2.0 * b.label - 1) * (2.0 * b.domain - 1)  # the cue turns round between the domains
+    predictor = torch.zeros(2, D + 1, requires_grad=True)
+    optimizer = torch.optim.Adam([predictor], lr=0.1)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (-lirr.invariance_gap(logit, hidden, predictor, b)).backward()
+        optimizer.step()
+    gap = float(lirr.invariance_gap(logit, hidden, predictor, b).detach())
+    risk = float(domain_risks(logit, b, EVERY[:, 0]).mean())
+    assert 0.4 * risk < gap < risk
+
+
+def test_the_representation_descends_the_gap_and_the_predictors_ascend_it() -> None:
+    config = lirr.Config()
+    model = Stored(config)
+    terms = config.losses(model, batch(), generator())
+    every = {**model.tail, **model.extra}
+    assert "predictor" not in moved_only(terms, "gap", every)
+    assert {"intrinsic", "fuse.out", "log_rho"} <= moved_only(terms, "gap", every)
+    assert moved_only(terms, "predictor", every) == {"predictor"}
+    assert float(terms["predictor"].detach()) == pytest.approx(-float(terms["gap"].detach()) / config.gap)
+
+
+def test_the_distance_of_domains_is_zero_for_equal_ones_and_knows_no_class_prior() -> None:
+    b, _, x = twins()
+    used = EVERY[:, 0]
+    assert abs(float(lirr.energy_distance(x, b, used))) < 1e-5
+    apart = x + b.domain[:, None]
+    far = float(lirr.energy_distance(apart, b, used))
+    assert far > float(lirr.energy_distance(x + 0.3 * b.domain[:, None], b, used)) > 0.01
+    index = torch.cat([torch.arange(B), ((b.label == 1) & (b.domain == 0)).nonzero()[:, 0].repeat(4)])
+    skewed = Batch(b.frames[index], b.present[index], b.label[index], b.domain[index], 0.5)
+    assert float(lirr.energy_distance(apart[index], skewed, used[index])) == pytest.approx(far, rel=1e-4)
+    no_attacks = (b.label == 1) | (b.domain == 0)
+    assert float(lirr.energy_distance(apart, b, no_attacks)) == 0, "a domain without a class is left out"
+
+
+def test_the_imagination_learns_from_features_and_the_complement_from_the_imagination() -> None:
+    config = imagine.Config()
+    model = Stored(config)
+    terms = config.losses(model, batch(), generator())
+    every = {**model.tail, **model.extra}
+    assert moved_only(terms, "imagination", every) == set(model.extra)
+    student = {n for n in model.tail if n.startswith("complement.")}
+    assert moved_only(terms, "complement", every) - set(tails.ADAPTER) == student
+    assert student <= moved_only(terms, "missing", every)
+    assert not set(model.extra) & set(model.tail), "a served tail holds nothing of the network"
+
+
+def test_what_the_network_imagines_is_what_the_tail_comes_to_substitute() -> None:
+    config = imagine.Config()
+    model = Stored(config)
+    z = torch.randn(B, 1, F, generator=generator()).expand(-1, 3, -1)
+    z = torch.stack([z[:, 0], z[:, 1].roll(1, dims=-1), z[:, 2].flip(-1)], dim=1)
+    b = batch()._replace(frames=z)
+    alone = EVERY & torch.tensor([True, False, False])
+
+    def error() -> float:
+        with torch.no_grad():
+            substitute = tails.complete(model.tail, z * alone[..., None], alone).complement
+            return float(imagine.relative_error(substitute, z, ~alone))
+
+    student = [t for n, t in model.tail.items() if n.startswith("complement.")]
+    optimizer = torch.optim.Adam([*student, *model.extra.values()], lr=1e-2)
+    before = error()
+    for i in range(150):
+        terms = config.losses(model, b, generator(i))
+        optimizer.zero_grad()
+        (terms["imagination"] + terms["complement"]).backward()
+        optimizer.step()
+    assert error() < 0.6 * before
+
+
+def test_the_network_imagines_from_nothing_but_what_is_left() -> None:
+    network = imagine.Config().extra(2, Stored(imagine.Config()).tail)
+    z, left = batch().frames, EVERY.clone()
+    left[:, 1] = False
+    other = z.clone()
+    other[:, 1] = 1e3
+    assert torch.equal(imagine.imagine(network, z, left), imagine.imagine(network, other, left))
+
+
+def test_equal_moments_of_invariant_features_are_no_discrepancy() -> None:
+    maps = torch.randn(1, D, F, generator=generator()).expand(3, -1, -1)
+    z = torch.randn(B, 1, F, generator=generator()).expand(-1, 3, -1)
+    assert float(imagine.moment_discrepancy(maps, z, EVERY)) < 1e-4
+    shuffled = torch.stack([z[:, 0], z[:, 1].roll(1, dims=0), z[:, 2]], dim=1)
+    assert float(imagine.moment_discrepancy(maps, shuffled, EVERY)) < 1e-4, "samples need not be matched"
+    shifted = z + torch.tensor([0.0, 1.0, 0.0])[:, None]
+    far = float(imagine.moment_discrepancy(maps, shifted, EVERY))
+    assert far > 0.3
+    blind = EVERY & torch.tensor([True, False, True])
+    assert float(imagine.moment_discrepancy(maps, shifted, blind)) < 1e-4

@@ -18,7 +18,14 @@ from pipeline.source.methods.rise import terms as rise
 
 F, D, DOMAINS = 16, 8, 3
 HEADS = ("radial", "linear")
-DRAWN = {"synergy", "complement"}  # terms that depend on which samples and modalities were drawn
+DRAWN = {  # terms that depend on which samples, modalities and directions were drawn
+    "synergy",
+    "complement",
+    "vicinal",
+    "vicinal_irm",
+    "imagination",
+    "missing",
+}
 PRIOR_FREE = {"risk", "heads", "variance", "consistency", "inconsistency", "rebalance"}
 
 
