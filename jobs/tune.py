@@ -125,7 +125,7 @@ def _source_trials(config: Config, terminal: Terminal) -> tuple[list[Trial], dic
         from pipeline.cluster.train import fill_stems
 
         with terminal.progress("stem maps", "files") as advance:
-            fill_stems(config, folders, ("train", "val"), on_progress=advance)
+            fill_stems(config, folders, ("train", "val"), least=len(folders) - 1, on_progress=advance)
         with terminal.progress("tune source", "trials") as advance:
             runs = config.folder("tune", "runs")
             trials = search_source(config, folders, storage=runs, on_progress=advance)

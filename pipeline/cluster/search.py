@@ -131,9 +131,9 @@ def held_out(given: dict[str, object]) -> None:
     defaults = config.source.model_dump()
     settings = cast("dict[str, object]", given["settings"])
     method = method_config("source", str(defaults["kind"])).model_validate({**defaults, **settings})
-    corpora = [
-        stems.read(Path(p), ("train", "val"), config.model.trunk) for p in cast("list[str]", given["corpora"])
-    ]
+    places = [Path(p) for p in cast("list[str]", given["corpora"])]
+    each = stems.draws(method, len(places) - 1)
+    corpora = stems.read(places, ("train", "val"), config.model.trunk, draws=each)
     task = fits.Task(method, config.model, config.data.frame_px)
     tested = [
         c for c in corpora if len(set(c.label[c.split == "val"].tolist())) == 2

@@ -137,17 +137,27 @@ def _trainer(
 
 
 def fill_stems(
-    config: Config, corpora: Sequence[Path], splits: Sequence[str], *, on_progress: Callable[[int, int], None]
+    config: Config,
+    corpora: Sequence[Path],
+    splits: Sequence[str],
+    *,
+    least: int = 0,
+    on_progress: Callable[[int, int], None],
 ) -> bool:
     """Makes the missing maps of ``splits``; returns False where fits compute their own at every step.
 
     That is so for a trunk without a stem, where training has a GPU, and where the maps would be larger than
-    ``data.stem_cache_gb``. ``on_progress`` gets (files, all). Needs a connected Ray.
+    ``data.stem_cache_gb``. ``least`` is the fewest corpora of a fit, where not all are in every one.
+    ``on_progress`` gets (files, all). Needs a connected Ray.
     """
     trunk, most = config.model.trunk, config.data.stem_cache_gb * 2**30
     if not isinstance(trunk, MobileConfig) or config.cluster.train_gpu:
         return False
-    if not (wanted := stems.parts(corpora, trunk, splits, most=most)):
+    if not (
+        wanted := stems.parts(
+            corpora, trunk, splits, draws=stems.draws(config.source, least or len(corpora)), most=most
+        )
+    ):
         return False
     todo = stems.missing(wanted)
     done = len(wanted) - len(todo)
@@ -204,7 +214,9 @@ def _fit(given: dict[str, object], folder: Path) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, config.cluster.cpus // world))
     places = [Path(p) for p in cast("list[str]", given["corpora"])]
-    corpora = [stems.read(p, ("train", "val"), config.model.trunk) for p in places]
+    corpora = stems.read(
+        places, ("train", "val"), config.model.trunk, draws=stems.draws(config.source, len(places))
+    )
     check_validation(corpora)
     task = fits.Task(
         method=config.source,

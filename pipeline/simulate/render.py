@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 BONA_FIDE = "bona_fide"
 HELD = ("print_flat", "print_bent", "print_cutout", "replay")
 WORN = ("mask_rigid", "mask_silicone", "partial_glasses", "partial_eyes")
-SPECIES = HELD + WORN
+PAINTED = ("makeup", "tattoo")  # obfuscation: the attacker's own face under cosmetics, or under stickers
+SPECIES = HELD + WORN + PAINTED
 RGB = slice(0, 3)
 VIEW = np.array([0.0, 0.0, 1.0])  # toward the camera
 VICTIMS = 1_000_003  # subject ids from here on are only ever portrayed
@@ -83,6 +84,10 @@ def scene(
         head = person(what.subject, fixed, moving, wavelength)
         if what.species in WORN:
             _wear(head, what, fixed, wavelength)
+        elif what.species == "makeup":
+            _make_up(head, shape_of(what.subject), fixed)
+        elif what.species == "tattoo":
+            _tattoo(head, shape_of(what.subject), fixed)
         layers = [(_shoulders(what), turn * 0.2), (head, turn)]
     for solid, angles in layers:
         maps = over(maps, posed(solid, angles, side=side, field=field, shift=shift))
@@ -268,6 +273,54 @@ def _wear(head: Map, what: Presentation, rng: np.random.Generator, wavelength: i
         head[Z] += cover * (FACE_Z - 6 - head[Z])
         head[GLOSS] = np.maximum(head[GLOSS], cover * (0.5 if metal else 0.1))
         head[SOFT] *= 1 - cover
+
+
+def _make_up(head: Map, s: Shape, rng: np.random.Generator) -> None:
+    """Paints a face to look like another one, in place: foundation, shadows that bend its shape, lips, brows.
+
+    Nothing changes in height. Pigments hide part of the skin in NIR and dry its gloss or add some.
+    """
+    nir = rng.uniform(0.5, 0.72)
+    tone = rng.uniform(0, 1)
+    red, green, blue = (
+        float(c) for c in ((1 - tone) * np.array([0.88, 0.68, 0.57]) + tone * np.array([0.4, 0.25, 0.17]))
+    )
+    face = disc(0, 4, s["width"] * 0.98, s["top"] * 0.88, 8) * head[ALPHA] * (1 - eyes(s, 12, 5.5))
+    paint(head, face, (red, green, blue), nir, keep=rng.uniform(0.25, 0.7))
+    lids, side = rng.uniform(0.02, 0.55, 3), rng.uniform(0.4, 0.95)
+    shadow = np.maximum(
+        disc(s["eye_x"], s["eye_y"] - 8, 17, 10, 5), disc(-s["eye_x"], s["eye_y"] - 8, 17, 10, 5)
+    )
+    paint(head, side * shadow * (1 - eyes(s, 9, 4)), tuple(map(float, lids)), nir * 0.9)  # pyright: ignore
+    brown = (red * 0.6, green * 0.52, blue * 0.48)
+    for x in (-1, 1):
+        cheek = disc(x * s["width"] * 0.68, 28, 11, rng.uniform(24, 38), 6)
+        paint(head, rng.uniform(0.2, 0.8) * cheek * head[ALPHA], brown, nir * 0.92)
+        paint(head, 0.6 * disc(x * 10, s["nose_y"] - 14, 4, 26, 4), brown, nir * 0.92)
+        paint(
+            head, disc(x * s["eye_x"], s["eye_y"] - 17, rng.uniform(11, 17), 3), (0.1, 0.07, 0.06), nir * 0.7
+        )
+    lips = (float(rng.uniform(0.35, 0.75)), float(rng.uniform(0.02, 0.25)), float(rng.uniform(0.05, 0.3)))
+    paint(head, disc(0, s["mouth_y"], s["mouth"] * 1.1, 9, 3), lips, nir * 0.95, keep=0.1)
+    head[GLOSS] += face * rng.uniform(-0.05, 0.2)
+    head[SOFT] -= rng.uniform(0.1, 0.4) * face * (head[SOFT] > 0)
+
+
+def _tattoo(head: Map, s: Shape, rng: np.random.Generator) -> None:
+    """Puts stickers, ink or strips of paper on a face, in place; carbon stays dark in NIR, dyes vanish."""
+    carbon, paper = rng.random() < 0.6, rng.random() < 0.3
+    for _ in range(int(rng.integers(2, 7))):
+        x, y = rng.normal(0, s["width"] * 0.45), rng.normal(10, 45)
+        patch = disc(x, y, rng.uniform(5, 26), rng.uniform(4, 22), 2) * disc(0, 0, s["width"], s["top"])
+        if not paper:  # lines, not areas
+            waves = np.sin((X * np.cos(x) + Y * np.sin(x)) / rng.uniform(1.2, 4.0) + y)
+            patch = patch * np.clip(waves * 3 + rng.uniform(-0.5, 1.5), 0, 1)
+        patch = patch * head[ALPHA] * (1 - eyes(s, 10, 5))
+        dark = rng.uniform(0.55, 0.9, 3) if paper else rng.uniform(0.02, 0.3, 3)
+        nir = 0.78 if paper else float(rng.uniform(0.1, 0.3)) if carbon else 0.5
+        paint(head, patch, tuple(map(float, dark)), nir, keep=0.08)  # pyright: ignore
+        head[GLOSS] += 0.1 * patch
+        head[Z] += 0.6 * patch * paper
 
 
 def _rigid(head: Map, s: Shape, victim: Shape, rng: np.random.Generator) -> None:

@@ -37,10 +37,11 @@ if TYPE_CHECKING:
     from pipeline.data.corpus import Corpus, CorpusManifest
     from pipeline.models import TrunkConfig
     from pipeline.models.trunk import Trunk
+    from pipeline.source.contract import SourceMethod
 
 FOLDER = ".stems"  # beside the corpora
 VIEWS = 16  # augmented views of a sample, at most
-DRAWN = 7200  # views of a corpus that are enough: a fit of 300 steps of 48 draws half as many from each
+SPARE = 2  # times the views that a fit draws of a sample on average: a rare class is drawn more often
 CHUNK = 64  # samples augmented together
 VERSION = 1  # of how maps are made
 
@@ -55,8 +56,12 @@ class Part(NamedTuple):
     rows: int
 
 
-def parts(corpora: Sequence[Path], config: TrunkConfig, splits: Sequence[str], *, most: float) -> list[Part]:
-    """Returns the files that ``corpora`` need for fits on a trunk of ``config``; none if it has no stem.
+def parts(
+    corpora: Sequence[Path], config: TrunkConfig, splits: Sequence[str], *, draws: int, most: float
+) -> list[Part]:
+    """Returns the files for fits on a trunk of ``config`` that draw ``draws`` samples from each corpus.
+
+    None if the trunk has no stem.
 
     None as well if they are larger than ``most`` bytes together: every step then computes its own maps.
     """
@@ -65,11 +70,18 @@ def parts(corpora: Sequence[Path], config: TrunkConfig, splits: Sequence[str], *
     digest = _stem_digest(_stem(config))
     manifests = [read_manifest(path) for path in corpora]
     wanted = [
-        part for path, m in zip(corpora, manifests, strict=True) for part in _parts(path, m, digest, splits)
+        part
+        for path, m in zip(corpora, manifests, strict=True)
+        for part in _parts(path, m, digest, splits, draws)
     ]
     sides = {m.size // STRIDE for m in manifests}
     each = 2 * MODALITIES * STEM_CHANNELS * max(sides) ** 2
     return wanted if sum(p.rows for p in wanted) * each <= most else []
+
+
+def draws(method: SourceMethod, corpora: int) -> int:
+    """Returns the samples that a fit draws from each of its ``corpora``."""
+    return method.steps * method.batch // corpora
 
 
 def missing(wanted: Sequence[Part]) -> list[Part]:
@@ -101,18 +113,19 @@ def make(part: Part, config: MobileConfig) -> None:
     write_atomic(part.file, write)
 
 
-def read(path: Path, splits: Sequence[str], config: TrunkConfig) -> Corpus:
-    """Returns the corpus with its maps, if all of them are stored, and without any otherwise."""
-    corpus = read_corpus(path, splits)
-    if not isinstance(config, MobileConfig):
-        return corpus
-    wanted = list(_parts(path, read_manifest(path), _stem_digest(_stem(config)), splits))
+def read(
+    corpora: Sequence[Path], splits: Sequence[str], config: TrunkConfig, *, draws: int = 0
+) -> list[Corpus]:
+    """Returns the corpora with the maps for ``draws`` from each, if all are stored, otherwise without any."""
+    plain = [read_corpus(path, splits) for path in corpora]
+    wanted = parts(corpora, config, splits, draws=draws, most=np.inf)
     if missing(wanted):
-        return corpus
-    maps: dict[str, list[np.ndarray]] = {}
+        return plain
+    maps: dict[Path, dict[str, tuple[np.ndarray, ...]]] = {path: {} for path in corpora}
     for part in wanted:
-        maps.setdefault(part.split, []).append(np.load(part.file, mmap_mode="r", allow_pickle=False))
-    return replace(corpus, maps={split: tuple(views) for split, views in maps.items()})
+        view = np.load(part.file, mmap_mode="r", allow_pickle=False)
+        maps[part.corpus][part.split] = (*maps[part.corpus].get(part.split, ()), view)
+    return [replace(c, maps=maps[path]) for c, path in zip(plain, corpora, strict=True)]
 
 
 def prune(root: Path, wanted: Sequence[Part], *, most: float) -> None:
@@ -149,18 +162,18 @@ def within(corpus: Corpus, split: str, rows: np.ndarray) -> np.ndarray:
     return rows - int(np.argmax(np.asarray(corpus.split) == split))
 
 
-def _parts(path: Path, m: CorpusManifest, stem: str, splits: Sequence[str]) -> list[Part]:
+def _parts(path: Path, m: CorpusManifest, stem: str, splits: Sequence[str], draws: int) -> list[Part]:
     code = hashlib.sha256(Path(augment.__file__).read_bytes()).hexdigest()
     key = hashlib.sha256(f"{VERSION} {m.digest} {m.size} {stem} {code}".encode()).hexdigest()[:20]
     folder, wanted = path.resolve().parent / FOLDER / f"{m.domain}-{key}", list[Part]()
     for split in (s for s in splits if m.rows.get(s)):
-        views = range(1, _views(m.rows[split]) + 1) if split == "train" else range(1)
+        views = range(1, _views(m.rows[split], draws) + 1) if split == "train" else range(1)
         wanted += [Part(path, folder / f"{split}-{v:02d}.npy", split, v, m.rows[split]) for v in views]
     return wanted
 
 
-def _views(rows: int) -> int:
-    return max(1, min(VIEWS, DRAWN // rows))
+def _views(rows: int, draws: int) -> int:
+    return max(1, min(VIEWS, -(-SPARE * draws // rows)))
 
 
 def _stem(config: MobileConfig) -> MobileTrunk:

@@ -15,6 +15,7 @@ from pipeline.source import stems
 from pipeline.source.methods import erm
 from pipeline.source.sampler import draw, make_batch, stratify
 
+DRAWS = 30  # from a corpus of 24: three views each are enough
 SIZE, CONFIG = 32, MobileConfig(kind="mobile", features=16)
 
 
@@ -35,7 +36,7 @@ def folder(tmp_path):
 
 
 def filled(folder, splits=("train", "val", "test"), config=CONFIG):
-    wanted = stems.parts([folder], config, splits, most=2**30)
+    wanted = stems.parts([folder], config, splits, draws=DRAWS, most=2**30)
     for part in stems.missing(wanted):
         stems.make(part, config)
     return wanted
@@ -43,7 +44,7 @@ def filled(folder, splits=("train", "val", "test"), config=CONFIG):
 
 def test_plain_maps_give_the_features_of_the_frames(folder) -> None:
     filled(folder)
-    corpus, trunk = stems.read(folder, ("val", "test"), CONFIG), build_trunk(CONFIG, SIZE)
+    (corpus,), trunk = stems.read([folder], ("val", "test"), CONFIG), build_trunk(CONFIG, SIZE)
     rows = np.flatnonzero(corpus.split == "test")[[0, 3, 5]]
     z, present = stems.features_of(trunk, corpus, rows)
     whole = features(trunk, torch.from_numpy(corpus.frame[rows]), present)
@@ -53,8 +54,9 @@ def test_plain_maps_give_the_features_of_the_frames(folder) -> None:
 
 def test_a_draw_takes_views_of_its_own_rows(folder) -> None:
     filled(folder)
-    corpus, trunk = stems.read(folder, ("train", "val"), CONFIG), build_trunk(CONFIG, SIZE)
-    assert len(corpus.maps["train"]) == stems.VIEWS
+    (corpus,) = stems.read([folder], ("train", "val"), CONFIG, draws=DRAWS)
+    trunk = build_trunk(CONFIG, SIZE)
+    assert len(corpus.maps["train"]) == 3
     method = erm.Config(batch=8)
     cells = stratify([corpus])
     drawn = draw(method, [corpus], cells, step=3, rank=0, world=1)
@@ -71,7 +73,7 @@ def test_a_draw_takes_views_of_its_own_rows(folder) -> None:
 
 def test_views_differ_and_are_near_what_the_frames_give(folder) -> None:
     filled(folder)
-    corpus = stems.read(folder, ("train",), CONFIG)
+    (corpus,) = stems.read([folder], ("train",), CONFIG, draws=DRAWS)
     first, second = (torch.from_numpy(np.array(v)).float() for v in corpus.maps["train"][:2])
     plain = build_trunk(CONFIG, SIZE).stem(prepare(torch.from_numpy(corpus.frame)))  # pyright: ignore
     assert not torch.allclose(first, second, atol=0.1)
@@ -80,10 +82,10 @@ def test_views_differ_and_are_near_what_the_frames_give(folder) -> None:
 
 def test_what_is_missing_is_made_and_what_is_there_is_kept(folder) -> None:
     wanted = filled(folder)
-    untouched, lost = wanted[0].file, wanted[5].file
+    untouched, lost = wanted[0].file, wanted[2].file
     before = untouched.stat().st_mtime_ns, lost.read_bytes()
     lost.unlink()
-    assert stems.read(folder, ("train", "val"), CONFIG).maps == {}
+    assert stems.read([folder], ("train", "val"), CONFIG, draws=DRAWS)[0].maps == {}
     assert [p.file for p in stems.missing(wanted)] == [lost]
     filled(folder)
     assert (untouched.stat().st_mtime_ns, lost.read_bytes()) == before
@@ -94,13 +96,15 @@ def test_other_rows_another_folder(folder, tmp_path) -> None:
     random = np.random.default_rng(1).integers(0, 256, (5, SIZE, SIZE)).astype(np.uint8)
     rows = [replace_row(r, random) for r in _rows(folder)]
     write_corpus(rows, tmp_path / "B", domain="A", kind="synth", size=SIZE)
-    assert not here & {p.file.parent for p in stems.parts([tmp_path / "B"], CONFIG, ("val",), most=2**30)}
+    assert not here & {
+        p.file.parent for p in stems.parts([tmp_path / "B"], CONFIG, ("val",), draws=0, most=2**30)
+    }
 
 
 def test_nothing_is_kept_for_a_trunk_without_a_stem_or_beyond_the_bound(folder) -> None:
-    assert stems.parts([folder], TinyConfig(), ("train",), most=2**30) == []
-    assert stems.parts([folder], CONFIG, ("train",), most=2**10) == []
-    assert stems.read(folder, ("train",), TinyConfig()).maps == {}
+    assert stems.parts([folder], TinyConfig(), ("train",), draws=1, most=2**30) == []
+    assert stems.parts([folder], CONFIG, ("train",), draws=1, most=2**10) == []
+    assert stems.read([folder], ("train",), TinyConfig())[0].maps == {}
 
 
 def test_pruning_spares_what_is_wanted(folder) -> None:

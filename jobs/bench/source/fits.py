@@ -194,8 +194,9 @@ def _shared_out(groups: Mapping[object, list[Job]], workers: int) -> list[list[J
 def _fit_group(jobs: Sequence[tuple[Job, Path]], folders: Mapping[str, Path]) -> dict[Job, Failed]:
     """Fits one after another on one thread; a fit that breaks says why and stops no other."""
     torch.set_num_threads(1)
-    trunk = jobs[0][0].model.trunk
-    sources = [stems.read(folders[d], ("train", "val"), trunk) for d in jobs[0][0].sources]
+    first, trunk = jobs[0][0], jobs[0][0].model.trunk
+    each = stems.draws(first.method, len(first.sources))
+    sources = stems.read([folders[d] for d in first.sources], ("train", "val"), trunk, draws=each)
     cells, shared, failed = stratify(sources), dict[int, "Draw"](), dict[Job, Failed]()
     for job, path in jobs:
         if path.exists():  # the task was started again
@@ -210,7 +211,7 @@ def _fit_group(jobs: Sequence[tuple[Job, Path]], folders: Mapping[str, Path]) ->
             return drawn
 
         task = fits.Task(job.method, job.model, sources[0].frame.shape[-1])
-        targets = [stems.read(folders[d], ("test",), trunk) for d in job.targets]
+        targets = stems.read([folders[d] for d in job.targets], ("test",), trunk)
         try:
             save(path, fit_and_score(task, sources, targets, draws=draws))
         except ValueError as e:

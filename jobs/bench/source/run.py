@@ -73,7 +73,7 @@ def bench_source(
     domains = sorted(set(folders) - set(config.bench.added_domains))
     with connected(config.cluster):
         with terminal.progress("stem maps", "files") as advance:
-            fill_stems(config, list(folders.values()), SPLITS, on_progress=advance)
+            fill_stems(config, list(folders.values()), SPLITS, least=2, on_progress=advance)
         planned = compared(config, domains, (BASELINE, OURS) if quick else methods("source"), range(1), quick)
         paths = _fitted(config, terminal, folders, planned)
         if not quick:

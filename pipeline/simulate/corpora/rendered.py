@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.simulate.corpora import synth
+from pipeline.simulate.render import BONA_FIDE, PAINTED
 from pipeline.simulate.rig import TRAINING, variant
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ SAMPLES = 10_800
 ROUNDS = 3  # times that every synthetic domain's mix of species is rendered, with other people
 PEOPLE = 200_000  # first subject: nobody of a synthetic corpus, a simulated site or an anchor set
 RIGS = 1000  # variants of each rig to draw from
+PAINTED_SHARE = 0.25  # of the attack videos: what no synthetic domain shows, half make-up and half tattoos
 
 
 def rows(root: Path | None, *, size: int, samples: int = SAMPLES) -> Iterator[Row]:
@@ -48,9 +50,13 @@ def plan(samples: int) -> list[synth.Clip]:
         for d, domain in enumerate(TRAINING):
             rng = np.random.default_rng([number, d, 7])
             rigs: dict[int, int] = {}
+            painted: dict[int, str] = {}
             for clip in synth.clips(domain, {"train": each}, number + 10):
                 seed = rigs.setdefault(clip.video, int(rng.integers(RIGS)))
                 name = f"{domain}{number}"  # a video's and a subject's name must not come twice
                 what = clip.what._replace(subject=PEOPLE + 1000 * number + clip.what.subject)
+                if what.species != BONA_FIDE:
+                    other = str(rng.choice(PAINTED)) if rng.random() < PAINTED_SHARE else what.species
+                    what = what._replace(species=painted.setdefault(clip.video, other))
                 clips.append(dataclasses.replace(clip, domain=name, what=what, rig=variant(clip.rig, seed)))
     return clips[:samples]
