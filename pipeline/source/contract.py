@@ -44,18 +44,6 @@ class SourceMethod(Method):
         default="auto",
         description="number format of the trunk in training; auto: bfloat16 where the hardware has it",
     )
-    mix_style: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="share of samples whose stem maps take part of another's contrast and level (MixStyle)",
-    )
-    average: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="share of the steps, at the end, whose weights are averaged into the model (SWA)",
-    )
     heads: float = Field(default=0.3, ge=0, description="weight of the single-modality heads in the risk")
 
     def extra(self, domains: int, tail: Params) -> Params:

@@ -5,7 +5,6 @@ It knows no Ray.
 
 from __future__ import annotations
 
-import copy
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,9 +68,6 @@ class Fit:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0
-    mean: Params = field(
-        default_factory=dict[str, "Tensor"]
-    )  # of the trained weights, where they are averaged
 
 
 class Objective(nn.Module):
@@ -211,21 +207,7 @@ def step(
     state.optimizer.step()
     method.after_step(state.objective.extra)
     state.step += 1
-    _average(state)
     return {name: float(t.detach()) for name, t in terms.items()}
-
-
-def _average(state: Fit) -> None:
-    """Takes the weights after a step into their mean (SWA, Izmailov et al., UAI 2018)."""
-    method = state.task.method
-    taken = state.step - (method.steps - round(method.average * method.steps))
-    if taken < 1:
-        return
-    with torch.no_grad():
-        for name, p in state.objective.named_parameters():
-            if p.requires_grad:
-                mean = state.mean.setdefault(name, p.detach().clone())
-                mean.lerp_(p, 1 / taken)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -239,7 +221,6 @@ def schedule(step: int, steps: int) -> float:
 def save(state: Fit, folder: Path) -> None:
     """Saves everything that the rest of the fit depends on, as safetensors and JSON."""
     tensors = {f"model.{n}": t for n, t in state.objective.state_dict().items()}
-    tensors |= {f"mean.{n}": t for n, t in state.mean.items()}
     for i, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{n}": torch.as_tensor(t) for n, t in moments.items()}
     facts = {"step": state.step, "kind": state.task.method.kind, "fingerprint": state.task.fingerprint}
@@ -257,7 +238,6 @@ def restore(state: Fit, folder: Path) -> None:
             )
     model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     state.objective.load_state_dict(model)
-    state.mean = {n.removeprefix("mean."): t for n, t in tensors.items() if n.startswith("mean.")}
     moments: dict[int, dict[str, Tensor]] = {}
     for name, t in tensors.items():
         if name.startswith("optimizer."):
@@ -278,9 +258,6 @@ def restore(state: Fit, folder: Path) -> None:
 def finish(state: Fit, corpora: Sequence[Corpus]) -> SourceModel:
     """Folds the trunk, sets boundaries and threshold at the EER of the validation, and seals the model."""
     task, objective = state.task, state.objective
-    if state.mean:
-        objective = copy.deepcopy(objective)
-        objective.load_state_dict(state.mean, strict=False)
     trunk, tail = fold(objective.trunk).cpu(), objective.final_tail()
     domain, label, z, present = validation_features(trunk, corpora)
     tail |= equal_error_boundaries(tail, z, present, label)

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from pipeline.source.contract import SourceMethod
 
 
-MIX = 0.1  # of the Beta distribution that says how much of the other is taken: little or nearly all
-
-
 class FitError(PalisadeError, ValueError):
     """Data that nothing can be learned from, or a fit that broke; the message is one line."""
 
@@ -131,32 +128,8 @@ def make_batch(method: SourceMethod, drawn: Draw, *, step: int, rank: int) -> tu
     """Returns ``drawn`` prepared for the trunk, and the generator for the method's own draws."""
     random = np.random.default_rng([method.seed, step, rank, 1])
     generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-    mapped = drawn.frames.dtype == torch.float16
-    ready = drawn.frames.float() if mapped else prepare(drawn.frames)
-    if mapped and method.mix_style:
-        ready = mix_style(ready, drawn.present, method.mix_style, generator)
+    ready = drawn.frames.float() if drawn.frames.dtype == torch.float16 else prepare(drawn.frames)
     return Batch(ready, drawn.present, drawn.label, drawn.domain, step / method.steps), generator
-
-
-def mix_style(maps: Tensor, present: Tensor, share: float, generator: Generator) -> Tensor:
-    """Gives a share of the samples part of another one's mean and spread per channel of the stem's maps.
-
-    Another sensor changes contrast and level more than shapes; MixStyle (Zhou et al., ICLR 2021) draws what
-    lies between two samples, of any domain and class. maps [B, M, C, h, w]; a modality is only mixed where
-    both have it.
-    """
-    count = len(maps)
-    order = torch.randperm(count, generator=generator)
-    hit = (torch.rand(count, generator=generator) < share)[:, None] & present & present[order]
-    level = torch.from_numpy(
-        np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator))).beta(MIX, MIX, size=count)
-    ).float()
-    keep = torch.where(hit, level[:, None], 1.0)[..., None, None, None]
-    mean = maps.mean(dim=(3, 4), keepdim=True)
-    spread = (maps.var(dim=(3, 4), keepdim=True) + 1e-6).sqrt()
-    mixed_mean = keep * mean + (1 - keep) * mean[order]
-    mixed_spread = keep * spread + (1 - keep) * spread[order]
-    return (maps - mean) / spread * mixed_spread + mixed_mean
 
 
 def prefetch(draws: Callable[[int], Draw], steps: Iterable[int]) -> Iterator[tuple[int, Draw]]:

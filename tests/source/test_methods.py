@@ -73,7 +73,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def configs() -> list[SourceMethod]:
     plain = [method_config("source", kind)(kind=kind) for kind in methods("source")]
-    return [*plain, erm.Config(dropout=0.5), RiseConfig(invariance="irmv1"), RiseConfig(invariance="none")]
+    ways = [RiseConfig(invariance=i) for i in ("irmv1", "both", "none")]
+    asked = RiseConfig(invariance="both", angle_groups="attacks", angle_modalities=1.0, patterns="all")
+    return [*plain, erm.Config(dropout=0.5), *ways[:1], *ways[2:], asked]
 
 
 def label_of(config: SourceMethod) -> str:
@@ -403,6 +405,32 @@ def test_the_full_score_is_the_teacher_of_the_dropped_one() -> None:
     assert float(kl.detach()) > 0
     assert torch.autograd.grad(kl, full.radius, allow_unused=True, retain_graph=True)[0] is None
     assert torch.autograd.grad(kl, tail["log_rho"], allow_unused=True)[0] is None
+
+
+def test_with_attacks_bona_fide_of_all_domains_is_one_group() -> None:
+    model, b = Fake(RiseConfig()), batch()
+    full = tails.forward(model.tail, model.trunk_features(b.frames, b.present), b.present)
+    way = torch.nn.functional.one_hot(torch.where(b.label == 1, 3, b.domain), D).float()
+    apart = full._replace(hidden=way)  # bona fide share a direction, each domain's attacks have their own
+    split = full._replace(hidden=torch.nn.functional.one_hot(2 * b.domain + b.label, D).float())
+
+    def term(groups: str, of: tails.TailOutput) -> float:
+        return float(rise.angle_term(RiseConfig(angle_groups=groups), of, b))
+
+    assert term("attacks", apart) < term("attacks", split)
+    assert term("domains", split) < term("domains", apart)
+
+
+def test_every_set_of_modalities_is_practised_and_the_hardest_most() -> None:
+    model, b = Fake(RiseConfig()), batch()
+    tail = {n: t.detach() for n, t in source.with_domain_boundaries(model, b).items()}
+    z = model.trunk_features(b.frames, b.present).detach()
+    full = tails.forward(tail, z, b.present)
+    sets = [torch.tensor([bool(left >> m & 1) for m in range(3)]) for left in range(1, 7)]
+    each = [float(rise._without(tail, z, b.present, b.present & s, full)[1]) for s in sets]
+    _, kl = rise.all_patterns_terms(tail, z, b.present, full, generator())
+    assert float(kl) == pytest.approx(sum(x * x for x in each) / sum(each), rel=1e-4)
+    assert min(each) < float(kl) <= max(each)
 
 
 @settings(max_examples=10)
