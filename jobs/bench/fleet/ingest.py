@@ -1,7 +1,8 @@
-"""Times ingest beside a loop that only decodes and beside a DataLoader, on the same files."""
+"""Times ingest beside bare loops and beside a DataLoader, on the same files."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -19,12 +20,17 @@ from pipeline.data.featurise import compute_features, decode_chunks
 from pipeline.models import TinyConfig, checkpoint, tail, trunk
 
 if TYPE_CHECKING:
+    from multiprocessing.synchronize import Barrier
+
     from jobs.bench.fleet.runs import Ground
     from jobs.terminal import Terminal
     from pipeline.config import Config
+    from pipeline.data import DataConfig
     from pipeline.data.featurise import DecodedChunk
+    from pipeline.models.checkpoint import SourceModel
 
 SMALLEST = TinyConfig(width=4, features=8)  # what is left of the trunk's share when a GPU does it
+MODEL: list[SourceModel] = []  # of a process of the bare loop
 DECODED = 4  # segments in the decoding loop
 
 
@@ -36,11 +42,11 @@ def measure(ground: Ground, terminal: Terminal, *, sites: int, captures: int) ->
     segments = list_segments(Path(whole.data.captures)).segments.values()
     paths = [p for of in segments for p in of if isinstance(p, Path)]
     loop = _decode_only(whole, paths[:DECODED]) * len(os.sched_getaffinity(0))
-    ours, loader = _ingested(whole, terminal), _loaded(whole, paths)
+    ours, loader, bare = _ingested(whole, terminal), _loaded(whole, paths), _bare(whole, paths)
     smallest = _with_smallest_trunk(ground.with_captures("plane", sites=sites, captures=captures))
     data_plane = _ingested(smallest, terminal)
     ratios = {"ingest": data_plane / loop, "ingest.trunk": ours / loop, "ingest.loader": ours / loader}
-    return {**ratios, "ingest.rate": ours}
+    return {**ratios, "ingest.bare": ours / bare, "ingest.rate": ours}
 
 
 def _ingested(config: Config, terminal: Terminal) -> float:
@@ -61,6 +67,36 @@ def _decode_only(config: Config, paths: list[Path]) -> float:
     for c in captures:
         decode(c["rgb"], c["depth"], c["ir"], size=config.data.frame_px)
     return len(captures) / (time.perf_counter() - began)
+
+
+def _bare(config: Config, paths: list[Path]) -> float:
+    """Returns the captures per second of a process per core that decodes its share and runs the trunk."""
+    cores = len(os.sched_getaffinity(0))
+    spawn = multiprocessing.get_context("spawn")
+    ready = spawn.Barrier(cores + 1)
+    given = (open_ledger(config).sources.champion().path, ready)
+    with spawn.Pool(cores, initializer=_begin, initargs=given) as pool:
+        ready.wait()  # every process has its model
+        began = time.perf_counter()
+        shares = [(config.data, paths[i::cores]) for i in range(cores)]
+        count = sum(pool.starmap(_featurise, shares, chunksize=1))
+        return count / (time.perf_counter() - began)
+
+
+def _begin(path: str, ready: Barrier) -> None:
+    _single(0)
+    MODEL.append(checkpoint.load(path))
+    ready.wait()
+
+
+def _featurise(limits: DataConfig, paths: list[Path]) -> int:
+    count = 0
+    for path in paths:
+        for frames in decode_chunks(
+            read_segment(path, site=path.parent.name, limits=limits).good, limits.frame_px
+        ):
+            count += len(compute_features(MODEL[0], frames.pixels, frames.present))
+    return count
 
 
 def _loaded(config: Config, paths: list[Path]) -> float:

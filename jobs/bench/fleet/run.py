@@ -130,6 +130,9 @@ def figures(numbers: Numbers, size: Size) -> list[Figure]:
         least("bank_over_one_site_at_a_time", "bank.alone", 5, "64 sites, every sample teaches"),
         least("bank_over_tent_through_trunk", "bank.tent", 5, "features are there", through),
         least("ingest_over_decode_loop", "ingest", 0.85, "loop times cores", "with the smallest trunk", own),
+        least(
+            "ingest_over_bare_loop", "ingest.bare", 0.85, "a process per core: decode, then the trunk", rate
+        ),
         least("ingest_over_dataloader", "ingest.loader", 1.0, "two workers decode, trunk beside them", rate),
         least("ray_over_plain_loop", "ray", 0.9, f"cycle of {size.small} sites", ray),
         least("throughput_under_kills", "kills", 0.7, killed, also("undisturbed {:.0f} s", "calm.seconds")),
