@@ -14,7 +14,7 @@ from jobs.terminal import Exit, table
 from pipeline.cluster import connected, repair
 from pipeline.cluster import ingest as cluster_ingest
 from pipeline.control.deployment import ingest_sources, lease, now, open_ledger, source_model
-from pipeline.data.featurise import digest, segment_at
+from pipeline.data.segments import digest, segment_at
 from pipeline.ledger import CycleBusy, StaleGeneration
 from pipeline.storage import StoreUnavailable
 

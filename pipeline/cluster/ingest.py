@@ -28,7 +28,8 @@ from pipeline.data import DataConfig
 from pipeline.data.assemble import Backlog, Gathered, Trunk, store_site
 from pipeline.data.captures import list_segments
 from pipeline.data.features import delete_range
-from pipeline.data.featurise import Listed, add_features, decode_segments, digest, segment_at
+from pipeline.data.featurise import add_features
+from pipeline.data.segments import Listed, decode_batch, decode_segments, digest, segment_at
 from pipeline.ledger import QuarantineRow, SegmentRow
 from pipeline.models.checkpoint import read_manifest
 from pipeline.storage import place, version
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     from pipeline.config import Config
     from pipeline.data.assemble import SegmentResult
-    from pipeline.data.featurise import Columns
+    from pipeline.data.segments import Columns
     from pipeline.models.checkpoint import SourceModel
     from pipeline.sections import ClusterConfig
     from pipeline.storage import Place
@@ -48,6 +49,7 @@ BLOCK_BYTES = 32 * 2**20  # of captures in a decoding task: seconds, so that a l
 SEGMENT_BYTES = 2**14  # what a segment costs however little is in it, in bytes of captures
 FRAME_BYTES = 16 * 2**20  # of frames in a block between the stages
 CPU_BATCH, GPU_BATCH = 64, 512  # frames in the trunks at once
+DECODING = 0.25  # of the CPUs of ingest
 WRITERS = 8  # threads that store features
 
 
@@ -151,18 +153,18 @@ def featurised(
     dataset = (
         ray.data.from_items(items, override_num_blocks=len(items))
         .map_batches(
-            _decode_batch,  # pyright: ignore[reportArgumentType]: what reaches it is the numpy batch format
+            decode_batch,  # pyright: ignore[reportArgumentType]: what reaches it is the numpy batch format
             batch_size=1,
             compute=ray.data.TaskPoolStrategy(size=workers),
             fn_kwargs={"limits": config.data.model_dump_json()},
-            num_cpus=cpus / 2,
+            num_cpus=DECODING * cpus,  # another share than the trunk's, or Ray makes one stage of the two
         )
         .map_batches(
             Featuriser,  # pyright: ignore[reportArgumentType]: as above
             batch_size=GPU_BATCH if gpus else CPU_BATCH,
             compute=ray.data.ActorPoolStrategy(size=workers),
             fn_constructor_kwargs={"checkpoints": list(checkpoints)},
-            num_cpus=cpus / 2,
+            num_cpus=(1 - DECODING) * cpus,
             num_gpus=gpus or None,
         )
     )
@@ -313,7 +315,7 @@ def _marked(name: str, sha256: str) -> str:
 def _dealt(listed: Sequence[Listed], sizes: Sequence[float], workers: int) -> list[dict[str, str]]:
     """Returns the segments in hands of about equal size, so that progress moves and a death costs little."""
     total = sum(sizes)
-    count = int(min(len(listed), max(4 * workers, total // BLOCK_BYTES)))
+    count = int(min(len(listed), max(16 * workers, total // BLOCK_BYTES)))
     most = (total + SEGMENT_BYTES * len(listed)) / count
     hands: list[list[Listed]] = [[]]
     held = 0.0
@@ -324,11 +326,3 @@ def _dealt(listed: Sequence[Listed], sizes: Sequence[float], workers: int) -> li
         hands[-1].append(segment)
         held += size + SEGMENT_BYTES
     return [{"segments": json.dumps(hand)} for hand in hands]
-
-
-def _decode_batch(batch: dict[str, np.ndarray], *, limits: str) -> Iterator[Columns]:
-    """Decodes one hand of segments; the function that Ray Data maps over hands."""
-    cv2.setNumThreads(1)  # tasks fill the cores; threads of their own make decoding 1.6 times as slow
-    data = DataConfig.model_validate_json(limits)
-    for text in batch["segments"]:
-        yield from decode_segments((Listed(*fields) for fields in json.loads(text)), data)

@@ -14,7 +14,7 @@ from pipeline.cluster.ingest import resources, task_model
 from pipeline.data.assemble import Trunk, gather_segment, store_segment
 from pipeline.data.blobs import BadBlob
 from pipeline.data.features import delete_range, read_features
-from pipeline.data.featurise import VANISHED
+from pipeline.data.segments import VANISHED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -16,13 +16,14 @@ import numpy as np
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadRow
 from pipeline.data.features import FeatureBlock, delete_range, read_features, write_features
-from pipeline.data.featurise import Head, Listed, add_features, decode_segments, segment_at
+from pipeline.data.featurise import add_features
+from pipeline.data.segments import Head, Listed, decode_segments, segment_at
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from pipeline.data import DataConfig
-    from pipeline.data.featurise import Columns
+    from pipeline.data.segments import Columns
     from pipeline.models.checkpoint import SourceModel
     from pipeline.models.manifest import Manifest
     from pipeline.storage import Place

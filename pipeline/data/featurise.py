@@ -1,101 +1,23 @@
-"""Turns segments of captures into features in three stages that know no Ray.
+"""Puts decoded frames through the trunks, in batches that do not mind where a segment ends.
 
-1. ``decode_segments`` reads, checks and decodes segments: CPU work, and all that a hostile file can break.
-2. ``add_features`` puts frames through the trunks, in batches that do not mind where a segment ends.
-3. ``pipeline.data.assemble`` gives a site's samples their offsets, in stream order, and stores them.
-
-Between the stages rows travel as columns: ``segment`` (its number in the list), ``row``, ``sample_id``,
-``captured_at``, ``session``, ``present``, ``head`` (JSON of a ``Head`` on the last row of a segment, else
-empty) and ``frame``, which becomes ``z0`` and, while a release of another source model goes on, ``z1``.
+The second of three stages of ingest; ``segments`` decodes, ``assemble`` stores.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from pipeline.data.captures import BadRow, BadSegment, Capture, read_segment
-from pipeline.data.decode import CHANNELS, BadImage, decode
-from pipeline.data.features import mask_to_bool, pseudonym
+from pipeline.data.features import mask_to_bool
 from pipeline.models.trunk import features as features_of
-from pipeline.storage import place, version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from pipeline.data import DataConfig
+    from pipeline.data.segments import Columns
     from pipeline.models.checkpoint import SourceModel
-    from pipeline.storage import Place
-
-    Columns = dict[str, np.ndarray]
-
-VANISHED = "it vanished after it was listed"
-CHUNK = 256  # captures decoded together, which bounds a task's memory
-
-
-class Listed(NamedTuple):
-    """A segment that is to be decoded."""
-
-    number: int  # in the list of all segments of this ingest
-    site: str
-    path: str  # or URL
-
-
-@dataclass(frozen=True)
-class Head:
-    """What is known of a segment once it was decoded: ``refused`` is final, ``error`` is tried again."""
-
-    rows: int = 0
-    decoded: int = 0  # rows that have a frame
-    sha256: str = ""
-    bad: list[tuple[int, str | None, str]] = field(default_factory=list[tuple[int, str | None, str]])
-    refused: str = ""
-    error: str = ""
-
-
-class DecodedChunk(NamedTuple):
-    """N captures that were decoded, and those that could not be."""
-
-    captures: list[Capture]
-    pixels: np.ndarray  # [N, 5, H, W] uint8
-    present: np.ndarray  # [N] uint8 bit mask
-    bad: list[BadRow]
-
-
-def decode_segments(segments: Iterable[Listed], limits: DataConfig) -> Iterator[Columns]:
-    """Yields the decoded rows of ``segments``; one that fails says so in its head and stops no other."""
-    for listed in segments:
-        waiting: Columns | None = None  # the last rows wait for the head
-        head = Head()
-        path = segment_at(listed.path)
-        try:
-            read = read_segment(path, site=listed.site, limits=limits)
-            bad, decoded = list(read.bad), 0
-            for chunk in decode_chunks(read.good, limits.frame_px):
-                bad += chunk.bad
-                if not chunk.captures:
-                    continue
-                if waiting is not None:
-                    yield waiting
-                waiting, decoded = _columns(listed, chunk), decoded + len(chunk.captures)
-            reasons = sorted((b.row, b.sample_id, b.reason) for b in bad)
-            head = Head(len(read.good) + len(read.bad), decoded, read.sha256, reasons)
-        except BadSegment as e:
-            head = Head(sha256=digest(path, limits.max_bytes), refused=str(e))
-        except FileNotFoundError:
-            head = Head(error=VANISHED)
-        except Exception as e:  # a segment may fail, the fleet may not: the reason is kept and shown
-            head = Head(error=f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")
-        last = waiting if waiting is not None else _no_rows(listed, limits.frame_px)
-        last["head"][-1] = json.dumps(asdict(head))
-        yield last
 
 
 def add_features(columns: Mapping[str, np.ndarray], models: Sequence[SourceModel]) -> Columns:
@@ -106,30 +28,6 @@ def add_features(columns: Mapping[str, np.ndarray], models: Sequence[SourceModel
     return kept
 
 
-def decode_chunks(captures: Sequence[Capture], size: int) -> Iterator[DecodedChunk]:
-    """Yields decoded frames of side ``size`` in chunks of at most CHUNK, with the captures that fail."""
-    for start in range(0, len(captures), CHUNK):
-        part = captures[start : start + CHUNK]
-        pixels = np.empty((len(part), CHANNELS, size, size), np.uint8)
-        chunk = DecodedChunk([], pixels, np.zeros(len(part), np.uint8), [])
-        for c in part:
-            try:
-                frame, present = decode(c["rgb"], c["depth"], c["ir"], size=size)
-            except BadImage as e:
-                chunk.bad.append(BadRow(c["row"], c["sample_id"], str(e)))
-                continue
-            present &= _informative_modalities(frame)
-            if not present:
-                reason = "every modality is one constant value: covered or broken camera"
-                chunk.bad.append(BadRow(c["row"], c["sample_id"], reason))
-                continue
-            n = len(chunk.captures)
-            chunk.pixels[n], chunk.present[n] = frame, present
-            chunk.captures.append(c)
-        n = len(chunk.captures)
-        yield chunk._replace(pixels=pixels[:n], present=chunk.present[:n])
-
-
 def compute_features(model: SourceModel, frames: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Returns the features z float16 [N, M, F] of frames [N, 5, H, W]; ``present`` [N] is a bit mask."""
     shown = torch.from_numpy(mask_to_bool(present))
@@ -137,60 +35,3 @@ def compute_features(model: SourceModel, frames: np.ndarray, present: np.ndarray
         return np.zeros((0, shown.shape[1], model.manifest.config.trunk.features), np.float16)
     z = features_of(model.trunk, torch.from_numpy(np.require(frames, requirements="W")), shown)
     return z.numpy().astype(np.float16)
-
-
-def segment_at(text: str) -> Place:
-    """Returns the place of a listed segment; a link keeps its own name."""
-    return place(text) if "://" in text else Path(text)
-
-
-def digest(path: Place, limit: int) -> str:
-    """Returns the sha256 of a file of at most ``limit`` bytes; empty if it is larger or unreadable."""
-    try:
-        if isinstance(path, Path) and not path.is_file():
-            return ""
-        size, written = version(path)
-        return _hashed(path, size, written) if size <= limit else ""
-    except OSError:
-        return ""
-
-
-def _columns(listed: Listed, chunk: DecodedChunk) -> Columns:
-    captures = chunk.captures
-    count = len(captures)
-    return {
-        "segment": np.full(count, listed.number, np.int32),
-        "row": np.array([c["row"] for c in captures], np.int32),
-        "sample_id": np.array([c["sample_id"] for c in captures], dtype=object),
-        "captured_at": np.array([c["captured_at"] for c in captures], "datetime64[us]").astype(np.int64),
-        "session": np.array([pseudonym(listed.site, c["session_id"]) for c in captures], np.int64),
-        "present": chunk.present,
-        "head": np.array([""] * count, dtype=object),
-        "frame": chunk.pixels,
-    }
-
-
-def _no_rows(listed: Listed, size: int) -> Columns:
-    """Returns one row that stands for a segment without any: nothing of it is present."""
-    nothing = DecodedChunk([], np.zeros((0, CHANNELS, size, size), np.uint8), np.zeros(0, np.uint8), [])
-    empty = _columns(listed, nothing)
-    row = {name: np.zeros((1, *column.shape[1:]), column.dtype) for name, column in empty.items()}
-    row["segment"][:] = listed.number
-    row["sample_id"][0] = row["head"][0] = ""
-    return row
-
-
-def _informative_modalities(frame: np.ndarray) -> int:
-    """Returns the bit mask of the modalities with more than one value; a constant one counts as absent."""
-    planes = (frame[:3], frame[3], frame[4])
-    return sum(1 << m for m, plane in enumerate(planes) if plane.min() != plane.max())
-
-
-@lru_cache(maxsize=4096)
-def _hashed(path: Place, size: int, written: int) -> str:
-    """``written`` (and ``size``) tell that the file is no longer the one that was read."""
-    digest_of = hashlib.sha256()
-    with path.open("rb") as f:
-        while data := f.read(2**20):
-            digest_of.update(data)
-    return digest_of.hexdigest()

@@ -15,7 +15,7 @@ from pipeline.control.deployment import ingest_sources, now
 from pipeline.data.assemble import Backlog, SegmentResult, store_segment
 from pipeline.data.captures import read_segment
 from pipeline.data.features import write_features
-from pipeline.data.featurise import CHUNK, decode_chunks
+from pipeline.data.segments import CHUNK, decode_chunks
 from tests.support.captures import SIZE, Fleet, hash_of, image, save_model, segment
 from tests.support.ledgers import source_manifest
 

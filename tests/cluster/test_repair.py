@@ -10,7 +10,8 @@ import pytest
 from jobs.ingest import LOST, _not_learned, stretch
 from pipeline.cluster.repair import Repaired, repair_site
 from pipeline.control.deployment import now
-from pipeline.data.featurise import CHUNK, compute_features
+from pipeline.data.featurise import compute_features
+from pipeline.data.segments import CHUNK
 from pipeline.storage import StoreUnavailable
 from tests.support.captures import Fleet, save_model, segment
 
@@ -101,7 +102,7 @@ def test_a_store_that_is_away_loses_nothing(fleet: Fleet, monkeypatch: pytest.Mo
     def away(*_: object, **__: object) -> None:
         raise StoreUnavailable("s3://captures: the store does not answer")
 
-    monkeypatch.setattr("pipeline.data.featurise.read_segment", away)
+    monkeypatch.setattr("pipeline.data.segments.read_segment", away)
     told = mended(fleet)
     assert (told.restored, told.lost) == ((), ())
     assert told.error == "StoreUnavailable: s3://captures: the store does not answer"

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from pipeline.data.assemble import REPEAT_REASON, Backlog, Gathered, Trunk, store_site
 from pipeline.data.features import read_features
-from pipeline.data.featurise import Head
+from pipeline.data.segments import Head
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from pipeline.data.assemble import SegmentResult
-    from pipeline.data.featurise import Columns
+    from pipeline.data.segments import Columns
 
 TRUNK = Trunk("t" * 64, 4)
 FIELDS = ("row", "captured_at", "session")

@@ -46,7 +46,7 @@ import json, resource, sys, time
 from pathlib import Path
 import pyarrow as pa
 import torch
-from pipeline.data.featurise import decode_chunks
+from pipeline.data.segments import decode_chunks
 from pipeline.data import DataConfig, blobs
 from pipeline.data.captures import list_segments, read_segment, check_segment
 from pipeline.models import checkpoint

@@ -16,7 +16,8 @@ from jobs.ingest import ingest_step
 from pipeline.control.deployment import lease, now, open_ledger
 from pipeline.data.captures import list_segments, read_segment
 from pipeline.data.decode import decode
-from pipeline.data.featurise import compute_features, decode_chunks
+from pipeline.data.featurise import compute_features
+from pipeline.data.segments import decode_chunks
 from pipeline.models import TinyConfig, checkpoint, tail, trunk
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from jobs.terminal import Terminal
     from pipeline.config import Config
     from pipeline.data import DataConfig
-    from pipeline.data.featurise import DecodedChunk
+    from pipeline.data.segments import DecodedChunk
     from pipeline.models.checkpoint import SourceModel
 
 SMALLEST = TinyConfig(width=4, features=8)  # what is left of the trunk's share when a GPU does it

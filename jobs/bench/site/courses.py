@@ -30,6 +30,7 @@ STREAMS = (  # what the prepared streams depend on, beside the model
     "pipeline/data/captures.py",
     "pipeline/data/assemble.py",
     "pipeline/data/featurise.py",
+    "pipeline/data/segments.py",
     "pipeline/site",
     "jobs/bench/site/streams.py",
 )
