@@ -44,6 +44,12 @@ class SourceMethod(Method):
         default="auto",
         description="number format of the trunk in training; auto: bfloat16 where the hardware has it",
     )
+    smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="label smoothing: share of a label that counts as the other class",
+    )
     heads: float = Field(default=0.3, ge=0, description="weight of the single-modality heads in the risk")
 
     def extra(self, domains: int, tail: Params) -> Params:
@@ -74,6 +80,7 @@ class Batch(NamedTuple):
     label: Tensor  # [B] 1 bona fide, 0 attack
     domain: Tensor  # [B] index of the domain
     progress: float  # share of the schedule that is done, for annealing
+    smoothing: float = 0.0  # share of a label that counts as the other class
 
 
 class Model(Protocol):

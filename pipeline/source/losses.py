@@ -45,10 +45,14 @@ def pg_irm_step(extra: Params, alpha: float) -> None:
             beta.copy_((alpha * row + (1 - alpha) * row.gather(0, farthest)).view_as(beta))
 
 
-def logistic_loss(logit: Tensor, label: Tensor, margin: float = 0.0) -> Tensor:
-    """Returns the logistic loss of each logit; ``margin`` (in radii) is asked for on both sides."""
+def logistic_loss(logit: Tensor, label: Tensor, margin: float = 0.0, smoothing: float = 0.0) -> Tensor:
+    """Returns the logistic loss of each logit; ``margin`` (in radii) is asked for on both sides.
+
+    With ``smoothing`` e a label counts as 1 - e of its class and e of the other one.
+    """
     signed = torch.where(label == 1, logit, -logit) - tails.KAPPA * margin
-    return torch.nn.functional.softplus(-signed)
+    loss = torch.nn.functional.softplus(-signed)
+    return loss + smoothing * signed if smoothing else loss  # e softplus(s) = e softplus(-s) + e s
 
 
 def domain_means(x: Tensor, batch: Batch, used: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,13 +77,15 @@ def mean_over_domains(x: Tensor, batch: Batch, used: Tensor) -> Tensor:
 
 def domain_risks(logit: Tensor, batch: Batch, used: Tensor, margin: float = 0.0) -> Tensor:
     """Returns the logistic risk [E'] of each domain with a row in ``used`` [B]; one zero if there is none."""
-    risk, filled = domain_means(logistic_loss(logit, batch.label, margin), batch, used)
+    loss = logistic_loss(logit, batch.label, margin, batch.smoothing)
+    risk, filled = domain_means(loss, batch, used)
     return risk[filled] if bool(filled.any()) else risk[:1]
 
 
 def head_risks(logit: Tensor, batch: Batch, present: Tensor, margin: float = 0.0) -> Tensor:
     """Returns [V] the mean over domains of every head's risk, where its modality is ``present`` [B, M]."""
-    return mean_over_domains(logistic_loss(logit, batch.label[:, None], margin), batch, head_mask(present))
+    loss = logistic_loss(logit, batch.label[:, None], margin, batch.smoothing)
+    return mean_over_domains(loss, batch, head_mask(present))
 
 
 def sup_con(

@@ -129,7 +129,8 @@ def make_batch(method: SourceMethod, drawn: Draw, *, step: int, rank: int) -> tu
     random = np.random.default_rng([method.seed, step, rank, 1])
     generator = torch.Generator().manual_seed(int(random.integers(2**62)))
     ready = drawn.frames.float() if drawn.frames.dtype == torch.float16 else prepare(drawn.frames)
-    return Batch(ready, drawn.present, drawn.label, drawn.domain, step / method.steps), generator
+    progress = step / method.steps
+    return Batch(ready, drawn.present, drawn.label, drawn.domain, progress, method.smoothing), generator
 
 
 def prefetch(draws: Callable[[int], Draw], steps: Iterable[int]) -> Iterator[tuple[int, Draw]]:

@@ -202,6 +202,26 @@ def test_the_class_prior_of_a_domain_moves_no_risk(kind: str, label: int, domain
             assert skewed[name] == pytest.approx(value, rel=1e-4), name
 
 
+@every_method
+def test_smoothed_labels_reach_the_risk_of_every_method(config) -> None:
+    b = batch()
+    plain, smoothed = (values(config, b._replace(smoothing=e), "radial") for e in (0.0, 0.1))
+    assert plain["risk"] != smoothed["risk"]
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 99), smoothing=st.floats(0.01, 0.4), margin=st.floats(0, 0.5))
+def test_a_smoothed_label_counts_in_part_as_the_other_class(
+    seed: int, smoothing: float, margin: float
+) -> None:
+    g = generator(seed)
+    logit, label = 3 * torch.randn(12, generator=g), torch.arange(12) % 2
+    signed = torch.where(label == 1, logit, -logit) - tails.KAPPA * margin
+    plus = torch.nn.functional.softplus
+    expected = (1 - smoothing) * plus(-signed) + smoothing * plus(signed)
+    assert torch.allclose(source.logistic_loss(logit, label, margin, smoothing), expected, atol=1e-5)
+
+
 def test_class_priors_do_not_move_erm() -> None:
     b = batch()
     attacks = torch.cat([torch.arange(36), (b.label == 0).nonzero()[:, 0].repeat(4)])

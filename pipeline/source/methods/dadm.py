@@ -56,7 +56,7 @@ class Config(SourceMethod):
         z = model.trunk_features(batch.frames, batch.present)
         read = tails.forward(with_domain_boundaries(model, batch), z, batch.present)
         bound, weight = alignment(read.intrinsic, batch.present, self.temperature)
-        each = logistic_loss(read.logit, batch.label[:, None])
+        each = logistic_loss(read.logit, batch.label[:, None], smoothing=batch.smoothing)
         each = torch.cat([weight * each[:, : tails.FUSED], each[:, tails.FUSED :]], dim=1)
         risk = mean_over_domains(each, batch, head_mask(batch.present))
         angles = [

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pipeline.models import tail as tails
 from pipeline.source.contract import SourceMethod
-from pipeline.source.losses import drop_modalities, head_mask, masked_mean, risk_terms
+from pipeline.source.losses import drop_modalities, head_mask, logistic_loss, masked_mean, risk_terms
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -34,19 +34,18 @@ class Config(SourceMethod):
         present = drop_modalities(batch.present, self.dropout, generator)
         read = tails.forward(model.tail, z, present)
         per_head = [
-            class_balanced(read.logit[:, v], batch.label, seen)
+            class_balanced(
+                logistic_loss(read.logit[:, v], batch.label, smoothing=batch.smoothing), batch.label, seen
+            )
             for v, seen in enumerate(head_mask(present).unbind(dim=1))
         ]
         return risk_terms(self, torch.stack(per_head))
 
 
-def class_balanced(logit: Tensor, label: Tensor, used: Tensor) -> Tensor:
-    """Returns the mean over classes of the mean logistic loss over ``used`` rows [B].
+def class_balanced(loss: Tensor, label: Tensor, used: Tensor) -> Tensor:
+    """Returns the mean over classes of the mean ``loss`` over ``used`` rows [B].
 
     Class priors do not matter.
     """
-    per_class = [
-        masked_mean(torch.nn.functional.softplus(-logit), used & (label == 1)),
-        masked_mean(torch.nn.functional.softplus(logit), used & (label == 0)),
-    ]
+    per_class = [masked_mean(loss, used & (label == 1)), masked_mean(loss, used & (label == 0))]
     return 0.5 * torch.stack(per_class).sum()

@@ -99,7 +99,8 @@ def single_modality_risks(tail: Params, z: Tensor, batch: Batch) -> Tensor:
         torch.eye(tails.MODALITIES, dtype=torch.bool, device=z.device)[:, None] & batch.present
     )  # [M, B, M]
     logit = tails.forward(tail, z.repeat(tails.MODALITIES, 1, 1), only.flatten(0, 1)).logit[:, tails.FUSED]
-    per_row = logistic_loss(logit.unflatten(0, (tails.MODALITIES, -1)).T, batch.label[:, None])
+    single = logit.unflatten(0, (tails.MODALITIES, -1)).T
+    per_row = logistic_loss(single, batch.label[:, None], smoothing=batch.smoothing)
     return mean_over_domains(per_row, batch, batch.present)
 
 
