@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 32 * 2**20  # of captures in a decoding task: seconds, so that a lost worker costs little
 SEGMENT_BYTES = 2**14  # what a segment costs however little is in it, in bytes of captures
 FRAME_BYTES = 16 * 2**20  # of frames in a block between the stages
+FEW_BYTES = 2**26  # of captures; less is done before two actors have started
 CPU_BATCH, GPU_BATCH = 64, 512  # frames in the trunks at once
 DECODING = 0.25  # of the CPUs of ingest
 WRITERS = 8  # threads that store features
@@ -139,7 +140,8 @@ def featurised(
     """Yields rows with features as workers have them: one Ray Data execution of two stages.
 
     Decoding tasks and a pool of actors with the trunks run side by side; Ray holds decoding back where the
-    trunks are slower. A worker that a file killed costs the segments of its task, not the fleet.
+    trunks are slower. A few captures do not pay for actors: tasks do them, in workers that keep their models.
+    A worker that a file killed costs the segments of its task, not the fleet.
     """
     import ray.data
 
@@ -149,6 +151,17 @@ def featurised(
     context.max_errored_blocks = -1
     context.target_max_block_size = FRAME_BYTES
     workers, (cpus, gpus) = config.cluster.ingest_workers, resources(config.cluster)
+    models = {"checkpoints": list(checkpoints)}
+    few = not gpus and sum(b.size for b in new) < FEW_BYTES
+    trunks: dict[str, object] = (
+        {"fn": _featurise, "compute": ray.data.TaskPoolStrategy(size=workers), "fn_kwargs": models}
+        if few
+        else {
+            "fn": Featuriser,
+            "compute": ray.data.ActorPoolStrategy(size=workers),
+            "fn_constructor_kwargs": models,
+        }
+    )
     items = _dealt(listed, [b.size / len(b.paths) for b in new for _ in b.paths], workers)
     dataset = (
         ray.data.from_items(items, override_num_blocks=len(items))
@@ -160,10 +173,8 @@ def featurised(
             num_cpus=DECODING * cpus,  # another share than the trunk's, or Ray makes one stage of the two
         )
         .map_batches(
-            Featuriser,  # pyright: ignore[reportArgumentType]: as above
+            **trunks,  # pyright: ignore[reportArgumentType]: as above
             batch_size=GPU_BATCH if gpus else CPU_BATCH,
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            fn_constructor_kwargs={"checkpoints": list(checkpoints)},
             num_cpus=(1 - DECODING) * cpus,
             num_gpus=gpus or None,
         )
@@ -220,6 +231,10 @@ def assemble(
             if at not in stored:
                 finish(at)
         return [result for at in range(len(new)) for result in stored[at].result()]
+
+
+def _featurise(columns: Columns, *, checkpoints: list[str]) -> Columns:
+    return add_features(columns, [task_model(c) for c in checkpoints])
 
 
 class Featuriser:

@@ -70,16 +70,19 @@ def bench_source(
     folders = corpora_of(config, terminal)
     count = 1 if quick else seeds or config.bench.seeds
     config = begun(config, terminal)
+    steps = config.bench.quick_steps if quick else config.source.steps
+    config = config.model_copy(update={"source": config.source.model_copy(update={"steps": steps})})
     domains = sorted(set(folders) - set(config.bench.added_domains))
     with connected(config.cluster):
         with terminal.progress("stem maps", "files") as advance:
-            fill_stems(config, list(folders.values()), SPLITS, least=2, on_progress=advance)
-        planned = compared(config, domains, (BASELINE, OURS) if quick else methods("source"), range(1), quick)
+            least = len(folders) - 1 if quick else 2  # the fewest sources of a fit
+            fill_stems(config, list(folders.values()), SPLITS, least=least, on_progress=advance)
+        planned = compared(config, domains, (BASELINE, OURS) if quick else methods("source"), range(1))
         paths = _fitted(config, terminal, folders, planned)
         if not quick:
             rows = compare.method_rows(_by_table(planned, _results(paths))["main"], OURS)
             closest = [r.method for r in rows if r.method not in (BASELINE, OURS)][:CLOSEST]
-            again = compared(config, domains, (OURS, BASELINE, *closest), range(1, count), quick)
+            again = compared(config, domains, (OURS, BASELINE, *closest), range(1, count))
             planned += [*again, *others(config, domains, count)]
             paths = _fitted(config, terminal, folders, planned)
     results = _results(paths)
@@ -99,7 +102,7 @@ def bench_source(
         started,
         quick=quick,
         seeds=list(range(count)),
-        steps=config.bench.quick_steps if quick else config.source.steps,
+        steps=steps,
         fits=len(planned),
         data={d: read_manifest(path).digest[:12] for d, path in folders.items()},
     )
@@ -149,11 +152,11 @@ def begun(config: Config, terminal: Terminal) -> Config:
 
 
 def compared(
-    config: Config, domains: Sequence[str], kinds: Sequence[str], seeds: Iterable[int], quick: bool
+    config: Config, domains: Sequence[str], kinds: Sequence[str], seeds: Iterable[int]
 ) -> list[Planned]:
     """Returns the fits of the comparison: every method, each domain left out in turn."""
     return [
-        Planned("main", kind, p.target, _job(config, kind, p.sources, (p.target,), seed, quick=quick))
+        Planned("main", kind, p.target, _job(config, kind, p.sources, (p.target,), seed))
         for p in leave_one_domain_out(domains)
         for seed in seeds
         for kind in kinds
@@ -187,14 +190,11 @@ def _job(
     seed: int,
     head: str = "radial",
     more: Mapping[str, object] | None = None,
-    *,
-    quick: bool = False,
 ) -> Job:
     """A method with the configured schedule, and its other settings too if it is the configured one."""
     own = config.source.model_dump()
     shared = {k: v for k, v in own.items() if k in SourceMethod.model_fields}
     settings = {**(own if kind == own["kind"] else shared), **(more or {}), "kind": kind, "seed": seed}
-    settings["steps"] = config.bench.quick_steps if quick else config.source.steps
     method = method_config("source", kind).model_validate(settings)
     model = config.model.model_copy(update={"tail": config.model.tail.model_copy(update={"head": head})})
     return Job(method, model, (*sources, *config.bench.added_domains), targets)

@@ -70,7 +70,7 @@ def test_a_figure_that_was_not_measured_does_not_hold() -> None:
     assert made["ray_over_plain_loop"].holds and made["resident_gib_100000"].holds
     assert not made["adapt_step_over_forward"].holds
     assert made["resume_seconds"].measured is None and not made["resume_seconds"].holds
-    assert len(made) == 13
+    assert len(made) == 14
 
 
 def test_registered_sites_are_counted_with_what_drives_them(ground) -> None:
