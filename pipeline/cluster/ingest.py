@@ -219,7 +219,8 @@ def assemble(
             numbers = columns["segment"]
             for number in np.unique(numbers).tolist():
                 at, k = owner[number]
-                segment = gathered[at][k]
+                if at in stored or (segment := gathered[at][k]).complete:
+                    continue  # rows of a segment that failed after them
                 segment.add({name: column[numbers == number] for name, column in columns.items()})
                 if segment.complete:
                     arrived += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +251,25 @@ def test_a_task_asks_for_its_share_of_a_gpu() -> None:
     assert ingest.resources(plain) == (1, 0)
     shared = load(None, ["cluster.address=auto", "cluster.ingest_gpus=0.25"]).cluster
     assert ingest.resources(shared) == (1, 0.25)
+
+
+def test_rows_that_arrive_after_their_segment_failed_change_nothing(fleet: Fleet) -> None:
+    for site, n in (("door", 1), ("gate", 2)):
+        for k in range(n):
+            segment(fleet.captures / f"{site}/segment-{k}.parquet", f"{k}-a", f"{k}-b")
+    found = fleet.find()
+    fleet.ledger.streams.register({s: {} for s in found.sites}, now=now())
+    checkpoints = [str(fleet.config.place("models", "m"))]
+    first, *others = ingest.featurised_here(fleet.config, found.new, checkpoints)
+    broken = {name: column[:1].copy() for name, column in first.items()}
+    broken["head"][0], broken["present"][0] = json.dumps({"error": "disk"}), 0
+    done = ingest.assemble(fleet.config, found.new, [broken, first, *others, first], checkpoints)
+    assert [(d["site"], d["name"], d["error"]) for d in done] == [
+        ("door", "segment-0.parquet", "disk"),
+        ("gate", "segment-0.parquet", ""),
+        ("gate", "segment-1.parquet", ""),
+    ]
+    assert collect(found.new, done, {}).failed == (("door", "segment-0.parquet: disk"),)
 
 
 @pytest.mark.cluster
