@@ -168,7 +168,7 @@ def test_a_cycle_on_three_nodes_of_which_some_die(nodes, tmp_path):
     there.close()
     features = Path(crowd.d.config.ledger.artifacts) / "features"
     _until(lambda: any(features.rglob("[0-9]*.parquet")))
-    first = next(raylet for raylet in nodes.alive if nodes.named(raylet, "_ingest_batch"))
+    first = next(raylet for raylet in nodes.alive if nodes.named(raylet, "decode_batch"))
     nodes.kill(first)
     assert not crowd.ledger.streams.segment_names(), "it died in the middle of ingest"
     nodes.add()
