@@ -134,8 +134,8 @@ def det_curves(runs: Runs, target: str) -> list[tuple[str, DetCurve]]:
 
     def curve(r: Result) -> DetCurve:
         logit, label = r.scores("test")
-        far, frr = metrics.det_curve(logit, label)[:2]
-        return DetCurve(far, frr, metrics.far_frr(logit, label, r.threshold()))
+        whole = metrics.det_curve(logit, label)
+        return DetCurve(whole.far, whole.frr, metrics.far_frr(logit, label, r.threshold()))
 
     return [(method, curve(per[target][0])) for method, per in runs.items()]
 

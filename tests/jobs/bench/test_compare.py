@@ -191,3 +191,25 @@ def test_nothing_measured_is_nothing_shown() -> None:
     assert compare.complement_saves({}) is None
     assert compare.unseen_rows({}, ("rise",)) == ()
     assert compare.method_rows({"rise": {}}, "rise") == ()
+
+
+def test_the_honest_point_lies_on_the_curve_of_its_method(result: Result) -> None:
+    ((_, curve),) = compare.det_curves({"rise": {"a": [result]}}, "a")
+    assert curve.at is not None
+    apcer, bpcer = curve.at
+    on_it = np.isclose(curve.apcer, apcer) & np.isclose(curve.bpcer, bpcer)
+    assert on_it.any()
+    assert np.all(np.diff(curve.apcer) <= 0)
+    assert np.all(np.diff(curve.bpcer) >= 0)
+
+
+def test_species_contributions_and_all_sets_are_counted(result: Result) -> None:
+    rows = compare.species_rows([result])
+    assert {r.species for r in rows} == set(result.test.pai[result.test.label == 0].tolist())
+    assert [r.apcer.upper95 for r in rows] == sorted((r.apcer.upper95 for r in rows), reverse=True)
+    assert all(r.holds == (r.apcer.upper95 <= compare.CEILING) for r in rows)
+    names = list(PATTERNS)
+    added = result.test.logit[:, names.index("full"), 0] - result.test.logit[:, names.index("no-ir"), 0]
+    ir = next(c for c in compare.contributions({"a": [result]}) if c.modality == "ir")
+    assert ir.attack == pytest.approx(float(np.nanmean(added[result.test.label == 0])), rel=1e-5)
+    assert compare.species_rows([]) == compare.contributions({}) == ()
