@@ -177,7 +177,7 @@ def resumed(config: Config, terminal: Terminal) -> tuple[float, int]:
     sites = len(ledger.streams.sites())
     try:
         while driver.poll() is None and len(ledger.verdicts.outcomes()) < STARTED_SHARE * sites:
-            time.sleep(0.05)
+            time.sleep(0.01)
     finally:
         driver.kill()
         driver.wait()

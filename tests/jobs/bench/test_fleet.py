@@ -47,7 +47,9 @@ def test_a_cycle_under_ray_is_the_plain_loop_bit_for_bit(ground) -> None:
 
 def test_killed_shards_and_a_killed_driver(ground) -> None:
     fed = replace(ground, config=ground.config.model_copy(update={"site": LEARNS}))
-    seen = runs.features_of(ground.named("ray"))
+    one = ground.with_captures("seen", sites=1, captures=12)
+    runs.plain(one)
+    seen = runs.features_of(one)
     calm, killed = (fed.with_features(name, seen, sites=SITES, samples=64) for name in ("calm", "killed"))
     runs.adapted(calm, Terminal(as_json=True))
     _, count = runs.adapted(killed, Terminal(as_json=True), kill_every=2.0, most=2)
