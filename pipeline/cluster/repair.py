@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.data import DataConfig
     from pipeline.ledger import SegmentRow
-    from pipeline.models.checkpoint import SourceModel
     from pipeline.storage import Place
 
 TASK = 32  # sites in a task
@@ -83,7 +82,7 @@ def repair_site(stretch: Stretch, limits: DataConfig, checkpoint: str, features:
         model = task_model(checkpoint)
         trunk = Trunk.of(model.manifest)
         for row, refused, path in zip(stretch.segments, stretch.refused, stretch.captures, strict=True):
-            if _whole(row, model, features):
+            if _whole(row, trunk, features):
                 continue
             got = None if path is None else gather_segment(row.site, str(path), limits, [model])
             head = got.head if got else None
@@ -91,11 +90,11 @@ def repair_site(stretch: Stretch, limits: DataConfig, checkpoint: str, features:
                 return Repaired(stretch.site, tuple(restored), tuple(lost), head.error)
             if got is None or head is None or head.error or head.sha256 != row.sha256 or not head.rows:
                 end = row.base_offset + row.rows
-                delete_range(features, model.manifest.trunk_digest, row.site, start=row.base_offset, end=end)
+                delete_range(features, trunk.digest, row.site, start=row.base_offset, end=end)
                 lost += [row.name] if row.good else []
                 continue
             store_segment(row.site, row.base_offset, got, {}, [trunk], features, without=refused)
-            if not _whole(row, model, features):
+            if not _whole(row, trunk, features):
                 raise ValueError(f"{row.name}: the same capture no longer gives {row.good} samples")
             restored.append(row.name)
     except Exception as e:  # a site may fail, the fleet may not: the reason is kept and shown
@@ -110,13 +109,11 @@ def _repair_sites(
     return [repair_site(s, limits, checkpoint, features) for s in stretches]
 
 
-def _whole(row: SegmentRow, model: SourceModel, features: Place) -> bool:
+def _whole(row: SegmentRow, trunk: Trunk, features: Place) -> bool:
     """Returns whether every good sample of the segment has its features."""
-    trunk, width = model.manifest.trunk_digest, model.manifest.config.trunk.features
+    start, end = row.base_offset, row.base_offset + row.rows
     try:
-        block = read_features(
-            features, trunk, row.site, start=row.base_offset, end=row.base_offset + row.rows, features=width
-        )
+        block = read_features(features, trunk.digest, row.site, start=start, end=end, features=trunk.features)
     except BadBlob:
         return False
     return len(block) == row.good

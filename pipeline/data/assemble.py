@@ -151,20 +151,16 @@ def store_segment(
     oldest = max(0, base - REPEAT_WINDOW)
     repeats = {s: at for s, at in earlier.items() if at >= oldest}
     bad = [BadRow(*b) for b in got.head.bad]
-    order = np.argsort(np.concatenate([p["row"] for p in got.parts])) if got.parts else np.zeros(0, int)
-    columns = {
-        n: np.concatenate([p[n] for p in got.parts])[order] for n in (got.parts[0] if got.parts else ())
-    }
-    if columns:
-        kept, worse = _kept(columns, repeats, without, len(trunks))
-        bad += worse
-        columns = {name: column[kept] for name, column in columns.items()}
+    order = np.argsort(np.concatenate([p["row"] for p in got.parts]))  # a head came with a part
+    columns = {n: np.concatenate([p[n] for p in got.parts])[order] for n in got.parts[0]}
+    kept, worse = _kept(columns, repeats, without, len(trunks))
+    bad += worse
+    columns = {name: column[kept] for name, column in columns.items()}
     for k, trunk in enumerate(trunks):
         delete_range(features, trunk.digest, site, start=base, end=base + got.head.rows)
-        if columns and len(columns["row"]):
+        if len(columns["row"]):
             write_features(features, trunk.digest, site, _block(columns, base, columns[f"z{k}"]))
-    if columns:
-        earlier.update(zip(columns["sample_id"].tolist(), (base + columns["row"].astype(np.int64)).tolist()))
+    earlier.update(zip(columns["sample_id"].tolist(), (base + columns["row"].astype(np.int64)).tolist()))
     return sorted(bad, key=lambda b: b.row)
 
 

@@ -39,6 +39,11 @@ def augment(frames: Tensor, generator: Generator) -> Tensor:
     return seen
 
 
+def augment_bytes(frames: Tensor, generator: Generator) -> Tensor:
+    """Returns augmented frames uint8 [B, 5, H, W] of such frames."""
+    return augment(frames.float() / 255, generator).mul_(255).round_().to(torch.uint8)
+
+
 def change_geometry(frames: Tensor, generator: Generator) -> Tensor:
     """Flips, scales, stretches, rotates and shifts: another crop, the same for all modalities.
 

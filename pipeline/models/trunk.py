@@ -51,15 +51,19 @@ def build_trunk(config: TrunkConfig, size: int, *, architecture: Architecture | 
 def prepare(frames: Tensor) -> Tensor:
     """Normalises uint8 frames [B, 5, H, W] to mean 0 and about unit spread, per frame and modality.
 
+    A stem's stored maps float16 [B, M, C, h, w] were made from such frames and only become float32.
+
     Black pixels (no return, removed background, borders) are left out of the statistics and stay 0. Otherwise
     a data set that removes its background would look darker than the others, and its scores would shift.
     """
+    if frames.dtype == torch.float16:
+        return frames.float()
     x = frames.float() / 255
     return torch.cat([_standardised(x[:, begin:end]) for begin, end in CHANNELS], dim=1)
 
 
 def features(trunk: Trunk, frames: Tensor, present: Tensor, *, batch: int = 256) -> Tensor:
-    """Returns the features z [N, M, F] of uint8 frames [N, 5, H, W] at inference, in slices of ``batch``."""
+    """Returns the features z [N, M, F] at inference, in slices of ``batch``; ``frames`` as in ``prepare``."""
     trunk.eval()
     device, batch = next(trunk.parameters()).device, min(batch, trunk.slice)
     with torch.no_grad():

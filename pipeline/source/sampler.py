@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.data.augment import augment
+from pipeline.data.augment import augment_bytes
 from pipeline.data.features import mask_to_bool
 from pipeline.models.trunk import prepare
 from pipeline.source.contract import Batch
@@ -108,7 +108,7 @@ def draw(
     frames = torch.from_numpy(np.concatenate([pick(corpora[c.domain], rows, random) for c, rows in picked]))
     bits = np.concatenate([np.asarray(corpora[c.domain].present)[rows] for c, rows in picked])
     if method.augment and not mapped:
-        frames = augment(frames.float() / 255, generator).mul_(255).round_().to(torch.uint8)
+        frames = augment_bytes(frames, generator)
     label = torch.tensor([c.label for c, rows in picked for _ in rows])
     domain = torch.tensor([c.domain for c, rows in picked for _ in rows])
     return Draw(frames, torch.from_numpy(mask_to_bool(bits)), label, domain)
@@ -128,9 +128,10 @@ def make_batch(method: SourceMethod, drawn: Draw, *, step: int, rank: int) -> tu
     """Returns ``drawn`` prepared for the trunk, and the generator for the method's own draws."""
     random = np.random.default_rng([method.seed, step, rank, 1])
     generator = torch.Generator().manual_seed(int(random.integers(2**62)))
-    ready = drawn.frames.float() if drawn.frames.dtype == torch.float16 else prepare(drawn.frames)
     progress = step / method.steps
-    return Batch(ready, drawn.present, drawn.label, drawn.domain, progress, method.smoothing), generator
+    return Batch(
+        prepare(drawn.frames), drawn.present, drawn.label, drawn.domain, progress, method.smoothing
+    ), generator
 
 
 def prefetch(draws: Callable[[int], Draw], steps: Iterable[int]) -> Iterator[tuple[int, Draw]]:

@@ -1,9 +1,9 @@
 """Keeps what a trunk's frozen stem makes of a corpus, so that no fit computes it again.
 
 The maps lie beside the corpora, in a folder named by everything that they depend on: the corpus' rows, the
-stem's tensors, the frame side and the augmentation. A part is a file: the plain maps of a validation or test
-split, or one augmented view of the train split. Files appear whole, so what was interrupted goes on with the
-part that is missing. All methods, seeds and folds read the same files.
+stem's pinned weights, the frame side and the augmentation. A part is a file: the plain maps of a validation
+or test split, or one augmented view of the train split. Files appear whole, so what was interrupted goes on
+with the part that is missing. All methods, seeds and folds read the same files.
 
 Maps are float16. Augmented views are computed in bfloat16 where the processor multiplies it; plain maps in
 float32, because thresholds come from them.
@@ -27,6 +27,7 @@ from pipeline.models import MobileConfig
 from pipeline.models.trunk import build_trunk, features, prepare
 from pipeline.models.trunks.contract import MODALITIES
 from pipeline.models.trunks.mobile import STEM_CHANNELS, STRIDE, MobileTrunk
+from pipeline.models.trunks.pretrained import SHA256
 from pipeline.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -61,18 +62,14 @@ def parts(
 ) -> list[Part]:
     """Returns the files for fits on a trunk of ``config`` that draw ``draws`` samples from each corpus.
 
-    None if the trunk has no stem.
-
-    None as well if they are larger than ``most`` bytes together: every step then computes its own maps.
+    There are none for a trunk without a stem, nor where they would be larger than ``most`` bytes together:
+    every step then computes its own maps.
     """
     if not isinstance(config, MobileConfig):
         return []
-    digest = _stem_digest(_stem(config))
     manifests = [read_manifest(path) for path in corpora]
     wanted = [
-        part
-        for path, m in zip(corpora, manifests, strict=True)
-        for part in _parts(path, m, digest, splits, draws)
+        part for path, m in zip(corpora, manifests, strict=True) for part in _parts(path, m, splits, draws)
     ]
     sides = {m.size // STRIDE for m in manifests}
     each = 2 * MODALITIES * STEM_CHANNELS * max(sides) ** 2
@@ -97,10 +94,7 @@ def make(part: Part, config: MobileConfig) -> None:
     fast = part.view > 0 and torch.cpu.get_capabilities().get("avx512_bf16", False)
     maps: list[np.ndarray] = []
     for chunk in torch.from_numpy(corpus.frame).split(CHUNK):
-        frames = chunk
-        if part.view:
-            seen = augment.augment(chunk.float() / 255, generator)
-            frames = seen.mul_(255).round_().to(torch.uint8)
+        frames = augment.augment_bytes(chunk, generator) if part.view else chunk
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(fast)):
             pieces = [trunk.stem(prepare(f)) for f in frames.split(trunk.slice)]
         maps.append(torch.cat(pieces).half().numpy())
@@ -150,11 +144,8 @@ def features_of(trunk: Trunk, corpus: Corpus, rows: np.ndarray) -> tuple[Tensor,
     split = str(corpus.split[rows[0]]) if len(rows) else ""
     if split == "train" or split not in corpus.maps:
         return features(trunk, torch.from_numpy(corpus.frame[rows]), present), present
-    maps = torch.from_numpy(corpus.maps[split][0][within(corpus, split, rows)])
-    trunk.eval()
-    with torch.no_grad():
-        pairs = zip(maps.split(trunk.slice), present.split(trunk.slice), strict=True)
-        return torch.cat([trunk(m.float(), p) for m, p in pairs]), present
+    maps = corpus.maps[split][0][within(corpus, split, rows)]
+    return features(trunk, torch.from_numpy(maps), present), present
 
 
 def within(corpus: Corpus, split: str, rows: np.ndarray) -> np.ndarray:
@@ -162,9 +153,9 @@ def within(corpus: Corpus, split: str, rows: np.ndarray) -> np.ndarray:
     return rows - int(np.argmax(np.asarray(corpus.split) == split))
 
 
-def _parts(path: Path, m: CorpusManifest, stem: str, splits: Sequence[str], draws: int) -> list[Part]:
+def _parts(path: Path, m: CorpusManifest, splits: Sequence[str], draws: int) -> list[Part]:
     code = hashlib.sha256(Path(augment.__file__).read_bytes()).hexdigest()
-    key = hashlib.sha256(f"{VERSION} {m.digest} {m.size} {stem} {code}".encode()).hexdigest()[:20]
+    key = hashlib.sha256(f"{VERSION} {m.digest} {m.size} {SHA256} {code}".encode()).hexdigest()[:20]
     folder, wanted = path.resolve().parent / FOLDER / f"{m.domain}-{key}", list[Part]()
     for split in (s for s in splits if m.rows.get(s)):
         views = range(1, _views(m.rows[split], draws) + 1) if split == "train" else range(1)
@@ -180,8 +171,3 @@ def _stem(config: MobileConfig) -> MobileTrunk:
     trunk = build_trunk(config, 0)
     assert isinstance(trunk, MobileTrunk)
     return trunk.eval()
-
-
-def _stem_digest(trunk: MobileTrunk) -> str:
-    stem = {n: t for n, t in trunk.state_dict().items() if n.startswith("stem")}
-    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in stem.values())).hexdigest()

@@ -18,7 +18,7 @@ from jobs.bench.parts import load
 from jobs.bench.report import conclude, context, glossary, notes
 from jobs.bench.source import compare, page
 from jobs.bench.source.fits import Job, Result, degenerate, run
-from jobs.bench.source.page import ABLATED, BASELINE, OURS
+from jobs.bench.source.page import ABLATED, ABLATION, BASELINE, OURS
 from jobs.import_corpus import import_into
 from jobs.pretrain import pretrained
 from pipeline.cluster import connected
@@ -41,15 +41,6 @@ if TYPE_CHECKING:
     from pipeline.source.contract import SourceMethod
 
 LIMITED = ("CW->PS", "PS->CW")  # the published two; other domains: the first two choices
-ABLATION: dict[str, tuple[str, dict[str, object]]] = {  # row of the ablation -> head, settings of rise
-    "whole": ("radial", {}),
-    "plane instead of a sphere": ("linear", {}),
-    "without invariance": ("radial", {"invariance": "none"}),
-    "without angle": ("radial", {"angle": 0.0}),
-    "without MMSD": ("radial", {"synergy": 0.0}),
-    "without complement": ("radial", {"complement": 0.0}),
-    "without margin and compactness": ("radial", {"margin": 0.0, "compact": 0.0}),
-}
 CLOSEST = 2  # baselines beside erm that get every seed, by their first
 
 
