@@ -109,5 +109,5 @@ def _show(terminal: Terminal, model: SourceModel, row: SourceRow, *, champion: b
             "metrics": m.metrics,
         },
         table(title, ["source validation", "%"], rows),
-        f"threshold {m.threshold:.4f} at the source-validation EER; model in {row.path}",
+        f"threshold {m.threshold:.4f} from source validation; model in {row.path}",
     )

@@ -16,7 +16,7 @@ class Manifest(Section):
     format: int = FORMAT
     config: ModelConfig
     size: int  # frame side, pixels
-    threshold: float  # of the fused score, at the EER of the pooled source validation
+    threshold: float  # of the fused score, from source validation
     method: str  # source.kind
     domains: tuple[str, ...] = ()
     data: dict[str, str] = Field(default={})  # domain → digest of its corpus

@@ -26,21 +26,22 @@ if TYPE_CHECKING:
 REPLAY = 64  # labelled source features that travel with the model
 
 
-def equal_error_boundaries(
-    tail: Params, z: Tensor, present: Tensor, label: np.ndarray, *, substitute: bool = True
+def transfer_boundaries(
+    tail: Params, z: Tensor, present: Tensor, label: np.ndarray, domain: np.ndarray
 ) -> Params:
-    """log_rho [V] and pattern [2^M] at which validation errors are equal: 0.5 then means the same for every
-    head, and for the fused head whatever sensors are left. A head or pattern without both classes stays as it
-    is."""
+    """Returns log_rho [V] and pattern [2^M] at the threshold of ``metrics.transfer_threshold``.
+
+    0.5 then means the same for every head, and for the fused head whatever sensors are left. A head or
+    pattern without both classes stays as it is.
+    """
     log_rho, pattern = tail["log_rho"].clone(), torch.zeros_like(tail["pattern"])
 
     def boundary(head: int, shown: Tensor, seen: Tensor) -> float | None:
         rows = seen.numpy()
         if len(set(label[rows].tolist())) < 2:
             return None
-        r = tails.forward(tail, z[seen], shown[seen], substitute=substitute).radius[:, head].double().numpy()
-        at = -metrics.eer_threshold(-r, label[rows])
-        return at if "linear" in tail else math.log(max(at, tails.MIN_RADIUS))
+        radius = tails.forward(tail, z[seen], shown[seen]).radius[:, head]
+        return _boundary(tail, radius.double().numpy(), label[rows], domain[rows])
 
     for v in range(tails.HEADS):
         seen = torch.ones(len(label), dtype=torch.bool) if v == tails.FUSED else present[:, v]
@@ -53,6 +54,12 @@ def equal_error_boundaries(
     return {"log_rho": log_rho, "pattern": pattern}
 
 
+def _boundary(tail: Params, radius: np.ndarray, label: np.ndarray, domain: np.ndarray) -> float:
+    """Returns the log radius (linear heads: the coordinate) that is the threshold of these radii [N]."""
+    at = -metrics.transfer_threshold(-tails.KAPPA * radius, label, domain) / tails.KAPPA
+    return at if "linear" in tail else math.log(max(at, tails.MIN_RADIUS))
+
+
 def validation_reference(
     tail: Params, z: Tensor, present: Tensor, label: np.ndarray, domain: np.ndarray
 ) -> Params:
@@ -60,7 +67,7 @@ def validation_reference(
 
     reference.logit [2^M, 2, QUANTILES]: quantiles of the fused logit of attacks (0) and bona fide (1) for
     every set of present modalities; where a set cannot be shown, those of all modalities. reference.boundary
-    [E]: the fused log radius at which each domain's own errors are equal.
+    [E]: the fused log radius at each domain's own threshold.
     """
     levels = np.linspace(0, 1, tails.QUANTILES)
     everything = 2**tails.MODALITIES - 1
@@ -78,10 +85,9 @@ def validation_reference(
             logit[left, y] = torch.from_numpy(np.quantile(fused[label[seen] == y], levels)).float()
         if left == everything:
             for e in np.unique(domain[seen]):
-                of_domain = domain[seen] == e
-                if len(set(label[seen][of_domain].tolist())) == 2:
-                    at = -metrics.eer_threshold(-radius[of_domain], label[seen][of_domain])
-                    boundaries.append(at if "linear" in tail else math.log(max(at, tails.MIN_RADIUS)))
+                own = seen & (domain == e)
+                if len(set(label[own].tolist())) == 2:
+                    boundaries.append(_boundary(tail, radius[own[seen]], label[own], domain[own]))
     return {"reference.logit": logit, "reference.boundary": torch.tensor(boundaries)}
 
 

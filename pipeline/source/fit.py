@@ -19,8 +19,8 @@ from pipeline.models import tail as tails
 from pipeline.models.checkpoint import Manifest, SourceModel, seal
 from pipeline.models.trunk import build_trunk, fold
 from pipeline.source.calibrate import (
-    equal_error_boundaries,
     replay_samples,
+    transfer_boundaries,
     validation_features,
     validation_reference,
 )
@@ -256,11 +256,11 @@ def restore(state: Fit, folder: Path) -> None:
 
 
 def finish(state: Fit, corpora: Sequence[Corpus]) -> SourceModel:
-    """Folds the trunk, sets boundaries and threshold at the EER of the validation, and seals the model."""
+    """Folds the trunk, sets boundaries and threshold from the validation, and seals the model."""
     task, objective = state.task, state.objective
     trunk, tail = fold(objective.trunk).cpu(), objective.final_tail()
     domain, label, z, present = validation_features(trunk, corpora)
-    tail |= equal_error_boundaries(tail, z, present, label)
+    tail |= transfer_boundaries(tail, z, present, label, domain)
     tail |= validation_reference(tail, z, present, label, domain)
     manifest = Manifest(
         config=task.model,
@@ -275,8 +275,9 @@ def finish(state: Fit, corpora: Sequence[Corpus]) -> SourceModel:
         architecture=objective.trunk.architecture(),
     )
     tail |= replay_samples(trunk, corpora)
-    score = tails.score(tail, z, present).numpy()
-    threshold = metrics.eer_threshold(score, label)
+    logit = tails.forward(tail, z, present).logit[:, tails.FUSED]
+    score = torch.sigmoid(logit).numpy()
+    threshold = 1 / (1 + math.exp(-metrics.transfer_threshold(logit.numpy(), label, domain)))
     names = [c.domain for c in corpora]
     figures = {
         f"val_hter_{names[e]}": metrics.hter(score[domain == e], label[domain == e], threshold)

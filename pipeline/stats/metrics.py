@@ -33,6 +33,7 @@ BONA_FIDE = 1
 OTHER = "other"  # name of the species that were merged
 HARM = 0.01  # a site is harmed where its HTER (or worst APCER) rises by more than this
 MIN_SPECIES = 30  # presentations; a species with fewer says little, so such species are merged and listed
+SPREAD = 1.0  # logits; how far the scores of another site lie off, when a threshold is chosen for it
 ABOVE_TOP = 1e-6  # a threshold this far above the top score rejects it in float32 too
 
 
@@ -260,6 +261,37 @@ def eer_threshold(score: ArrayLike, label: ArrayLike) -> float:
     curve = det_curve(score, label)
     i, t = _eer_index(curve), curve.threshold
     return _midpoint(float(t[i - 1]), float(t[i])) if 0 < i < len(t) - 1 else float(t[i])
+
+
+def transfer_threshold(logit: ArrayLike, label: ArrayLike, domain: Names, *, spread: float = SPREAD) -> float:
+    """Returns the threshold that is expected to give the smallest HTER on a domain that is not among these.
+
+    Each domain counts the same, and each logit counts as a normal distribution of deviation ``spread``
+    around it (a kernel estimate of the rates), because on another domain the scores lie elsewhere: where a
+    few samples decide the EER threshold of pooled scores, the tails of all of them decide this one. Where a
+    whole range is equally good, its middle. Raises MetricError as ``det_curve`` does.
+    """
+    from scipy.special import ndtr  # pyright: ignore  # here: too slow for readers of the configuration
+
+    curve = det_curve(logit, label)
+    s, y = _check(logit, label)
+    names = np.asarray(domain)
+    if names.shape != y.shape:
+        raise MetricError(f"domain: {names.shape[0]} names for {y.shape[0]} labels; one per sample is needed")
+    cells = [[s[(y == c) & (names == d)] for d in np.unique(names[y == c])] for c in (BONA_FIDE, 0)]
+
+    def best(tried: Floats) -> tuple[float, float]:
+        """Returns the middle of the best of ``tried``, and their distance."""
+        real, attack = (
+            np.mean([ndtr((tried[:, None] - of[None]) / spread).mean(axis=1) for of in cell], axis=0)
+            for cell in cells
+        )
+        error = (real + 1 - attack) / 2
+        return float(np.mean(tried[error <= error.min() + 1e-9])), float(tried[1] - tried[0])
+
+    low, high = float(curve.threshold[0]), float(curve.threshold[-1])
+    middle, step = best(np.linspace(low, high, 257))
+    return best(np.linspace(middle - step, middle + step, 129))[0]
 
 
 def eer(score: ArrayLike, label: ArrayLike) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import beta
+from scipy.stats import beta, norm
 from sklearn.metrics import balanced_accuracy_score, det_curve, roc_auc_score, roc_curve
 
 from pipeline.stats import metrics
@@ -52,6 +52,36 @@ def test_eer_threshold_balances_the_errors_best(data):
         assert metrics.far_frr(score.astype(np.float32), label, t) == (far, frr)
     else:  # no lower score to keep away from: the threshold is the score itself and accepts everything
         assert (t, far, frr) == (score[0], 1, 0)
+
+
+def smoothed_hter(logit, label, domain, at, spread):
+    def accepted(of):
+        each = [norm.sf(at, loc=logit[of & (domain == d)], scale=spread).mean() for d in set(domain[of])]
+        return np.mean(each)
+
+    return (accepted(label == 0) + 1 - accepted(label == 1)) / 2
+
+
+@given(scored(), st.integers(1, 3), st.sampled_from([0.1, 0.5, 2.0]), st.randoms(use_true_random=False))
+def test_transfer_threshold_is_the_best_for_domains_whose_scores_lie_elsewhere(data, domains, spread, random):
+    logit, label = 6 * data[0] - 3, data[1]
+    domain = np.array([random.randrange(domains) for _ in label])
+    t = metrics.transfer_threshold(logit, label, domain, spread=spread)
+    ours = smoothed_hter(logit, label, domain, t, spread)
+    grid = np.linspace(logit.min(), logit.max(), 101)
+    assert ours <= min(smoothed_hter(logit, label, domain, at, spread) for at in grid) + 1e-3
+    shifted = metrics.transfer_threshold(logit + 5, label, domain, spread=spread)
+    assert shifted == pytest.approx(t + 5, abs=1e-6)
+    twice = np.concatenate([np.arange(len(label)), np.flatnonzero(domain == domain[0])])  # it weighs no more
+    again = metrics.transfer_threshold(logit[twice], label[twice], domain[twice], spread=spread)
+    assert again == pytest.approx(t)
+
+
+def test_transfer_threshold_lies_in_the_middle_of_a_gap():
+    logit, label = np.array([-9.0, -8.0, 8.0, 9.0]), np.array([0, 0, 1, 1])
+    assert metrics.transfer_threshold(logit, label, ["a"] * 4) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(metrics.MetricError, match="one per sample"):
+        metrics.transfer_threshold(logit, label, ["a"])
 
 
 @given(scored(), st.sampled_from([0.0, 0.01, 0.05, 0.1, 0.5, 1.0]))

@@ -15,11 +15,13 @@ from pipeline.cluster.tasks import Failed, run_tasks
 from pipeline.data.corpus import read_corpus, read_manifest
 from pipeline.models import checkpoint
 from pipeline.source import fit as fits
-from pipeline.source.calibrate import equal_error_boundaries
+from pipeline.source.calibrate import transfer_boundaries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    import numpy as np
 
     from jobs.bench.site.online import Course, Stream
     from pipeline.site.contract import Params, SiteMethod
@@ -94,7 +96,7 @@ def run_methods(
     return {job: load(path, dict[str, online.Course]) for job, path in paths.items() if path.exists()}
 
 
-def filled(tail: Params, fill: str, v: Stream) -> Params:
+def filled(tail: Params, fill: str, v: Stream, domain: np.ndarray) -> Params:
     """Returns ``tail`` with another stand-in for a missing modality, boundaries set anew on ``v``."""
     z, present = v.features.z, v.features.present
     if fill == FILLS[-1]:
@@ -104,7 +106,7 @@ def filled(tail: Params, fill: str, v: Stream) -> Params:
         changed["fill"] = torch.zeros_like(z[0])
     elif fill == "mean-fill":
         changed["fill"] = (z * present[..., None]).sum(0) / present.sum(0)[:, None].clamp(min=1)
-    changed |= equal_error_boundaries(changed, z, present, v.label)
+    changed |= transfer_boundaries(changed, z, present, v.label, domain)
     return {**changed, "pattern": torch.zeros_like(changed["pattern"])} if fill == "zero-fill" else changed
 
 
@@ -135,7 +137,7 @@ def _adapt(job: MethodJob, ground: Ground, source: Source, path: Path) -> None:
     if path.exists():
         return
     p = load(source.streams, Prepared)
-    tail = filled(checkpoint.load(source.model).tail, job.fill, p.validation)
+    tail = filled(checkpoint.load(source.model).tail, job.fill, p.validation, p.domain)
     chosen = {name: s for name, s in p.streams.items() if not job.only or name in job.only}
     facts = {"batch": ground.batch, "threshold": p.threshold}
     save(path, online.run(job.method, tail, chosen, p.probes, source=p.validation, **facts))

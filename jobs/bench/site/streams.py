@@ -70,6 +70,7 @@ class Prepared(NamedTuple):
     streams: dict[str, Stream]
     probes: dict[str, Stream]
     validation: Stream
+    domain: np.ndarray  # of each validation sample
     threshold: float
 
 
@@ -78,7 +79,7 @@ def prepare(job: SourceJob, ground: Ground, model_path: Path, rival_path: Path, 
     torch.set_num_threads(1)
     model = checkpoint.load(model_path)
     validated = [read_corpus(ground.corpora[d], ("val",)) for d in job.domains]
-    _, label, z, present = validation_features(model.trunk, validated)
+    domain, label, z, present = validation_features(model.trunk, validated)
     bits, pai = (
         tails.pattern_index(present).numpy().astype(np.uint8),
         np.where(label == 1, "bona_fide", "attack"),
@@ -98,7 +99,7 @@ def prepare(job: SourceJob, ground: Ground, model_path: Path, rival_path: Path, 
         for name in np.unique(rigs[rigs != ""]):
             rows = np.flatnonzero(rigs == name)
             probes[str(name)] = _of_corpus(pool, rows, every[rows], np.arange(len(rows)))
-    save(out, Prepared(streams, probes, validation, model.manifest.threshold))
+    save(out, Prepared(streams, probes, validation, domain, model.manifest.threshold))
 
 
 def _stream(

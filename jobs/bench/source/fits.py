@@ -69,17 +69,21 @@ class Result:
     seconds: float  # wall time of the fit
 
     def threshold(self, pattern: str = "full", fill: str = "complement") -> float:
-        """Returns the logit at the equal error rate of source validation, same pattern and fill."""
-        return metrics.eer_threshold(*self.scores("dev", pattern, fill))
+        """Returns the threshold on the logit that source validation gives, same pattern and fill."""
+        logit, label, domain = self._scored(self.dev, pattern, fill)
+        return metrics.transfer_threshold(logit, label, domain)
 
     def scores(
         self, split: str, pattern: str = "full", fill: str = "complement"
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns (logit, label) of ``dev`` or ``test`` where any modality is left."""
-        s = self.dev if split == "dev" else self.test
-        logit = s.logit[:, list(PATTERNS).index(pattern), FILLS.index(fill)]
+        return self._scored(self.dev if split == "dev" else self.test, pattern, fill)[:2]
+
+    @staticmethod
+    def _scored(split: Split, pattern: str, fill: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        logit = split.logit[:, list(PATTERNS).index(pattern), FILLS.index(fill)]
         kept = np.isfinite(logit)
-        return logit[kept], s.label[kept]
+        return logit[kept], split.label[kept], split.domain[kept]
 
 
 def run(

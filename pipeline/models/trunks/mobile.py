@@ -76,7 +76,7 @@ class MobileTrunk(Trunk):
 
     def _stem(self, x: Tensor) -> Tensor:
         rgb = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        return self.stem_blocks(F.relu6(self.stem_first(rgb)))
+        return self.stem_blocks(_clipped(self.stem_first(rgb)))
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
         """Takes blocks 0 to 13 of torchvision's MobileNetV2, the middle once per modality."""
@@ -100,9 +100,9 @@ class Inverted(nn.Module):
         self.residual = stride == 1 and inside == outside
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.expand is None else F.relu6(self.expand(x))
-        y = self.reduce(F.relu6(self.depthwise(y)))
-        return x + y if self.residual else y
+        y = x if self.expand is None else _clipped(self.expand(x))
+        y = self.reduce(_clipped(self.depthwise(y)))
+        return y.add_(x) if self.residual else y
 
     def load(self, state: Mapping[str, Tensor], prefix: str) -> None:
         """Takes the tensors below ``prefix``, by torchvision's numbers."""
@@ -112,6 +112,11 @@ class Inverted(nn.Module):
             at = 1
         _merge(self.depthwise, state, f"{prefix}.{at}.0", f"{prefix}.{at}.1")
         _merge(self.reduce, state, f"{prefix}.{at + 1}", f"{prefix}.{at + 2}")
+
+
+def _clipped(x: Tensor) -> Tensor:
+    """Returns relu6 of ``x``, written over it: a second tensor of its size costs more than the arithmetic."""
+    return F.hardtanh(x, 0.0, 6.0, inplace=True)
 
 
 def _merge(conv: nn.Conv2d, state: Mapping[str, Tensor], weight: str, norm: str) -> None:

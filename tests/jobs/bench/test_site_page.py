@@ -76,7 +76,7 @@ def results() -> Results:
         source = method_config("source", "erm").model_validate({"kind": "erm", "seed": seed})
         job = SourceJob("all", source, ModelConfig(), ("A", "B"), None)
         streams = {n: stream(n, seed) for n in names}
-        prepared[job] = Prepared(streams, {}, streams["lobby-a"], 0.5)
+        prepared[job] = Prepared(streams, {}, streams["lobby-a"], np.zeros(0, int), 0.5)
 
         def add(
             table: str, row: str, more: float, of: list[str], job=job, streams=streams, seed=seed
