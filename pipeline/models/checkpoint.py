@@ -199,6 +199,9 @@ def _checked_tail(path: Place, tensors: Mapping[str, Tensor], manifest: Manifest
     logit = reference.get("reference.logit")
     if logit is not None and logit.shape != (2**tails.MODALITIES, 2, tails.QUANTILES):
         raise BadCheckpoint(f"{path / WEIGHTS}: reference.logit has shape {tuple(logit.shape)}; train again")
+    pool = reference.get("reference.pool")
+    if pool is not None and (pool.shape != () or not 0 <= float(pool) <= 1):
+        raise BadCheckpoint(f"{path / WEIGHTS}: reference.pool is no share; train again")
     return {**tail, **memory, **reference}
 
 

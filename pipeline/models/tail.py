@@ -36,8 +36,10 @@ MOVABLE = (*ADAPTER, "gate", "log_rho", "pattern")  # the tensors that a site ma
 LEARNED = MOVABLE[:-1]  # by gradients; ``pattern`` follows counts of scores
 # Labelled source features that a trained tail carries along; they are no parameters.
 REPLAY = ("replay.z", "replay.present", "replay.label")
-# Statistics of the source model's scores on validation; see ``pipeline.source.calibrate``.
-REFERENCE = ("reference.logit", "reference.boundary")
+# What a trained tail has besides: statistics of its scores on validation (``pipeline.source.calibrate``), and
+# how much the modalities' own heads say in the fused score.
+REFERENCE = ("reference.logit", "reference.boundary", "reference.pool")
+POOL = MODALITIES / HEADS  # reference.pool: with everything there, every head says the same
 QUANTILES = 33  # number of quantiles in reference.logit, from the lowest to the highest logit
 # Tensors without weight decay: decay would shrink every radius, or move the adapter from the identity.
 NO_DECAY = ("fuse.out", "head.out", "log_rho", "gate", "synergy_gain", *ADAPTER)
@@ -120,6 +122,8 @@ def forward(params: Params, z: Tensor, present: Tensor, *, substitute: bool = Tr
         completed = completed._replace(z=torch.where(present[..., None], completed.z, 0.0))
     intrinsic, synergy = split(params, completed.z)
     hidden, radius = radii(params, intrinsic, synergy)
+    if "reference.pool" in params:
+        radius = pooled(params["reference.pool"], radius, present)
     return TailOutput(
         logit(params, radius, present), radius, hidden, intrinsic, synergy, completed.complement
     )
@@ -187,6 +191,17 @@ def radii(params: Params, intrinsic: Tensor, synergy: Tensor) -> tuple[Tensor, T
     )
     every = torch.cat([single, hidden[..., None, :]], dim=-2)
     return hidden, -(every * params["linear"]).sum(dim=-1) if "linear" in params else norm(every)
+
+
+def pooled(share: Tensor, radius: Tensor, present: Tensor) -> Tensor:
+    """Returns the radii [B, V] with a mean for the fused head's: ``share`` [] of it from present modalities.
+
+    The heads learned apart and err apart. It is done after training: heads that learn together agree more.
+    """
+    there = present.to(radius.dtype)
+    own = (radius[..., :FUSED] * there).sum(dim=-1) / there.sum(dim=-1).clamp(min=1)
+    fused = (1 - share) * radius[..., FUSED] + share * own
+    return torch.cat([radius[..., :FUSED], fused[..., None]], dim=-1)
 
 
 def logit(params: Params, radius: Tensor, present: Tensor) -> Tensor:

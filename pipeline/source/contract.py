@@ -27,7 +27,7 @@ class SourceMethod(Method):
     Shared settings keep comparisons fair.
     """
 
-    steps: int = Field(default=300, ge=1, description="optimizer steps")
+    steps: int = Field(default=200, ge=1, description="optimizer steps")
     batch: int = Field(
         default=48, ge=4, description="samples per step over all workers, equal per domain x class"
     )

@@ -260,6 +260,7 @@ def finish(state: Fit, corpora: Sequence[Corpus]) -> SourceModel:
     task, objective = state.task, state.objective
     trunk, tail = fold(objective.trunk).cpu(), objective.final_tail()
     domain, label, z, present = validation_features(trunk, corpora)
+    tail["reference.pool"] = torch.tensor(tails.POOL)
     tail |= transfer_boundaries(tail, z, present, label, domain)
     tail |= validation_reference(tail, z, present, label, domain)
     manifest = Manifest(

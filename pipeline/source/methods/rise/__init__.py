@@ -31,10 +31,10 @@ class Config(SourceMethod):
         default="pgirm", description="how the boundary becomes invariant over domains"
     )
     margin: float = Field(
-        default=0.1, ge=0, le=0.9, description="mu: bona fide inside rho - mu, attacks outside rho + mu"
+        default=0.05, ge=0, le=0.9, description="mu: bona fide inside rho - mu, attacks outside rho + mu"
     )
-    compact: float = Field(default=0.1, ge=0, description="weight of compact bona fide")
-    angle: float = Field(default=0.1, ge=0, description="weight of the contrast of directions")
+    compact: float = Field(default=0.03, ge=0, description="weight of compact bona fide")
+    angle: float = Field(default=0.03, ge=0, description="weight of the contrast of directions")
     angle_groups: Literal["domains", "attacks"] = Field(
         default="domains",
         description="what the contrast tells apart: both classes of every domain, or one bona fide of all "
@@ -43,7 +43,7 @@ class Config(SourceMethod):
     angle_modalities: float = Field(
         default=0.0, ge=0, description="weight inside angle of the same contrast for each modality alone"
     )
-    synergy: float = Field(default=0.1, ge=0, description="weight of MMSD")
+    synergy: float = Field(default=0.03, ge=0, description="weight of MMSD")
     decorrelate: float = Field(default=0.1, ge=0, description="weight of the disentanglement inside MMSD")
     complement: float = Field(default=0.3, ge=0, description="weight of predicting absent modalities")
     consistency: float = Field(
