@@ -135,7 +135,7 @@ def results() -> dict[str, object]:
     torch.backends.mkldnn.enabled = False
     torch.use_deterministic_algorithms(True)
     settings = {"steps": 12, "batch": 18, "lr": 1e-2}
-    model = fitted(rise.Config(**settings))
+    model = fitted(rise.Config(margin=0.1, compact=0.1, angle=0.1, synergy=0.1, **settings))
     plain = fitted(erm.Config(**settings))
     eager = danet.Config(
         confidence_bona_fide=0.5,
