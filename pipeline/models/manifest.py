@@ -7,7 +7,7 @@ from pydantic import Field, JsonValue
 from pipeline.models import ModelConfig
 from pipeline.types import Section
 
-FORMAT = 1
+FORMAT = 2  # 1 had no reference.pool
 
 
 class Manifest(Section):

@@ -133,7 +133,7 @@ def test_pickle_is_refused_and_never_run_even_with_agreeing_digests(saved: Path,
 
 def test_a_newer_format_is_told_from_damage(saved: Path) -> None:
     edit(saved, format=cp.FORMAT + 1, something_new=3)
-    refused(saved, "newer than 1.*upgrade")
+    refused(saved, f"newer than {cp.FORMAT}.*upgrade")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,14 @@ def test_tensors_of_another_architecture(saved: Path) -> None:
     (saved / cp.MANIFEST).write_text(json.dumps(raw))
     reseal(saved)
     refused(saved, "tail tensor")
+
+
+@pytest.mark.parametrize("pool", [torch.tensor(1.5), torch.tensor(-0.1), torch.zeros(2)])
+def test_a_pool_that_is_no_share(tmp_path: Path, pool: torch.Tensor) -> None:
+    odd = model()
+    odd.tail["reference.pool"] = pool
+    cp.save(tmp_path / "m", odd)
+    refused(tmp_path / "m", "reference.pool is no share")
 
 
 def test_a_trunk_under_a_false_address(saved: Path) -> None:

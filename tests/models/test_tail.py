@@ -12,7 +12,9 @@ F = 16
 
 
 def params(seed: int = 0) -> dict[str, torch.Tensor]:
-    return tails.init_tail(TailConfig(width=8, rank=4), F, generator=torch.Generator().manual_seed(seed))
+    """A tail as it is served: the fused score pools the heads."""
+    fresh = tails.init_tail(TailConfig(width=8, rank=4), F, generator=torch.Generator().manual_seed(seed))
+    return {**fresh, "reference.pool": torch.tensor(tails.POOL)}
 
 
 def z(count: int = 5) -> torch.Tensor:
@@ -41,6 +43,17 @@ def test_the_score_falls_with_the_radius_and_is_half_on_the_sphere() -> None:
     assert torch.allclose(torch.sigmoid(at[1]), torch.tensor(0.5))
     assert bool((at[0] > at[1]).all())
     assert bool((at[1] > at[2]).all())
+
+
+def test_every_head_that_is_there_says_the_same_in_the_served_score() -> None:
+    served, alone = params(), {k: v for k, v in params().items() if k != "reference.pool"}
+    present = patterns()
+    pooled, heads = (tails.forward(p, z(7), present).radius for p in (served, alone))
+    assert torch.equal(pooled[:, : tails.FUSED], heads[:, : tails.FUSED])
+    for row, there, got in zip(heads, present, pooled[:, tails.FUSED], strict=True):
+        own = row[: tails.FUSED][there].mean()
+        assert torch.allclose(got, 0.75 * own + 0.25 * row[tails.FUSED])
+    assert torch.allclose(pooled[-1, tails.FUSED], heads[-1].mean()), "with everything there: their mean"
 
 
 @given(bits=st.integers(1, 6), filler=st.sampled_from([0.0, 1e6, float("inf"), float("nan")]))
