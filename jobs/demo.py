@@ -40,7 +40,7 @@ PLACES = {
     "data.anchor": "anchor",
     "data.captures": "captures",
     "data.sealed": "sealed",
-    "data.redteam": "redteam",
+    "data.labels": "labels",
     "ledger.artifacts": "artifacts",
     "lineage.artifacts": "mlflow-artifacts",
 }

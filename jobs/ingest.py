@@ -14,6 +14,7 @@ from jobs.terminal import Exit, table
 from pipeline.cluster import connected, repair
 from pipeline.cluster import ingest as cluster_ingest
 from pipeline.control.deployment import ingest_sources, lease, now, open_ledger, source_model
+from pipeline.control.labels import record_labels
 from pipeline.data.segments import digest, segment_at
 from pipeline.ledger import CycleBusy, StaleGeneration
 from pipeline.storage import StoreUnavailable
@@ -43,6 +44,7 @@ class IngestSummary:
     sites: int  # with a new segment
     quarantined: int
     failed_sites: int
+    labels: int = 0
 
     def to_json(self) -> dict[str, int]:
         """Returns the counts as the ledger, MLflow and the terminal get them."""
@@ -137,6 +139,7 @@ def _ingest(
     ledger.streams.set_status(dict(ingested.failed))
     for site, reason in ingested.failed:
         terminal.say(f"warning: {site}: not ingested, the next cycle tries again: {reason}")
+    labels = record_labels(config, ledger, cycle, terminal)
     if config.data.retention == "until_ingested":
         _delete_ingested(config, listing, ingested)
     counted = [
@@ -147,7 +150,8 @@ def _ingest(
         samples=sum(s.good for s in counted),
         new_sites=len(new_sites),
         sites=len({s.site for s in counted}),
-        quarantined=len(ingested.quarantined),
+        quarantined=len(ingested.quarantined) + labels.quarantined,
+        labels=labels.labels,
         failed_sites=len(ingested.failed),
     )
     return summary, tuple(site for site, _ in ingested.failed)
@@ -265,6 +269,7 @@ def _show(
     refused = [{"site": s, "where": w, "reason": r, "count": n} for (s, w, r), n in reasons.items()]
     s = summary
     counts = f"{s.samples} samples of {s.sites} sites in {s.segments} segments, {s.quarantined} refused"
+    counts += f", {s.labels} labels" if s.labels else ""
     terminal.result(
         {"cycle": cycle.id, **summary.to_json(), "refused": refused},
         *parts,

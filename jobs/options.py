@@ -29,6 +29,7 @@ Version = Annotated[
 ]
 Cycle = Annotated[str | None, typer.Option("--cycle", help="Id of a cycle.")]
 OUT = typer.Option("--out", help="File or folder to write.")
+FROM = typer.Option("--from", help="CSV or Parquet file to read.")
 ResultFile = Annotated[Path | None, OUT]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Change nothing; show what would be done.")]
 PUBLIC_KEY = typer.Option("--public-key", help="Public key of the deployment, KEY.pub.")

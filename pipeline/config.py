@@ -44,12 +44,14 @@ if TYPE_CHECKING:
 DEFAULT_KIND = {"source": "rise", "site": "danet"}  # of the sections whose ``kind`` names a module
 RESULT_SECTIONS = ("data", "model", "source", "site", "guards")
 PLACES = {  # where things are, not what comes out; what lies there has a digest of its own
-    "data": {"corpora", "anchor", "captures", "sealed", "redteam", "retention", "keep_days"},
+    # redteam: the name of labels, which stored configurations still have
+    "data": {"corpora", "anchor", "captures", "sealed", "labels", "redteam", "retention", "keep_days"},
     "source": {"start"},
 }
 
 RENAMED = {  # old key → new key; a person's file is refused, a stored configuration is translated
     "data.size": "data.frame_px",
+    "data.redteam": "data.labels",
     "site.smallest": "site.shift_min_logits",
     "site.attacks": "site.min_attack_count",
     "site.majority": "site.min_bona_fide_ratio",

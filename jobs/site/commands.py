@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import EVERYWHERE, PUBLIC_KEY, SITE, Reason, Site
+from jobs.options import EVERYWHERE, FROM, PUBLIC_KEY, SITE, Actor, Reason, Site
 
 site_app = typer.Typer(no_args_is_help=True, help="Sites: states, tags, and what their boxes pull.")
 
@@ -49,20 +49,54 @@ def site_tag(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE...", help="e.g. region=north tz=Europe/Berlin rig=rgb+ir."),
     ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--from", help="CSV: a column site, then one per tag; an empty cell changes nothing."),
-    ] = None,
+    file: Annotated[Path | None, FROM] = None,
 ) -> int:
     """Tag a site: region, tenant, hardware, tz (IANA), rig (rgb, depth, ir), or tags of your own; KEY=
     removes one.
 
-    Waves, caps, control sites and nights of a rollout go by these tags.
+    Waves, caps, control sites and nights of a rollout go by these tags. A file is CSV: a column site, then
+    one per tag; an empty cell changes nothing.
     """
     config = ctx.obj.config
     from jobs.site.show import tag
 
     return tag(config, ctx.obj.terminal, site=site, pairs=tags or [], file=file)
+
+
+@site_app.command("label", epilog=EVERYWHERE)
+def site_label(
+    ctx: typer.Context,
+    site: Site,
+    file: Annotated[Path, FROM],
+    kind: Annotated[
+        str | None, typer.Option(help="commissioning, red-team, incident or correction, of rows without one.")
+    ] = None,
+    actor: Actor = None,
+) -> int:
+    """Record labelled presentations with who vouches for them; a file with a bad row is refused.
+
+    Columns: sample_id, label (bona_fide or attack), instrument; kind, who and labelled_at per row, or else
+    from the options, the user of this machine and the clock.
+    """
+    config = ctx.obj.config
+    from jobs.site.label import label
+
+    return label(config, ctx.obj.terminal, site=site, file=file, kind=kind, actor=actor)
+
+
+@site_app.command("unlabel", epilog=EVERYWHERE)
+def site_unlabel(
+    ctx: typer.Context,
+    site: Site,
+    samples: Annotated[list[str], typer.Argument(metavar="SAMPLE_ID...", help="Ids of the samples.")],
+    reason: Reason,
+    actor: Actor = None,
+) -> int:
+    """Take labels back: they count no longer, and stay in the record with the reason."""
+    config = ctx.obj.config
+    from jobs.site.label import unlabel
+
+    return unlabel(config, ctx.obj.terminal, site=site, samples=samples, reason=reason, actor=actor)
 
 
 @site_app.command("retire", epilog=EVERYWHERE)

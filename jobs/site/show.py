@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jobs.terminal import Exit, table
 from pipeline.control.deployment import now, open_ledger
 from pipeline.rollout.calendar import is_time_zone
-from pipeline.types import Modality
+from pipeline.types import Label, Modality
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -71,6 +71,10 @@ def show(config: Config, terminal: Terminal, *, site: str) -> int:
     segments, verdicts = ledger.streams.segments(site), ledger.verdicts.find(site=site)
     reasons = Counter(q.reason for q in ledger.streams.quarantined(site))
     status = f"{row.status}: {row.reason}" if row.reason else row.status
+    labels = Counter(
+        (x.kind, Label(x.label).name.lower(), x.instrument, x.who)
+        for x in ledger.labels.of([site])[site].values()
+    )
     head = f"{site}: {status}; stream at offset {row.ingested_offset}, adapted to {row.learned_offset}"
     terminal.result(
         {
@@ -81,20 +85,27 @@ def show(config: Config, terminal: Terminal, *, site: str) -> int:
             "learned": row.learned_offset,
             "segments": [vars(s) for s, _ in segments],
             "quarantine": dict(reasons),
+            "labels": [
+                {"kind": kind, "label": label, "instrument": instrument, "who": who, "count": n}
+                for (kind, label, instrument, who), n in sorted(labels.items())
+            ],
             "verdicts": [
                 {"cycle": v.cycle, "outcome": v.outcome, "reason": v.verdict.decisive} for v in verdicts
             ],
         },
         head,
-        *_site_tables(segments, reasons, verdicts),
+        *_site_tables(segments, reasons, labels, verdicts),
     )
     return Exit.DONE
 
 
 def _site_tables(
-    segments: Sequence[tuple[SegmentRow, datetime]], reasons: Counter[str], verdicts: Sequence[VerdictRow]
+    segments: Sequence[tuple[SegmentRow, datetime]],
+    reasons: Counter[str],
+    labels: Counter[tuple[str, str, str, str]],
+    verdicts: Sequence[VerdictRow],
 ) -> list[Table]:
-    """Returns the tables of segments, of reasons for refusals (if any), and of verdicts."""
+    """Returns the tables of segments, of reasons for refusals and labels (if any), and of verdicts."""
     segment_rows = [
         [s.name, f"{s.base_offset}–{s.base_offset + s.rows}", s.good, s.quarantined, f"{at:%Y-%m-%d %H:%M}"]
         for s, at in segments
@@ -106,6 +117,9 @@ def _site_tables(
     tables = [table("segments", ["segment", "offsets", "good", "refused", "ingested"], segment_rows)]
     if reasons:
         tables.append(table("refused", ["reason", "count"], [[r, n] for r, n in reasons.most_common()]))
+    if labels:
+        rows = [[*what, n] for what, n in sorted(labels.items())]
+        tables.append(table("labels", ["kind", "label", "instrument", "who", "count"], rows))
     return [*tables, table("verdicts", ["cycle", "offsets", "samples", "verdict", "why"], verdict_rows)]
 
 

@@ -29,7 +29,7 @@ from pipeline.data.assemble import Backlog, Gathered, Trunk, store_site
 from pipeline.data.captures import list_segments
 from pipeline.data.features import delete_range
 from pipeline.data.featurise import add_features
-from pipeline.data.segments import Listed, decode_batch, decode_segments, digest, segment_at
+from pipeline.data.segments import Listed, decode_batch, decode_segments, marked, not_refused, segment_at
 from pipeline.ledger import QuarantineRow, SegmentRow
 from pipeline.models.checkpoint import read_manifest
 from pipeline.storage import place, version
@@ -93,7 +93,7 @@ def find(
     counted: dict[str, tuple[Place, ...]] = {}
     for site, paths in listing.segments.items():
         names = known.get(site, ())
-        new = _not_refused([p for p in paths if p.name not in names], names, limits.max_bytes)
+        new = not_refused([p for p in paths if p.name not in names], names, limits.max_bytes)
         if new and site not in without:
             fresh[site] = new
         if len(new) < len(paths):
@@ -286,7 +286,7 @@ def collect(
             )
             base, end = d["base_offset"], d["base_offset"] + d["rows"]
             if refused:
-                segments.append(SegmentRow(site, _marked(name, d["sha256"]), d["sha256"], 0, base, 0, 0))
+                segments.append(SegmentRow(site, marked(name, d["sha256"]), d["sha256"], 0, base, 0, 0))
                 quarantined.append(QuarantineRow(site, name, -1, None, refused))
                 orphans += [(site, base, end)] if d["rows"] else []
                 continue
@@ -313,19 +313,6 @@ def task_model(path: str) -> SourceModel:
 def _backlog(site: str, base: int, paths: Sequence[Place], sizes: Mapping[Place, int]) -> Backlog:
     held = sum(sizes[p] if p in sizes else version(p)[0] for p in paths)
     return Backlog(site, base, tuple(map(str, paths)), held)
-
-
-def _not_refused(paths: list[Place], names: Collection[str], limit: int) -> list[Place]:
-    """Returns ``paths`` without refused content; a file is read for it only if its name was refused."""
-    marks = {n for n in names if "@" in n} if paths else set()
-    if not marks:
-        return paths
-    suspects = {n.partition("@")[0] for n in marks}
-    return [p for p in paths if p.name not in suspects or _marked(p.name, digest(p, limit)) not in marks]
-
-
-def _marked(name: str, sha256: str) -> str:
-    return f"{name}@{sha256[:12]}"
 
 
 def _dealt(listed: Sequence[Listed], sizes: Sequence[float], workers: int) -> list[dict[str, str]]:

@@ -39,10 +39,10 @@ def observe(config: Config, ledger: Ledger, rollout: str, r: Rollout) -> Observa
     if r.status not in IN_PROGRESS | {Status.PAUSED} or r.wave < 0:
         return Observation()
     # a wave in progress alone loads torch
-    from pipeline.control.presentations import ReplayTarget, labelled_sites, replay_presentations
+    from pipeline.control.presentations import ReplayTarget, replay_presentations
 
     last, failed = min(r.wave, len(r.plan.waves) - 1), list(r.failed)
-    labelled = labelled_sites(config)
+    labelled = ledger.labels.sites()
     promoted = {
         p.site: (p.wave, p.to, p.back) for p in ledger.plans.promoted(rollout, upto=last, names=labelled)
     }

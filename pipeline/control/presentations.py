@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from pipeline.control.deployment import source_model
 from pipeline.control.judge import features_of
 from pipeline.control.loaders import load_model, load_state
-from pipeline.control.scoring import site_labels
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment
 from pipeline.data.features import read_features
@@ -20,10 +18,10 @@ from pipeline.guards.fleet import LabelledCounts
 from pipeline.models import tail
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from pipeline.config import Config
-    from pipeline.ledger import Ledger
+    from pipeline.ledger import LabelRow, Ledger
     from pipeline.rollout import Pointer
 
 
@@ -60,10 +58,14 @@ def replay_presentations(config: Config, ledger: Ledger, targets: Sequence[Repla
     """
     rows: dict[str, list[int]] = {}
     wrong, captured_at = [np.zeros(0, bool)], [np.zeros(0, "datetime64[us]")]
-    ends = {s.site: s.ingested_offset for s in ledger.streams.named([t.site for t in targets])}
+    names = [t.site for t in targets]
+    ends = {s.site: s.ingested_offset for s in ledger.streams.named(names)}
+    labels = ledger.labels.of(names)
     for site, serves, rollback in targets:
         try:
-            served, before = (_calls(config, ledger, site, ends[site], p) for p in (serves, rollback))
+            served, before = (
+                _calls(config, ledger, site, ends[site], p, labels[site]) for p in (serves, rollback)
+            )
         except (BadBlob, BadSegment, OSError):
             continue
         attack, bona_fide = served.label == 0, served.label == 1
@@ -84,14 +86,9 @@ def replay_presentations(config: Config, ledger: Ledger, targets: Sequence[Repla
     return LabelledOutcomes(counts, np.concatenate(wrong), np.concatenate(captured_at))
 
 
-def labelled_sites(config: Config) -> list[str]:
-    """Returns the sites with recorded red-team presentations, sorted."""
-    folder = config.data.redteam
-    paths = Path(folder).glob("*-labels.parquet") if folder else []
-    return sorted(p.name.removesuffix("-labels.parquet") for p in paths)
-
-
-def _calls(config: Config, ledger: Ledger, site: str, end: int, pointer: Pointer) -> _Calls:
+def _calls(
+    config: Config, ledger: Ledger, site: str, end: int, pointer: Pointer, labels: Mapping[str, LabelRow]
+) -> _Calls:
     """Returns the calls of ``pointer`` on the site's labelled presentations before offset ``end``."""
     model = load_model(source_model(ledger, pointer.source_version).path)
     block = read_features(
@@ -102,9 +99,8 @@ def _calls(config: Config, ledger: Ledger, site: str, end: int, pointer: Pointer
         end=end,
         features=model.manifest.config.trunk.features,
     )
-    labels = site_labels(config.data.redteam, site)
     block = block.rows(np.array([s in labels for s in block.sample_id], bool))
-    label = np.array([labels[s][0] for s in block.sample_id], np.int64)
+    label = np.array([labels[s].label for s in block.sample_id], np.int64)
     state = load_state(config, model, ledger.verdicts.state(pointer.state_id))
     stream = features_of(block)
     with torch.no_grad():

@@ -51,7 +51,7 @@ class ScoredStream:
 
 
 def site_labels(folder: str | None, site: str) -> dict[str, tuple[int, str]]:
-    """Returns the labels of a site in ``data.sealed`` or ``data.redteam``; empty where there are none."""
+    """Returns the labels of a site in ``data.sealed``; empty where there are none."""
     path = Path(folder) / f"{site}-labels.parquet" if folder else None
     return read_labels(path) if path and path.exists() else {}
 

@@ -29,8 +29,9 @@ class DataConfig(Section):
     sealed: str | None = Field(
         default=None, description="folder of <site>-labels.parquet, only ever used for scoring"
     )
-    redteam: str | None = Field(
-        default=None, description="folder of <site>-labels.parquet of red-team presentations"
+    labels: Annotated[str | None, AfterValidator(lambda url: url and check_place(url))] = Field(
+        default=None,
+        description="labelled presentations: <site>/labels-*.parquet in a folder or below s3://bucket/x",
     )
     stem_cache_gb: float = Field(
         default=4.0,

@@ -38,10 +38,11 @@ SCHEMA = pa.schema(
     ]
 )
 TEXT, BYTES = ("BYTE_ARRAY", "STRING"), ("BYTE_ARRAY", "NONE")
+TIME = ("INT64", "TIMESTAMP(microseconds, UTC)")
 COLUMNS = {
     "sample_id": TEXT,
     "site_id": TEXT,
-    "captured_at": ("INT64", "TIMESTAMP(microseconds, UTC)"),
+    "captured_at": TIME,
     "session_id": TEXT,
     "rgb": BYTES,
     "depth": BYTES,
@@ -51,8 +52,9 @@ LABEL_COLUMNS = {"sample_id": TEXT, "label": TEXT, "pai": TEXT}
 LABELS = {"bona_fide": Label.BONA_FIDE, "attack": Label.ATTACK}
 MAX_LABELS, MAX_LABEL_BYTES = 5_000_000, 512 * 2**20
 OBJECT_NAME = re.compile(
-    r"segment-[A-Za-z0-9._=-]{1,200}\.parquet"
+    r"(segment|labels)-[A-Za-z0-9._=-]{1,200}\.parquet"
 )  # names go into logs and URLs, and a key may hold anything
+NOUNS = {"segment": "segment", "labels": "label file"}  # beginning of a file's name → what it is called
 
 
 class BadSegment(PalisadeError, ValueError):
@@ -100,19 +102,19 @@ def write_segment(path: Path, table: pa.Table) -> None:
     )
 
 
-def list_segments(root: Place) -> Listing:
-    """Lists the sites below ``root`` and their segments in stream order.
+def list_segments(root: Place, *, prefix: str = "segment") -> Listing:
+    """Lists the sites below ``root`` and their files ``<prefix>-*.parquet`` in stream order.
 
     Names that start with ``_`` or ``.`` are skipped (``_sealed``). Raises BadSegment if there is no such
     folder.
     """
     listing = Listing({}, [], {})
     if isinstance(root, Remote):
-        _add_objects(listing, root)
+        _add_objects(listing, root, prefix)
     elif not root.is_dir():
         raise BadSegment(f"{root}: no such folder; data.captures must hold one folder per site")
     else:
-        _add_folders(listing, root)
+        _add_folders(listing, root, prefix)
     for paths in listing.segments.values():
         paths.sort(key=_stream_order)
     return listing
@@ -127,7 +129,7 @@ def check_segment(path: Place, *, site: str, limits: DataConfig) -> int:
     try:
         return check_footer(path, Limits(COLUMNS, limits.max_rows, limits.max_bytes))
     except BadParquet as e:
-        raise BadSegment(f"{site}/{_printable_name(path)}: {e}") from None
+        raise BadSegment(f"{site}/{printable_name(path)}: {e}") from None
 
 
 def read_segment(path: Place, *, site: str, limits: DataConfig) -> Segment:
@@ -140,7 +142,7 @@ def read_segment(path: Place, *, site: str, limits: DataConfig) -> Segment:
         table, sha256 = read_table(path, Limits(COLUMNS, limits.max_rows, limits.max_bytes))
         columns = [python_values(table.column(name)) for name in COLUMNS]
     except BadParquet as e:
-        raise BadSegment(f"{site}/{_printable_name(path)}: {e}") from None
+        raise BadSegment(f"{site}/{printable_name(path)}: {e}") from None
     segment = Segment([], [], sha256)
     for row in judge_rows(columns, site):
         if isinstance(row, BadRow):
@@ -170,7 +172,7 @@ def read_labels(path: Path) -> dict[str, tuple[int, str]]:
     return labels
 
 
-def _add_objects(listing: Listing, root: Remote) -> None:
+def _add_objects(listing: Listing, root: Remote, prefix: str) -> None:
     """Adds the segments below ``root`` from one listing; in a key, ``..`` and ``//`` are only odd names."""
     rejected = dict[str, None]()  # one line for each folder that is none, however much is in it
     names = set[tuple[str, str]]()
@@ -180,7 +182,7 @@ def _add_objects(listing: Listing, root: Remote) -> None:
             continue
         name = entry.place.name
         if not below:
-            rejected[f"{_printable_name(entry.place)[:200]}: is no folder of a site"] = None
+            rejected[f"{printable_name(entry.place)[:200]}: is no folder of a site"] = None
             continue
         try:
             site = check_site_id(folder.removeprefix("site="))
@@ -188,18 +190,16 @@ def _add_objects(listing: Listing, root: Remote) -> None:
             rejected[" ".join(str(e).split())[:300]] = None
             continue
         if len(below) != 1:
-            rejected[f"{folder}/{ascii(below[0])[1:-1][:200]}: lies deeper than <site>/segment-*.parquet"] = (
-                None
-            )
-        elif not (name.startswith("segment-") and name.endswith(".parquet")):
+            odd = f"{folder}/{ascii(below[0])[1:-1][:200]}"
+            rejected[f"{odd}: lies deeper than <site>/{prefix}-*.parquet"] = None
+        elif not (name.startswith(f"{prefix}-") and name.endswith(".parquet")):
             continue
         elif not OBJECT_NAME.fullmatch(name):
-            odd = f"{folder}/{_printable_name(entry.place)[:200]}"
-            rejected[f"{odd}: a segment's name has letters, digits and . _ = - only"] = None
+            odd = f"{folder}/{printable_name(entry.place)[:200]}"
+            rejected[f"{odd}: a {NOUNS[prefix]}'s name has letters, digits and . _ = - only"] = None
         elif (site, name) in names:
-            rejected[
-                f"{folder}/{_printable_name(entry.place)}: {site} has two segments of this name, one counts"
-            ] = None
+            odd = f"{folder}/{printable_name(entry.place)}"
+            rejected[f"{odd}: {site} has two {NOUNS[prefix]}s of this name, one counts"] = None
         else:
             names.add((site, name))
             listing.segments.setdefault(site, []).append(entry.place)
@@ -207,7 +207,7 @@ def _add_objects(listing: Listing, root: Remote) -> None:
     listing.rejected.extend(rejected)
 
 
-def _add_folders(listing: Listing, root: Path) -> None:
+def _add_folders(listing: Listing, root: Path, prefix: str) -> None:
     for folder in _entries(root):
         if folder.name.startswith(("_", ".")):
             continue
@@ -223,24 +223,23 @@ def _add_folders(listing: Listing, root: Path) -> None:
         if folder.is_symlink() and not _inside(Path(folder), root):
             listing.rejected.append(f"{shown_name}: is a link out of the captures folder")
             continue
-        _add_segments(listing, site, folder, root)
+        _add_segments(listing, site, folder, root, prefix)
 
 
-def _add_segments(listing: Listing, site: str, folder: os.DirEntry[str], root: Path) -> None:
+def _add_segments(listing: Listing, site: str, folder: os.DirEntry[str], root: Path, prefix: str) -> None:
     segments = listing.segments.setdefault(site, [])
     names = {path.name for path in segments}
     for entry in _entries(folder):
-        if not (entry.name.startswith("segment-") and entry.name.endswith(".parquet")):
+        if not (entry.name.startswith(f"{prefix}-") and entry.name.endswith(".parquet")):
             continue
         path = Path(entry)
         if entry.is_symlink() and not _inside(path, root):
             listing.rejected.append(
-                f"{folder.name}/{_printable_name(path)}: is a link out of the captures folder"
+                f"{folder.name}/{printable_name(path)}: is a link out of the captures folder"
             )
         elif entry.name in names:
-            listing.rejected.append(
-                f"{folder.name}/{_printable_name(path)}: {site} has two segments of this name, one counts"
-            )
+            odd = f"{folder.name}/{printable_name(path)}"
+            listing.rejected.append(f"{odd}: {site} has two {NOUNS[prefix]}s of this name, one counts")
         else:
             segments.append(path)
 
@@ -254,7 +253,7 @@ def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
         return sorted(entries, key=lambda entry: entry.name)
 
 
-def _printable_name(path: Place) -> str:
+def printable_name(path: Place) -> str:
     return ascii(path.name)[1:-1]
 
 
@@ -264,7 +263,7 @@ def _inside(path: Path, root: Path) -> bool:
 
 def _check_link(path: Place, site: str) -> None:
     if isinstance(path, Path) and not _inside(path, path.parent.parent):
-        raise BadSegment(f"{site}/{_printable_name(path)}: is a link out of the captures folder")
+        raise BadSegment(f"{site}/{printable_name(path)}: is a link out of the captures folder")
 
 
 def _stream_order(path: Place) -> tuple[list[tuple[int, str]], str]:

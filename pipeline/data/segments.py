@@ -28,7 +28,7 @@ from pipeline.data.features import pseudonym
 from pipeline.storage import place, version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from pipeline.storage import Place
 
@@ -183,3 +183,17 @@ def _hashed(path: Place, size: int, written: int) -> str:
         while data := f.read(2**20):
             digest_of.update(data)
     return digest_of.hexdigest()
+
+
+def not_refused(paths: list[Place], names: Collection[str], limit: int) -> list[Place]:
+    """Returns ``paths`` without refused content; a file is read for it only if its name was refused."""
+    marks = {n for n in names if "@" in n} if paths else set()
+    if not marks:
+        return paths
+    suspects = {n.partition("@")[0] for n in marks}
+    return [p for p in paths if p.name not in suspects or marked(p.name, digest(p, limit)) not in marks]
+
+
+def marked(name: str, sha256: str) -> str:
+    """Returns the name of a file that was refused as a whole: a mended one of the same name counts as new."""
+    return f"{name}@{sha256[:12]}"

@@ -50,7 +50,7 @@ def check_paths(config: Config) -> None:
         "data.corpora": config.data.corpora,
         "data.captures": config.data.captures,
         "data.sealed": config.data.sealed,
-        "data.redteam": config.data.redteam,
+        "data.labels": config.data.labels,
         "ledger.artifacts": config.ledger.artifacts,
         "ledger.url": config.ledger.url.removeprefix("sqlite:///"),
         "lineage.uri": config.lineage.uri.removeprefix("sqlite:///"),

@@ -10,6 +10,7 @@ from typing import Self
 from pipeline.ledger.audit import Audit
 from pipeline.ledger.cycles import Cycles
 from pipeline.ledger.garbage import Garbage
+from pipeline.ledger.labels import Labels
 from pipeline.ledger.notices import Notices
 from pipeline.ledger.plans import Plans, Promoted
 from pipeline.ledger.releases import Memory, Releases
@@ -17,6 +18,8 @@ from pipeline.ledger.rows import (
     Cycle,
     CycleBusy,
     CycleRow,
+    LabelFileRow,
+    LabelRow,
     LedgerError,
     LedgerUnavailable,
     Needed,
@@ -47,6 +50,8 @@ __all__ = [
     "Cycle",
     "CycleBusy",
     "CycleRow",
+    "LabelFileRow",
+    "LabelRow",
     "Ledger",
     "LedgerError",
     "LedgerUnavailable",
@@ -77,6 +82,7 @@ class Ledger:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.streams = Streams(store)
+        self.labels = Labels(store)
         self.cycles = Cycles(store)
         self.verdicts = Verdicts(store)
         self.sources = Sources(store)

@@ -64,6 +64,31 @@ class QuarantineRow:
 
 
 @dataclass(frozen=True)
+class LabelFileRow:
+    """One recorded label file; a refused one has its content's digest in its name, and no good rows."""
+
+    site: str
+    name: str
+    sha256: str
+    rows: int
+    good: int
+
+
+@dataclass(frozen=True)
+class LabelRow:
+    """What somebody says about one presentation of a site."""
+
+    site: str
+    sample_id: str
+    file: str  # that said so
+    label: int  # 1 bona fide, 0 attack
+    instrument: str  # PAI species; "bona_fide" for bona fide
+    kind: str  # commissioning, red-team, incident or correction
+    who: str
+    labelled_at: datetime
+
+
+@dataclass(frozen=True)
 class Cycle:
     """A cycle that this process holds; ``generation`` fences off every earlier holder."""
 

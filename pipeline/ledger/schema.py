@@ -14,7 +14,7 @@ from pipeline.ledger.tables import facts, meta
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
-SCHEMA = 4
+SCHEMA = 5
 GENESIS = "0" * 64  # the hash that the first audit row names as the one before it
 LOCK = 0x70616C69  # of Postgres' advisory locks, which are numbers
 

@@ -240,4 +240,13 @@ STEPS: dict[int, tuple[str | Callable[[Connection], None], ...]] = {
         _counters_to_columns,
         "alter table verdicts drop column counters",
     ),
+    5: (  # what people know of presentations, with who says so; nothing of it is ever deleted
+        "create table label_files (site {text} not null, name {text} not null, sha256 {text} not null, "
+        "rows bigint not null, good bigint not null, cycle {text} not null, recorded_at {text} not null, "
+        "primary key (site, name))",
+        "create table labels (site {text} not null, sample_id {text} not null, file {text} not null, "
+        "label bigint not null, instrument {text} not null, kind {text} not null, who {text} not null, "
+        "labelled_at {text} not null, recorded_at {text} not null, retracted_at {text}, "
+        "retracted_by {text}, retracted_why {text}, primary key (site, sample_id, file))",
+    ),
 }

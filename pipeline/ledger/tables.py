@@ -89,6 +89,31 @@ quarantine = _table(
     sa.Index("quarantine_site", "site"),
     sa.Index("quarantine_cycle", "cycle"),
 )
+label_files = _table(
+    "label_files",
+    _text("site", primary_key=True),
+    _text("name", primary_key=True),
+    _text("sha256"),
+    _int("rows"),
+    _int("good"),
+    _text("cycle"),
+    _text("recorded_at"),
+)
+labels = _table(
+    "labels",
+    _text("site", primary_key=True),
+    _text("sample_id", primary_key=True),
+    _text("file", primary_key=True),
+    _int("label"),
+    _text("instrument"),
+    _text("kind"),
+    _text("who"),
+    _text("labelled_at"),
+    _text("recorded_at"),
+    _text("retracted_at", nullable=True),
+    _text("retracted_by", nullable=True),
+    _text("retracted_why", nullable=True),
+)
 states = _table(
     "states",
     _text("id", primary_key=True),
@@ -237,6 +262,7 @@ def _time(text: str | None) -> datetime | None:
 TIMES = (
     *("registered_at", "created_at", "updated_at", "since", "at"),
     *("lease_until", "started", "finished", "first_at", "last_at", "sent_at"),
+    *("labelled_at", "recorded_at", "retracted_at"),
 )
 PARSERS: dict[str, Callable[[str], object]] = {**dict.fromkeys(TIMES, _time), "tags": json.loads}
 

@@ -202,7 +202,7 @@ def _blocked(r: Rollout, observation: Observation) -> str:
         return (
             f"wave {r.wave + 1} saw {w.attack_presentations} labelled attack presentations, "
             f"rollout.health_presentations wants {c.health_presentations}; "
-            "record what the red team presents in data.redteam"
+            "record what the red team presents in data.labels"
         )
     return ""
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.captures import SCHEMA, write_segment
+from pipeline.data.presentations import write_label_file
 from pipeline.simulate.render import BONA_FIDE
 from pipeline.simulate.rig import Capture, SensorRig, capture
 from pipeline.simulate.site_script import (
@@ -79,8 +80,8 @@ def simulate(
 ) -> dict[str, int]:
     """Render ``phase`` of all sites below ``out`` → captures per site.
 
-    Writes captures/<site>/segment-<k>.parquet, and sealed/ and redteam/<site>-labels.parquet of all phases so
-    far.
+    Writes captures/<site>/segment-<k>.parquet, and sealed/<site>-labels.parquet of all phases so
+    far, and labels/<site>/labels-<phase>.parquet of what the red team presents.
     """
     if phase not in PHASES:
         raise ValueError(f"phase {phase}: allowed are {', '.join(map(str, PHASES))}")
@@ -99,9 +100,9 @@ def simulate(
             _write_hostile(out / "captures" / script.site, script)
         shots = [shot for p in PHASES if p <= phase for shot in plan(script, phase=p, seed=seed)]
         _write_labels(out / "sealed" / f"{script.site}-labels.parquet", shots)
-        red = [shot for shot in shots if shot.red]
+        red = [shot for shot in plans[script.site] if shot.red]
         if red:
-            _write_labels(out / "redteam" / f"{script.site}-labels.parquet", red)
+            _write_presentations(out / "labels" / script.site / f"labels-{phase:04d}.parquet", red)
     return {site: len(shots) for site, shots in plans.items()}
 
 
@@ -195,3 +196,19 @@ def _write_labels(path: Path, shots: Sequence[Shot]) -> None:
         for s in shots
     ]
     write_atomic(path, lambda tmp: pq.write_table(pa.Table.from_pylist(rows, schema=LABELS), tmp))
+
+
+def _write_presentations(path: Path, shots: Sequence[Shot]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "sample_id": s.sample_id,
+            "label": BONA_FIDE if s.what.species == BONA_FIDE else "attack",
+            "instrument": s.what.species,
+            "kind": "red-team",
+            "who": "red team of the simulation",
+            "labelled_at": START + timedelta(hours=s.hour),
+        }
+        for s in shots
+    ]
+    write_label_file(path, rows)

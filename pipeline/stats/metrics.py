@@ -266,17 +266,15 @@ def eer_threshold(score: ArrayLike, label: ArrayLike) -> float:
 def transfer_threshold(logit: ArrayLike, label: ArrayLike, domain: Names, *, spread: float = SPREAD) -> float:
     """Returns the threshold that is expected to give the smallest HTER on a domain that is not among these.
 
-    Each domain counts the same, and each logit counts as a normal distribution of deviation ``spread``
-    around it (a kernel estimate of the rates), because on another domain the scores lie elsewhere: where a
-    few samples decide the EER threshold of pooled scores, the tails of all of them decide this one. Where a
-    whole range is equally good, its middle. Raises MetricError as ``det_curve`` does.
+    Each domain counts the same, and each logit as a normal distribution of deviation ``spread``, because on
+    another domain the scores lie elsewhere: a few samples decide the EER threshold of pooled scores, all of
+    them this one. Of equally good ones it is the middle. Raises MetricError as ``det_curve`` does.
     """
     from scipy.special import ndtr  # pyright: ignore  # here: too slow for readers of the configuration
 
     curve = det_curve(logit, label)
     s, y = _check(logit, label)
-    names = np.asarray(domain)
-    if names.shape != y.shape:
+    if (names := np.asarray(domain)).shape != y.shape:
         raise MetricError(f"domain: {names.shape[0]} names for {y.shape[0]} labels; one per sample is needed")
     cells = [[s[(y == c) & (names == d)] for d in np.unique(names[y == c])] for c in (BONA_FIDE, 0)]
 
@@ -290,8 +288,8 @@ def transfer_threshold(logit: ArrayLike, label: ArrayLike, domain: Names, *, spr
         return float(np.mean(tried[error <= error.min() + 1e-9])), float(tried[1] - tried[0])
 
     low, high = float(curve.threshold[0]), float(curve.threshold[-1])
-    middle, step = best(np.linspace(low, high, 257))
-    return best(np.linspace(middle - step, middle + step, 129))[0]
+    near, step = best(np.linspace(low, high, 257))
+    return best(np.linspace(near - step, near + step, 129))[0]
 
 
 def eer(score: ArrayLike, label: ArrayLike) -> float:

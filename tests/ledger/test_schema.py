@@ -47,7 +47,7 @@ def test_an_old_ledger_keeps_everything(old):
     assert after.pop("targets") == [("release-00001", "Zeta", 0, "UTC", LEARNED, 1, LEARNED, 1, "", "")]
     counted = [(*r[:7], *r[8:], *window(json.loads(r[7]))) for r in before.pop("verdicts")]
     assert after.pop("verdicts") == counted
-    assert after == {**before, "notices": [], "source_verdicts": []}
+    assert after == {**before, "notices": [], "source_verdicts": [], "label_files": [], "labels": []}
     assert execute(old, "select value from meta where key = 'schema'") == [(str(SCHEMA),)]
     assert execute(old, f"select * from audit where seq <= {len(chain)} order by seq") == chain
     added = ledger.audit.rows()[len(chain) :]

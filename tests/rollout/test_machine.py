@@ -318,7 +318,7 @@ def test_too_few_labelled_presentations_hold_and_say_so():
     assert f.tick(3601) == Status.HOLD
     assert f.r.reason == (
         "wave 2 saw 99 labelled attack presentations, rollout.health_presentations wants 100; "
-        "record what the red team presents in data.redteam"
+        "record what the red team presents in data.labels"
     )
     f.attack_presentations = 100
     assert f.tick(1) == Status.STAGING

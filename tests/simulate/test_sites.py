@@ -13,6 +13,7 @@ import pytest
 from pipeline.data import DataConfig
 from pipeline.data.captures import BadSegment, check_segment, list_segments, read_labels, read_segment
 from pipeline.data.decode import BadImage, decode
+from pipeline.data.presentations import read_label_file
 from pipeline.simulate.render import BONA_FIDE
 from pipeline.simulate.rig import TRAINING, UNSEEN, SensorRig
 from pipeline.simulate.site_script import (
@@ -47,17 +48,18 @@ def _hour(row: dict[str, object]) -> float:
 def test_two_phases_give_segments_and_labels_that_match_the_rows(tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     first = simulate(tmp_path, [SITE], phase=1, workers=1, progress=lambda *p: steps.append(p))
-    assert not (tmp_path / "redteam").exists()
+    assert not (tmp_path / "labels").exists()
     second = simulate(tmp_path, [SITE], phase=2, workers=1)
     rows = _rows(tmp_path, "door-1")
     assert steps[-1] == (first["door-1"], first["door-1"])
     assert len(rows) == first["door-1"] + second["door-1"]
     labels = read_labels(tmp_path / "sealed" / "door-1-labels.parquet")
     assert [r["sample_id"] for r in rows] == list(labels)
-    red = read_labels(tmp_path / "redteam" / "door-1-labels.parquet")
-    assert len(red) == 4
-    assert sorted(label for label, _ in red.values()) == [0, 0, 1, 1]
-    assert all(labels[k] == v for k, v in red.items())
+    red = read_label_file(tmp_path / "labels" / "door-1" / "labels-0002.parquet", site="door-1")
+    assert (red.rows, red.bad) == (4, [])
+    assert sorted(p.label for p in red.good) == [0, 0, 1, 1]
+    assert all(labels[p.sample_id] == (p.label, p.instrument) for p in red.good)
+    assert {p.kind for p in red.good} == {"red-team"}
     hours = [_hour(r) for r in rows]
     assert all(PHASES[1].start <= h < PHASES[2].end + 0.1 for h in hours)
 

@@ -20,6 +20,7 @@ Settings = Mapping[str, object]  # a value by its dotted key; {root} stands for 
 SITES = ("lobby-north", "terminal-gate", "vault-ir-dead", "yard-broken", "edge-untrusted")
 STORES: Settings = {
     "data.captures": "{root}/captures",
+    "data.labels": "{root}/labels",
     "data.frame_px": 32,
     "ledger.url": "sqlite:///{root}/ledger.db",
     "ledger.artifacts": "{root}/artifacts",
@@ -28,7 +29,6 @@ SETTINGS: Settings = {
     **STORES,
     "data.corpora": "{root}/corpora",
     "data.sealed": "{root}/sealed",
-    "data.redteam": "{root}/redteam",
     "model.trunk": {"kind": "tiny", "width": 8, "features": 32},
     "model.tail": {"width": 16, "rank": 4},
     "source": {"kind": "erm", "steps": 60, "batch": 16},

@@ -142,7 +142,7 @@ def figures(numbers: Numbers, size: Size) -> list[Figure]:
 def _ground(config: Config, terminal: Terminal) -> Ground:
     """Makes a source model on two rendered domains and a pool of images, once."""
     root = config.folder("bench", "fleet")
-    unread = {"domains": (), "anchor": None, "sealed": None, "redteam": None, "retention": "keep"}
+    unread = {"domains": (), "anchor": None, "sealed": None, "labels": None, "retention": "keep"}
     ground = runs.with_sections(
         config,
         data={"corpora": str(root / "corpora"), "captures": str(root / "captures"), **unread},

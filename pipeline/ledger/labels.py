@@ -1,0 +1,134 @@
+"""What people know of a site's presentations: labels with their provenance, and their retraction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from pipeline.ledger.rows import Cycle, LabelFileRow, LabelRow, LedgerError, QuarantineRow
+from pipeline.ledger.store import Store
+from pipeline.ledger.tables import iso, label_files, labels, make_row, named, parts, quarantine, storable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+    from sqlalchemy.engine import Connection
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels that count, and all that ever did; rows are marked as retracted and never deleted."""
+
+    store: Store
+
+    def file_names(self) -> dict[str, set[str]]:
+        """Returns the names of the recorded label files by site."""
+        known: dict[str, set[str]] = {}
+        with self.store.read() as c:
+            for r in c.execute(sa.select(label_files.c.site, label_files.c.name)):
+                known.setdefault(r.site, set()).add(r.name)
+        return known
+
+    def commit(
+        self,
+        cycle: Cycle,
+        files: Sequence[LabelFileRow],
+        rows: Sequence[LabelRow],
+        bad: Sequence[QuarantineRow],
+        *,
+        now: datetime,
+    ) -> None:
+        """Makes label files count: their rows and what was refused of them, together and once.
+
+        A file that is known already changes nothing. Audited, by the number of labels of each file.
+        """
+        with self.store.write(exclusive=True) as c:
+            self.store.fence(c, cycle)
+            known = _known(c, files)
+            fresh = [f for f in files if (f.site, f.name) not in known]
+            if not fresh:
+                return
+            names = {(f.site, f.name) for f in fresh}
+            extra = {"cycle": cycle.id, "recorded_at": iso(now)}
+            c.execute(label_files.insert(), [vars(f) | extra for f in fresh])
+            said = [
+                {
+                    **vars(r),
+                    **{n: storable(getattr(r, n)) for n in ("sample_id", "instrument", "who")},
+                    "labelled_at": iso(r.labelled_at),
+                    "recorded_at": iso(now),
+                }
+                for r in rows
+                if (r.site, r.file) in names
+            ]
+            for part in parts(said):
+                c.execute(labels.insert(), list(part))
+            refused = [
+                vars(q)
+                | {
+                    "cycle": cycle.id,
+                    "sample_id": q.sample_id and storable(q.sample_id),
+                    "reason": storable(q.reason),
+                }
+                for q in bad
+            ]
+            if refused:
+                c.execute(quarantine.insert(), refused)
+            counts = [{"site": f.site, "file": f.name, "sha256": f.sha256, "labels": f.good} for f in fresh]
+            self.store.append(c, "labels", {"cycle": cycle.id, "files": counts}, now)
+
+    def of(self, sites: Sequence[str]) -> dict[str, dict[str, LabelRow]]:
+        """Returns by site and sample what is said of it now: of several files, the one recorded last."""
+        query = (
+            sa.select(labels)
+            .where(labels.c.retracted_at.is_(None))
+            .order_by(labels.c.site, labels.c.recorded_at, labels.c.file)
+        )
+        found: dict[str, dict[str, LabelRow]] = {site: {} for site in sites}
+        with self.store.read() as c:
+            for r in named(c, query, labels.c.site, sites):
+                found[r.site][r.sample_id] = make_row(LabelRow, r)
+        return found
+
+    def sites(self) -> list[str]:
+        """Returns the sites of which any label counts, sorted."""
+        query = sa.select(labels.c.site).where(labels.c.retracted_at.is_(None)).distinct()
+        with self.store.read() as c:
+            return sorted(c.scalars(query))
+
+    def retract(self, site: str, samples: Sequence[str], *, by: str, reason: str, now: datetime) -> int:
+        """Makes the labels of ``samples`` count no longer and returns how many did. Audited.
+
+        Raises LedgerError, and changes nothing, if one of them has no label that counts.
+        """
+        own = sa.and_(labels.c.site == site, labels.c.retracted_at.is_(None))
+        with self.store.write(exclusive=True) as c:
+            query = sa.select(labels.c.sample_id).where(own)
+            known = {r.sample_id for r in named(c, query, labels.c.sample_id, samples)}
+            if unknown := [s for s in samples if s not in known]:
+                raise LedgerError(
+                    f"site {site}: {unknown[0]!r} has no label ({len(unknown)} such); nothing was retracted; "
+                    f"see `palisade site show {site}`"
+                )
+            marks: Mapping[str, str] = {
+                "retracted_at": iso(now),
+                "retracted_by": storable(by),
+                "retracted_why": storable(reason),
+            }
+            count = 0
+            for part in parts(sorted(known)):
+                change = labels.update().where(own, labels.c.sample_id.in_(part)).values(marks)
+                count += c.execute(change).rowcount
+            said = {"site": site, "samples": sorted(known), "by": storable(by), "reason": storable(reason)}
+            self.store.append(c, "unlabel", said, now)
+        return count
+
+
+def _known(c: Connection, files: Sequence[LabelFileRow]) -> set[tuple[str, str]]:
+    query = sa.select(label_files.c.site, label_files.c.name)
+    asked = {(f.site, f.name) for f in files}
+    stored = {(r.site, r.name) for r in named(c, query, label_files.c.site, sorted({s for s, _ in asked}))}
+    return asked & stored
