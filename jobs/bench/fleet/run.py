@@ -131,7 +131,11 @@ def figures(numbers: Numbers, size: Size) -> list[Figure]:
         least("bank_over_tent_through_trunk", "bank.tent", 5, "features are there", through),
         least("ingest_over_decode_loop", "ingest", 0.85, "loop times cores", "with the smallest trunk", own),
         least(
-            "ingest_over_bare_loop", "ingest.bare", 0.85, "a process per core: decode, then the trunk", rate
+            "ingest_over_bare_loop",
+            "ingest.bare",
+            0.85,
+            "new processes, one a core: decode, then trunk",
+            rate,
         ),
         least("ingest_over_dataloader", "ingest.loader", 1.0, "two workers decode, trunk beside them", rate),
         least("ray_over_plain_loop", "ray", 0.9, f"cycle of {size.small} sites", ray),
