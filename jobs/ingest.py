@@ -139,7 +139,7 @@ def _ingest(
     ledger.streams.set_status(dict(ingested.failed))
     for site, reason in ingested.failed:
         terminal.say(f"warning: {site}: not ingested, the next cycle tries again: {reason}")
-    labels = record_labels(config, ledger, cycle, terminal)
+    labels = record_labels(config, ledger, terminal, cycle=cycle.id)
     if config.data.retention == "until_ingested":
         _delete_ingested(config, listing, ingested)
     counted = [

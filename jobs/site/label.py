@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.terminal import Exit, table
-from pipeline.control.deployment import lease, now, open_ledger
+from pipeline.control.deployment import now, open_ledger
 from pipeline.control.labels import record_labels
 from pipeline.data.presentations import KINDS, PREFIX, SCHEMA, read_label_file, write_label_file
 from pipeline.storage import place, write_atomic
@@ -52,9 +52,7 @@ def label(
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, content)
-    with lease(config, ledger, "labels") as cycle:
-        done = record_labels(config, ledger, cycle, terminal)
-        ledger.cycles.finish(cycle, summary={"labels": done.labels}, now=now())
+    record_labels(config, ledger, terminal, cycle="site label")
     terminal.result({"site": site, "recorded": read.rows}, f"{site}: {read.rows} labels recorded, by {who}")
     return Exit.DONE
 

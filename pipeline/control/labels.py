@@ -17,7 +17,7 @@ from pipeline.storage import StoreUnavailable, place
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.control.deployment import Reporter
-    from pipeline.ledger import Cycle, Ledger
+    from pipeline.ledger import Ledger
     from pipeline.storage import Place
 
 
@@ -30,10 +30,11 @@ class RecordedLabels:
     quarantined: int = 0
 
 
-def record_labels(config: Config, ledger: Ledger, cycle: Cycle, reporter: Reporter) -> RecordedLabels:
+def record_labels(config: Config, ledger: Ledger, reporter: Reporter, *, cycle: str) -> RecordedLabels:
     """Records all label files of ``data.labels`` that the ledger does not know, each as a whole and once.
 
-    A file of a site that is not registered waits until the site's first captures are there.
+    A file of a site that is not registered waits until the site's first captures are there. ``cycle`` names
+    what records them.
     """
     if config.data.labels is None:
         return RecordedLabels()
@@ -63,7 +64,7 @@ def record_labels(config: Config, ledger: Ledger, cycle: Cycle, reporter: Report
             rows += of_file
             bad += refused
     if files:
-        ledger.labels.commit(cycle, files, rows, bad, now=now())
+        ledger.labels.commit(files, rows, bad, cycle=cycle, now=now())
     return RecordedLabels(len(files), len(rows), len(bad))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from pipeline.ledger.rows import Cycle, LabelFileRow, LabelRow, LedgerError, QuarantineRow
+from pipeline.ledger.rows import LabelFileRow, LabelRow, LedgerError, QuarantineRow
 from pipeline.ledger.store import Store
 from pipeline.ledger.tables import iso, label_files, labels, make_row, named, parts, quarantine, storable
 
@@ -34,25 +34,25 @@ class Labels:
 
     def commit(
         self,
-        cycle: Cycle,
         files: Sequence[LabelFileRow],
         rows: Sequence[LabelRow],
         bad: Sequence[QuarantineRow],
         *,
+        cycle: str,
         now: datetime,
     ) -> None:
         """Makes label files count: their rows and what was refused of them, together and once.
 
-        A file that is known already changes nothing. Audited, by the number of labels of each file.
+        A file that is known already changes nothing, so any number of writers may record it, in a cycle or
+        beside one. Audited, by the number of labels of each file.
         """
         with self.store.write(exclusive=True) as c:
-            self.store.fence(c, cycle)
             known = _known(c, files)
             fresh = [f for f in files if (f.site, f.name) not in known]
             if not fresh:
                 return
-            names = {(f.site, f.name) for f in fresh}
-            extra = {"cycle": cycle.id, "recorded_at": iso(now)}
+            names = {(f.site, f.name.partition("@")[0]) for f in fresh}  # a refused file's has its digest
+            extra = {"cycle": cycle, "recorded_at": iso(now)}
             c.execute(label_files.insert(), [vars(f) | extra for f in fresh])
             said = [
                 {
@@ -69,16 +69,17 @@ class Labels:
             refused = [
                 vars(q)
                 | {
-                    "cycle": cycle.id,
+                    "cycle": cycle,
                     "sample_id": q.sample_id and storable(q.sample_id),
                     "reason": storable(q.reason),
                 }
                 for q in bad
+                if (q.site, q.segment) in names
             ]
             if refused:
                 c.execute(quarantine.insert(), refused)
             counts = [{"site": f.site, "file": f.name, "sha256": f.sha256, "labels": f.good} for f in fresh]
-            self.store.append(c, "labels", {"cycle": cycle.id, "files": counts}, now)
+            self.store.append(c, "labels", {"cycle": cycle, "files": counts}, now)
 
     def of(self, sites: Sequence[str]) -> dict[str, dict[str, LabelRow]]:
         """Returns by site and sample what is said of it now: of several files, the one recorded last."""

@@ -106,10 +106,11 @@ def test_files_that_a_tool_left_are_recorded_once_and_strangers_wait(crowd, samp
         write_label_file(folder / "labels-0001.parquet", [good, {**said, "sample_id": "b"}])
     torn = crowd.d.root / "labels" / SITE / "labels-0002.parquet"
     torn.write_bytes(b"PAR1 and nothing more")
-    cycle = crowd.begin()
-    done = [record_labels(crowd.d.config, crowd.ledger, cycle, Terminal()) for _ in range(2)]
+    done = [record_labels(crowd.d.config, crowd.ledger, Terminal(), cycle="c") for _ in range(2)]
     assert [(d.files, d.labels, d.quarantined) for d in done] == [(2, 1, 2), (0, 0, 0)]
     assert crowd.ledger.labels.sites() == [SITE], "those of an unknown site wait"
     torn.unlink()
     write_label_file(torn, [good])
-    assert record_labels(crowd.d.config, crowd.ledger, cycle, Terminal()).labels == 1, "a mended file is new"
+    assert record_labels(crowd.d.config, crowd.ledger, Terminal(), cycle="c").labels == 1, (
+        "a mended file is new"
+    )
