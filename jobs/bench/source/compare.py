@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pipeline.data.protocols import PATTERNS, instrument
+from pipeline.models import tail as tails
 from pipeline.report.content import DetCurve, RadiusPanel
 from pipeline.stats import metrics
 from pipeline.stats.intervals import Calls, Estimate, Paired, calls, mean_hter, paired_bootstrap
@@ -244,9 +245,10 @@ def _merged(split: Split) -> NDArray[np.str_]:
 def _panel(r: Result, split: Split, domain: str | None, mean: np.ndarray, plane: np.ndarray) -> RadiusPanel:
     def of(label: int) -> tuple[np.ndarray, np.ndarray]:
         rows = np.flatnonzero((split.label == label) & ((split.domain == domain) | (domain is None)))
-        radius = np.linalg.norm(split.hidden[rows], axis=1)
-        flat = (split.hidden[rows] / radius[:, None].clip(1e-9) - mean) @ plane.T
-        return radius, np.arctan2(flat[:, 1], flat[:, 0])
+        long = np.linalg.norm(split.hidden[rows], axis=1)[:, None].clip(1e-9)
+        flat = (split.hidden[rows] / long - mean) @ plane.T
+        scored = r.radius - split.heads[rows, tails.FUSED] / tails.KAPPA  # pooled over the heads
+        return scored, np.arctan2(flat[:, 1], flat[:, 0])
 
     (bona_fide, angle), (attack, attack_angle) = of(1), of(0)
     return RadiusPanel(domain or "target", bona_fide, attack, r.radius, angle, attack_angle)
