@@ -123,11 +123,13 @@ def answer(rows: Sequence[MethodRow]) -> list[str]:
     known = [r for r in rows if np.isfinite(r.hter.value)]
     if not known:
         return ["No method was measured"]
-    best, targets = known[0], len({t for r in known for t in r.hter_by_target})
-    parts = [
-        f"{best.method} errs least: mean HTER {plots.percent(best.hter[0])} over {targets} unseen domains"
-    ]
-    if ours := next((r for r in known[1:] if r.method == OURS), None):
+    seeds = max(r.seeds for r in known)
+    whole = [r for r in known if r.seeds == seeds]  # a mean over fewer seeds is none to rank by
+    best, targets = whole[0], len({t for r in known for t in r.hter_by_target})
+    among = f" of the {len(whole)} methods with {seeds} seeds" if len(whole) < len(known) else ""
+    mean = plots.percent(best.hter.value)
+    parts = [f"{best.method} errs least{among}: mean HTER {mean} over {targets} unseen domains"]
+    if ours := next((r for r in whole[1:] if r.method == OURS), None):
         parts.append(f"{OURS} has {plots.percent(ours.hter.value)}")
     paired = next((r.paired for r in known if r.method == BASELINE and r.paired), None)
     if paired and np.isfinite([*paired.difference, *paired.relative]).all():

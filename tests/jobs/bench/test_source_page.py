@@ -106,6 +106,13 @@ def test_the_answer_is_fair(difference: Estimate, relative: Estimate, rise: floa
     assert ", ".join(page.answer(three)) == words
 
 
+def test_a_method_with_fewer_seeds_is_not_said_to_err_least() -> None:
+    every = {m.method: m._replace(paired=None) for m in rows()}
+    lucky = every["pgirm"]._replace(hter=Estimate(0.1, 0.1, 0.1), seeds=1)
+    said = page.answer([lucky, every["rise"], every["erm"]])[0]
+    assert said.startswith("rise errs least of the 2 methods with 3 seeds: mean HTER")
+
+
 def test_nothing_measured_has_an_answer_too() -> None:
     assert page.answer(()) == page.answer([rows()[0]._replace(hter=UNKNOWN)]) == ["No method was measured"]
 
