@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jobs.terminal import Exit, table
 from pipeline.control.deployment import now, open_ledger
-from pipeline.control.labels import record_labels
+from pipeline.control.labels import record_files
 from pipeline.data.presentations import KINDS, PREFIX, SCHEMA, read_label_file, write_label_file
 from pipeline.storage import place, write_atomic
 
@@ -30,6 +30,8 @@ def label(
     """Writes the rows of ``file`` as the site's next label file and records it."""
     if config.data.labels is None:
         raise ValueError("data.labels: not set; name the folder in which label files are kept")
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"--kind {kind!r}: allowed are {', '.join(KINDS)}")
     ledger = open_ledger(config, create=False)
     ledger.streams.site(site)
     who = actor or getpass.getuser()
@@ -44,15 +46,13 @@ def label(
             f"{file}: {len(bad)} of {read.rows} rows are bad; nothing was recorded",
         )
         return Exit.USAGE
-    known = ledger.labels.file_names().get(site, set())
+    known = ledger.labels.file_names([site]).get(site, set())
     if (name := f"{PREFIX}-{read.sha256[:16]}.parquet") in known:
         terminal.result({"site": site, "recorded": 0}, f"{site}: these labels are recorded already")
         return Exit.DONE
     target = place(config.data.labels) / site / name
-    if isinstance(target, Path):
-        target.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(target, content)
-    record_labels(config, ledger, terminal, cycle="site label")
+    record_files(ledger, terminal, {site: [target]}, cycle="site label")
     terminal.result({"site": site, "recorded": read.rows}, f"{site}: {read.rows} labels recorded, by {who}")
     return Exit.DONE
 
@@ -84,21 +84,19 @@ def _as_label_file(file: Path, made: Path, *, kind: str | None, who: str) -> Pat
     return made
 
 
-def _complete(row: Mapping[str, object], *, kind: str | None, who: str) -> dict[str, object]:
+def _complete(row: Mapping[str, str | None], *, kind: str | None, who: str) -> dict[str, object]:
     """Returns a row as SCHEMA has it; what the file leaves out comes from the options."""
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"--kind {kind!r}: allowed are {', '.join(KINDS)}")
-    if odd := sorted(set(row) - set(SCHEMA.names) - {None}, key=str):
+    if odd := sorted(set(row) - set(SCHEMA.names) - {None}):
         raise ValueError(f"column {odd[0]!r}: allowed are {', '.join(SCHEMA.names)}")
-    text = {n: str(v) for n, v in row.items() if n and v not in (None, "") and n != "labelled_at"}
+    text = {n: v for n, v in row.items() if n and v and n != "labelled_at"}
     return {"kind": kind, "who": who, **text, "labelled_at": _time(row.get("labelled_at"))}
 
 
-def _time(value: object) -> datetime:
-    if value in (None, ""):
+def _time(text: str | None) -> datetime:
+    if not text:
         return now()
     try:
-        at = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
+        at = datetime.fromisoformat(text)
     except ValueError:
-        raise ValueError(f"labelled_at {str(value)[:40]!r}: write it as 2026-05-04T12:00:00Z") from None
+        raise ValueError(f"labelled_at {text[:40]!r}: write it as 2026-05-04T12:00:00Z") from None
     return at if at.tzinfo else at.replace(tzinfo=UTC)

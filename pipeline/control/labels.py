@@ -15,6 +15,8 @@ from pipeline.ledger import LabelFileRow, LabelRow, QuarantineRow
 from pipeline.storage import StoreUnavailable, place
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from pipeline.config import Config
     from pipeline.control.deployment import Reporter
     from pipeline.ledger import Ledger
@@ -44,25 +46,35 @@ def record_labels(config: Config, ledger: Ledger, reporter: Reporter, *, cycle: 
     listing = list_segments(root, prefix=PREFIX)
     for stray in listing.rejected:
         reporter.say(f"warning: data.labels: {stray}")
-    known, registered = ledger.labels.file_names(), {row.site for row in ledger.streams.sites()}
+    known = ledger.labels.file_names()
+    fresh: dict[str, list[Place]] = {}
+    for site, paths in listing.segments.items():
+        names = known.get(site, ())
+        if new := not_refused([p for p in paths if p.name not in names], names, LIMITS.max_bytes):
+            fresh[site] = new
+    registered = {row.site for row in ledger.streams.sites()} if fresh else set[str]()
+    for site in sorted(fresh.keys() - registered):
+        reporter.say(f"warning: labels of {site} wait: no site of this name has sent captures")
+        del fresh[site]
+    return record_files(ledger, reporter, fresh, cycle=cycle)
+
+
+def record_files(
+    ledger: Ledger, reporter: Reporter, fresh: Mapping[str, Sequence[Place]], *, cycle: str
+) -> RecordedLabels:
+    """Records the label files ``fresh`` of registered sites; one that cannot be read now waits."""
     files: list[LabelFileRow] = []
     rows: list[LabelRow] = []
     bad: list[QuarantineRow] = []
-    for site, paths in listing.segments.items():
-        names = known.get(site, ())
-        fresh = not_refused([p for p in paths if p.name not in names], names, LIMITS.max_bytes)
-        if fresh and site not in registered:
-            reporter.say(f"warning: labels of {site} wait: no site of this name has sent captures")
+    for site, path in ((site, path) for site, paths in fresh.items() for path in paths):
+        try:
+            file, of_file, refused = _read(site, path)
+        except (FileNotFoundError, StoreUnavailable) as e:
+            reporter.say(f"warning: labels of {site} wait: {path.name}: {' '.join(str(e).split())}")
             continue
-        for path in fresh:
-            try:
-                file, of_file, refused = _read(site, path)
-            except (FileNotFoundError, StoreUnavailable) as e:
-                reporter.say(f"warning: labels of {site} wait: {path.name}: {' '.join(str(e).split())}")
-                continue
-            files.append(file)
-            rows += of_file
-            bad += refused
+        files.append(file)
+        rows += of_file
+        bad += refused
     if files:
         ledger.labels.commit(files, rows, bad, cycle=cycle, now=now())
     return RecordedLabels(len(files), len(rows), len(bad))

@@ -9,13 +9,22 @@ import sqlalchemy as sa
 
 from pipeline.ledger.rows import LabelFileRow, LabelRow, LedgerError, QuarantineRow
 from pipeline.ledger.store import Store
-from pipeline.ledger.tables import iso, label_files, labels, make_row, named, parts, quarantine, storable
+from pipeline.ledger.tables import (
+    iso,
+    label_files,
+    labels,
+    make_row,
+    named,
+    names_by_site,
+    parts,
+    refuse,
+    storable,
+    stored_names,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
-
-    from sqlalchemy.engine import Connection
 
 
 @dataclass(frozen=True)
@@ -24,13 +33,10 @@ class Labels:
 
     store: Store
 
-    def file_names(self) -> dict[str, set[str]]:
-        """Returns the names of the recorded label files by site."""
-        known: dict[str, set[str]] = {}
+    def file_names(self, sites: Sequence[str] | None = None) -> dict[str, set[str]]:
+        """Returns the names of the recorded label files by site, of all sites or of ``sites``."""
         with self.store.read() as c:
-            for r in c.execute(sa.select(label_files.c.site, label_files.c.name)):
-                known.setdefault(r.site, set()).add(r.name)
-        return known
+            return names_by_site(c, label_files, sites)
 
     def commit(
         self,
@@ -47,7 +53,7 @@ class Labels:
         beside one. Audited, by the number of labels of each file.
         """
         with self.store.write(exclusive=True) as c:
-            known = _known(c, files)
+            known = stored_names(c, label_files, [(f.site, f.name) for f in files])
             fresh = [f for f in files if (f.site, f.name) not in known]
             if not fresh:
                 return
@@ -66,18 +72,7 @@ class Labels:
             ]
             for part in parts(said):
                 c.execute(labels.insert(), list(part))
-            refused = [
-                vars(q)
-                | {
-                    "cycle": cycle,
-                    "sample_id": q.sample_id and storable(q.sample_id),
-                    "reason": storable(q.reason),
-                }
-                for q in bad
-                if (q.site, q.segment) in names
-            ]
-            if refused:
-                c.execute(quarantine.insert(), refused)
+            refuse(c, cycle, (q for q in bad if (q.site, q.segment) in names))
             counts = [{"site": f.site, "file": f.name, "sha256": f.sha256, "labels": f.good} for f in fresh]
             self.store.append(c, "labels", {"cycle": cycle, "files": counts}, now)
 
@@ -126,10 +121,3 @@ class Labels:
             said = {"site": site, "samples": sorted(known), "by": storable(by), "reason": storable(reason)}
             self.store.append(c, "unlabel", said, now)
         return count
-
-
-def _known(c: Connection, files: Sequence[LabelFileRow]) -> set[tuple[str, str]]:
-    query = sa.select(label_files.c.site, label_files.c.name)
-    asked = {(f.site, f.name) for f in files}
-    stored = {(r.site, r.name) for r in named(c, query, label_files.c.site, sorted({s for s, _ in asked}))}
-    return asked & stored

@@ -18,11 +18,13 @@ from pipeline.ledger.tables import (
     iso,
     make_row,
     named,
-    parts,
+    names_by_site,
     quarantine,
+    refuse,
     segments,
     sites,
     storable,
+    stored_names,
 )
 
 if TYPE_CHECKING:
@@ -145,12 +147,8 @@ class Streams:
 
     def segment_names(self, names: Sequence[str] | None = None) -> dict[str, set[str]]:
         """Names of the ingested segments by site, of all sites or of ``names``."""
-        query = sa.select(segments.c.site, segments.c.name)
-        known: dict[str, set[str]] = {}
         with self.store.read() as c:
-            for r in c.execute(query) if names is None else named(c, query, segments.c.site, names):
-                known.setdefault(r.site, set()).add(r.name)
-        return known
+            return names_by_site(c, segments, names)
 
     def segments(self, site: str) -> list[tuple[SegmentRow, datetime]]:
         """The site's segments in stream order with the time they were ingested."""
@@ -194,24 +192,13 @@ class Streams:
         with self.store.write() as c:
             self.store.fence(c, cycle, shared=True)
             ends = _lock_ends(c, [r.site for r in rows])
-            known = _known(c, rows)
+            known = stored_names(c, segments, [(r.site, r.name) for r in rows])
             fresh = [r for r in rows if (r.site, r.name) not in known]
             moved = _moved_ends(ends, fresh)
             if fresh:
                 extra = {"cycle": cycle.id, "ingested_at": iso(now)}
                 c.execute(segments.insert(), [vars(r) | extra for r in fresh])
-            refused = [
-                vars(q)
-                | {
-                    "cycle": cycle.id,
-                    "sample_id": q.sample_id and storable(q.sample_id),
-                    "reason": storable(q.reason),
-                }
-                for q in bad
-                if (q.site, q.segment) not in known
-            ]
-            if refused:
-                c.execute(quarantine.insert(), refused)
+            refuse(c, cycle.id, (q for q in bad if (q.site, q.segment) not in known))
             if moved:
                 move = (
                     sites.update()
@@ -291,19 +278,6 @@ def _lock_ends(c: Connection, names: Sequence[str]) -> dict[str, int]:
     """
     query = sa.select(sites.c.site, sites.c.ingested_offset).order_by(sites.c.site).with_for_update()
     return {r.site: r.ingested_offset for r in named(c, query, sites.c.site, sorted(set(names)))}
-
-
-def _known(c: Connection, rows: Sequence[SegmentRow]) -> set[tuple[str, str]]:
-    """(site, name) of those that are stored, each looked up by its key; SQLite scans for pairs in an IN
-    (...).
-    """
-    found: set[tuple[str, str]] = set()
-    for part in parts([(r.site, r.name) for r in rows]):
-        asked = sa.values(sa.column("site", sa.Text), sa.column("name", sa.Text)).data(part).cte("asked")
-        same = sa.and_(segments.c.site == asked.c.site, segments.c.name == asked.c.name)
-        stored = sa.select(asked.c.site, asked.c.name).where(sa.exists().where(same).correlate(asked))
-        found.update((site, name) for site, name in c.execute(stored))
-    return found
 
 
 def _moved_ends(ends: Mapping[str, int], fresh: Sequence[SegmentRow]) -> dict[str, int]:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, TypeVar
 import sqlalchemy as sa
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sqlalchemy.engine import Connection, Row
+
+    from pipeline.ledger.rows import QuarantineRow
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -287,6 +289,41 @@ def add(c: Connection, table: sa.Table, rows: Sequence[tuple[object, ...]]) -> N
     statement = table.insert().compile(c)
     values = rows if statement.positional else [dict(zip(names, row, strict=True)) for row in rows]
     c.exec_driver_sql(str(statement), values)  # pyright: ignore[reportArgumentType]
+
+
+def names_by_site(c: Connection, table: sa.Table, sites: Sequence[str] | None = None) -> dict[str, set[str]]:
+    """Returns the names of a table's files by site, of all sites or of ``sites``."""
+    query = sa.select(table.c.site, table.c.name)
+    known: dict[str, set[str]] = {}
+    for r in c.execute(query) if sites is None else named(c, query, table.c.site, sites):
+        known.setdefault(r.site, set()).add(r.name)
+    return known
+
+
+def stored_names(
+    c: Connection, table: sa.Table, asked_for: Sequence[tuple[str, str]]
+) -> set[tuple[str, str]]:
+    """Returns those (site, name) that ``table`` has, each looked up by its key; SQLite scans for pairs in an
+    IN (...).
+    """
+    found: set[tuple[str, str]] = set()
+    for part in parts(asked_for):
+        asked = sa.values(sa.column("site", sa.Text), sa.column("name", sa.Text)).data(part).cte("asked")
+        same = sa.and_(table.c.site == asked.c.site, table.c.name == asked.c.name)
+        stored = sa.select(asked.c.site, asked.c.name).where(sa.exists().where(same).correlate(asked))
+        found.update((site, name) for site, name in c.execute(stored))
+    return found
+
+
+def refuse(c: Connection, cycle: str, rows: Iterable[QuarantineRow]) -> None:
+    """Puts ``rows`` into quarantine; what a file says of itself is made storable."""
+    refused = [
+        vars(q)
+        | {"cycle": cycle, "sample_id": q.sample_id and storable(q.sample_id), "reason": storable(q.reason)}
+        for q in rows
+    ]
+    if refused:
+        c.execute(quarantine.insert(), refused)
 
 
 def parts(values: Sequence[V]) -> Iterator[Sequence[V]]:

@@ -185,25 +185,20 @@ def _write_hostile(folder: Path, script: SiteScript) -> None:
         write_atomic(folder / f"segment-{last:04d}-b.parquet", lambda tmp: pq.write_table(table, tmp))
 
 
+def _truth(shot: Shot) -> dict[str, str]:
+    label = BONA_FIDE if shot.what.species == BONA_FIDE else "attack"
+    return {"sample_id": shot.sample_id, "label": label}
+
+
 def _write_labels(path: Path, shots: Sequence[Shot]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {
-            "sample_id": s.sample_id,
-            "label": BONA_FIDE if s.what.species == BONA_FIDE else "attack",
-            "pai": s.what.species,
-        }
-        for s in shots
-    ]
+    rows = [{**_truth(s), "pai": s.what.species} for s in shots]
     write_atomic(path, lambda tmp: pq.write_table(pa.Table.from_pylist(rows, schema=LABELS), tmp))
 
 
 def _write_presentations(path: Path, shots: Sequence[Shot]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {
-            "sample_id": s.sample_id,
-            "label": BONA_FIDE if s.what.species == BONA_FIDE else "attack",
+            **_truth(s),
             "instrument": s.what.species,
             "kind": "red-team",
             "who": "red team of the simulation",
