@@ -129,7 +129,7 @@ def check_segment(path: Place, *, site: str, limits: DataConfig) -> int:
     try:
         return check_footer(path, Limits(COLUMNS, limits.max_rows, limits.max_bytes))
     except BadParquet as e:
-        raise BadSegment(f"{site}/{printable_name(path)}: {e}") from None
+        raise BadSegment(f"{site}/{_printable_name(path)}: {e}") from None
 
 
 def read_segment(path: Place, *, site: str, limits: DataConfig) -> Segment:
@@ -138,11 +138,7 @@ def read_segment(path: Place, *, site: str, limits: DataConfig) -> Segment:
     Raises BadSegment, FileNotFoundError where nothing is, and StoreUnavailable.
     """
     _check_link(path, site)
-    try:
-        table, sha256 = read_table(path, Limits(COLUMNS, limits.max_rows, limits.max_bytes))
-        columns = [python_values(table.column(name)) for name in COLUMNS]
-    except BadParquet as e:
-        raise BadSegment(f"{site}/{printable_name(path)}: {e}") from None
+    columns, sha256 = read_columns(path, Limits(COLUMNS, limits.max_rows, limits.max_bytes), site=site)
     segment = Segment([], [], sha256)
     for row in judge_rows(columns, site):
         if isinstance(row, BadRow):
@@ -150,6 +146,15 @@ def read_segment(path: Place, *, site: str, limits: DataConfig) -> Segment:
         else:
             segment.good.append(row)
     return segment
+
+
+def read_columns(path: Place, limits: Limits, *, site: str) -> tuple[list[list[object]], str]:
+    """Returns the values of each column of a site's file, and the sha256 of its bytes; raises BadSegment."""
+    try:
+        table, sha256 = read_table(path, limits)
+        return [python_values(table.column(name)) for name in limits.columns], sha256
+    except BadParquet as e:
+        raise BadSegment(f"{site}/{_printable_name(path)}: {e}") from None
 
 
 def read_labels(path: Path) -> dict[str, tuple[int, str]]:
@@ -182,7 +187,7 @@ def _add_objects(listing: Listing, root: Remote, prefix: str) -> None:
             continue
         name = entry.place.name
         if not below:
-            rejected[f"{printable_name(entry.place)[:200]}: is no folder of a site"] = None
+            rejected[f"{_printable_name(entry.place)[:200]}: is no folder of a site"] = None
             continue
         try:
             site = check_site_id(folder.removeprefix("site="))
@@ -195,10 +200,10 @@ def _add_objects(listing: Listing, root: Remote, prefix: str) -> None:
         elif not (name.startswith(f"{prefix}-") and name.endswith(".parquet")):
             continue
         elif not OBJECT_NAME.fullmatch(name):
-            odd = f"{folder}/{printable_name(entry.place)[:200]}"
+            odd = f"{folder}/{_printable_name(entry.place)[:200]}"
             rejected[f"{odd}: a {NOUNS[prefix]}'s name has letters, digits and . _ = - only"] = None
         elif (site, name) in names:
-            odd = f"{folder}/{printable_name(entry.place)}"
+            odd = f"{folder}/{_printable_name(entry.place)}"
             rejected[f"{odd}: {site} has two {NOUNS[prefix]}s of this name, one counts"] = None
         else:
             names.add((site, name))
@@ -235,10 +240,10 @@ def _add_segments(listing: Listing, site: str, folder: os.DirEntry[str], root: P
         path = Path(entry)
         if entry.is_symlink() and not _inside(path, root):
             listing.rejected.append(
-                f"{folder.name}/{printable_name(path)}: is a link out of the captures folder"
+                f"{folder.name}/{_printable_name(path)}: is a link out of the captures folder"
             )
         elif entry.name in names:
-            odd = f"{folder.name}/{printable_name(path)}"
+            odd = f"{folder.name}/{_printable_name(path)}"
             listing.rejected.append(f"{odd}: {site} has two {NOUNS[prefix]}s of this name, one counts")
         else:
             segments.append(path)
@@ -253,7 +258,7 @@ def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
         return sorted(entries, key=lambda entry: entry.name)
 
 
-def printable_name(path: Place) -> str:
+def _printable_name(path: Place) -> str:
     return ascii(path.name)[1:-1]
 
 
@@ -263,7 +268,7 @@ def _inside(path: Path, root: Path) -> bool:
 
 def _check_link(path: Place, site: str) -> None:
     if isinstance(path, Path) and not _inside(path, path.parent.parent):
-        raise BadSegment(f"{site}/{printable_name(path)}: is a link out of the captures folder")
+        raise BadSegment(f"{site}/{_printable_name(path)}: is a link out of the captures folder")
 
 
 def _stream_order(path: Place) -> tuple[list[tuple[int, str]], str]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.captures import LABELS, TEXT, TIME, BadSegment, printable_name
-from pipeline.data.parquet.rows import LATEST, BadRow, printable, printable_text, python_values
-from pipeline.data.parquet.untrusted import BadParquet, Limits, read_table
+from pipeline.data.captures import LABELS, TEXT, TIME, read_columns
+from pipeline.data.parquet.rows import LATEST, BadRow, fault, printable, printable_text
+from pipeline.data.parquet.untrusted import Limits
 from pipeline.storage import write_atomic
 from pipeline.types import Label
 
@@ -66,12 +66,8 @@ def read_label_file(path: Place, *, site: str) -> LabelFile:
 
     Raises BadSegment, FileNotFoundError where nothing is, and StoreUnavailable.
     """
-    try:
-        table, sha256 = read_table(path, LIMITS)
-        columns = [python_values(table.column(name)) for name in COLUMNS]
-    except BadParquet as e:
-        raise BadSegment(f"{site}/{printable_name(path)}: {e}") from None
-    found = LabelFile([], [], table.num_rows, sha256)
+    columns, sha256 = read_columns(path, LIMITS, site=site)
+    found = LabelFile([], [], len(columns[0]), sha256)
     for row in _judged(columns):
         if isinstance(row, BadRow):
             found.bad.append(row)
@@ -91,7 +87,7 @@ def _judged(columns: list[list[object]]) -> Iterator[Presentation | BadRow]:
     for row, (sample_raw, label, instrument_raw, kind_raw, who_raw, at) in enumerate(zip(*columns)):
         sample, instrument = printable_text(sample_raw), printable_text(instrument_raw)
         if sample is None:
-            yield BadRow(row, None, f"sample_id: {printable(sample_raw)}")
+            yield BadRow(row, None, f"sample_id: {fault(sample_raw)}")
         elif sample in seen:
             yield BadRow(row, sample, f"sample_id: already in row {seen[sample]}")
         elif (word := printable_text(label)) not in LABELS:

@@ -84,7 +84,7 @@ def _capture(row: int, cells: tuple[object, ...], site: str, seen: dict[str, int
     sample_raw, site_raw, at, session_raw, rgb, depth, ir = cells
     sample, session = printable_text(sample_raw), printable_text(session_raw)
     if sample is None:
-        return BadRow(row, None, f"sample_id: {_fault(sample_raw)}")
+        return BadRow(row, None, f"sample_id: {fault(sample_raw)}")
     if sample in seen:
         return BadRow(row, sample, f"sample_id: already in row {seen[sample]}")
     seen[sample] = row
@@ -95,7 +95,7 @@ def _capture(row: int, cells: tuple[object, ...], site: str, seen: dict[str, int
     if not 0 <= at < LATEST:
         return BadRow(row, sample, "captured_at: not between 1970 and 2100")
     if session is None and session_raw is not None:
-        return BadRow(row, sample, f"session_id: {_fault(session_raw)}")
+        return BadRow(row, sample, f"session_id: {fault(session_raw)}")
     images = [i if isinstance(i, bytes) else None for i in (rgb, depth, ir)]
     if not any(i is not None for i in images):
         return BadRow(row, sample, "no modality present")
@@ -111,5 +111,6 @@ def _capture(row: int, cells: tuple[object, ...], site: str, seen: dict[str, int
     )
 
 
-def _fault(raw: object) -> str:
+def fault(raw: object) -> str:
+    """Returns what is wrong with a cell of which ``printable_text`` makes nothing."""
     return "null" if raw is None else f"not 1-{MAX_ID} printable characters"
