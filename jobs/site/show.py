@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TAG = re.compile(r"[a-z][a-z0-9_]{0,31}")
 MODALITIES = tuple(m.name.lower() for m in Modality)
+LABELS = ("kind", "label", "instrument", "who", "role", "count")  # columns; role: teach or judge
 
 
 def list_sites(config: Config, terminal: Terminal) -> int:
@@ -72,7 +73,7 @@ def show(config: Config, terminal: Terminal, *, site: str) -> int:
     reasons = Counter(q.reason for q in ledger.streams.quarantined(site))
     status = f"{row.status}: {row.reason}" if row.reason else row.status
     labels = Counter(
-        (x.kind, Label(x.label).name.lower(), x.instrument, x.who)
+        (x.kind, Label(x.label).name.lower(), x.instrument, x.who, x.role or "")
         for x in ledger.labels.of([site])[site].values()
     )
     head = f"{site}: {status}; stream at offset {row.ingested_offset}, adapted to {row.learned_offset}"
@@ -86,8 +87,8 @@ def show(config: Config, terminal: Terminal, *, site: str) -> int:
             "segments": [vars(s) for s, _ in segments],
             "quarantine": dict(reasons),
             "labels": [
-                {"kind": kind, "label": label, "instrument": instrument, "who": who, "count": n}
-                for (kind, label, instrument, who), n in sorted(labels.items())
+                dict(zip(LABELS, (*what[:4], what[4] or None, n), strict=True))
+                for what, n in sorted(labels.items())
             ],
             "verdicts": [
                 {"cycle": v.cycle, "outcome": v.outcome, "reason": v.verdict.decisive} for v in verdicts
@@ -102,7 +103,7 @@ def show(config: Config, terminal: Terminal, *, site: str) -> int:
 def _site_tables(
     segments: Sequence[tuple[SegmentRow, datetime]],
     reasons: Counter[str],
-    labels: Counter[tuple[str, str, str, str]],
+    labels: Counter[tuple[str, str, str, str, str]],
     verdicts: Sequence[VerdictRow],
 ) -> list[Table]:
     """Returns the tables of segments, of reasons for refusals and labels (if any), and of verdicts."""
@@ -118,8 +119,8 @@ def _site_tables(
     if reasons:
         tables.append(table("refused", ["reason", "count"], [[r, n] for r, n in reasons.most_common()]))
     if labels:
-        rows = [[*what, n] for what, n in sorted(labels.items())]
-        tables.append(table("labels", ["kind", "label", "instrument", "who", "count"], rows))
+        rows = [[*what[:4], what[4] or "no capture yet", n] for what, n in sorted(labels.items())]
+        tables.append(table("labels", LABELS, rows))
     return [*tables, table("verdicts", ["cycle", "offsets", "samples", "verdict", "why"], verdict_rows)]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pipeline.control import rebase
+from pipeline.control import rebase, teaching
 from pipeline.control.judge import Window, features_of, judge, slot_of, steps_of, stream_scores
 from pipeline.control.loaders import (
     anchor_score_cache,
@@ -78,6 +78,7 @@ def adapt_sites(job: ShardJob, sites: Sequence[str]) -> dict[str, str]:
         windows, failed = rebase.rebase_windows(config, model, ledger, sites, samples=job.retained)
     else:
         windows, failed = _windows(config, model, job, ledger, sites)
+    windows = _labelled(config, model, ledger, windows, failed)
     rows: list[ShardRow] = []
     for start in range(0, len(windows), config.bank.slots):
         rows += _learn_and_judge(config, model, job, windows[start : start + config.bank.slots])
@@ -132,6 +133,25 @@ def _windows(
     return [_renewed(config, w, fresh) for w in _recalled(ledger, windows, now)], failed
 
 
+def _labelled(
+    config: Config, model: SourceModel, ledger: Ledger, windows: Sequence[Window], failed: dict[str, str]
+) -> list[Window]:
+    """Returns the windows with their labels, and with the memory of what teaches in the learner's state."""
+    labels = ledger.labels.of([w.row.site for w in windows])
+    ready: list[Window] = []
+    for w in windows:
+        if not labels[w.row.site] and not w.learner.get("taught.digest", 0):
+            ready.append(w)  # nobody has ever labelled anything here
+            continue
+        try:
+            own = teaching.labelled(config, ledger, model, w.row, labels[w.row.site])
+        except (blobs.BadBlob, OSError) as e:
+            failed[w.row.site] = f"labelled presentations: {e}"
+            continue
+        ready.append(teaching.with_labels(config, model, w, own))
+    return ready
+
+
 def _recalled(ledger: Ledger, windows: Sequence[Window], now: datetime) -> list[Window]:
     """Returns the windows with the history that earlier verdicts measured of the site and of its state."""
     latest = ledger.verdicts.latest([w.row.site for w in windows])
@@ -184,7 +204,7 @@ def _learn_and_judge(
 ) -> list[ShardRow]:
     method = config.site
     streams = [features_of(w.block) for w in windows]
-    start = bank.stack([w.learner for w in windows])
+    start = teaching.start(config, model, windows)
     states, traces = bank.run(
         method, model.tail, start, streams, batch=config.bank.batch_size, slots=config.bank.slots
     )
@@ -202,7 +222,7 @@ def _learn_and_judge(
             offset_to=w.row.ingested_offset,
             source_version=job.source_version,
             method=method.kind,
-            blob=blob if len(w.block) else None,
+            blob=blob if len(w.block) or w.learns_anew else None,
             slot=k,
             parent=w.parent,
             window=_window_record(job, w, traces[k], outcomes_blob=outcomes, row_end=ends[k]),

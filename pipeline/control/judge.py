@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pipeline.control import teaching
 from pipeline.data.features import mask_to_bool
 from pipeline.data.protocols import PATTERNS
 from pipeline.guards import Evidence, Stream, Verdict
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.config import Config
+    from pipeline.control.teaching import LabelledBlock
     from pipeline.data.anchor import AnchorSet
     from pipeline.data.features import FeatureBlock
     from pipeline.ledger import SiteRow
@@ -49,6 +51,9 @@ class Window:
     age_seconds: float
     champion_state: str | None = None  # id of ``champion``; None: the source model as it is
     history: SiteHistory = NO_HISTORY
+    teaches: LabelledBlock | None = None  # the site's labelled presentations that teach
+    judges: LabelledBlock | None = None  # and those that judge; None: it has none at all
+    learns_anew: bool = False  # the memory in ``learner`` is not what it learned from
 
 
 def features_of(block: FeatureBlock) -> Features:
@@ -82,7 +87,7 @@ def judge(
     ).all(0)
     rigs = [rig_of(w.row.tags) for w in windows]
     shown = {rig: _shown(anchor, rig).any(-1) for rig in set(rigs)}
-    judged: list[tuple[Evidence, Verdict]] = []
+    judged: list[Evidence] = []
     for k, (w, rig) in enumerate(zip(windows, rigs, strict=True)):
         own, valid = slot_of(states, k), shown[rig]
         finite = bool(sound[k] & torch.isfinite(traces[k].score).all())
@@ -106,8 +111,16 @@ def judge(
             unseen=_unseen(rig),
             stream=stream,
         )
-        judged.append((evidence, assess(config.guards, evidence)))
-    return judged
+        judged.append(_of_labels(model, w, own, evidence))
+    return [(evidence, assess(config.guards, evidence)) for evidence in judged]
+
+
+def _of_labels(model: SourceModel, w: Window, own: State, evidence: Evidence) -> Evidence:
+    """Returns ``evidence`` with what the site's labelled presentations say of the candidate ``own``."""
+    if w.teaches is None or w.judges is None:
+        return evidence
+    labelled = teaching.evidence(model, w.teaches, w.judges, own, w.champion)
+    return evidence.model_copy(update={"labelled": labelled})
 
 
 def rig_of(tags: Mapping[str, str]) -> tuple[str, ...]:

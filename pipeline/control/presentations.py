@@ -1,4 +1,4 @@
-"""Replays labelled presentations through what a site serves and through what a rollback would restore."""
+"""Replays labelled presentations that judge through what a site serves, and through its way back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from pipeline.control import teaching
 from pipeline.control.deployment import source_model
 from pipeline.control.judge import features_of
 from pipeline.control.loaders import load_model, load_state
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment
-from pipeline.data.features import read_features
 from pipeline.guards.fleet import LabelledCounts
 from pipeline.models import tail
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pipeline.config import Config
-    from pipeline.ledger import LabelRow, Ledger
+    from pipeline.ledger import LabelRow, Ledger, SiteRow
     from pipeline.rollout import Pointer
 
 
@@ -44,7 +44,7 @@ class LabelledOutcomes:
 
 @dataclass(frozen=True)
 class _Calls:
-    """Holds the calls of one state on the N labelled presentations of a site."""
+    """Holds the calls of one state on the N presentations of a site that judge."""
 
     label: np.ndarray  # [N] 1 bona fide, 0 attack
     accepted: np.ndarray  # [N] bool, called bona fide
@@ -52,19 +52,19 @@ class _Calls:
 
 
 def replay_presentations(config: Config, ledger: Ledger, targets: Sequence[ReplayTarget]) -> LabelledOutcomes:
-    """Returns the outcomes of all labelled presentations of the sites in ``targets``.
+    """Returns the outcomes of the presentations that judge, of the sites in ``targets``.
 
     What cannot be read is no data: such a site is left out of the counts.
     """
     rows: dict[str, list[int]] = {}
     wrong, captured_at = [np.zeros(0, bool)], [np.zeros(0, "datetime64[us]")]
     names = [t.site for t in targets]
-    ends = {s.site: s.ingested_offset for s in ledger.streams.named(names)}
+    sites = {s.site: s for s in ledger.streams.named(names)}
     labels = ledger.labels.of(names)
     for site, serves, rollback in targets:
         try:
             served, before = (
-                _calls(config, ledger, site, ends[site], p, labels[site]) for p in (serves, rollback)
+                _calls(config, ledger, sites[site], p, labels[site]) for p in (serves, rollback)
             )
         except (BadBlob, BadSegment, OSError):
             continue
@@ -87,22 +87,13 @@ def replay_presentations(config: Config, ledger: Ledger, targets: Sequence[Repla
 
 
 def _calls(
-    config: Config, ledger: Ledger, site: str, end: int, pointer: Pointer, labels: Mapping[str, LabelRow]
+    config: Config, ledger: Ledger, row: SiteRow, pointer: Pointer, labels: Mapping[str, LabelRow]
 ) -> _Calls:
-    """Returns the calls of ``pointer`` on the site's labelled presentations before offset ``end``."""
+    """Returns the calls of ``pointer`` on the site's labelled presentations that judge."""
     model = load_model(source_model(ledger, pointer.source_version).path)
-    block = read_features(
-        config.place("features"),
-        model.manifest.trunk_digest,
-        site,
-        start=0,
-        end=end,
-        features=model.manifest.config.trunk.features,
-    )
-    block = block.rows(np.array([s in labels for s in block.sample_id], bool))
-    label = np.array([labels[s].label for s in block.sample_id], np.int64)
+    own = teaching.labelled(config, ledger, model, row, labels).of_role(teaching.JUDGE)
     state = load_state(config, model, ledger.verdicts.state(pointer.state_id))
-    stream = features_of(block)
+    stream = features_of(own.block)
     with torch.no_grad():
         score = tail.score(tail.with_site_state(model.tail, state), stream.z, stream.present)
-    return _Calls(label, (score >= model.manifest.threshold).numpy(), block.captured_at)
+    return _Calls(own.label, (score >= model.manifest.threshold).numpy(), own.block.captured_at)

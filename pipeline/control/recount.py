@@ -47,7 +47,7 @@ def recount_evidence(config: Config, ledger: Ledger, row: VerdictRow, evidence: 
     candidate, champion = (
         anchor_scores(model, anchor, s, cache, rig=evidence.rig) for s in (learned, served)
     )
-    return evidence_of(
+    counted = evidence_of(
         candidate,
         champion,
         anchor.label.numpy(),
@@ -64,6 +64,7 @@ def recount_evidence(config: Config, ledger: Ledger, row: VerdictRow, evidence: 
         unseen=evidence.unseen,
         stream=evidence.stream,
     )
+    return counted.model_copy(update={"labelled": evidence.labelled})
 
 
 def count_differences(stored: Evidence, counted: Evidence) -> list[str]:

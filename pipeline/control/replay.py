@@ -1,8 +1,8 @@
 """Replays recorded streams under two configurations and compares them, site by site. Nothing is recorded.
 
-Every site starts from the source model, as its first cycle did, and gets its whole stored stream since then
-in one go: predict, then learn. Its verdict is that of the state at the end, with the source model as champion
-and fresh evidence.
+Every site starts from the source model, learns from the labels that it has today, and gets its whole stored
+stream in one go: predict, then learn. Its verdict is that of the state at the end, with the source model as
+champion and fresh evidence.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.control import teaching
 from pipeline.control.judge import Window, features_of, judge, slot_of, stream_scores
 from pipeline.control.loaders import load_anchor, load_model
 from pipeline.control.scoring import site_labels
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from pipeline.config import Config
     from pipeline.control.deployment import Reporter
+    from pipeline.control.teaching import LabelledBlock
     from pipeline.control.whatif import Difference
     from pipeline.data.anchor import AnchorSet
     from pipeline.data.features import FeatureBlock
@@ -51,6 +53,7 @@ class Recording(NamedTuple):
 
     row: SiteRow
     block: FeatureBlock
+    labelled: LabelledBlock
     truth: Truth
 
 
@@ -127,8 +130,9 @@ def _read_recording(config: Config, ledger: Ledger, model: SourceModel, row: Sit
         raise BadBlob(f"{len(block)} of the {good} samples since offset {first} have features; ingest again")
     labels = site_labels(config.data.sealed, row.site)
     rows = [labels.get(str(s), (-1, "unknown")) for s in block.sample_id]
+    own = teaching.labelled(config, ledger, model, row, ledger.labels.of([row.site])[row.site])
     return Recording(
-        row, block, Truth(np.array([y for y, _ in rows]), np.array([p for _, p in rows], np.str_))
+        row, block, own, Truth(np.array([y for y, _ in rows]), np.array([p for _, p in rows], np.str_))
     )
 
 
@@ -146,10 +150,13 @@ def _replay(
     replayed: list[ReplayedSite] = []
     for start in range(0, len(recordings), config.bank.slots):
         part = recordings[start : start + config.bank.slots]
-        states, traces = _run(config, model, fresh, part, min(config.bank.slots, slots), on_samples)
+        bare = [Window(r.row, r.block, fresh, fresh, None, None, 0.0) for r in part]
+        windows = [
+            teaching.with_labels(config, model, w, r.labelled) for w, r in zip(bare, part, strict=True)
+        ]
+        states, traces = _run(config, model, windows, min(config.bank.slots, slots), on_samples)
         verdicts: list[Verdict] | list[None] = [None] * len(part)
         if anchor:
-            windows = [Window(r.row, r.block, fresh, fresh, None, None, 0.0) for r in part]
             scored = [
                 stream_scores(model, w, slot_of(states, k), features_of(w.block))
                 for k, w in enumerate(windows)
@@ -166,16 +173,15 @@ def _replay(
 def _run(
     config: Config,
     model: SourceModel,
-    fresh: State,
-    recordings: Sequence[Recording],
+    windows: Sequence[Window],
     slots: int,
     on_samples: Callable[[int], None],
 ) -> tuple[State, list[bank.Trace]]:
     """Runs ``bank.run`` in strides of whole batches, which changes no bit and lets progress be shown."""
     method, size = config.site, config.bank.batch_size
-    streams = [features_of(r.block) for r in recordings]
-    states = bank.stack([fresh for _ in recordings])
-    parts: list[list[bank.Trace]] = [[] for _ in recordings]
+    streams = [features_of(w.block) for w in windows]
+    states = teaching.start(config, model, windows)
+    parts: list[list[bank.Trace]] = [[] for _ in windows]
     for start in range(0, max(len(s.z) for s in streams), size * STRIDE):
         stride = [Features(*(t[start : start + size * STRIDE] for t in s)) for s in streams]
         states, traces = bank.run(method, model.tail, states, stride, batch=size, slots=slots)

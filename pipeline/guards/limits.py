@@ -133,6 +133,23 @@ class Labels(Section):
     minimum: int = Field(default=50, ge=1, description="pseudo labels before their shares are judged")
 
 
+class Presentations(Section):
+    """Guard ``presentations``: the site's own labels. Those that judge may not get worse; those that teach
+    may not all look reversed."""
+
+    advisory: bool = Field(default=False, description="its findings are reported and never decide")
+    alpha: float = Field(
+        default=0.1, gt=0, lt=1, description="false alarms of a sign test that more got worse than better"
+    )
+    reversed: float = Field(
+        default=0.6,
+        gt=0.5,
+        le=1,
+        description="share of what teaches, classes alike, that the source model calls the other class",
+    )
+    minimum: int = Field(default=8, ge=1, description="labels of a class before they are judged")
+
+
 class ModalityFloor(Section):
     """Guard ``modality``: samples with fewer modalities may move normalisation only, so none of them may
     teach."""
@@ -199,6 +216,7 @@ class GuardsConfig(Section):
     ratchet: Ratchet = Ratchet()
     influence: Influence = Influence()
     labels: Labels = Labels()
+    presentations: Presentations = Presentations()
     modality: ModalityFloor = ModalityFloor()
     collapse: Collapse = Collapse()
     expiry: Expiry = Expiry()

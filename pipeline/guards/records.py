@@ -74,6 +74,26 @@ class Cell(Section):
     better: int  # candidate right, champion wrong
 
 
+class Judged(Section):
+    """Counts one class among the labelled presentations of the site that judge."""
+
+    n: int = 0
+    errors: int = 0  # of the candidate
+    worse: int = 0  # candidate wrong, champion right
+    better: int = 0  # candidate right, champion wrong
+
+
+class Labelled(Section):
+    """Evidence of the site's own labelled presentations; a presentation teaches or judges, never both."""
+
+    taught_bona_fide: int = 0  # in the memory that the candidate learned from
+    taught_attack: int = 0
+    contradicted_bona_fide: int = 0  # of these, called attack by the source model
+    contradicted_attack: int = 0  # of these, called bona fide by the source model
+    bona_fide: Judged = Judged()
+    attack: Judged = Judged()
+
+
 class Evidence(Section):
     """Holds all that ``assess`` decides on; stored with the verdict, so its field names are on record."""
 
@@ -89,6 +109,7 @@ class Evidence(Section):
     rig: tuple[str, ...] = ()  # modalities of the site's sensors; empty = unknown, then all are assumed
     unseen: tuple[str, ...] = ()  # patterns that leave no modality of the rig: no guard applies to them
     stream: Stream = Stream()  # of the window, without labels
+    labelled: Labelled | None = None  # None: the site has no labelled presentations
 
 
 class Verdict(Section):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.guards.labelled import enough, labelled
 from pipeline.guards.records import ATTACKS, REAL, Call, Cell, Evidence, Reason, Verdict
 from pipeline.guards.unlabelled import unlabelled
 from pipeline.stats.metrics import clopper_pearson
@@ -37,6 +38,7 @@ def assess(limits: GuardsConfig, evidence: Evidence) -> Verdict:
         reasons += _ceiling(limits, evidence.cells)
         reasons += _noninferiority(limits, evidence.cells)
         reasons += _trust(limits.trust, evidence)
+        reasons += labelled(limits, evidence)
         reasons += unlabelled(limits, evidence)
     calls = {r.call for r in reasons if not r.advisory}
     outcome: Call = "fail" if "fail" in calls else "hold" if "hold" in calls else "pass"
@@ -48,7 +50,7 @@ def _no_data(limits: GuardsConfig, e: Evidence) -> Iterator[Reason]:
     rule = limits.no_data
     if not e.finite:
         yield _hold("stream", None, None, "a score or a state tensor is not finite; nothing else was judged")
-    if e.stream_n < rule.stream_min:
+    if e.stream_n < rule.stream_min and not enough(limits, e):
         yield _hold(
             "stream",
             e.stream_n,

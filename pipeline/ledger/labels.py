@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import sqlalchemy as sa
 from pipeline.ledger.rows import LabelFileRow, LabelRow, LedgerError, QuarantineRow
 from pipeline.ledger.store import Store
 from pipeline.ledger.tables import (
+    facts,
     iso,
     label_files,
     labels,
@@ -25,6 +27,9 @@ from pipeline.ledger.tables import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
+
+
+SPLIT_KEY = sa.select(facts.c.value).where(facts.c.key == "split_key")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Labels:
             fresh = [f for f in files if (f.site, f.name) not in known]
             if not fresh:
                 return
+            if c.scalars(SPLIT_KEY).first() is None:
+                c.execute(facts.insert(), {"key": "split_key", "value": secrets.token_hex(16)})
             names = {(f.site, f.name.partition("@")[0]) for f in fresh}  # a refused file's has its digest
             extra = {"cycle": cycle, "recorded_at": iso(now)}
             c.execute(label_files.insert(), [vars(f) | extra for f in fresh])
@@ -94,6 +101,19 @@ class Labels:
         query = sa.select(labels.c.site).where(labels.c.retracted_at.is_(None)).distinct()
         with self.store.read() as c:
             return sorted(c.scalars(query))
+
+    def split_key(self) -> bytes:
+        """Returns the secret of this ledger by which sessions are split; made with the first labels."""
+        with self.store.read() as c:
+            return bytes.fromhex(c.scalars(SPLIT_KEY).one())
+
+    def assign(self, site: str, found: Mapping[str, tuple[int, str]]) -> None:
+        """Keeps offset and role of labelled samples whose captures were found; a role never changes."""
+        own = sa.and_(labels.c.site == site, labels.c.role.is_(None))
+        change = labels.update().where(own, labels.c.sample_id == sa.bindparam("s"))
+        change = change.values(offset=sa.bindparam("o"), role=sa.bindparam("r"))
+        with self.store.write() as c:
+            c.execute(change, [{"s": s, "o": o, "r": r} for s, (o, r) in sorted(found.items())])
 
     def retract(self, site: str, samples: Sequence[str], *, by: str, reason: str, now: datetime) -> int:
         """Makes the labels of ``samples`` count no longer and returns how many did. Audited.

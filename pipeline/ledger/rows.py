@@ -86,6 +86,8 @@ class LabelRow:
     kind: str  # commissioning, red-team, incident or correction
     who: str
     labelled_at: datetime
+    offset: int | None = None  # in the site's stream; None: no capture of this name was ingested yet
+    role: str | None = None  # teach or judge, decided once, when its capture was found
 
 
 @dataclass(frozen=True)

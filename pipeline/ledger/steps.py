@@ -246,7 +246,8 @@ STEPS: dict[int, tuple[str | Callable[[Connection], None], ...]] = {
         "primary key (site, name))",
         "create table labels (site {text} not null, sample_id {text} not null, file {text} not null, "
         "label bigint not null, instrument {text} not null, kind {text} not null, who {text} not null, "
-        "labelled_at {text} not null, recorded_at {text} not null, retracted_at {text}, "
+        'labelled_at {text} not null, recorded_at {text} not null, "offset" bigint, role {text}, '
+        "retracted_at {text}, "
         "retracted_by {text}, retracted_why {text}, primary key (site, sample_id, file))",
     ),
 }

@@ -112,6 +112,8 @@ labels = _table(
     _text("who"),
     _text("labelled_at"),
     _text("recorded_at"),
+    _int("offset", nullable=True),
+    _text("role", nullable=True),
     _text("retracted_at", nullable=True),
     _text("retracted_by", nullable=True),
     _text("retracted_why", nullable=True),

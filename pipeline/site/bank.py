@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from pipeline.site.contract import Params, SiteMethod, State
+    from pipeline.site.contract import Params, SiteMethod, State, Taught
 
 
 class Trace(NamedTuple):
@@ -61,6 +61,19 @@ def step(method: SiteMethod, tail: Params, stacked: State, batch: Features) -> t
     idle = ~batch.valid.any(dim=1)
     states = {n: torch.where(idle.view(-1, *[1] * (t.dim() - 1)), stacked[n], t) for n, t in new.items()}
     return {n: t.detach() for n, t in states.items()}, Outcome(*(t.detach() for t in outcome))
+
+
+def teach(method: Taught, tail: Params, stacked: State, *, slots: int) -> State:
+    """Returns the K states after each site learned anew from the labels in its memory; K ≤ slots.
+
+    Slots beyond K are filled with a copy, so that every call has the same shape.
+    """
+    count = len(next(iter(stacked.values())))
+    assert 0 < count <= slots
+    spare = torch.arange(slots).clamp(max=count - 1)
+    filled = {name: t[spare] for name, t in stacked.items()}
+    new = torch.func.vmap(lambda s: method.teach(tail, s))(filled)
+    return {n: t[:count].detach() for n, t in new.items()}
 
 
 def run(

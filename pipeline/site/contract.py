@@ -1,4 +1,4 @@
-"""Declares the two functions of a site method, and the two halves of one that may skip gradients.
+"""Declares the functions of a site method: to start, to step through a stream, to learn from labels.
 
 A method is a module of ``pipeline/site/methods`` with a ``Config``, a subclass of ``SiteMethod`` (or
 ``Selective``) whose ``kind`` is the module's name. This file imports no torch, so that a configuration is
@@ -34,6 +34,20 @@ class SiteMethod(Method):
 
         No Python branch depends on a tensor's value, so that ``torch.func.vmap`` gives K sites;
         ``pipeline.site.bank`` is the only place that knows the axis K.
+        """
+
+
+class Taught(SiteMethod):
+    """A method that also learns from the site's labelled presentations.
+
+    Its state holds a memory of them (``pipeline.site.taught``), which the caller fills.
+    """
+
+    @abstractmethod
+    def teach(self, tail: Params, state: State) -> State:
+        """Learns anew from the memory in ``state`` of ONE site, starting at the source model.
+
+        What was learned from the stream is dropped; like ``step``, it has no branch on a tensor's value.
         """
 
 

@@ -12,11 +12,13 @@ import torch
 from jobs.terminal import Terminal
 from pipeline.control.labels import record_labels
 from pipeline.control.presentations import ReplayTarget, replay_presentations
+from pipeline.control.teaching import JUDGE, role_of
 from pipeline.data.features import read_features
 from pipeline.data.presentations import write_label_file
 from pipeline.models import checkpoint, tail
 from pipeline.rollout import Pointer
 from tests.support.deployments import printed
+from tests.support.ledgers import fix_split
 from tests.support.releases import SITE
 
 HEAD = "sample_id,label,instrument\n"
@@ -24,7 +26,7 @@ HEAD = "sample_id,label,instrument\n"
 
 @pytest.fixture
 def samples(crowd):
-    """(sample id, is it called bona fide by the source model) of the site's stream."""
+    """(sample id, is it called bona fide by the source model) of the site's captures that would judge."""
     source, row = crowd.ledger.sources.champion(), crowd.ledger.streams.site(SITE)
     model = checkpoint.load(source.path)
     block = read_features(
@@ -32,7 +34,10 @@ def samples(crowd):
     )
     present = torch.from_numpy((block.present[:, None] >> np.arange(3) & 1).astype(bool))
     score = tail.score(model.tail, torch.from_numpy(block.z.astype(np.float32)), present)
-    return list(zip(block.sample_id.tolist(), (score >= model.manifest.threshold).tolist(), strict=True))
+    key = fix_split(crowd.ledger)
+    judges = [role_of(key, SITE, s) == JUDGE for s in block.session.tolist()]
+    called = zip(block.sample_id.tolist(), (score >= model.manifest.threshold).tolist(), strict=True)
+    return [pair for pair, judge in zip(called, judges, strict=True) if judge]
 
 
 def label(crowd, text, *more):
@@ -58,7 +63,9 @@ def test_labels_count_until_they_are_taken_back(crowd, samples, capsys):
     assert counts(crowd)[1] == [int(called)]
     assert crowd.d.run("site", "show", SITE, "--json") == 0
     shown = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["labels"]
-    assert {"kind": "red-team", "label": "attack", "instrument": "print", "who": "ann", "count": 2} in shown
+    attack = {"kind": "red-team", "label": "attack", "instrument": "print", "who": "ann"}
+    assert {**attack, "role": "judge", "count": 1} in shown
+    assert {**attack, "role": None, "count": 1} in shown
     assert label(crowd, f"{HEAD}{first},bona_fide,\n", "--kind", "correction") == 0
     assert (counts(crowd)[0], counts(crowd)[2]) == ([0], [2])
     assert crowd.d.run("site", "unlabel", SITE, first, "--reason", "it was somebody else") == 0

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from pipeline.site.contract import Selective
+from pipeline.site.contract import Selective, Taught
 
 if TYPE_CHECKING:
     from pipeline.site.contract import Params, State
     from pipeline.types import Features, Lesson, Outcome
 
 
-class Config(Selective):
+class Config(Selective, Taught):
     """Settings of ``danet``: of the reconstruction first, then our own additions."""
 
     kind: str = "danet"
@@ -95,11 +95,26 @@ class Config(Selective):
         description="groups of sessions whose median gradient is taken; null: the mean of all",
     )
 
+    taught: int = Field(
+        default=64, ge=8, le=128, description="labelled presentations that a site's memory holds"
+    )
+    taught_steps: int = Field(default=60, ge=1, description="Adam steps in which a memory is learned anew")
+    taught_lr: float = Field(default=3e-3, gt=0, description="learning rate of these steps")
+    taught_hold: float = Field(
+        default=0.3, ge=0, description="weight of the change of the source features' logits in these steps"
+    )
+
     def init(self, tail: Params) -> State:
         """Returns the state of a new site: movable tensors, last good copy, moments and statistics."""
         from pipeline.site.methods.danet import algorithm
 
         return algorithm.init(self, tail)
+
+    def teach(self, tail: Params, state: State) -> State:
+        """Learns anew from the site's labels; counts of the stream start again beside what they teach."""
+        from pipeline.site.methods.danet import algorithm
+
+        return algorithm.teach(self, tail, state)
 
     def observe(self, tail: Params, state: State, batch: Features) -> tuple[State, Lesson]:
         """Scores the batch, counts its scores, follows the site's shift, and says which samples may teach."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.models import tail as tails
-from pipeline.site import reservoir, shift, trust
+from pipeline.site import reservoir, shift, taught, trust
 from pipeline.site.adam import adam, moments
 from pipeline.site.trust import sane
 from pipeline.types import Lesson, Outcome
@@ -38,6 +38,7 @@ def init(config: Config, tail: Params) -> State:
         **shift.init(),
         **trust.remember_sessions(),
         **reservoir.init(config.reservoir, *tail["site.gamma"].shape),
+        **taught.init(config.taught, tail),
         "step": torch.zeros((), dtype=torch.int64),
         "floor": torch.zeros((), dtype=torch.int64),
         "omega": torch.full((), config.omega),
@@ -46,12 +47,35 @@ def init(config: Config, tail: Params) -> State:
     }
 
 
+def teach(config: Config, tail: Params, state: State) -> State:
+    """Starts anew at what the labels in the memory teach; sessions and the reservoir of the stream stay.
+
+    Counts of scores and gradients of the stream belong to the base that they were measured on.
+    """
+    movable = taught.learn(
+        tail, state, taught.Teaching(config.taught_steps, config.taught_lr, config.taught_hold)
+    )
+    kept = {
+        n: t for n, t in state.items() if n.startswith(("taught.", "reservoir.", "session.")) or n == "seen"
+    }
+    base = {f"base.{n}": t for n, t in movable.items()}
+    source = tails.score({**tail, **movable}, state["reservoir.z"], state["reservoir.present"])
+    return {
+        **init(config, tail),
+        **kept,
+        **movable,
+        **base,
+        **{f"good.{n}": movable[n] for n in tails.LEARNED},
+        "reservoir.source": torch.where(reservoir.filled(state) > 0, source, state["reservoir.source"]),
+    }
+
+
 def observe(config: Config, tail: Params, state: State, batch: Features) -> tuple[State, Lesson]:
     """Scores the batch, counts its scores, follows the site's shift, and marks the samples that may teach."""
     batch = sane(batch)
     with torch.no_grad():
         before = tails.forward(tails.with_site_state(tail, state), batch.z, batch.present)
-        source = tails.forward(tail, batch.z, batch.present)
+        source = tails.forward(taught.base(tail, state), batch.z, batch.present)
     p = torch.sigmoid(before.logit)
     voted, disagreement = trust.vote(p, batch.present)
     state, teaches = _within_cap(config, state, batch)
@@ -103,7 +127,8 @@ def _follow(
     used = state["shift.count"].sum(-1)
     moved = ((by != 0) * used).sum() > 0.5 * used.sum()  # under most of what was seen
     if config.calibrate:
-        pattern = torch.where(by == 0, tail["pattern"], tails.shifted_pattern(tail, by))
+        base = taught.base(tail, state)
+        pattern = torch.where(by == 0, base["pattern"], tails.shifted_pattern(base, by))
         state = {**state, "pattern": torch.where(batch.valid.any(), pattern, state["pattern"])}
     return state, moved | (config.trigger is None)
 
@@ -199,7 +224,7 @@ def _source_loss(config: Config, tail: Params, params: Params) -> Tensor:
     if config.mode == "tta":
         return torch.zeros(())
     label = tail["replay.label"]
-    source = {**params, "pattern": tail["pattern"]}
+    source = {**params, "pattern": tail["pattern"]}  # what the source features were measured with
     each = _cross_entropy(
         tails.forward(source, tail["replay.z"], tail["replay.present"]).logit[:, tails.FUSED], label
     )
