@@ -16,6 +16,7 @@ from pipeline.simulate.render import BONA_FIDE, Presentation
 from pipeline.simulate.rig import TRAINING, UNSEEN, SensorRig, variant
 from pipeline.types import check_site_id
 
+COMMISSIONING, RED_TEAM = "commissioning", "red-team"  # kinds of labels that somebody vouches for
 RED_SPECIES = ("print_flat", "print_cutout", "replay", "mask_rigid", "mask_silicone")
 
 
@@ -91,7 +92,9 @@ class SiteScript:
     stretches: tuple[Stretch, ...] = ()
     broken: Broken | None = None
     hostile: tuple[Literal["garbage", "schema", "bomb"], ...] = ()  # phase 1: two more files, one row
-    redteam: int = 20  # presentations of the red team in phase 2, half of them attacks
+    redteam: int = 40  # presentations of the red team in phase 2, half of them attacks
+    commissioning: int = 0  # bona fide an installer presents in the first hour, and as many attacks
+    mislabelled: bool = False  # the installer swaps the two classes in every label
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,16 @@ class Shot:
     hour: float
     what: Presentation
     frame: int
-    red: bool
+    vouched: str  # kind of the label that somebody vouches for; "" for captures of the stream
+
+
+class _Session(NamedTuple):
+    """One presentation before it has a name."""
+
+    start: float
+    what: Presentation
+    frames: int
+    vouched: str = ""
 
 
 def plan(script: SiteScript, *, phase: int, seed: int) -> list[Shot]:
@@ -112,28 +124,25 @@ def plan(script: SiteScript, *, phase: int, seed: int) -> list[Shot]:
     when, code = PHASES[phase], crc32(script.site.encode())
     rng = np.random.default_rng([seed, code, phase])
     base = 200_000 + code % 7_000 * 100  # people of this site: 0-59 come daily, 60-99 attack
-    sessions: list[tuple[float, Presentation, int, bool]] = []
-    hour = when.start
-    while (hour := hour + float(rng.exponential(2 / (script.rate * _now(script, hour).rate)))) < when.end:
-        now = _now(script, hour)
-        genuine = rng.random() < now.prior
-        species = BONA_FIDE if genuine else str(rng.choice(now.species or script.species))
-        sessions.append((hour, _presentation(base, species, rng), 1 + int(rng.integers(3)), False))
+    sessions = _stream(script, when, base, rng)
+    if phase == 1:
+        apart = np.random.default_rng([seed, code, phase, 1])  # the stream stays the same without it
+        sessions += _commissioning(script, when, base, sessions, apart)
     if phase == 2:
-        for k in range(script.redteam):
-            species = BONA_FIDE if k % 2 else RED_SPECIES[k // 2 % len(RED_SPECIES)]
-            sessions.append(
-                (float(rng.uniform(when.start, when.end)), _presentation(base, species, rng), 1, True)
-            )
-    sessions.sort(key=lambda session: session[0])
+        sessions += _red_team(script, when, base, rng)
+    sessions.sort(key=lambda session: session.start)
     shots: list[Shot] = []
-    for number, (start, what, frames, red) in enumerate(sessions):
-        for frame in range(frames):
+    for number, s in enumerate(sessions):
+        for frame in range(s.frames):
             name = f"{script.site}-{phase}{len(shots):05d}"
-            shots.append(
-                Shot(name, f"{script.site}-{phase}-s{number:04d}", start + frame / 1800, what, frame, red)
-            )
+            session = f"{script.site}-{phase}-s{number:04d}"
+            shots.append(Shot(name, session, s.start + frame / 1800, s.what, frame, s.vouched))
     return shots
+
+
+def attack_kit(script: SiteScript) -> tuple[str, ...]:
+    """Returns the species an installer brings: those the site meets, then the others of a red team."""
+    return tuple(dict.fromkeys((*script.species, *RED_SPECIES)))
 
 
 def rig_at(script: SiteScript, hour: float) -> SensorRig:
@@ -255,6 +264,42 @@ def _troubled(trained: list[SensorRig], again: list[SensorRig]) -> list[SiteScri
             broken=Broken("truncated", 4, 9, 0.5),
         ),
     ]
+
+
+def _stream(script: SiteScript, when: Phase, base: int, rng: np.random.Generator) -> list[_Session]:
+    """Who comes by himself: visits at the site's rate, bona fide or an attack."""
+    sessions: list[_Session] = []
+    hour = when.start
+    while (hour := hour + float(rng.exponential(2 / (script.rate * _now(script, hour).rate)))) < when.end:
+        now = _now(script, hour)
+        genuine = rng.random() < now.prior
+        species = BONA_FIDE if genuine else str(rng.choice(now.species or script.species))
+        sessions.append(_Session(hour, _presentation(base, species, rng), 1 + int(rng.integers(3))))
+    return sessions
+
+
+def _commissioning(
+    script: SiteScript, when: Phase, base: int, stream: list[_Session], rng: np.random.Generator
+) -> list[_Session]:
+    """What an installer presents in the first hour: people of the stream, and attacks of every kind."""
+    regulars = sorted({s.what.subject for s in stream if s.what.species == BONA_FIDE})
+    people, kit = rng.permutation(regulars or [base]).tolist(), attack_kit(script)
+    sessions: list[_Session] = []
+    for k in range(script.commissioning):
+        genuine = Presentation(people[k % len(people)], BONA_FIDE, int(rng.integers(2**31)))
+        for what in (genuine, _presentation(base, kit[k % len(kit)], rng)):
+            sessions.append(_Session(when.start + float(rng.uniform(0, 1)), what, 1, COMMISSIONING))
+    return sessions
+
+
+def _red_team(script: SiteScript, when: Phase, base: int, rng: np.random.Generator) -> list[_Session]:
+    """Presentations at any time of the phase, bona fide and attacks in turn."""
+    sessions: list[_Session] = []
+    for k in range(script.redteam):
+        species = BONA_FIDE if k % 2 else RED_SPECIES[k // 2 % len(RED_SPECIES)]
+        start = float(rng.uniform(when.start, when.end))
+        sessions.append(_Session(start, _presentation(base, species, rng), 1, RED_TEAM))
+    return sessions
 
 
 def _now(script: SiteScript, hour: float) -> Stretch:
