@@ -7,6 +7,7 @@ pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 from zlib import crc32
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from pipeline.simulate.render import BONA_FIDE, Presentation
 from pipeline.simulate.rig import TRAINING, UNSEEN, SensorRig, variant
+from pipeline.simulate.shifted_rigs import SHIFTED
 from pipeline.types import check_site_id
 
 COMMISSIONING, RED_TEAM = "commissioning", "red-team"  # kinds of labels that somebody vouches for
@@ -162,65 +164,85 @@ def rig_at(script: SiteScript, hour: float) -> SensorRig:
 
 
 PRINTS = ("print_flat", "print_bent", "print_cutout")
+PLACES = {"spotlight": (30, 31), "flooded": (32, 33), "pane": (34, 35), "wide": (36, 41)}  # seeds of variants
+LABELS = 32  # bona fide, and as many attacks, that an installer of the demo presents
+REPLAYED = ((15, 18, 0.15), (30, 32, 0.2))  # hours between which the mall meets replays, and their prior
 MASKS = ("mask_rigid", "mask_silicone", "partial_glasses")
 
 
 def demo_fleet(seed: int = 0) -> list[SiteScript]:
-    """Returns fourteen sites: three clean controls, four unseen devices, seven with other troubles.
+    """Returns eighteen sites: three clean controls, an unseen device, eight shifted, six other troubles.
 
-    The controls have rigs of training families.
+    The controls have rigs of training families. Six of the shifted sites have commissioning labels, of which
+    those of the dock are swapped, and so has one control.
     """
     trained = [variant(rig, seed * 100 + k) for k, rig in enumerate(TRAINING.values())]
-    unseen = [variant(rig, seed * 100 + 10 + k) for k, rig in enumerate(UNSEEN.values())]
-    again = [variant(UNSEEN["E"], seed * 100 + 20), variant(UNSEEN["F"], seed * 100 + 21)]
-    return [*_controls(trained), *_unseen_devices(unseen), *_troubled(trained, again)]
+    unseen = variant(UNSEEN["E"], seed * 100 + 10)
+    again = variant(UNSEEN["F"], seed * 100 + 21)
+    terminal = SiteScript(
+        "terminal-gate", unseen, "eu-west", "aerogate", "e-tof-940", species=(*PRINTS, "replay", "mask_rigid")
+    )
+    return [*_controls(trained), terminal, *_shifted(seed), *_troubled(trained, again)]
 
 
 def _controls(trained: list[SensorRig]) -> list[SiteScript]:
     a, b, c, _ = trained
     return [
         SiteScript("lobby-north", a, "eu-central", "meridian", "a-structured-850"),
-        SiteScript("lobby-south", b, "eu-central", "meridian", "b-outdoor-850", prior=0.85),
+        SiteScript(
+            "lobby-south", b, "eu-central", "meridian", "b-outdoor-850", prior=0.85, commissioning=LABELS
+        ),
         SiteScript("office-gate", c, "us-east", "halden", "c-tof-940", species=MASKS),
     ]
 
 
-def _unseen_devices(unseen: list[SensorRig]) -> list[SiteScript]:
-    e, f, g, h = unseen
+def _shifted(seed: int) -> list[SiteScript]:
+    """Returns two sites of each family of SHIFTED, which refuse a fifth to a half of their people."""
+    lamp, lamp2, flood, flood2, pane, pane2, dome, dome2 = (
+        variant(SHIFTED[family], seed * 100 + place) for family, places in PLACES.items() for place in places
+    )
     night = (Missing("rgb", 0, 6), Missing("rgb", 20, 30))
+    replays = tuple(Stretch(start, end, p, rate=3, species=("replay",)) for start, end, p in REPLAYED)
+    labelled = partial(SiteScript, commissioning=LABELS)
     return [
-        SiteScript(
-            "terminal-gate", e, "eu-west", "aerogate", "e-tof-940", species=(*PRINTS, "replay", "mask_rigid")
+        labelled("depot-lamp", lamp, "us-west", "freightline", "spotlight-850"),
+        labelled(
+            "turnstile-depth-out",
+            dome,
+            "ap-south",
+            "transitcorp",
+            "wide-850",
+            missing=(Missing("depth", 8, 27),),
         ),
-        SiteScript(
-            "mall-kiosk",
-            f,
-            "us-east",
-            "brightmart",
-            "f-kiosk-850",
-            prior=0.95,
-            stretches=(
-                Stretch(15, 18, 0.15, rate=3, species=("replay",)),
-                Stretch(30, 32, 0.2, rate=3, species=("replay",)),
-            ),
-        ),
+        labelled("mall-kiosk", flood, "us-east", "brightmart", "flooded-850", prior=0.95, stretches=replays),
         SiteScript(
             "phone-onboarding",
-            g,
+            flood2,
             "ap-south",
             "novabank",
-            "g-phone-940",
+            "flooded-850",
             prior=0.75,
             species=(*PRINTS, "replay"),
         ),
-        SiteScript(
-            "dock-night", h, "us-west", "freightline", "h-dock-850", prior=0.85, species=MASKS, missing=night
+        labelled("teller-window", pane, "eu-west", "novabank", "pane-850"),
+        SiteScript("ticket-window", pane2, "ap-south", "transitcorp", "pane-850", prior=0.85),
+        labelled("arena-dome", dome2, "us-east", "meridian", "wide-850", species=(*PRINTS, "mask_rigid")),
+        labelled(
+            "dock-night",
+            lamp2,
+            "us-west",
+            "freightline",
+            "spotlight-850",
+            prior=0.85,
+            species=MASKS,
+            missing=night,
+            mislabelled=True,
         ),
     ]
 
 
-def _troubled(trained: list[SensorRig], again: list[SensorRig]) -> list[SiteScript]:
-    (a, b, c, d), (e2, f2) = trained, again
+def _troubled(trained: list[SensorRig], again: SensorRig) -> list[SiteScript]:
+    a, b, c, d = trained
     return [
         SiteScript(
             "gate-ageing",
@@ -234,16 +256,8 @@ def _troubled(trained: list[SensorRig], again: list[SensorRig]) -> list[SiteScri
             "vault-ir-dead", a, "us-east", "novabank", "a-structured-850", missing=(Missing("ir", 10, 34),)
         ),
         SiteScript(
-            "turnstile-depth-out",
-            e2,
-            "ap-south",
-            "transitcorp",
-            "e-tof-940",
-            missing=(Missing("depth", 8, 27),),
-        ),
-        SiteScript(
             "gate-oneclass",
-            f2,
+            again,
             "eu-central",
             "halden",
             "f-kiosk-850",
@@ -283,10 +297,13 @@ def _commissioning(
 ) -> list[_Session]:
     """What an installer presents in the first hour: people of the stream, and attacks of every kind."""
     regulars = sorted({s.what.subject for s in stream if s.what.species == BONA_FIDE})
-    people, kit = rng.permutation(regulars or [base]).tolist(), attack_kit(script)
+    order: list[int] = rng.permutation(len(regulars)).tolist()
+    kit = attack_kit(script)
     sessions: list[_Session] = []
     for k in range(script.commissioning):
-        genuine = Presentation(people[k % len(people)], BONA_FIDE, int(rng.integers(2**31)))
+        genuine = _presentation(base, BONA_FIDE, rng)
+        if order:
+            genuine = genuine._replace(subject=regulars[order[k % len(order)]])
         for what in (genuine, _presentation(base, kit[k % len(kit)], rng)):
             sessions.append(_Session(when.start + float(rng.uniform(0, 1)), what, 1, COMMISSIONING))
     return sessions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from pipeline.data.decode import BadImage, decode
 from pipeline.data.presentations import read_label_file
 from pipeline.simulate.render import BONA_FIDE
 from pipeline.simulate.rig import TRAINING, UNSEEN, SensorRig
+from pipeline.simulate.shifted_rigs import SHIFTED
 from pipeline.simulate.site_script import (
     COMMISSIONING,
     PHASES,
@@ -178,13 +180,21 @@ def test_drift_only_goes_one_way() -> None:
 
 def test_demo_fleet_is_the_promised_mix() -> None:
     fleet = demo_fleet()
-    assert len({s.site for s in fleet}) == 14
-    assert len({s.rig.name for s in fleet if s.rig.name in UNSEEN}) >= 3
+    assert len({s.site for s in fleet}) == 18
+    assert {s.rig.name for s in fleet if s.rig.name in UNSEEN} == {"E", "F"}
+    shifted = [s for s in fleet if s.rig.name in SHIFTED]
+    assert Counter(s.rig.name for s in shifted) == dict.fromkeys(SHIFTED, 2)
+    assert len({s.rig for s in shifted}) == 8
     troubled = [
         s for s in fleet if s.missing or s.stretches or s.broken or s.hostile or s.swap or s.drift != Drift()
     ]
     clean = [s for s in fleet if s not in troubled]
     assert sum(s.rig.name in TRAINING for s in clean) == 3
+    labelled = {s.site: s.commissioning for s in fleet if s.commissioning}
+    assert set(labelled.values()) == {32}
+    assert [s.site for s in shifted if s.site not in labelled] == ["phone-onboarding", "ticket-window"]
+    assert [s.site for s in clean if s.site in labelled and s not in shifted] == ["lobby-south"]
+    assert [s.site for s in fleet if s.mislabelled] == ["dock-night"]
     assert {m.modality for s in fleet for m in s.missing} == {"rgb", "depth", "ir"}
     for phase, low, high in ((1, 120, 330), (2, 80, 330)):
         assert all(low < len(plan(s, phase=phase, seed=0)) < high for s in fleet)
