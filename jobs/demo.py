@@ -94,7 +94,7 @@ def _make_folder(out: Path) -> None:
 
 def _first_day(config: Config, reckless: Config, terminal: Terminal, quiet: Terminal, out: Path) -> int:
     """Trains and runs the first cycle; returns the exit code of the candidate that is spoilt on purpose."""
-    with _chapter(terminal, 1, "render four labelled corpora, an anchor set and day 1 of 14 sites"):
+    with _chapter(terminal, 1, "render four labelled corpora, an anchor set and day 1 of 18 sites"):
         _render(config, out, quiet)
     title = "palisade train: fit the source model with RiSe on Ray Train, seal the anchor set"
     with _chapter(terminal, 2, title):

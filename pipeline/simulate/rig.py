@@ -1,8 +1,9 @@
 """Turns a rendered scene into the frames of a colour, a depth and an NIR camera.
 
-Four families are for training (A-D) and four are never trained on (E-H). They differ as deployed devices do:
-field and distance, light, colour, depth convention and noise, NIR wavelength and power. Each training family
-also carries one modest nuisance that is linked to attacks inside it alone, as collected sets do.
+Four families are for training (A-D) and four are never trained on (E-H); ``shifted_rigs.py`` has four more.
+They differ as deployed devices do: field and distance, light, colour, depth convention and noise, NIR
+wavelength and power, and what stands before the lens (``optics.py``). Each training family also carries one
+modest nuisance that is linked to attacks inside it alone, as collected sets do.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import cv2
 import numpy as np
 
 from pipeline.simulate.heads import FACE_Z, NIR, SOFT, Z, column, grain
+from pipeline.simulate.optics import Beam, Fringes, Glare, bent, with_beam, with_fringes, with_glare
 from pipeline.simulate.render import BONA_FIDE, RGB, VIEW, Presentation, Scene, lit, normals, scene, unit
 
 if TYPE_CHECKING:
@@ -57,6 +59,11 @@ class SensorRig:
     ir_gamma: float = 1.0
     parallax: float = 0.0  # pixels by which RGB is off the other two
     linked: tuple[str, float] | None = None  # this field is multiplied by this factor in most attacks
+    barrel: float = 0.0  # by which a wide lens shrinks the edges of the frame
+    rgb_glare: Glare | None = None
+    ir_glare: Glare | None = None  # the illuminator in a pane
+    ir_beam: Beam | None = None  # None: the illuminator fills the frame
+    depth_fringes: Fringes | None = None
 
 
 class Capture(NamedTuple):
@@ -223,6 +230,8 @@ def capture(what: Presentation, rig: SensorRig, frame: int = 0) -> Capture:
     )
     if not rig.backdrop:
         seen.maps[:4] *= seen.maps[Z] > CUT
+    if rig.barrel:
+        seen = seen._replace(maps=bent(seen.maps, rig.barrel))
     n = normals(seen.maps[Z], rig.field / rig.side)
     ir = _infrared(seen, n, rig, rng)
     return Capture(_colour(seen, n, rig, rng, session), _depth(seen, n, ir, rig, rng), _bytes(ir))
@@ -259,6 +268,8 @@ def _colour(
     )  # a lazy automatic exposure
     grey = image.mean(0)
     image = cv2.merge((grey + np.float32(rig.saturation) * (image - grey)) * column(rig.white))
+    if rig.rgb_glare:
+        image = with_glare(image, rig.rgb_glare)
     if rig.parallax:
         image = np.roll(image, round(rig.parallax), axis=1)
     image = cv2.GaussianBlur(image, (0, 0), rig.rgb_blur) if rig.rgb_blur > 0.3 else image
@@ -281,6 +292,10 @@ def _infrared(seen: Scene, n: Map, rig: SensorRig, rng: np.random.Generator) -> 
     )
     image = lit(seen.maps, n, beam, beam, ambient=0.0, channels=slice(NIR, NIR + 1), wrap=0.5)[0]
     image = image * np.float32(rig.ir_power) * (600 / away) ** 2 + np.float32(rig.ir_leak) * seen.maps[NIR]
+    if rig.ir_beam:
+        image = with_beam(image, rig.ir_beam)
+    if rig.ir_glare:
+        image = with_glare(image, rig.ir_glare)
     image = np.clip(cv2.GaussianBlur(image, (0, 0), rig.ir_blur), 0, 1) ** np.float32(rig.ir_gamma)
     return image + np.float32(rig.ir_noise) * rng.standard_normal(image.shape, dtype=np.float32)
 
@@ -290,6 +305,8 @@ def _depth(seen: Scene, n: Map, ir: Map, rig: SensorRig, rng: np.random.Generato
     away = np.float32(seen.distance + FACE_Z) - seen.maps[Z]
     mm = cv2.GaussianBlur(away, (0, 0), rig.depth_blur) if rig.depth_blur > 0.3 else away
     lost = np.abs(mm - away) > 25  # flying pixels between two surfaces
+    if rig.depth_fringes:
+        mm = with_fringes(mm, rig.depth_fringes, rng)
     noise = 0.7 * rng.standard_normal(mm.shape, dtype=np.float32) + 0.5 * grain(rng, rig.side // 4, rig.side)
     mm = mm + np.float32(rig.depth_noise) * (mm / 500) ** 2 * noise
     mm = np.round(mm / rig.depth_step) * rig.depth_step

@@ -16,6 +16,7 @@ from pipeline.data.protocols import FULL
 from pipeline.simulate.corpora import synth
 from pipeline.simulate.render import BONA_FIDE, SPECIES, Presentation
 from pipeline.simulate.rig import TRAINING, UNSEEN, variant
+from pipeline.simulate.shifted_rigs import SHIFTED
 from pipeline.simulate.site_script import Drift, SiteScript, rig_at
 from pipeline.types import Modality
 
@@ -49,6 +50,13 @@ RIGS = {
         )
         for k in range(LEVELS)
     },
+    **SHIFTED,
+}
+REPLACED = {  # family of SHIFTED -> what the new camera has that the old one had not
+    "spotlight": "its NIR lamp lights a part of the face",
+    "flooded": "its NIR lamp is too strong for arm's length",
+    "pane": "it looks through a window that mirrors",
+    "wide": "its lens is wide, its depth has fringes",
 }
 PROBED = ("E", "F", "A2")
 
@@ -98,7 +106,7 @@ TARGETED = Stretch(1000, "F", 0.9)
 
 def scenarios(scale: float = 1.0) -> list[Scenario]:
     """Returns all scenarios in the order of the page; ``scale`` shortens every stretch."""
-    every = [*_shifted(), *_clean_and_doors(), *_unseen_and_missing(), *_poisoning()]
+    every = [*_shifted(), *_clean_and_doors(), *_unseen_and_missing(), *_poisoning(), *_sensors()]
     return [
         replace(s, stretches=tuple(t._replace(samples=round(t.samples * scale)) for t in s.stretches))
         for s in every
@@ -330,4 +338,17 @@ def _poisoning() -> list[Scenario]:
             (TARGETED._replace(poison=0.05),),
             adaptive=True,
         ),
+    ]
+
+
+def _sensors() -> list[Scenario]:
+    """Returns streams whose camera is replaced by one of SHIFTED, which refuses people it knew before."""
+    return [
+        Scenario(
+            f"sensor-{name}",
+            "sensor",
+            f"a known camera is replaced: {what}",
+            (Stretch(300, "A2", 0.8), Stretch(500, name, 0.8)),
+        )
+        for name, what in REPLACED.items()
     ]

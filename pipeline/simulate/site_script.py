@@ -7,6 +7,7 @@ pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 from zlib import crc32
 
@@ -14,8 +15,10 @@ import numpy as np
 
 from pipeline.simulate.render import BONA_FIDE, Presentation
 from pipeline.simulate.rig import TRAINING, UNSEEN, SensorRig, variant
+from pipeline.simulate.shifted_rigs import SHIFTED
 from pipeline.types import check_site_id
 
+COMMISSIONING, RED_TEAM = "commissioning", "red-team"  # kinds of labels that somebody vouches for
 RED_SPECIES = ("print_flat", "print_cutout", "replay", "mask_rigid", "mask_silicone")
 
 
@@ -91,7 +94,9 @@ class SiteScript:
     stretches: tuple[Stretch, ...] = ()
     broken: Broken | None = None
     hostile: tuple[Literal["garbage", "schema", "bomb"], ...] = ()  # phase 1: two more files, one row
-    redteam: int = 20  # presentations of the red team in phase 2, half of them attacks
+    redteam: int = 40  # presentations of the red team in phase 2, half of them attacks
+    commissioning: int = 0  # bona fide an installer presents in the first hour, and as many attacks
+    mislabelled: bool = False  # the installer swaps the two classes in every label
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,16 @@ class Shot:
     hour: float
     what: Presentation
     frame: int
-    red: bool
+    vouched: str  # kind of the label that somebody vouches for; "" for captures of the stream
+
+
+class _Session(NamedTuple):
+    """One presentation before it has a name."""
+
+    start: float
+    what: Presentation
+    frames: int
+    vouched: str = ""
 
 
 def plan(script: SiteScript, *, phase: int, seed: int) -> list[Shot]:
@@ -112,28 +126,25 @@ def plan(script: SiteScript, *, phase: int, seed: int) -> list[Shot]:
     when, code = PHASES[phase], crc32(script.site.encode())
     rng = np.random.default_rng([seed, code, phase])
     base = 200_000 + code % 7_000 * 100  # people of this site: 0-59 come daily, 60-99 attack
-    sessions: list[tuple[float, Presentation, int, bool]] = []
-    hour = when.start
-    while (hour := hour + float(rng.exponential(2 / (script.rate * _now(script, hour).rate)))) < when.end:
-        now = _now(script, hour)
-        genuine = rng.random() < now.prior
-        species = BONA_FIDE if genuine else str(rng.choice(now.species or script.species))
-        sessions.append((hour, _presentation(base, species, rng), 1 + int(rng.integers(3)), False))
+    sessions = _stream(script, when, base, rng)
+    if phase == 1:
+        apart = np.random.default_rng([seed, code, phase, 1])  # the stream stays the same without it
+        sessions += _commissioning(script, when, base, sessions, apart)
     if phase == 2:
-        for k in range(script.redteam):
-            species = BONA_FIDE if k % 2 else RED_SPECIES[k // 2 % len(RED_SPECIES)]
-            sessions.append(
-                (float(rng.uniform(when.start, when.end)), _presentation(base, species, rng), 1, True)
-            )
-    sessions.sort(key=lambda session: session[0])
+        sessions += _red_team(script, when, base, rng)
+    sessions.sort(key=lambda session: session.start)
     shots: list[Shot] = []
-    for number, (start, what, frames, red) in enumerate(sessions):
-        for frame in range(frames):
+    for number, s in enumerate(sessions):
+        for frame in range(s.frames):
             name = f"{script.site}-{phase}{len(shots):05d}"
-            shots.append(
-                Shot(name, f"{script.site}-{phase}-s{number:04d}", start + frame / 1800, what, frame, red)
-            )
+            session = f"{script.site}-{phase}-s{number:04d}"
+            shots.append(Shot(name, session, s.start + frame / 1800, s.what, frame, s.vouched))
     return shots
+
+
+def attack_kit(script: SiteScript) -> tuple[str, ...]:
+    """Returns the species an installer brings: those the site meets, then the others of a red team."""
+    return tuple(dict.fromkeys((*script.species, *RED_SPECIES)))
 
 
 def rig_at(script: SiteScript, hour: float) -> SensorRig:
@@ -153,65 +164,85 @@ def rig_at(script: SiteScript, hour: float) -> SensorRig:
 
 
 PRINTS = ("print_flat", "print_bent", "print_cutout")
+PLACES = {"spotlight": (30, 31), "flooded": (32, 33), "pane": (34, 35), "wide": (36, 41)}  # seeds of variants
+LABELS = 32  # bona fide, and as many attacks, that an installer of the demo presents
+REPLAYED = ((15, 18, 0.15), (30, 32, 0.2))  # hours between which the mall meets replays, and their prior
 MASKS = ("mask_rigid", "mask_silicone", "partial_glasses")
 
 
 def demo_fleet(seed: int = 0) -> list[SiteScript]:
-    """Returns fourteen sites: three clean controls, four unseen devices, seven with other troubles.
+    """Returns eighteen sites: three clean controls, an unseen device, eight shifted, six other troubles.
 
-    The controls have rigs of training families.
+    The controls have rigs of training families. Six of the shifted sites have commissioning labels, of which
+    those of the dock are swapped, and so has one control.
     """
     trained = [variant(rig, seed * 100 + k) for k, rig in enumerate(TRAINING.values())]
-    unseen = [variant(rig, seed * 100 + 10 + k) for k, rig in enumerate(UNSEEN.values())]
-    again = [variant(UNSEEN["E"], seed * 100 + 20), variant(UNSEEN["F"], seed * 100 + 21)]
-    return [*_controls(trained), *_unseen_devices(unseen), *_troubled(trained, again)]
+    unseen = variant(UNSEEN["E"], seed * 100 + 10)
+    again = variant(UNSEEN["F"], seed * 100 + 21)
+    terminal = SiteScript(
+        "terminal-gate", unseen, "eu-west", "aerogate", "e-tof-940", species=(*PRINTS, "replay", "mask_rigid")
+    )
+    return [*_controls(trained), terminal, *_shifted(seed), *_troubled(trained, again)]
 
 
 def _controls(trained: list[SensorRig]) -> list[SiteScript]:
     a, b, c, _ = trained
     return [
         SiteScript("lobby-north", a, "eu-central", "meridian", "a-structured-850"),
-        SiteScript("lobby-south", b, "eu-central", "meridian", "b-outdoor-850", prior=0.85),
+        SiteScript(
+            "lobby-south", b, "eu-central", "meridian", "b-outdoor-850", prior=0.85, commissioning=LABELS
+        ),
         SiteScript("office-gate", c, "us-east", "halden", "c-tof-940", species=MASKS),
     ]
 
 
-def _unseen_devices(unseen: list[SensorRig]) -> list[SiteScript]:
-    e, f, g, h = unseen
+def _shifted(seed: int) -> list[SiteScript]:
+    """Returns two sites of each family of SHIFTED, which refuse a fifth to a half of their people."""
+    lamp, lamp2, flood, flood2, pane, pane2, dome, dome2 = (
+        variant(SHIFTED[family], seed * 100 + place) for family, places in PLACES.items() for place in places
+    )
     night = (Missing("rgb", 0, 6), Missing("rgb", 20, 30))
+    replays = tuple(Stretch(start, end, p, rate=3, species=("replay",)) for start, end, p in REPLAYED)
+    labelled = partial(SiteScript, commissioning=LABELS)
     return [
-        SiteScript(
-            "terminal-gate", e, "eu-west", "aerogate", "e-tof-940", species=(*PRINTS, "replay", "mask_rigid")
+        labelled("depot-lamp", lamp, "us-west", "freightline", "spotlight-850"),
+        labelled(
+            "turnstile-depth-out",
+            dome,
+            "ap-south",
+            "transitcorp",
+            "wide-850",
+            missing=(Missing("depth", 8, 27),),
         ),
-        SiteScript(
-            "mall-kiosk",
-            f,
-            "us-east",
-            "brightmart",
-            "f-kiosk-850",
-            prior=0.95,
-            stretches=(
-                Stretch(15, 18, 0.15, rate=3, species=("replay",)),
-                Stretch(30, 32, 0.2, rate=3, species=("replay",)),
-            ),
-        ),
+        labelled("mall-kiosk", flood, "us-east", "brightmart", "flooded-850", prior=0.95, stretches=replays),
         SiteScript(
             "phone-onboarding",
-            g,
+            flood2,
             "ap-south",
             "novabank",
-            "g-phone-940",
+            "flooded-850",
             prior=0.75,
             species=(*PRINTS, "replay"),
         ),
-        SiteScript(
-            "dock-night", h, "us-west", "freightline", "h-dock-850", prior=0.85, species=MASKS, missing=night
+        labelled("teller-window", pane, "eu-west", "novabank", "pane-850"),
+        SiteScript("ticket-window", pane2, "ap-south", "transitcorp", "pane-850", prior=0.85),
+        labelled("arena-dome", dome2, "us-east", "meridian", "wide-850", species=(*PRINTS, "mask_rigid")),
+        labelled(
+            "dock-night",
+            lamp2,
+            "us-west",
+            "freightline",
+            "spotlight-850",
+            prior=0.85,
+            species=MASKS,
+            missing=night,
+            mislabelled=True,
         ),
     ]
 
 
-def _troubled(trained: list[SensorRig], again: list[SensorRig]) -> list[SiteScript]:
-    (a, b, c, d), (e2, f2) = trained, again
+def _troubled(trained: list[SensorRig], again: SensorRig) -> list[SiteScript]:
+    a, b, c, d = trained
     return [
         SiteScript(
             "gate-ageing",
@@ -225,16 +256,8 @@ def _troubled(trained: list[SensorRig], again: list[SensorRig]) -> list[SiteScri
             "vault-ir-dead", a, "us-east", "novabank", "a-structured-850", missing=(Missing("ir", 10, 34),)
         ),
         SiteScript(
-            "turnstile-depth-out",
-            e2,
-            "ap-south",
-            "transitcorp",
-            "e-tof-940",
-            missing=(Missing("depth", 8, 27),),
-        ),
-        SiteScript(
             "gate-oneclass",
-            f2,
+            again,
             "eu-central",
             "halden",
             "f-kiosk-850",
@@ -255,6 +278,45 @@ def _troubled(trained: list[SensorRig], again: list[SensorRig]) -> list[SiteScri
             broken=Broken("truncated", 4, 9, 0.5),
         ),
     ]
+
+
+def _stream(script: SiteScript, when: Phase, base: int, rng: np.random.Generator) -> list[_Session]:
+    """Who comes by himself: visits at the site's rate, bona fide or an attack."""
+    sessions: list[_Session] = []
+    hour = when.start
+    while (hour := hour + float(rng.exponential(2 / (script.rate * _now(script, hour).rate)))) < when.end:
+        now = _now(script, hour)
+        genuine = rng.random() < now.prior
+        species = BONA_FIDE if genuine else str(rng.choice(now.species or script.species))
+        sessions.append(_Session(hour, _presentation(base, species, rng), 1 + int(rng.integers(3))))
+    return sessions
+
+
+def _commissioning(
+    script: SiteScript, when: Phase, base: int, stream: list[_Session], rng: np.random.Generator
+) -> list[_Session]:
+    """What an installer presents in the first hour: people of the stream, and attacks of every kind."""
+    regulars = sorted({s.what.subject for s in stream if s.what.species == BONA_FIDE})
+    order: list[int] = rng.permutation(len(regulars)).tolist()
+    kit = attack_kit(script)
+    sessions: list[_Session] = []
+    for k in range(script.commissioning):
+        genuine = _presentation(base, BONA_FIDE, rng)
+        if order:
+            genuine = genuine._replace(subject=regulars[order[k % len(order)]])
+        for what in (genuine, _presentation(base, kit[k % len(kit)], rng)):
+            sessions.append(_Session(when.start + float(rng.uniform(0, 1)), what, 1, COMMISSIONING))
+    return sessions
+
+
+def _red_team(script: SiteScript, when: Phase, base: int, rng: np.random.Generator) -> list[_Session]:
+    """Presentations at any time of the phase, bona fide and attacks in turn."""
+    sessions: list[_Session] = []
+    for k in range(script.redteam):
+        species = BONA_FIDE if k % 2 else RED_SPECIES[k // 2 % len(RED_SPECIES)]
+        start = float(rng.uniform(when.start, when.end))
+        sessions.append(_Session(start, _presentation(base, species, rng), 1, RED_TEAM))
+    return sessions
 
 
 def _now(script: SiteScript, hour: float) -> Stretch:

@@ -1,7 +1,8 @@
-"""Renders phases of site scripts into capture segments, sealed labels and red-team labels.
+"""Renders phases of site scripts into capture segments, sealed labels and the labels somebody vouches for.
 
-``simulate`` renders one phase of some ``SiteScript``s (``site_script.py``): phase 1 is the first day, phase 2
-the morning after, with red-team presentations that nothing in a row gives away.
+``simulate`` renders one phase of some ``SiteScript``s (``site_script.py``): phase 1 is the first day, which
+may begin with an installer's presentations, phase 2 the morning after, with those of a red team. Nothing in a
+row gives them away; their labels are files of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from pipeline.data.presentations import write_label_file
 from pipeline.simulate.render import BONA_FIDE
 from pipeline.simulate.rig import Capture, SensorRig, capture
 from pipeline.simulate.site_script import (
+    COMMISSIONING,
     PHASES,
+    RED_TEAM,
     Broken,
     Drift,
     Missing,
@@ -58,6 +61,7 @@ __all__ = [
 
 START = datetime(2026, 3, 2, tzinfo=UTC)
 LABELS = pa.schema([("sample_id", pa.string()), ("label", pa.string()), ("pai", pa.string())])
+VOUCHERS = {COMMISSIONING: "installer of the simulation", RED_TEAM: "red team of the simulation"}
 BOMB_SIDE = 12_000  # pixels that a hostile PNG header claims
 
 
@@ -81,7 +85,8 @@ def simulate(
     """Render ``phase`` of all sites below ``out`` → captures per site.
 
     Writes captures/<site>/segment-<k>.parquet, and sealed/<site>-labels.parquet of all phases so
-    far, and labels/<site>/labels-<phase>.parquet of what the red team presents.
+    far, and labels/<site>/labels-<phase>.parquet of what an installer (phase 1) or the red team (phase 2)
+    presents.
     """
     if phase not in PHASES:
         raise ValueError(f"phase {phase}: allowed are {', '.join(map(str, PHASES))}")
@@ -100,9 +105,10 @@ def simulate(
             _write_hostile(out / "captures" / script.site, script)
         shots = [shot for p in PHASES if p <= phase for shot in plan(script, phase=p, seed=seed)]
         _write_labels(out / "sealed" / f"{script.site}-labels.parquet", shots)
-        red = [shot for shot in plans[script.site] if shot.red]
-        if red:
-            _write_presentations(out / "labels" / script.site / f"labels-{phase:04d}.parquet", red)
+        vouched = [shot for shot in plans[script.site] if shot.vouched]
+        if vouched:
+            path = out / "labels" / script.site / f"labels-{phase:04d}.parquet"
+            _write_presentations(path, vouched, mislabelled=script.mislabelled and phase == 1)
     return {site: len(shots) for site, shots in plans.items()}
 
 
@@ -195,15 +201,21 @@ def _write_labels(path: Path, shots: Sequence[Shot]) -> None:
     write_atomic(path, lambda tmp: pq.write_table(pa.Table.from_pylist(rows, schema=LABELS), tmp))
 
 
-def _write_presentations(path: Path, shots: Sequence[Shot]) -> None:
+def _write_presentations(path: Path, shots: Sequence[Shot], *, mislabelled: bool) -> None:
+    """Writes what is said of ``shots``; the opposite of the truth where they are ``mislabelled``."""
     rows = [
         {
-            **_truth(s),
-            "instrument": s.what.species,
-            "kind": "red-team",
-            "who": "red team of the simulation",
+            **(_reversed(s) if mislabelled else {**_truth(s), "instrument": s.what.species}),
+            "kind": s.vouched,
+            "who": VOUCHERS[s.vouched],
             "labelled_at": START + timedelta(hours=s.hour),
         }
         for s in shots
     ]
     write_label_file(path, rows)
+
+
+def _reversed(shot: Shot) -> dict[str, str]:
+    """The label of the other class; nobody can name the instrument of an attack that was none."""
+    label, instrument = ("attack", "unknown") if shot.what.species == BONA_FIDE else (BONA_FIDE, BONA_FIDE)
+    return {"sample_id": shot.sample_id, "label": label, "instrument": instrument}

@@ -8,6 +8,7 @@ import pytest
 from pipeline.data.protocols import FULL
 from pipeline.simulate import scenarios
 from pipeline.simulate.render import BONA_FIDE
+from pipeline.simulate.shifted_rigs import SHIFTED
 
 CLIPS = [c for c in scenarios.clips() if c.split == "train"]
 RIG = np.array([c.domain for c in CLIPS])
@@ -86,6 +87,19 @@ def test_events_mark_cameras_and_label_spans():
     assert marks == ((400.0, "another camera"),) and not spans
     assert scenarios.events(ALL["ir-dead"])[1] == ((150.0, 750.0, "IR missing"),)
     assert scenarios.events(ALL["rig-ageing"]) == ((), ())
+
+
+def test_every_family_that_refuses_people_replaces_a_known_camera_once():
+    sensors = [s for s in ALL.values() if s.group == "sensor"]
+    assert [s.stretches[-1].rig for s in sensors] == list(SHIFTED)
+    assert {s.stretches[0].rig for s in sensors} == {"A2"}
+    assert all(scenarios.events(s)[0] == ((300.0, "another camera"),) and s.probe is None for s in sensors)
+
+
+def test_a_new_family_leaves_the_pools_of_the_others_as_they_were():
+    first = {domain: next(c.what.subject for c in CLIPS if c.domain == domain) for domain in scenarios.RIGS}
+    assert list(first)[-len(SHIFTED) :] == list(SHIFTED)
+    assert [first[name] // 1000 for name in ("E", "H", "A2", "C0", "C5")] == [500, 503, 504, 505, 510]
 
 
 def test_shorter_scenarios_keep_their_shape():

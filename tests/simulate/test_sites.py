@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -16,8 +17,11 @@ from pipeline.data.decode import BadImage, decode
 from pipeline.data.presentations import read_label_file
 from pipeline.simulate.render import BONA_FIDE
 from pipeline.simulate.rig import TRAINING, UNSEEN, SensorRig
+from pipeline.simulate.shifted_rigs import SHIFTED
 from pipeline.simulate.site_script import (
+    COMMISSIONING,
     PHASES,
+    RED_SPECIES,
     Broken,
     Drift,
     Missing,
@@ -176,13 +180,21 @@ def test_drift_only_goes_one_way() -> None:
 
 def test_demo_fleet_is_the_promised_mix() -> None:
     fleet = demo_fleet()
-    assert len({s.site for s in fleet}) == 14
-    assert len({s.rig.name for s in fleet if s.rig.name in UNSEEN}) >= 3
+    assert len({s.site for s in fleet}) == 18
+    assert {s.rig.name for s in fleet if s.rig.name in UNSEEN} == {"E", "F"}
+    shifted = [s for s in fleet if s.rig.name in SHIFTED]
+    assert Counter(s.rig.name for s in shifted) == dict.fromkeys(SHIFTED, 2)
+    assert len({s.rig for s in shifted}) == 8
     troubled = [
         s for s in fleet if s.missing or s.stretches or s.broken or s.hostile or s.swap or s.drift != Drift()
     ]
     clean = [s for s in fleet if s not in troubled]
     assert sum(s.rig.name in TRAINING for s in clean) == 3
+    labelled = {s.site: s.commissioning for s in fleet if s.commissioning}
+    assert set(labelled.values()) == {32}
+    assert [s.site for s in shifted if s.site not in labelled] == ["phone-onboarding", "ticket-window"]
+    assert [s.site for s in clean if s.site in labelled and s not in shifted] == ["lobby-south"]
+    assert [s.site for s in fleet if s.mislabelled] == ["dock-night"]
     assert {m.modality for s in fleet for m in s.missing} == {"rgb", "depth", "ir"}
     for phase, low, high in ((1, 120, 330), (2, 80, 330)):
         assert all(low < len(plan(s, phase=phase, seed=0)) < high for s in fleet)
@@ -197,6 +209,66 @@ def test_sessions_are_one_presentation_and_ids_say_nothing() -> None:
         assert shot.what.species not in shot.sample_id + shot.session_id
     assert {len(v) for v in sessions.values()} == {1}
     assert [s.sample_id for s in shots] == sorted(s.sample_id for s in shots)
+
+
+def test_commissioning_leaves_the_stream_as_it_is() -> None:
+    script = replace(SITE, rate=10, species=("print_bent", "mask_rigid"))
+    for phase in PHASES:
+        without = plan(script, phase=phase, seed=3)
+        shots = plan(replace(script, commissioning=9), phase=phase, seed=3)
+        stream = [s for s in shots if s.vouched != COMMISSIONING]
+        assert [(s.hour, s.what, s.frame) for s in stream] == [(s.hour, s.what, s.frame) for s in without]
+        assert len(shots) - len(stream) == (18 if phase == 1 else 0)
+        assert [s.sample_id for s in shots] == sorted(s.sample_id for s in shots)
+
+
+def test_an_installer_presents_regulars_and_every_attack_of_the_kit_in_the_first_hour() -> None:
+    script = replace(SITE, rate=10, species=("print_bent", "mask_rigid"), commissioning=9)
+    shots = plan(script, phase=1, seed=3)
+    brought = [s for s in shots if s.vouched == COMMISSIONING]
+    genuine = [s for s in brought if s.what.species == BONA_FIDE]
+    attacks = [s.what.species for s in brought if s.what.species != BONA_FIDE]
+    assert len(genuine) == len(attacks) == 9
+    assert all(0 <= s.hour < 1 and s.frame == 0 for s in brought)
+    assert set(attacks) == {"print_bent", *RED_SPECIES}
+    assert len({s.session_id for s in brought}) == 18
+    assert not {s.session_id for s in brought} & {s.session_id for s in shots if not s.vouched}
+    met = {s.what.subject for s in shots if not s.vouched and s.what.species == BONA_FIDE}
+    assert len({s.what.subject for s in genuine}) == 9
+    assert {s.what.subject for s in genuine} <= met
+
+
+def test_labels_of_an_installer_are_true_and_nothing_in_a_row_tells_which_they_are(tmp_path: Path) -> None:
+    script = replace(SITE, commissioning=4)
+    simulate(tmp_path, [script], phase=1, workers=1)
+    labels = read_labels(tmp_path / "sealed" / "door-1-labels.parquet")
+    said = read_label_file(tmp_path / "labels" / "door-1" / "labels-0001.parquet", site="door-1")
+    assert (said.rows, said.bad) == (8, [])
+    assert {p.kind for p in said.good} == {"commissioning"}
+    assert sorted(p.label for p in said.good) == [0] * 4 + [1] * 4
+    assert all(labels[p.sample_id] == (p.label, p.instrument) for p in said.good)
+    assert {p.sample_id for p in said.good} < set(labels)
+    columns = {tuple(row) for row in _rows(tmp_path, "door-1")}
+    assert columns == {("sample_id", "site_id", "captured_at", "session_id", "rgb", "depth", "ir")}
+    simulate(tmp_path, [script], phase=2, workers=1)
+    red = read_label_file(tmp_path / "labels" / "door-1" / "labels-0002.parquet", site="door-1")
+    assert {p.kind for p in red.good} == {"red-team"}
+    assert read_labels(tmp_path / "sealed" / "door-1-labels.parquet").items() > labels.items()
+
+
+def test_a_careless_installer_swaps_the_classes_and_the_sealed_truth_stays(tmp_path: Path) -> None:
+    script = replace(SITE, commissioning=4, mislabelled=True)
+    for phase in PHASES:
+        simulate(tmp_path, [script], phase=phase, workers=1)
+    labels = read_labels(tmp_path / "sealed" / "door-1-labels.parquet")
+    said, red = (
+        read_label_file(tmp_path / "labels" / "door-1" / f"labels-{phase:04d}.parquet", site="door-1")
+        for phase in PHASES
+    )
+    assert (len(said.good), said.bad) == (8, [])
+    assert all(labels[p.sample_id][0] == 1 - p.label for p in said.good)
+    assert {p.instrument for p in said.good} == {"unknown", "bona_fide"}
+    assert all(labels[p.sample_id] == (p.label, p.instrument) for p in red.good)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jobs.bench import report
 from jobs.bench.report import WORDS
 from jobs.bench.site import online
-from jobs.bench.site.results import BASELINE, OURS, QUIET, calls_of, mean, worst
+from jobs.bench.site.results import BASELINE, OURS, PEACEFUL, QUIET, calls_of, mean, worst
 from pipeline.report import bench, plots, timelines
 from pipeline.report.bench import Cell, Group, Table, estimate, points, rate, rise
 from pipeline.report.content import Line, Timeline
@@ -141,7 +141,7 @@ def timelines_section(drawn: Sequence[Timeline]) -> Section:
 def _method(r: Results, name: str, runs: Runs) -> MethodRow:
     shifted, base = [n for n in r.streams("shifted") if n in runs], r.main[BASELINE]
     hter = intervals.mean_hter(calls_of(runs, shifted))
-    rises = r.rises(runs, [n for n in runs if r.group(n) != "poisoning"], "hter")
+    rises = r.rises(runs, [n for n in runs if r.group(n) in PEACEFUL], "hter")
     known = [v for v in rises.values() if not math.isnan(v)]
     each = [(run, other) for n in shifted for run, other in zip(runs[n], base[n], strict=True)]
     back = [
@@ -288,7 +288,7 @@ def _additions(r: Results, changes: Mapping[str, str], why: str) -> Section:
     default: list[float] = []
     for row, runs in r.tables["additions"].items():
         shifted, quiet = ([n for n in r.streams(*groups) if n in runs] for groups in (["shifted"], QUIET))
-        peaceful = [n for n in runs if r.group(n) != "poisoning"]
+        peaceful = [n for n in runs if r.group(n) in PEACEFUL]
         hter = mean(runs, shifted, "hter")
         probe = r.rises(runs, r.streams("poisoning"), "max_apcer", after=True)
         rises = [r.rises(runs, peaceful, "hter"), probe, r.rises(runs, quiet, "bpcer")]

@@ -31,6 +31,7 @@ FEW, CELLS = 0.05, 36  # share of poison up to which no harm is allowed; cells o
 FROZE = 50  # poisoned samples within which adaptation may stop itself instead
 STATE = 160  # KiB of one hot site
 QUIET = ("one-class", "clean")  # groups in which nothing should change
+PEACEFUL = ("shifted", *QUIET, "unseen", "missing")  # groups over which the largest rise is a target
 
 
 class Run(NamedTuple):
@@ -74,7 +75,7 @@ class Results:
         return self.tables["main"]
 
     def group(self, stream: str) -> str:
-        """Returns shifted, clean, one-class, unseen, missing or poisoning."""
+        """Returns shifted, clean, one-class, unseen, missing, sensor or poisoning."""
         s = self.scenarios.get(stream)
         return s.group if s else self.groups.get(stream, "shifted")
 
@@ -154,7 +155,7 @@ def worst(of: Mapping[str, float]) -> tuple[str, float]:
 
 def figures(r: Results, hters: Mapping[str, float], *, seeds: int) -> list[Figure]:
     """Returns what the benchmark promises against what it measured, ``hters`` by method."""
-    ours, shifted, every = r.main[OURS], r.streams("shifted"), list(r.main[BASELINE])
+    ours, shifted = r.main[OURS], r.streams("shifted")
     against = f"{plots.percent(hters[OURS])} against {plots.percent(hters[BASELINE])}"
     note = f"share of frozen's HTER avoided, mean of {len(shifted)} shifted streams: {against}"
     decided = [at_least("danet_hter_below_frozen", 1 - hters[OURS] / hters[BASELINE], 0.30, note)]
@@ -164,7 +165,7 @@ def figures(r: Results, hters: Mapping[str, float], *, seeds: int) -> list[Figur
         ).difference
         note = f"{name}'s HTER - danet's, 95 % [{100 * paired.low:+.1f}, {100 * paired.high:+.1f}] points"
         decided.append(at_least(f"danet_better_than_{name}", paired.value, 0.0, note, strict=True))
-    harmed = worst(r.rises(ours, [n for n in every if r.group(n) != "poisoning"], "hter"))
+    harmed = worst(r.rises(ours, r.streams(*PEACEFUL), "hter"))
     quiet = [n for group in QUIET for n in r.streams(group)]
     bona_fide, attacks = (worst(r.rises(ours, quiet, rate)) for rate in ("bpcer", "max_apcer"))
     bursts = worst({n: r.burst(OURS, n) - r.burst(BASELINE, n) for n in r.streams("one-class")})

@@ -30,6 +30,7 @@ SCENARIOS = (
     ),
     Scenario("drip-5", "poisoning", "5 % chosen attacks", (Stretch(200, "E", 0.8, poison=0.05),)),
     Scenario("drip-20", "poisoning", "20 % chosen attacks", (Stretch(200, "E", 0.8, poison=0.2),)),
+    Scenario("sensor-pane", "sensor", "a window", (Stretch(200, "pane", 0.8),)),
 )
 RECORDED = {"lobby-a": "clean", "gate-ageing": "shifted", "dock": "missing", "kiosk": "unseen"}
 METHODS = {
@@ -263,6 +264,31 @@ def test_the_answer_is_fair(
     three.sort(key=lambda m: (np.isnan(m.hter.value), m.hter.value))
     assert ", ".join(page.answer(three, figures)) == words
     assert page.answer((), ()) == ["No method was measured"]
+
+
+def test_a_replaced_camera_is_shown_and_counts_in_no_mean_and_no_target(results: Results) -> None:
+    def worse(name: str) -> Results:
+        """Returns the results with danet's errors on one stream doubled."""
+        courses = {
+            key: {**of, name: course(name, stream(name, 0), 0.4, 10.0, 0)}
+            if key[:2] == ("main", "danet")
+            else of
+            for key, of in results.courses.items()
+        }
+        return replace(results, courses=courses)
+
+    def decided(r: Results) -> dict[str, float | None]:
+        rows = page.method_rows(r)
+        own = next(m for m in rows if m.method == "danet")
+        hters = {m.method: m.hter.value for m in rows}
+        return {f.name: f.value for f in figures(r, hters, seeds=2)} | {
+            "harmed": own.harmed,
+            "hter": own.hter.value,
+        }
+
+    assert decided(worse("sensor-pane")) == pytest.approx(decided(results), nan_ok=True)
+    assert decided(worse("kiosk"))["worst_site_rise"] == pytest.approx(0.4)
+    assert results.streams("sensor") == ["sensor-pane"]
 
 
 def test_figures_are_those_of_the_rates(results: Results, rows: list[MethodRow]) -> None:
