@@ -19,6 +19,8 @@ from pipeline.ledger import Ledger
 from pipeline.models import checkpoint, tail
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import numpy as np
 
     from pipeline.ledger import StateRow
@@ -66,11 +68,17 @@ def state_cache(megabytes: int) -> LRUCache[tuple[str, int], State]:
 
 
 def load_state(
-    config: Config, model: SourceModel, row: StateRow | None, *, fresh: State | None = None
+    config: Config,
+    model: SourceModel,
+    row: StateRow | None,
+    *,
+    fresh: State | None = None,
+    keep: Collection[str] = tail.MOVABLE,
 ) -> State:
     """Returns the site state that ``row`` points to, or the source model's own where ``row`` is None.
 
-    ``fresh`` is the source model's own state if the caller has it already. Raises BadBlob for a corrupt blob.
+    ``fresh`` is the source model's own state if the caller has it already; ``keep`` is what counts of a state
+    that has other tensors. Raises BadBlob for a corrupt blob.
     """
     method = config.site
     fresh = fresh or method.init(model.tail)
@@ -87,7 +95,7 @@ def load_state(
     }:
         return state
     # method changed: keep the movable weights, drop the optimizer state; an earlier version had fewer of them
-    return {**fresh, **{name: state[name] for name in tail.MOVABLE if name in state}}
+    return {**fresh, **{name: state[name] for name in keep if name in state}}
 
 
 def clear() -> None:

@@ -14,7 +14,7 @@ from pipeline.control.judge import anchor_scores
 from pipeline.control.loaders import anchor_score_cache, load_anchor, load_model, load_state
 from pipeline.control.recheck import verdict_basis
 from pipeline.guards.evidence import evidence_of
-from pipeline.models.tail import site_state
+from pipeline.models.tail import MOVABLE, site_state
 from pipeline.site import bank
 from pipeline.types import Modality
 
@@ -37,8 +37,9 @@ def recount_evidence(config: Config, ledger: Ledger, row: VerdictRow, evidence: 
     basis = verdict_basis(ledger, row)
     model, anchor = load_model(basis.source.path), load_anchor(config.place("anchors"), basis.anchor)
     champion_row = ledger.verdicts.state(basis.champion_state)
+    fresh, bases = site_state(model.tail), [f"base.{n}" for n in MOVABLE]
     learned, served = (
-        load_state(config, model, s, fresh=site_state(model.tail)) for s in (state, champion_row)
+        load_state(config, model, s, fresh=fresh, keep=(*MOVABLE, *bases)) for s in (state, champion_row)
     )
     cache = anchor_score_cache(basis.anchor, basis.source.path)
     patterns, present = anchor.replayed()

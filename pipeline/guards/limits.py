@@ -43,9 +43,13 @@ class TrustRegion(Section):
     """Guard ``trust``: how far adaptation may move a site."""
 
     advisory: bool = Field(default=False, description="its findings are reported and never decide")
-    rho: float = Field(default=0.1, gt=0, description="|theta_c - theta_0| / |theta_0|")
+    rho: float = Field(
+        default=0.1,
+        gt=0,
+        description="|theta_c - theta_0| / |theta_0|; theta_0: source, or what labels taught",
+    )
     margin: float = Field(
-        default=0.5, gt=0, description="fall of the mean attack margin of any species, logits"
+        default=1.5, gt=0, description="fall of the mean attack margin of any species, logits"
     )
 
 

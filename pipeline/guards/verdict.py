@@ -35,10 +35,10 @@ def assess(limits: GuardsConfig, evidence: Evidence) -> Verdict:
     """Returns the verdict: fail before hold before pass; scores that are not finite can only hold."""
     reasons = list(_no_data(limits, evidence))
     if evidence.finite:
+        reasons += labelled(limits, evidence)  # first: reversed labels explain what the others find
         reasons += _ceiling(limits, evidence.cells)
         reasons += _noninferiority(limits, evidence.cells)
         reasons += _trust(limits.trust, evidence)
-        reasons += labelled(limits, evidence)
         reasons += unlabelled(limits, evidence)
     calls = {r.call for r in reasons if not r.advisory}
     outcome: Call = "fail" if "fail" in calls else "hold" if "hold" in calls else "pass"

@@ -120,10 +120,11 @@ def scores(tail: Params, stacked: State, z: Tensor, present: Tensor) -> Tensor:
 def distance(tail: Params, stacked: State, k: int) -> float:
     """Returns |theta_k - theta_0| / |theta_0| of site ``k`` over the movable tensors.
 
-    theta_0 is the source model's.
+    theta_0 is what people vouch for: the base that the site's labels taught, else the source model.
     """
-    moved = torch.stack([torch.sum((stacked[n][k] - tail[n]) ** 2) for n in tails.MOVABLE]).sum()
-    size = torch.stack([torch.sum(tail[n] ** 2) for n in tails.MOVABLE]).sum()
+    base = {n: stacked[b][k] if (b := f"base.{n}") in stacked else tail[n] for n in tails.MOVABLE}
+    moved = torch.stack([torch.sum((stacked[n][k] - base[n]) ** 2) for n in tails.MOVABLE]).sum()
+    size = torch.stack([torch.sum(base[n] ** 2) for n in tails.MOVABLE]).sum()
     return float(torch.sqrt(moved / size))
 
 

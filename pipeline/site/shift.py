@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PATTERNS = 2**tails.MODALITIES
 LOW, WIDTH, BINS = -12.0, 0.5, 40  # logits
-DELTAS, SCALES = tuple(0.5 * k for k in range(-6, 7)), (1.0, 1.5, 2.0)
+DELTAS, SCALES = tuple(0.5 * k for k in range(-6, 7)), (1.0, 2.0, 4.0, 8.0)
 SPREAD = 1.0  # logits, how far a boundary moves before anything was seen
 BLUR = 1.0  # bins, of the reference's few quantiles
 FLOOR = 0.08  # share of any density that is spread evenly: no single score is impossible
@@ -73,6 +73,23 @@ def tables(reference: Tensor) -> Tables:
     return Tables(attack, bona_fide, _crossing(attack[:, still], bona_fide[:, still]))
 
 
+@lru_cache(maxsize=4)  # by identity, as above
+def affordable(reference: Tensor, share: float) -> Tensor:
+    """Returns how far [P] the boundary at logit 0 may loosen, in logits, until ``share`` more attacks pass.
+
+    Of the source's validation attacks, by the quantiles in ``reference`` [P, 2, QUANTILES].
+    """
+    q = reference[:, 0].contiguous()
+    last = q.shape[-1] - 1
+    upper = torch.searchsorted(q, torch.zeros(len(q), 1)).clamp(1, last)
+    low, high = q.gather(-1, upper - 1), q.gather(-1, upper)
+    part = (-low / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    level = ((upper - 1 + part)[:, 0] / last - share).clamp(0, 1) * last
+    below = level.floor().long().clamp(max=last - 1)[:, None]
+    at = q.gather(-1, below) + (level[:, None] - below) * (q.gather(-1, below + 1) - q.gather(-1, below))
+    return (-at[:, 0]).clamp(min=0)
+
+
 def count(state: State, logit: Tensor, pattern: Tensor, weight: Tensor, *, half_life: float) -> State:
     """Adds the source's logits [B] under ``pattern`` [B] with ``weight`` [B]; older counts fade.
 
@@ -97,9 +114,9 @@ def estimate(state: State, densities: Tables) -> tuple[State, Shift]:
         share = (mine + 1) / (total + 2)
     mixed = torch.addcmul(densities.attack, share[..., None], gap)
     likelihood = torch.einsum("psn,pn->s", torch.log(mixed), seen)
-    delta, _ = _grid()
-    prior = torch.log_softmax(-0.5 * (delta / SPREAD) ** 2, dim=0)
-    still = delta == 0
+    delta, scale = _grid()
+    prior = torch.log_softmax(-0.5 * (delta / SPREAD) ** 2 - 0.5 * torch.log2(scale) ** 2, dim=0)
+    still = (delta == 0) & (scale == 1)
     moved_by, none = (
         torch.logsumexp(torch.where(mask, prior + likelihood, -torch.inf), 0)
         - torch.logsumexp(torch.where(mask, prior, -torch.inf), 0)

@@ -74,7 +74,7 @@ def learn(tail: Params, state: State, teaching: Teaching) -> Params:
     weight = state["taught.weight"] * (label != EMPTY)
     z = torch.where(present[..., None], state["taught.z"].float(), 0.0)
     weight = _balanced(label.float(), weight)
-    held, needed = _held(tail), _needed(tail, z, present, label, weight)
+    hold, needed = held(tail), _needed(tail, z, present, label, weight)
     start = {n: tail[n] for n in tails.LEARNED}
     now: State = {**start, **moments(tail, tails.LEARNED)}
 
@@ -86,7 +86,7 @@ def learn(tail: Params, state: State, teaching: Teaching) -> Params:
         params = {**tail, **learned}
         missing = torch.relu(margin - side * tails.forward(params, z, present).logit)
         bent = torch.where(missing < BEND, missing * missing, BEND * (2 * missing - BEND))
-        return (weight * (heads * bent).sum(-1)).sum() + teaching.hold * held(params)
+        return (weight * (heads * bent).sum(-1)).sum() + teaching.hold * hold(params)
 
     for _ in range(teaching.steps):
         grads = torch.func.grad(loss)({n: now[n] for n in tails.LEARNED})
@@ -113,10 +113,17 @@ def _balanced(label: Tensor, weight: Tensor) -> Tensor:
     return (of_class / total.clamp(min=1e-9)).sum(0) / classes
 
 
-def _held(tail: Params) -> Callable[[Params], Tensor]:
-    """Returns the loss [] that holds the logits of the labelled source features; 0 for a tail without."""
+def held(tail: Params) -> Callable[[Params], Tensor]:
+    """Returns the loss [] that holds the logits of the labelled source features; 0 for a tail without.
+
+    They are shown whole and once more with one modality missing, another one from sample to sample: what a
+    site with every sensor learns may not cost what is served when one fails.
+    """
     if "replay.z" not in tail:
         return lambda params: torch.zeros(())
-    z, present = tail["replay.z"], tail["replay.present"]
+    lost = torch.arange(len(tail["replay.z"]))[:, None] % tails.MODALITIES == torch.arange(tails.MODALITIES)
+    fewer = tail["replay.present"] & ~lost
+    fewer = torch.where(fewer.any(-1, keepdim=True), fewer, tail["replay.present"])
+    z, present = tail["replay.z"].repeat(2, 1, 1), torch.cat([tail["replay.present"], fewer])
     before = tails.forward(tail, z, present).logit
     return lambda params: (tails.forward(params, z, present).logit - before).square().mean()

@@ -153,7 +153,7 @@ def test_paired_bound_covers():
 
 
 @pytest.mark.parametrize(
-    "change, where", [({"trust_ratio": 0.11}, "state"), ({"margin_drop": 0.51}, "anchor")]
+    "change, where", [({"trust_ratio": 0.11}, "state"), ({"margin_drop": 1.51}, "anchor")]
 )
 def test_trust_region(change, where):
     got = assess(LIMITS, evidence(**change))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,3 +79,23 @@ def test_an_extreme_score_lands_in_the_outer_bins():
     )
     assert state["shift.count"][FULL, 0] == 1
     assert state["shift.count"][FULL, -1] == 1
+
+
+@given(
+    attack=st.lists(st.floats(-30, 8), min_size=tail.QUANTILES, max_size=tail.QUANTILES, unique=True),
+    share=st.floats(0, 0.2),
+)
+def test_loosening_lets_no_more_attacks_in_than_it_may(attack, share):
+    """Of attacks that are spread evenly between their quantiles."""
+    q = torch.tensor(sorted(attack))
+    by = float(shift.affordable(torch.stack([q, q]).expand(2**tail.MODALITIES, -1, -1).clone(), share)[0])
+    below = np.interp([-by, 0.0], q.numpy(), np.linspace(0, 1, len(q)))
+    assert by >= 0
+    assert below[1] - below[0] <= share + 1e-4
+
+
+def test_loosening_spends_what_it_may():
+    q = torch.linspace(-30, 2, tail.QUANTILES)  # a logit more is a 32nd of the attacks
+    reference = torch.stack([q, q]).expand(2**tail.MODALITIES, -1, -1).clone()
+    torch.testing.assert_close(shift.affordable(reference, 0.125), torch.full((8,), 4.0))
+    torch.testing.assert_close(shift.affordable(reference, 0.0), torch.zeros(8))

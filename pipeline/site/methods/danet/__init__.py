@@ -49,7 +49,9 @@ class Config(Selective, Taught):
         default=True, description="bona fide needs every present modality's head"
     )
     anchor: float = Field(default=1.0, ge=0, description="weight of KL(source || site) on the reservoir")
-    source: float = Field(default=1.0, ge=0, description="weight of the labelled source features in mode da")
+    source: float = Field(
+        default=1.0, ge=0, description="weight of the change of the source features' logits in mode da"
+    )
     reservoir: int = Field(default=32, ge=8, le=256, description="samples that a site remembers")
     weight: Literal["one", "omega", "restore"] = Field(
         default="restore",
@@ -76,7 +78,10 @@ class Config(Selective, Taught):
     min_bona_fide_ratio: float = Field(
         default=1.0, ge=0, description="bona fide per attack in the counts before it loosens"
     )
-    loosen: float = Field(default=2.0, ge=0, description="logits, most that the boundary loosens")
+    loosen: float = Field(default=4.0, ge=0, description="logits, most that the boundary loosens")
+    loosen_apcer: float = Field(
+        default=0.01, ge=0, le=1, description="share of the source's validation attacks that it may let in"
+    )
     tighten: float = Field(default=0.0, ge=0, description="logits, most that it tightens")
     prototypes: bool = Field(
         default=False, description="a pseudo label needs the nearest labelled source direction"
@@ -101,7 +106,7 @@ class Config(Selective, Taught):
     taught_steps: int = Field(default=60, ge=1, description="Adam steps in which a memory is learned anew")
     taught_lr: float = Field(default=3e-3, gt=0, description="learning rate of these steps")
     taught_hold: float = Field(
-        default=0.3, ge=0, description="weight of the change of the source features' logits in these steps"
+        default=4.0, ge=0, description="weight of the change of the source features' logits in these steps"
     )
 
     def init(self, tail: Params) -> State:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.site.methods.danet import Config
     from pipeline.types import Features
 
+SEEN = 20  # samples that a set of sensors must have shown before its boundary moves
 WARM_UP = 20  # steps whose median instability becomes the reference
 
 
@@ -118,13 +119,14 @@ def _follow(
     usual = (estimate.attack >= config.min_attack_count) & (
         estimate.bona_fide >= config.min_bona_fide_ratio * estimate.attack
     )
-    allowed = estimate.logit.clamp(max=config.tighten).maximum(-torch.where(usual, config.loosen, 0.0))
+    limit = shift.affordable(tail["reference.logit"], config.loosen_apcer).clamp(max=config.loosen)
+    allowed = estimate.logit.clamp(max=config.tighten).maximum(-torch.where(usual, limit, 0.0))
     trigger = -math.inf if config.trigger is None else config.trigger
     by = torch.where(
         (estimate.logit.abs() >= config.shift_min_logits) & (estimate.evidence >= trigger), allowed, 0.0
     )
-    by = torch.where(state["session.seen"] >= config.sessions, by, 0.0)
     used = state["shift.count"].sum(-1)
+    by = torch.where((state["session.seen"] >= config.sessions) & (used >= SEEN), by, 0.0)
     moved = ((by != 0) * used).sum() > 0.5 * used.sum()  # under most of what was seen
     if config.calibrate:
         base = taught.base(tail, state)
@@ -207,7 +209,7 @@ def _steadiness(
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss [] that holds the site near its source, and the scores [R] of the reservoir.
 
-    It is the KL on the reservoir and, in mode da, the loss on labelled source features.
+    It is the KL on the reservoir and, in mode da, the change of the logits of labelled source features.
     """
     params, present = {**tail, **learnable}, state["reservoir.present"]
     radius = tails.forward(params, state["reservoir.z"], present).radius
@@ -216,19 +218,10 @@ def _steadiness(
         for p in (state["pattern"], tail["pattern"])
     )
     drift = _mean(_kl(state["reservoir.source"], at_source), held)
-    return config.anchor * drift + _source_loss(config, tail, params), now.detach()
-
-
-def _source_loss(config: Config, tail: Params, params: Params) -> Tensor:
-    """Returns the class-balanced cross entropy on the source features of the model; 0 in mode tta."""
     if config.mode == "tta":
-        return torch.zeros(())
-    label = tail["replay.label"]
-    source = {**params, "pattern": tail["pattern"]}  # what the source features were measured with
-    each = _cross_entropy(
-        tails.forward(source, tail["replay.z"], tail["replay.present"]).logit[:, tails.FUSED], label
-    )
-    return config.source * 0.5 * (_mean(each, label) + _mean(each, 1 - label))
+        return config.anchor * drift, now.detach()
+    source = {**params, "pattern": tail["pattern"]}  # what the source features are measured with
+    return config.anchor * drift + config.source * taught.held(tail)(source), now.detach()
 
 
 def _weigh(config: Config, state: State, instability: Tensor, *, measured: Tensor) -> tuple[State, Tensor]:
