@@ -19,6 +19,7 @@ from pipeline.control.scoring import ScoredStream, join_labels
 from pipeline.data.blobs import BadBlob
 from pipeline.data.captures import BadSegment
 from pipeline.data.features import mask_to_bool
+from pipeline.guards.why import why
 from pipeline.report.content import (
     CycleReport,
     Det,
@@ -230,6 +231,7 @@ def _site(parts: SiteParts, threshold: float, serving: str) -> SiteReport:
         instability=_thin(stream.instability) if stream else np.zeros(0),
         restores=(v.window.restores or 0) if v else 0,
         verdict=outcome,
+        why=why(v.evidence) if v else "",
         reasons=tuple([f"cluster: {row.reason}"] if row.reason else []) + (_reasons(v) if v else ()),
         wave=parts.wave,
         promoted=bool(parts.serving and v and v.state and parts.serving.state == v.state),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from jobs.terminal import Exit, table
 from pipeline.control.deployment import now, open_ledger
+from pipeline.guards.why import why
 from pipeline.rollout.calendar import is_time_zone
 from pipeline.types import Label, Modality
 
@@ -154,6 +155,7 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
                 f"{state.id} by {state.method}, blob {state.blob[:12]} slot {state.slot}, "
                 f"parent {state.parent or 'source'}",
             ),
+            ("because", why(verdict.evidence)),
             ("verdict", f"{verdict.outcome} at {verdict.at:%Y-%m-%d %H:%M:%S} UTC: {_findings(verdict)}"),
         ]
     if served:
@@ -162,6 +164,7 @@ def explain(config: Config, terminal: Terminal, *, site: str) -> int:
     if last and (state is None or last[0].state != state.id):
         reason = last[0].verdict.decisive or "not released yet"
         steps.append(("newest", f"candidate of {last[0].cycle}: {last[0].outcome}: {reason}"))
+        steps.append(("newest, because", why(last[0].evidence)))
     elif not last:
         steps.append(("newest", "no cycle has adapted this site yet"))
     history = [_release(s) for s in ledger.releases.history(site)]

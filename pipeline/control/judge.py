@@ -14,6 +14,7 @@ from pipeline.data.features import mask_to_bool
 from pipeline.data.protocols import PATTERNS
 from pipeline.guards import Evidence, Stream, Verdict
 from pipeline.guards.evidence import evidence_of
+from pipeline.guards.records import Moved
 from pipeline.guards.stream import SiteHistory, WindowScores, measure_stream, usual_modalities
 from pipeline.guards.verdict import assess
 from pipeline.models import tail
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     ScoreCache = MutableMapping[bytes, np.ndarray]  # anchor scores of a state, by the digest of what it moved
 
 NO_HISTORY = SiteHistory()
+ALL_MODALITIES = 2 ** len(Modality) - 1  # as a mask
 
 
 @dataclass(frozen=True)
@@ -111,16 +113,21 @@ def judge(
             unseen=_unseen(rig),
             stream=stream,
         )
-        judged.append(_of_labels(model, w, own, evidence))
+        judged.append(_of_site(model, w, states, k, evidence))
     return [(evidence, assess(config.guards, evidence)) for evidence in judged]
 
 
-def _of_labels(model: SourceModel, w: Window, own: State, evidence: Evidence) -> Evidence:
-    """Returns ``evidence`` with what the site's labelled presentations say of the candidate ``own``."""
-    if w.teaches is None or w.judges is None:
-        return evidence
-    labelled = teaching.evidence(model, w.teaches, w.judges, own, w.champion)
-    return evidence.model_copy(update={"labelled": labelled})
+def _of_site(model: SourceModel, w: Window, states: State, k: int, evidence: Evidence) -> Evidence:
+    """Returns ``evidence`` with what moved, and what the site's labelled presentations say of it."""
+    usual = usual_modalities(w.block.present) if len(w.block) else ALL_MODALITIES
+    boundary, adapter = bank.moved(model.tail, states, k, usual)
+    added: dict[str, object] = {
+        "moved": Moved(boundary=boundary, adapter=tuple(adapter) if sum(adapter) > 0 else ())
+    }
+    if w.teaches is not None and w.judges is not None:
+        own = slot_of(states, k)
+        added["labelled"] = teaching.evidence(model, w.teaches, w.judges, own, w.champion)
+    return evidence.model_copy(update=added)
 
 
 def rig_of(tags: Mapping[str, str]) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ def recount_evidence(config: Config, ledger: Ledger, row: VerdictRow, evidence: 
         unseen=evidence.unseen,
         stream=evidence.stream,
     )
-    return counted.model_copy(update={"labelled": evidence.labelled})
+    return counted.model_copy(update={"labelled": evidence.labelled, "moved": evidence.moved})
 
 
 def count_differences(stored: Evidence, counted: Evidence) -> list[str]:

@@ -94,6 +94,13 @@ class Labelled(Section):
     attack: Judged = Judged()
 
 
+class Moved(Section):
+    """Says what of the state moved, for people; no guard judges it."""
+
+    boundary: Measured = None  # logits by which the usual sensors' boundary loosened since labels or source
+    adapter: tuple[float, ...] = ()  # per modality, squared change against the source; empty: none
+
+
 class Evidence(Section):
     """Holds all that ``assess`` decides on; stored with the verdict, so its field names are on record."""
 
@@ -109,6 +116,7 @@ class Evidence(Section):
     rig: tuple[str, ...] = ()  # modalities of the site's sensors; empty = unknown, then all are assumed
     unseen: tuple[str, ...] = ()  # patterns that leave no modality of the rig: no guard applies to them
     stream: Stream = Stream()  # of the window, without labels
+    moved: Moved | None = None  # None: not measured, as in the records of earlier versions
     labelled: Labelled | None = None  # None: the site has no labelled presentations
 
 

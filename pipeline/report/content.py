@@ -72,6 +72,7 @@ class SiteReport:
     instability: np.ndarray  # [T] D_t per step
     restores: int
     verdict: Outcome | None  # None where there was no candidate
+    why: str  # in one line, why the candidate is what it is; empty: not measured
     reasons: tuple[str, ...]
     wave: int | None
     promoted: bool

@@ -128,6 +128,21 @@ def distance(tail: Params, stacked: State, k: int) -> float:
     return float(torch.sqrt(moved / size))
 
 
+def moved(tail: Params, stacked: State, k: int, mask: int) -> tuple[float, list[float]]:
+    """Returns what of site ``k`` moved: the boundary, and each modality's adapter [M].
+
+    The boundary is that under the sensors of ``mask``, in logits, positive where it loosened since the base
+    (what labels taught, else the source model); an adapter's number is its squared change against the source.
+    """
+    own = {n: stacked[n][k] for n in tails.MOVABLE}
+    base = {n: stacked[b][k] if (b := f"base.{n}") in stacked else tail[n] for n in tails.MOVABLE}
+    rho = [p["log_rho"][tails.FUSED] + p["pattern"][mask] for p in (own, base)]
+    now, before = rho if "linear" in tail else [torch.exp(r) for r in rho]
+    squares = [(own[n] - tail[n]).square().flatten(1).sum(-1) for n in tails.ADAPTER]
+    each = torch.stack([*squares, (own["gate"] - tail["gate"]).square()]).sum(0)
+    return float(tails.KAPPA * (now - before)), each.tolist()
+
+
 def pad(batches: Sequence[Features], size: int) -> Features:
     """Pads one Features per site (at most ``size`` rows) to z [K, size, M, F] and masks.
 
