@@ -13,6 +13,7 @@ import typer
 EVERYWHERE = "Every command also takes --config FILE, --json and overrides such as site.lr=1e-4."
 
 Site = Annotated[str, typer.Argument(metavar="SITE", help="Id of the site.")]
+SiteOrFile = Annotated[str | None, typer.Argument(metavar="SITE", help="Id of the site; none with --from.")]
 PlanHash = Annotated[
     str, typer.Argument(metavar="HASH", help="Hash that the plan printed; its first 8 digits are enough.")
 ]

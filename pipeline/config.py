@@ -45,7 +45,17 @@ DEFAULT_KIND = {"source": "rise", "site": "danet"}  # of the sections whose ``ki
 RESULT_SECTIONS = ("data", "model", "source", "site", "guards")
 PLACES = {  # where things are, not what comes out; what lies there has a digest of its own
     # redteam: the name of labels, which stored configurations still have
-    "data": {"corpora", "anchor", "captures", "sealed", "labels", "redteam", "retention", "keep_days"},
+    "data": {
+        "corpora",
+        "anchor",
+        "captures",
+        "sealed",
+        "labels",
+        "redteam",
+        "commissioning",
+        "retention",
+        "keep_days",
+    },
     "source": {"start"},
 }
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import EVERYWHERE, FROM, PUBLIC_KEY, SITE, Actor, Reason, Site
+from jobs.options import EVERYWHERE, FROM, PUBLIC_KEY, SITE, Actor, DryRun, Reason, Site, SiteOrFile
 
 site_app = typer.Typer(no_args_is_help=True, help="Sites: states, tags, and what their boxes pull.")
 
@@ -42,9 +42,7 @@ def site_explain(ctx: typer.Context, site: Site) -> int:
 @site_app.command("tag", epilog=EVERYWHERE)
 def site_tag(
     ctx: typer.Context,
-    site: Annotated[
-        str | None, typer.Argument(metavar="SITE", help="Id of the site; none with --from.")
-    ] = None,
+    site: SiteOrFile = None,
     tags: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE...", help="e.g. region=north tz=Europe/Berlin rig=rgb+ir."),
@@ -82,6 +80,23 @@ def site_label(
     from jobs.site.label import label
 
     return label(config, ctx.obj.terminal, site=site, file=file, kind=kind, actor=actor)
+
+
+@site_app.command("commission", epilog=EVERYWHERE)
+def site_commission(
+    ctx: typer.Context,
+    site: SiteOrFile = None,
+    file: Annotated[Path | None, FROM] = None,
+    dry_run: DryRun = False,
+) -> int:
+    """Say what to present at a new site (data.commissioning), what has arrived, and what it would gain.
+
+    Where nothing is missing, the site learns from its labels and its candidate goes through the guards.
+    """
+    config = ctx.obj.config
+    from jobs.site.commission import commission
+
+    return commission(config, ctx.obj.terminal, site=site, file=file, dry_run=dry_run)
 
 
 @site_app.command("unlabel", epilog=EVERYWHERE)

@@ -10,6 +10,18 @@ from pipeline.storage import check_place
 from pipeline.types import Section
 
 
+class CommissioningConfig(Section):
+    """Section ``data.commissioning``: what is presented where a site is installed."""
+
+    bona_fide: int = Field(
+        default=32, ge=0, description="bona fide presentations, of as many people as come; half of them judge"
+    )
+    attacks: dict[str, int] = Field(
+        default={"print": 12, "replay": 12, "mask": 8},
+        description="presentations per instrument of the kit, which is how an instrument's name begins",
+    )
+
+
 class DataConfig(Section):
     """Section ``data``: what is read and within which bounds. Paths are relative to the working directory."""
 
@@ -32,6 +44,9 @@ class DataConfig(Section):
     labels: Annotated[str | None, AfterValidator(lambda url: url and check_place(url))] = Field(
         default=None,
         description="labelled presentations: <site>/labels-*.parquet in a folder or below s3://bucket/x",
+    )
+    commissioning: CommissioningConfig = Field(
+        default=CommissioningConfig(), description="what `palisade site commission` asks for"
     )
     stem_cache_gb: float = Field(
         default=4.0,
