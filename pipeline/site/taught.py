@@ -63,6 +63,12 @@ def empty(state: State) -> State:
     return {**mine, "taught.label": torch.full_like(state["taught.label"], EMPTY)}
 
 
+def both(state: State) -> Tensor:
+    """Returns [] whether the memory holds labels of both classes."""
+    label = torch.where(state["taught.weight"] > 0, state["taught.label"], EMPTY)
+    return (label == 1).any() & (label == 0).any()
+
+
 def base(tail: Params, state: State) -> Params:
     """Returns the tail as the site's labels left it, before anything was learned from its stream."""
     return {**tail, **{n: state[f"base.{n}"] for n in tails.MOVABLE}}

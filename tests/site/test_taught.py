@@ -9,6 +9,8 @@ from pipeline.config import method_config, methods
 from pipeline.models import tail
 from pipeline.site import bank, taught
 from pipeline.site.contract import Taught
+from pipeline.site.methods import danet
+from pipeline.types import Features
 from tests.support.doors import F, door, source
 
 HARD = taught.Teaching(steps=40, lr=3e-3, hold=0.3)
@@ -105,3 +107,28 @@ def test_neighbours_change_no_bit_of_what_a_site_is_taught(kind):
     assert all(torch.equal(alone[n][0], beside[n][0]) for n in alone)
     assert all(torch.isfinite(t).all() for t in beside.values() if t.is_floating_point())
     assert fresh["site.gamma"].shape[1] == F
+
+
+def test_labels_of_both_classes_end_what_the_stream_may_loosen():
+    """The same stream loosens a site without labels, and one whose labels are of one class."""
+    method = danet.Config(sessions=0, min_attack_count=1, loosen_apcer=0.2)
+    bona_fide, attack = door(shift=0.5)
+    fresh = method.init(source())
+    size = len(fresh["taught.label"])
+    memories = {
+        "none": taught.init(size, source()),
+        "one class": state_with(bona_fide[:8], [1] * 8, size=size),
+        "both": state_with(torch.cat([bona_fide[:8], attack[:8]]), [1] * 8 + [0] * 8, size=size),
+    }
+    z = torch.cat([bona_fide[8:72], attack[8:24]])[
+        torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    ]
+    stream = Features(
+        z, torch.ones(80, 3, dtype=torch.bool), torch.ones(80, dtype=torch.bool), torch.arange(80)
+    )
+    loosened = {}
+    for name, memory in memories.items():
+        start = {**fresh, **{n: t for n, t in memory.items() if n.startswith("taught.")}}
+        new, _ = method.step(source(), start, stream)
+        loosened[name] = bool((new["pattern"] != start["pattern"]).any())
+    assert loosened == {"none": True, "one class": True, "both": False}

@@ -37,11 +37,12 @@ def source() -> dict[str, torch.Tensor]:
             logit, label[:, None].expand_as(logit)
         ).backward()
         optimizer.step()
+    fitted = {**params, **{n: t.detach() for n, t in learned.items()}}
+    real, fake = (tail.forward(fitted, x, present[:64]).logit[:, tail.FUSED] for x in draw(64, seed=2))
     q = torch.linspace(0, 1, tail.QUANTILES)
-    logit = torch.stack([-12 + 12 * q, -2 + 6 * q]).expand(2**tail.MODALITIES, -1, -1).clone()
+    logit = torch.stack([fake.quantile(q), real.quantile(q)]).expand(2**tail.MODALITIES, -1, -1).clone()
     return {
-        **params,
-        **{n: t.detach() for n, t in learned.items()},
+        **fitted,
         "reference.logit": logit,
         "reference.boundary": torch.tensor([-0.3, 0.2]),
         "replay.z": z[::4],

@@ -120,6 +120,7 @@ def _follow(
         estimate.bona_fide >= config.min_bona_fide_ratio * estimate.attack
     )
     limit = shift.affordable(tail["reference.logit"], config.loosen_apcer).clamp(max=config.loosen)
+    usual = usual & ~taught.both(state)  # labels of both classes have said where the boundary is
     allowed = estimate.logit.clamp(max=config.tighten).maximum(-torch.where(usual, limit, 0.0))
     trigger = -math.inf if config.trigger is None else config.trigger
     by = torch.where(
