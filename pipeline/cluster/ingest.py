@@ -19,11 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-import cv2
 import numpy as np
-import torch
 
-from pipeline.control.loaders import load_model
+from pipeline.cluster.trunks import Featuriser, featurise, task_trunk
 from pipeline.data import DataConfig
 from pipeline.data.assemble import Backlog, Gathered, Trunk, store_site
 from pipeline.data.captures import list_segments
@@ -31,7 +29,7 @@ from pipeline.data.features import delete_range
 from pipeline.data.featurise import add_features
 from pipeline.data.segments import Listed, decode_batch, decode_segments, marked, not_refused, segment_at
 from pipeline.ledger import QuarantineRow, SegmentRow
-from pipeline.models.checkpoint import read_manifest
+from pipeline.models.manifest import read_manifest
 from pipeline.storage import place, version
 
 if TYPE_CHECKING:
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.data.assemble import SegmentResult
     from pipeline.data.segments import Columns
-    from pipeline.models.checkpoint import SourceModel
     from pipeline.sections import ClusterConfig
     from pipeline.storage import Place
 
@@ -151,15 +148,15 @@ def featurised(
     context.max_errored_blocks = -1
     context.target_max_block_size = FRAME_BYTES
     workers, (cpus, gpus) = config.cluster.ingest_workers, resources(config.cluster)
-    models = {"checkpoints": list(checkpoints)}
+    given = {"checkpoints": list(checkpoints)}
     few = not gpus and sum(b.size for b in new) < FEW_BYTES
     trunks: dict[str, object] = (
-        {"fn": _featurise, "compute": ray.data.TaskPoolStrategy(size=workers), "fn_kwargs": models}
+        {"fn": featurise, "compute": ray.data.TaskPoolStrategy(size=workers), "fn_kwargs": given}
         if few
         else {
             "fn": Featuriser,
             "compute": ray.data.ActorPoolStrategy(size=workers),
-            "fn_constructor_kwargs": models,
+            "fn_constructor_kwargs": given,
         }
     )
     items = _dealt(listed, [b.size / len(b.paths) for b in new for _ in b.paths], workers)
@@ -185,9 +182,9 @@ def featurised(
 
 def featurised_here(config: Config, new: Sequence[Backlog], checkpoints: Sequence[str]) -> Iterator[Columns]:
     """Yields what ``featurised`` yields, by the same functions in this process."""
-    models = [task_model(c) for c in checkpoints]
+    trunks = [task_trunk(c) for c in checkpoints]
     for columns in decode_segments(list_all(new), config.data):
-        yield add_features(columns, models)
+        yield add_features(columns, trunks)
 
 
 def assemble(
@@ -232,20 +229,6 @@ def assemble(
             if at not in stored:
                 finish(at)
         return [result for at in range(len(new)) for result in stored[at].result()]
-
-
-def _featurise(columns: Columns, *, checkpoints: list[str]) -> Columns:
-    return add_features(columns, [task_model(c) for c in checkpoints])
-
-
-class Featuriser:
-    """An actor of the pool: the trunks, on its GPU where it has one."""
-
-    def __init__(self, checkpoints: list[str]) -> None:
-        self.models = [task_model(c) for c in checkpoints]
-
-    def __call__(self, columns: Columns) -> Columns:
-        return add_features(columns, self.models)
 
 
 def resources(cluster: ClusterConfig) -> tuple[float, float]:
@@ -296,18 +279,6 @@ def collect(
             )
             quarantined += bad
     return Ingested(tuple(segments), tuple(quarantined), tuple(failed.items()), tuple(orphans))
-
-
-def task_model(path: str) -> SourceModel:
-    """Returns the source model of this process's tasks, on the GPU that Ray gave the task, if any."""
-    import ray
-
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)  # tasks fill the cores; threads of their own make decoding 1.6 times as slow
-    model = load_model(path)
-    if ray.is_initialized() and ray.get_gpu_ids():
-        model.trunk.to("cuda")
-    return model
 
 
 def _backlog(site: str, base: int, paths: Sequence[Place], sizes: Mapping[Place, int]) -> Backlog:
