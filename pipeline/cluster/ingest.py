@@ -1,9 +1,9 @@
 """Turns captures into features: one Ray Data execution per cycle for the new segments of the whole fleet.
 
-The driver lists segments. Tasks validate and decode them in any order, a pool of actors puts the frames
-through the trunks, and the driver gives every site's samples their offsets, in stream order on from the
-site's last, and stores them. One ledger transaction at the end makes them count; a crash before it repeats
-the same files with the same offsets. A segment counts when it has its features under every trunk: the
+The driver lists segments. Tasks validate and decode them in any order and put the frames through the trunks,
+or leave that to actors with GPUs, and the driver gives every site's samples their offsets, in stream order on
+from the site's last, and stores them. One ledger transaction at the end makes them count; a crash before it
+repeats the same files with the same offsets. A segment counts when it has its features under every trunk: the
 champion's, and the challenger's while there is one.
 
 A segment that counts is known by its name: later bytes under that name are not read. A file that was refused
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from pipeline.cluster.trunks import Featuriser, featurise, task_trunk
+from pipeline.cluster.trunks import Featuriser, decode_and_featurise, task_trunk
 from pipeline.data import DataConfig
 from pipeline.data.assemble import Backlog, Gathered, Trunk, store_site
 from pipeline.data.captures import list_segments
@@ -42,12 +42,11 @@ if TYPE_CHECKING:
     from pipeline.sections import ClusterConfig
     from pipeline.storage import Place
 
-BLOCK_BYTES = 32 * 2**20  # of captures in a decoding task: seconds, so that a lost worker costs little
+BLOCK_BYTES = 32 * 2**20  # of captures in a task: seconds, so that a lost worker costs little
 SEGMENT_BYTES = 2**14  # what a segment costs however little is in it, in bytes of captures
-FRAME_BYTES = 16 * 2**20  # of frames in a block between the stages
-FEW_BYTES = 2**26  # of captures; less is done before two actors have started
-CPU_BATCH, GPU_BATCH = 64, 512  # frames in the trunks at once
-DECODING = 0.25  # of the CPUs of ingest
+FRAME_BYTES = 16 * 2**20  # of frames in a block on its way to a GPU
+GPU_BATCH = 512  # frames in the trunks at once
+DECODING = 0.25  # of the CPUs of ingest, where GPUs run the trunks
 WRITERS = 8  # threads that store features
 
 
@@ -134,11 +133,12 @@ def list_all(new: Sequence[Backlog]) -> list[Listed]:
 def featurised(
     config: Config, new: Sequence[Backlog], listed: Sequence[Listed], checkpoints: Sequence[str]
 ) -> Iterator[Columns]:
-    """Yields rows with features as workers have them: one Ray Data execution of two stages.
+    """Yields rows with features as workers have them: one Ray Data execution.
 
-    Decoding tasks and a pool of actors with the trunks run side by side; Ray holds decoding back where the
-    trunks are slower. A few captures do not pay for actors: tasks do them, in workers that keep their models.
-    A worker that a file killed costs the segments of its task, not the fleet.
+    On CPUs a task decodes its segments and runs the trunks on them: frames stay in its process, and a worker
+    keeps its trunks for the next task. With GPUs, tasks decode for a pool of actors that hold the trunks, and
+    Ray holds decoding back where these are slower. A worker that a file killed costs its task's segments, not
+    the fleet.
     """
     import ray.data
 
@@ -148,34 +148,25 @@ def featurised(
     context.max_errored_blocks = -1
     context.target_max_block_size = FRAME_BYTES
     workers, (cpus, gpus) = config.cluster.ingest_workers, resources(config.cluster)
-    given = {"checkpoints": list(checkpoints)}
-    few = not gpus and sum(b.size for b in new) < FEW_BYTES
-    trunks: dict[str, object] = (
-        {"fn": featurise, "compute": ray.data.TaskPoolStrategy(size=workers), "fn_kwargs": given}
-        if few
-        else {
-            "fn": Featuriser,
-            "compute": ray.data.ActorPoolStrategy(size=workers),
-            "fn_constructor_kwargs": given,
-        }
-    )
+    trunks = {"checkpoints": list(checkpoints)}
+    decoding = {"limits": config.data.model_dump_json()}
     items = _dealt(listed, [b.size / len(b.paths) for b in new for _ in b.paths], workers)
-    dataset = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(
-            decode_batch,  # pyright: ignore[reportArgumentType]: what reaches it is the numpy batch format
-            batch_size=1,
-            compute=ray.data.TaskPoolStrategy(size=workers),
-            fn_kwargs={"limits": config.data.model_dump_json()},
-            num_cpus=DECODING * cpus,  # another share than the trunk's, or Ray makes one stage of the two
-        )
-        .map_batches(
-            **trunks,  # pyright: ignore[reportArgumentType]: as above
-            batch_size=GPU_BATCH if gpus else CPU_BATCH,
-            num_cpus=(1 - DECODING) * cpus,
-            num_gpus=gpus or None,
-        )
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        decode_batch if gpus else decode_and_featurise,  # pyright: ignore[reportArgumentType]: numpy arrive
+        batch_size=1,
+        compute=ray.data.TaskPoolStrategy(size=workers),
+        fn_kwargs=decoding if gpus else {**decoding, **trunks},
+        num_cpus=DECODING * cpus if gpus else cpus,
     )
+    if gpus:
+        dataset = dataset.map_batches(
+            Featuriser,  # pyright: ignore[reportArgumentType]: as above
+            batch_size=GPU_BATCH,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            fn_constructor_kwargs=trunks,
+            num_cpus=(1 - DECODING) * cpus,
+            num_gpus=gpus,
+        )
     for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
         yield cast("Columns", batch)
 

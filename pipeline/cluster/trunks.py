@@ -1,4 +1,4 @@
-"""Runs the trunks in the tasks and actors of ingest.
+"""Makes features in the tasks and actors of ingest.
 
 It imports neither the ledger nor, for a trunk that has its graph, torch: a worker that starts takes its time
 from the cores that decode.
@@ -11,25 +11,37 @@ from typing import TYPE_CHECKING
 import ray
 
 from pipeline.data.featurise import add_features, load_trunk
+from pipeline.data.segments import decode_batch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+
     from pipeline.data.featurise import Featurise
     from pipeline.data.segments import Columns
 
 
+def decode_and_featurise(
+    batch: dict[str, np.ndarray], *, limits: str, checkpoints: list[str]
+) -> Iterator[Columns]:
+    """Yields what ``decode_batch`` does, with features in place of frames: a task on CPUs alone.
+
+    A chunk of a segment goes through the trunks by itself, so what it gives depends on no other.
+    """
+    trunks = [task_trunk(c) for c in checkpoints]
+    for columns in decode_batch(batch, limits=limits):
+        yield add_features(columns, trunks)
+
+
 class Featuriser:
-    """An actor of the pool: the trunks, on its GPU where it has one."""
+    """An actor with the trunks on its GPU, for frames that tasks decode."""
 
     def __init__(self, checkpoints: list[str]) -> None:
         self.trunks = [task_trunk(c) for c in checkpoints]
 
     def __call__(self, columns: Columns) -> Columns:
         return add_features(columns, self.trunks)
-
-
-def featurise(columns: Columns, *, checkpoints: list[str]) -> Columns:
-    """Replaces frames by features in a task; its worker keeps the trunks for the next one."""
-    return add_features(columns, [task_trunk(c) for c in checkpoints])
 
 
 def task_trunk(path: str) -> Featurise:

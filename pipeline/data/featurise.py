@@ -31,9 +31,9 @@ def load_trunk(path: str, *, gpu: bool = False) -> Featurise:
     folder = place(path)
     manifest = read_manifest(folder)
     if manifest.graph_digest and not gpu:
-        from pipeline.models.graph import TrunkGraph
+        from pipeline.models.graph import open_graph
 
-        return TrunkGraph(folder, manifest)
+        return open_graph(folder, manifest)
     import torch  # only where no graph spares it
 
     from pipeline.models import checkpoint

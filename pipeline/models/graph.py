@@ -7,7 +7,7 @@ about 0.6 of the time; and a process that only makes features need not import to
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import onnxruntime
@@ -21,24 +21,28 @@ if TYPE_CHECKING:
 SLICE = 4  # captures at once, as many as a core's cache serves best
 
 
-class TrunkGraph:
-    """The trunk of a checkpoint that has its graph, on one thread."""
+def open_graph(path: Place, manifest: Manifest) -> TrunkGraph:
+    """Returns the trunk of the checkpoint ``path`` that has its graph; raises BadCheckpoint."""
+    payload = read_file(path, manifest, GRAPH)
+    try:
+        return TrunkGraph(payload)
+    except Exception as e:  # the errors of ONNX Runtime have no class in common
+        reason = " ".join(str(e).split())[:200]
+        raise BadCheckpoint(f"{path / GRAPH}: not a graph of a trunk: {reason}") from None
 
-    def __init__(self, path: Place, manifest: Manifest) -> None:
-        """Opens the graph of the checkpoint ``path``; raises BadCheckpoint."""
+
+class TrunkGraph:
+    """A trunk as a function of arrays, on one thread; ``payload`` is its graph."""
+
+    def __init__(self, payload: bytes) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1  # each process has a core's share
-        options.log_severity_level = 3  # errors; a warning is no concern of the person who ingests
-        payload = read_file(path, manifest, GRAPH)
-        try:
-            self.session = onnxruntime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
-        except Exception as e:  # its errors have no class of their own in common
-            reason = " ".join(str(e).split())[:200]
-            raise BadCheckpoint(f"{path / GRAPH}: not a graph of a trunk: {reason}") from None
+        options.intra_op_num_threads = options.inter_op_num_threads = 1  # processes fill the cores
+        options.log_severity_level = 3  # errors
+        self.session = onnxruntime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
         inputs = self.session.get_inputs()
         self.names = [i.name for i in inputs]
         self.channels = list(pairwise(accumulate((i.shape[1] for i in inputs), initial=0)))
-        self.features = manifest.config.trunk.features
+        self.features = int(self.session.get_outputs()[0].shape[1])
 
     def __call__(self, frames: np.ndarray, present: np.ndarray) -> np.ndarray:
         """Returns the features z float32 [N, M, F] of frames uint8 [N, 5, H, W]; ``present`` is bool [N, M].
@@ -49,7 +53,8 @@ class TrunkGraph:
         for start in range(0, len(frames), SLICE):
             rows = [start + np.flatnonzero(shown) for shown in present[start : start + SLICE].T]
             parts = (frames[r, begin:end] for r, (begin, end) in zip(rows, self.channels, strict=True))
-            outputs = self.session.run(None, dict(zip(self.names, parts, strict=True)))
+            given = dict(zip(self.names, parts, strict=True))
+            outputs = cast("list[np.ndarray]", self.session.run(None, given))
             for m, (r, output) in enumerate(zip(rows, outputs, strict=True)):
                 z[r, m] = output
         return z

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pydantic import Field, JsonValue, ValidationError
 
@@ -68,7 +68,7 @@ def read_manifest(path: Place) -> Manifest:
     if not path.exists():
         raise BadCheckpoint(f"{path}: no such checkpoint folder; restore it or run `palisade train`")
     try:
-        raw = json.loads(_read(path / MANIFEST, MAX_MANIFEST))
+        raw = cast("JsonValue", json.loads(_read(path / MANIFEST, MAX_MANIFEST)))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise BadCheckpoint(f"{path / MANIFEST}: not JSON: {' '.join(str(e).split())[:200]}") from None
     written = raw.get("format") if isinstance(raw, dict) else None

@@ -99,7 +99,7 @@ def graph_of(trunk: Trunk, size: int) -> bytes:
         torch.onnx.export(
             _Graph(trunk),
             tuple(part.to(device) for part in rows),
-            buffer,
+            buffer,  # pyright: ignore[reportArgumentType]: the type is that of the newer exporter alone
             dynamo=False,
             opset_version=OPSET,
             input_names=names,

@@ -14,13 +14,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.data import DataConfig
 from pipeline.data.featurise import load_trunk
 from pipeline.models import MobileConfig, ModelConfig, TinyConfig
 from pipeline.models import checkpoint as cp
-from pipeline.models.graph import SLICE, TrunkGraph
+from pipeline.models.graph import SLICE, open_graph
 from pipeline.models.manifest import GRAPH
 from pipeline.models.tail import init_tail
 from pipeline.models.trunk import build_trunk, features, fold
+from tests.support.captures import segment
 from tests.support.layout import REPO
 
 SIZE, F = 32, 16
@@ -78,7 +80,7 @@ def edit(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_features_are_those_of_torch_whatever_is_missing(model, saved: Path, pattern: np.ndarray) -> None:
     x, present = frames(SLICE + 3), np.tile(pattern, (SLICE + 3, 1))
-    z, expected = TrunkGraph(saved, model.manifest)(x, present), by_torch(model, x, present)
+    z, expected = open_graph(saved, model.manifest)(x, present), by_torch(model, x, present)
     assert z.shape == expected.shape and z.dtype == np.float32
     assert np.abs(z - expected).max() <= 1e-4
     assert not z[~present].any()
@@ -105,19 +107,19 @@ def test_absent_pixels_never_reach_a_feature(saved: Path) -> None:
     assert np.array_equal(trunk(x, PATTERNS), trunk(other, PATTERNS))
 
 
-def test_a_worker_imports_no_torch(saved: Path, tmp_path: Path) -> None:
+def test_a_task_of_ingest_imports_no_torch(saved: Path, tmp_path: Path) -> None:
     """Nor anything else that takes long to import and that it does not need."""
     heavy = ("torch", "onnx", "mlflow", "pandas", "sqlalchemy", "scipy", "safetensors")
-    np.save(tmp_path / "x.npy", frames(3))
+    path = segment(tmp_path / "gate/segment-0.parquet", "a", "b")
+    limits = DataConfig(frame_px=SIZE).model_dump_json()
     code = (
-        "import sys, numpy as np\nfrom pipeline.cluster.trunks import Featuriser\n"
-        f"x = np.load({str(tmp_path / 'x.npy')!r})\n"
-        f"trunks = Featuriser([{str(saved)!r}])\n"
-        "z = trunks({'frame': x, 'present': np.full(len(x), 7, np.uint8)})['z0']\n"
-        f"print(z.shape, z.dtype, [m for m in {heavy} if m in sys.modules])"
+        "import sys\nfrom pipeline.cluster.trunks import decode_and_featurise\n"
+        f"batch = {{'segments': [{json.dumps([[0, 'gate', str(path)]])!r}]}}\n"
+        f"(rows,) = decode_and_featurise(batch, limits={limits!r}, checkpoints=[{str(saved)!r}])\n"
+        f"print(rows['z0'].shape, rows['z0'].dtype, [m for m in {heavy} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    assert done.stdout == "(3, 3, 16) float16 []\n"
+    assert done.stdout == "(2, 3, 16) float16 []\n"
 
 
 @pytest.mark.parametrize("damage", ["flipped", "torn", "gone"])
