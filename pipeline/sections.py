@@ -26,7 +26,7 @@ class ClusterConfig(Section):
     train_gpu: bool = Field(default=False, description="a GPU for every worker of a source fit")
     shards: int = Field(default=2, ge=1, description="shard actors; about one per core")
     ingest_workers: int = Field(
-        default=2, ge=1, description="decoding tasks of ingest at a time, and actors with the trunk"
+        default=2, ge=1, description="tasks of ingest at a time; with ingest_gpus also actors with the trunk"
     )
     ingest_gpus: float = Field(
         default=0, ge=0, description="share of a GPU per actor with the trunk; has not been run on a GPU"

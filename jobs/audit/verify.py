@@ -10,7 +10,7 @@ from pipeline.control.deployment import now, open_ledger
 from pipeline.data import blobs
 from pipeline.data.anchor import open_sealed
 from pipeline.ledger.schema import GENESIS
-from pipeline.models import checkpoint
+from pipeline.models.manifest import BadCheckpoint, read_manifest
 from pipeline.storage import place
 
 if TYPE_CHECKING:
@@ -84,9 +84,10 @@ def _source(ledger: Ledger, version: int) -> list[str]:
     row = ledger.sources.get(version)
     path = place(row.path)
     try:
-        manifest = checkpoint.read_manifest(path)
-        blobs.verified(path / checkpoint.WEIGHTS, manifest.weights_digest)
-    except (checkpoint.BadCheckpoint, blobs.BadBlob) as e:
+        manifest = read_manifest(path)
+        for name, digest in manifest.files.items():
+            blobs.verified(path / name, digest)
+    except (BadCheckpoint, blobs.BadBlob) as e:
         return [f"source v{version}: {e}"]
     if manifest.digest == row.digest:
         return []

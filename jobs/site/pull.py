@@ -1,6 +1,6 @@
 """``palisade site pull`` and ``verify``: one edge box's release in a folder, under a signed manifest.
 
-The folder has ``models/DIGEST/`` (the source model's checkpoint, trunk and tail),
+The folder has ``models/DIGEST/`` (the source model's checkpoint: trunk, its graph, and tail),
 ``states/SHA256.safetensors`` (the site's adapted part of the tail), ``release.json`` (the signed manifest,
 written last: it makes the release) and ``accepted.json`` (the release that the box accepted last). A box
 serves ``{**tail, **state}``. Needs neither MLflow nor Ray.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ from pydantic import ValidationError
 from jobs.terminal import Exit
 from pipeline.control.deployment import now, open_ledger, source_model
 from pipeline.data import blobs
-from pipeline.models import checkpoint, tail
+from pipeline.models import tail
+from pipeline.models.manifest import MANIFEST, BadCheckpoint, read_manifest
 from pipeline.rollout.manifest import (
     Accepted,
     ManifestError,
@@ -126,19 +128,18 @@ def signing_key(config: Config) -> Ed25519PrivateKey:
 def _content(config: Config, source: SourceRow, state: StateRow | None) -> tuple[Content, str | None]:
     """Returns the verified files of a release, and the digest of the state's file if there is one."""
     path = place(source.path)
-    manifest = checkpoint.read_manifest(path)
+    manifest = read_manifest(path)
     if (manifest.digest, manifest.trunk_digest) != (source.digest, source.trunk):
-        raise checkpoint.BadCheckpoint(
+        raise BadCheckpoint(
             f"{path}: is not source v{source.version} of the ledger; restore it from a backup"
         )
-    card, folder = (path / checkpoint.MANIFEST).read_bytes(), f"models/{source.digest}"
-    weights = manifest.weights_digest
+    card, folder = (path / MANIFEST).read_bytes(), f"models/{source.digest}"
     content: dict[str, tuple[str, Callable[[], bytes]]] = {
-        f"{folder}/{checkpoint.MANIFEST}": (_sha256(card), lambda: card),
-        f"{folder}/{checkpoint.WEIGHTS}": (
-            weights,
-            lambda: blobs.verified(path / checkpoint.WEIGHTS, weights),
-        ),
+        f"{folder}/{MANIFEST}": (_sha256(card), lambda: card),
+        **{
+            f"{folder}/{name}": (digest, partial(blobs.verified, path / name, digest))
+            for name, digest in manifest.files.items()
+        },
     }
     if state is None:
         return content, None

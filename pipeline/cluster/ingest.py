@@ -1,9 +1,9 @@
 """Turns captures into features: one Ray Data execution per cycle for the new segments of the whole fleet.
 
-The driver lists segments. Tasks validate and decode them in any order, a pool of actors puts the frames
-through the trunks, and the driver gives every site's samples their offsets, in stream order on from the
-site's last, and stores them. One ledger transaction at the end makes them count; a crash before it repeats
-the same files with the same offsets. A segment counts when it has its features under every trunk: the
+The driver lists segments. Tasks validate and decode them in any order and put the frames through the trunks,
+or leave that to actors with GPUs, and the driver gives every site's samples their offsets, in stream order on
+from the site's last, and stores them. One ledger transaction at the end makes them count; a crash before it
+repeats the same files with the same offsets. A segment counts when it has its features under every trunk: the
 champion's, and the challenger's while there is one.
 
 A segment that counts is known by its name: later bytes under that name are not read. A file that was refused
@@ -19,11 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-import cv2
 import numpy as np
-import torch
 
-from pipeline.control.loaders import load_model
+from pipeline.cluster.trunks import Featuriser, decode_and_featurise, task_trunk
 from pipeline.data import DataConfig
 from pipeline.data.assemble import Backlog, Gathered, Trunk, store_site
 from pipeline.data.captures import list_segments
@@ -31,7 +29,7 @@ from pipeline.data.features import delete_range
 from pipeline.data.featurise import add_features
 from pipeline.data.segments import Listed, decode_batch, decode_segments, marked, not_refused, segment_at
 from pipeline.ledger import QuarantineRow, SegmentRow
-from pipeline.models.checkpoint import read_manifest
+from pipeline.models.manifest import read_manifest
 from pipeline.storage import place, version
 
 if TYPE_CHECKING:
@@ -41,16 +39,14 @@ if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.data.assemble import SegmentResult
     from pipeline.data.segments import Columns
-    from pipeline.models.checkpoint import SourceModel
     from pipeline.sections import ClusterConfig
     from pipeline.storage import Place
 
-BLOCK_BYTES = 32 * 2**20  # of captures in a decoding task: seconds, so that a lost worker costs little
+BLOCK_BYTES = 32 * 2**20  # of captures in a task: seconds, so that a lost worker costs little
 SEGMENT_BYTES = 2**14  # what a segment costs however little is in it, in bytes of captures
-FRAME_BYTES = 16 * 2**20  # of frames in a block between the stages
-FEW_BYTES = 2**26  # of captures; less is done before two actors have started
-CPU_BATCH, GPU_BATCH = 64, 512  # frames in the trunks at once
-DECODING = 0.25  # of the CPUs of ingest
+FRAME_BYTES = 16 * 2**20  # of frames in a block on its way to a GPU
+GPU_BATCH = 512  # frames in the trunks at once
+DECODING = 0.25  # of the CPUs of ingest, where GPUs run the trunks
 WRITERS = 8  # threads that store features
 
 
@@ -137,11 +133,12 @@ def list_all(new: Sequence[Backlog]) -> list[Listed]:
 def featurised(
     config: Config, new: Sequence[Backlog], listed: Sequence[Listed], checkpoints: Sequence[str]
 ) -> Iterator[Columns]:
-    """Yields rows with features as workers have them: one Ray Data execution of two stages.
+    """Yields rows with features as workers have them: one Ray Data execution.
 
-    Decoding tasks and a pool of actors with the trunks run side by side; Ray holds decoding back where the
-    trunks are slower. A few captures do not pay for actors: tasks do them, in workers that keep their models.
-    A worker that a file killed costs the segments of its task, not the fleet.
+    On CPUs a task decodes its segments and runs the trunks on them: frames stay in its process, and a worker
+    keeps its trunks for the next task. With GPUs, tasks decode for a pool of actors that hold the trunks, and
+    Ray holds decoding back where these are slower. A worker that a file killed costs its task's segments, not
+    the fleet.
     """
     import ray.data
 
@@ -151,43 +148,34 @@ def featurised(
     context.max_errored_blocks = -1
     context.target_max_block_size = FRAME_BYTES
     workers, (cpus, gpus) = config.cluster.ingest_workers, resources(config.cluster)
-    models = {"checkpoints": list(checkpoints)}
-    few = not gpus and sum(b.size for b in new) < FEW_BYTES
-    trunks: dict[str, object] = (
-        {"fn": _featurise, "compute": ray.data.TaskPoolStrategy(size=workers), "fn_kwargs": models}
-        if few
-        else {
-            "fn": Featuriser,
-            "compute": ray.data.ActorPoolStrategy(size=workers),
-            "fn_constructor_kwargs": models,
-        }
-    )
+    trunks = {"checkpoints": list(checkpoints)}
+    decoding = {"limits": config.data.model_dump_json()}
     items = _dealt(listed, [b.size / len(b.paths) for b in new for _ in b.paths], workers)
-    dataset = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(
-            decode_batch,  # pyright: ignore[reportArgumentType]: what reaches it is the numpy batch format
-            batch_size=1,
-            compute=ray.data.TaskPoolStrategy(size=workers),
-            fn_kwargs={"limits": config.data.model_dump_json()},
-            num_cpus=DECODING * cpus,  # another share than the trunk's, or Ray makes one stage of the two
-        )
-        .map_batches(
-            **trunks,  # pyright: ignore[reportArgumentType]: as above
-            batch_size=GPU_BATCH if gpus else CPU_BATCH,
-            num_cpus=(1 - DECODING) * cpus,
-            num_gpus=gpus or None,
-        )
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        decode_batch if gpus else decode_and_featurise,  # pyright: ignore[reportArgumentType]: numpy arrive
+        batch_size=1,
+        compute=ray.data.TaskPoolStrategy(size=workers),
+        fn_kwargs=decoding if gpus else {**decoding, **trunks},
+        num_cpus=DECODING * cpus if gpus else cpus,
     )
+    if gpus:
+        dataset = dataset.map_batches(
+            Featuriser,  # pyright: ignore[reportArgumentType]: as above
+            batch_size=GPU_BATCH,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            fn_constructor_kwargs=trunks,
+            num_cpus=(1 - DECODING) * cpus,
+            num_gpus=gpus,
+        )
     for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
         yield cast("Columns", batch)
 
 
 def featurised_here(config: Config, new: Sequence[Backlog], checkpoints: Sequence[str]) -> Iterator[Columns]:
     """Yields what ``featurised`` yields, by the same functions in this process."""
-    models = [task_model(c) for c in checkpoints]
+    trunks = [task_trunk(c) for c in checkpoints]
     for columns in decode_segments(list_all(new), config.data):
-        yield add_features(columns, models)
+        yield add_features(columns, trunks)
 
 
 def assemble(
@@ -232,20 +220,6 @@ def assemble(
             if at not in stored:
                 finish(at)
         return [result for at in range(len(new)) for result in stored[at].result()]
-
-
-def _featurise(columns: Columns, *, checkpoints: list[str]) -> Columns:
-    return add_features(columns, [task_model(c) for c in checkpoints])
-
-
-class Featuriser:
-    """An actor of the pool: the trunks, on its GPU where it has one."""
-
-    def __init__(self, checkpoints: list[str]) -> None:
-        self.models = [task_model(c) for c in checkpoints]
-
-    def __call__(self, columns: Columns) -> Columns:
-        return add_features(columns, self.models)
 
 
 def resources(cluster: ClusterConfig) -> tuple[float, float]:
@@ -296,18 +270,6 @@ def collect(
             )
             quarantined += bad
     return Ingested(tuple(segments), tuple(quarantined), tuple(failed.items()), tuple(orphans))
-
-
-def task_model(path: str) -> SourceModel:
-    """Returns the source model of this process's tasks, on the GPU that Ray gave the task, if any."""
-    import ray
-
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)  # tasks fill the cores; threads of their own make decoding 1.6 times as slow
-    model = load_model(path)
-    if ray.is_initialized() and ray.get_gpu_ids():
-        model.trunk.to("cuda")
-    return model
 
 
 def _backlog(site: str, base: int, paths: Sequence[Place], sizes: Mapping[Place, int]) -> Backlog:

@@ -10,11 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.cluster.ingest import resources, task_model
+from pipeline.cluster.ingest import resources
+from pipeline.cluster.trunks import task_trunk
 from pipeline.data.assemble import Trunk, gather_segment, store_segment
 from pipeline.data.blobs import BadBlob
 from pipeline.data.features import delete_range, read_features
 from pipeline.data.segments import VANISHED
+from pipeline.models.manifest import read_manifest
+from pipeline.storage import place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,12 +82,12 @@ def repair_site(stretch: Stretch, limits: DataConfig, checkpoint: str, features:
     """Makes the features of damaged segments again; a failure is reported, never raised."""
     restored, lost = list[str](), list[str]()
     try:
-        model = task_model(checkpoint)
-        trunk = Trunk.of(model.manifest)
+        trunk = Trunk.of(read_manifest(place(checkpoint)))
+        trunks = [task_trunk(checkpoint)]
         for row, refused, path in zip(stretch.segments, stretch.refused, stretch.captures, strict=True):
             if _whole(row, trunk, features):
                 continue
-            got = None if path is None else gather_segment(row.site, str(path), limits, [model])
+            got = None if path is None else gather_segment(row.site, str(path), limits, trunks)
             head = got.head if got else None
             if head and head.error not in ("", VANISHED):
                 return Repaired(stretch.site, tuple(restored), tuple(lost), head.error)

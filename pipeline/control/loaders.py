@@ -15,6 +15,7 @@ from cachetools import LRUCache
 from pipeline.config import Config, parse
 from pipeline.data import blobs
 from pipeline.data.anchor import AnchorSet, open_sealed
+from pipeline.data.featurise import load_trunk
 from pipeline.ledger import Ledger
 from pipeline.models import checkpoint, tail
 
@@ -104,6 +105,7 @@ def clear() -> None:
         load_config,
         open_ledger_at,
         load_model,
+        load_trunk,
         load_anchor,
         anchor_score_cache,
         state_cache,

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from pipeline.data import DataConfig
+    from pipeline.data.featurise import Featurise
     from pipeline.data.segments import Columns
-    from pipeline.models.checkpoint import SourceModel
     from pipeline.models.manifest import Manifest
     from pipeline.storage import Place
 
@@ -164,11 +164,11 @@ def store_segment(
     return sorted(bad, key=lambda b: b.row)
 
 
-def gather_segment(site: str, path: str, limits: DataConfig, models: Sequence[SourceModel]) -> Gathered:
+def gather_segment(site: str, path: str, limits: DataConfig, trunks: Sequence[Featurise]) -> Gathered:
     """Decodes and featurises one segment in this process."""
     gathered = Gathered()
     for columns in decode_segments([Listed(0, site, path)], limits):
-        gathered.add(add_features(columns, models))
+        gathered.add(add_features(columns, trunks))
     return gathered
 
 

@@ -69,7 +69,6 @@ class DecodedChunk(NamedTuple):
 
 def decode_batch(batch: dict[str, np.ndarray], *, limits: str) -> Iterator[Columns]:
     """Decodes hands of segments, given as JSON under ``segments``: the function that Ray Data maps."""
-    cv2.setNumThreads(1)  # tasks fill the cores; threads of their own make decoding 1.6 times as slow
     data = DataConfig.model_validate_json(limits)
     for text in batch["segments"]:
         yield from decode_segments((Listed(*fields) for fields in json.loads(text)), data)
@@ -77,6 +76,7 @@ def decode_batch(batch: dict[str, np.ndarray], *, limits: str) -> Iterator[Colum
 
 def decode_segments(segments: Iterable[Listed], limits: DataConfig) -> Iterator[Columns]:
     """Yields the decoded rows of ``segments``; one that fails says so in its head and stops no other."""
+    cv2.setNumThreads(1)  # processes fill the cores; threads of their own make it 1.6 times as slow
     for listed in segments:
         waiting: Columns | None = None  # the last rows wait for the head
         head = Head()

@@ -1,6 +1,7 @@
 """Saves and loads a source model as a folder with ``model.safetensors`` and ``manifest.json``.
 
-The tensors are named ``trunk.*`` and ``tail.*``. The manifest is written last: a folder without it is no
+The tensors are named ``trunk.*`` and ``tail.*``. A trunk that is read without torch where features are made
+has its graph beside them, in ``trunk.onnx``. The manifest is written last: a folder without it is no
 checkpoint. Every digest is verified before a tensor is used, and no other file is read. The folder may be a
 prefix of an object store.
 """
@@ -16,16 +17,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as dump_tensors
 
 from pipeline.models import tail as tails
-from pipeline.models.manifest import FORMAT, Manifest
-from pipeline.models.trunk import build_trunk, fold
-from pipeline.storage import StoreUnavailable, place, size, write_atomic
-from pipeline.types import PalisadeError
+from pipeline.models.manifest import (
+    FORMAT,
+    GRAPH,
+    MANIFEST,
+    WEIGHTS,
+    BadCheckpoint,
+    Manifest,
+    manifest_digest,
+    read_file,
+    read_manifest,
+)
+from pipeline.models.trunk import build_trunk, fold, graph_of
+from pipeline.storage import place, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,13 +45,7 @@ if TYPE_CHECKING:
     from pipeline.models.trunk import Trunk
     from pipeline.storage import Place
 
-WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
-MAX_MANIFEST = 2**20  # bytes
 TRUNK, TAIL = "trunk.", "tail."
-
-
-class BadCheckpoint(PalisadeError, ValueError):
-    """A folder that is no complete, unchanged checkpoint of a readable version; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,7 @@ def seal(trunk: Trunk, tail: Mapping[str, Tensor], manifest: Manifest) -> Source
 
     Raises BadCheckpoint if a tensor holds a value that is not finite.
     """
-    tail = {name: t.detach().cpu().clone().contiguous() for name, t in tail.items()}
-    stamped = manifest.model_copy(
-        update={
-            "trunk_digest": trunk_digest(trunk, manifest.config, manifest.size),
-            "weights_digest": hashlib.sha256(_serialise(trunk, tail)).hexdigest(),
-        }
-    )
-    return SourceModel(trunk, tail, stamped.model_copy(update={"digest": manifest_digest(stamped)}))
+    return _sealed(trunk, tail, manifest)[0]
 
 
 def exists(path: Place) -> bool:
@@ -76,25 +72,23 @@ def exists(path: Place) -> bool:
 
 def save(path: Place, model: SourceModel) -> str:
     """Writes a new checkpoint folder ``path`` and returns its digest; raises BadCheckpoint if it exists."""
-    sealed = seal(model.trunk, model.tail, model.manifest)
     if exists(path):
         raise BadCheckpoint(f"{path}: exists already; a checkpoint is never overwritten")
-    write_atomic(path / WEIGHTS, _serialise(sealed.trunk, sealed.tail))
+    sealed, files = _sealed(model.trunk, model.tail, model.manifest)
+    for name, payload in files.items():
+        write_atomic(path / name, payload)
     write_atomic(path / MANIFEST, sealed.manifest.model_dump_json(indent=1).encode())
     return sealed.manifest.digest
 
 
 def load(path: Place | str) -> SourceModel:
-    """Reads and verifies a checkpoint folder, given as a place, a path or a URL; raises BadCheckpoint."""
+    """Reads and verifies a checkpoint folder, given as a place, a path or a URL; raises BadCheckpoint.
+
+    The trunk is that of the weights: the graph is not read.
+    """
     path = place(path) if isinstance(path, str) else path
     manifest = read_manifest(path)
-    payload = _read(path / WEIGHTS, None)
-    digest = hashlib.sha256(payload).hexdigest()
-    if digest != manifest.weights_digest:
-        raise BadCheckpoint(
-            f"{path / WEIGHTS}: digest is {digest[:12]}…, the manifest says {manifest.weights_digest[:12]}…; "
-            "it was changed or torn: restore it or run `palisade train`"
-        )
+    payload = read_file(path, manifest, WEIGHTS)
     try:
         tensors = parse_tensors(payload)
     except (SafetensorError, ValueError) as e:
@@ -112,44 +106,17 @@ def load(path: Place | str) -> SourceModel:
     return SourceModel(trunk, tail, manifest)
 
 
-def read_manifest(path: Place) -> Manifest:
-    """Reads and verifies the manifest alone, which is cheap: for listings and for the address of features."""
-    if not path.exists():
-        raise BadCheckpoint(f"{path}: no such checkpoint folder; restore it or run `palisade train`")
-    try:
-        raw = json.loads(_read(path / MANIFEST, MAX_MANIFEST))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise BadCheckpoint(f"{path / MANIFEST}: not JSON: {' '.join(str(e).split())[:200]}") from None
-    written = raw.get("format") if isinstance(raw, dict) else None
-    if not isinstance(written, int) or isinstance(written, bool) or written < 1:
-        raise BadCheckpoint(f"{path / MANIFEST}: no format number; not a checkpoint manifest")
-    if written > FORMAT:
-        raise BadCheckpoint(
-            f"{path / MANIFEST}: format {written} is newer than {FORMAT}, the newest this version reads; "
-            "upgrade"
-        )
-    try:
-        manifest = Manifest.model_validate(raw)
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        raise BadCheckpoint(f"{path / MANIFEST}: {where}: {first['msg']}") from None
-    if manifest.digest != manifest_digest(manifest):
-        raise BadCheckpoint(
-            f"{path / MANIFEST}: digest does not match the content; the manifest was changed: restore it"
-        )
-    return manifest
-
-
 @contextmanager
 def local_folder(path: Place) -> Iterator[Path]:
     """Gives the checkpoint as a local folder, by a temporary copy if ``path`` is in an object store."""
     if isinstance(path, Path):
         yield path
         return
+    manifest = read_manifest(path)
     with tempfile.TemporaryDirectory() as copy:
-        for name in (WEIGHTS, MANIFEST):
-            (Path(copy) / name).write_bytes(_read(path / name, None))
+        for name in manifest.files:
+            (Path(copy) / name).write_bytes(read_file(path, manifest, name))
+        (Path(copy) / MANIFEST).write_bytes((path / MANIFEST).read_bytes())
         yield Path(copy)
 
 
@@ -162,10 +129,25 @@ def trunk_digest(trunk: Trunk, config: ModelConfig, size: int) -> str:
     return h.hexdigest()
 
 
-def manifest_digest(manifest: Manifest) -> str:
-    """Returns the sha256 of the manifest without its own digest; weights_digest covers the weights."""
-    content = manifest.model_dump(mode="json", exclude={"digest"})
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _sealed(
+    trunk: Trunk, tail: Mapping[str, Tensor], manifest: Manifest
+) -> tuple[SourceModel, dict[str, bytes]]:
+    """Returns the source model with its digests, and its files by name, all but the manifest."""
+    tail = {name: t.detach().cpu().clone().contiguous() for name, t in tail.items()}
+    files = {WEIGHTS: _serialise(trunk, tail)}
+    if trunk.exported:
+        files[GRAPH] = graph_of(trunk, manifest.size)
+    digests = {name: hashlib.sha256(payload).hexdigest() for name, payload in files.items()}
+    stamped = manifest.model_copy(
+        update={
+            "format": FORMAT,
+            "trunk_digest": trunk_digest(trunk, manifest.config, manifest.size),
+            "weights_digest": digests[WEIGHTS],
+            "graph_digest": digests.get(GRAPH, ""),
+        }
+    )
+    stamped = stamped.model_copy(update={"digest": manifest_digest(stamped)})
+    return SourceModel(trunk, tail, stamped), files
 
 
 def _serialise(trunk: Trunk, tail: Mapping[str, Tensor]) -> bytes:
@@ -203,16 +185,3 @@ def _checked_tail(path: Place, tensors: Mapping[str, Tensor], manifest: Manifest
     if pool is not None and (pool.shape != () or not 0 <= float(pool) <= 1):
         raise BadCheckpoint(f"{path / WEIGHTS}: reference.pool is no share; train again")
     return {**tail, **memory, **reference}
-
-
-def _read(path: Place, limit: int | None) -> bytes:
-    try:
-        if limit is not None and (count := size(path)) > limit:
-            raise BadCheckpoint(f"{path}: {count} bytes, allowed {limit}")
-        return path.read_bytes()
-    except StoreUnavailable:
-        raise
-    except OSError as e:
-        raise BadCheckpoint(
-            f"{path}: cannot be read: {e.strerror}; restore it or run `palisade train`"
-        ) from None

@@ -10,6 +10,8 @@ Shapes: frames uint8 or float [B, 5, H, W] (RGB, depth, infrared), present [B, M
 from __future__ import annotations
 
 import copy
+import io
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +23,7 @@ from pipeline.models.trunks.contract import CHANNELS, BadTrunk, Trunk
 from pipeline.models.trunks.mobile import MobileTrunk
 from pipeline.models.trunks.tiny import Block, TinyTrunk
 from pipeline.models.trunks.vit import VitTrunk, vit_backbone
+from pipeline.types import Modality
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +31,10 @@ if TYPE_CHECKING:
     from pipeline.models import TrunkConfig
     from pipeline.models.trunks.contract import Architecture
 
-__all__ = ["BadTrunk", "Trunk", "build_trunk", "features", "fold", "prepare"]
+__all__ = ["BadTrunk", "Trunk", "build_trunk", "features", "fold", "graph_of", "prepare"]
 
 BLACK = 0.02  # level in [0, 1] up to which a pixel holds no measurement
+OPSET = 17  # of the exported graph
 FLAT = 0.05  # added to the spread, so that a flat frame does not become noise
 
 
@@ -58,8 +62,7 @@ def prepare(frames: Tensor) -> Tensor:
     """
     if frames.dtype == torch.float16:
         return frames.float()
-    x = frames.float() / 255
-    return torch.cat([_standardised(x[:, begin:end]) for begin, end in CHANNELS], dim=1)
+    return torch.cat([_standardised(frames[:, begin:end]) for begin, end in CHANNELS], dim=1)
 
 
 def features(trunk: Trunk, frames: Tensor, present: Tensor, *, batch: int = 256) -> Tensor:
@@ -81,7 +84,45 @@ def fold(trunk: Trunk) -> Trunk:
     return folded.requires_grad_(False)
 
 
-def _standardised(x: Tensor) -> Tensor:
+def graph_of(trunk: Trunk, size: int) -> bytes:
+    """Returns the folded ``trunk`` with ``prepare`` before it as an ONNX graph, which ``models.graph`` runs.
+
+    Equal weights give equal bytes. A modality is an input of its own, uint8 [N, C, size, size], and gives an
+    output [N, F]; N is free, and may differ between modalities.
+    """
+    names = [m.name.lower() for m in Modality]
+    rows = [torch.zeros(2, end - begin, size, size, dtype=torch.uint8) for begin, end in CHANNELS]
+    device = next(trunk.parameters()).device
+    buffer = io.BytesIO()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a newer exporter exists, which needs another package
+        torch.onnx.export(
+            _Graph(trunk),
+            tuple(part.to(device) for part in rows),
+            buffer,  # pyright: ignore[reportArgumentType]: the type is that of the newer exporter alone
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=names,
+            output_names=[f"z.{name}" for name in names],
+            dynamic_axes={name: {0: f"rows.{name}"} for name in names},
+        )
+    return buffer.getvalue()
+
+
+class _Graph(nn.Module):
+    """The trunk from the rows of each modality, which are all present, to their features."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.trunk.read(m, _standardised(x)) for m, x in enumerate(rows))
+
+
+def _standardised(part: Tensor) -> Tensor:
+    """Returns the frames of one modality [B, C, H, W], 0 to 255, as ``prepare`` does."""
+    x = part.float() / 255
     lit = (x.amax(dim=1, keepdim=True) > BLACK).float()
     count = x.shape[1] * lit.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
     centred = lit * (x - (lit * x).sum(dim=(1, 2, 3), keepdim=True) / count)

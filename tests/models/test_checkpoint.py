@@ -10,6 +10,7 @@ import torch
 from pipeline.models import ModelConfig, TinyConfig
 from pipeline.models import checkpoint as cp
 from pipeline.models import tail as tails
+from pipeline.models.manifest import MAX_MANIFEST
 from pipeline.models.trunk import build_trunk, features, fold
 
 
@@ -145,7 +146,7 @@ def test_a_newer_format_is_told_from_damage(saved: Path) -> None:
         ('{"format": true}', "no format number"),
         ('{"format": 1}', "config: Field required"),
         ("[" * 100_000, "not JSON"),
-        (" " * (cp.MAX_MANIFEST + 1), "bytes, allowed"),
+        (" " * (MAX_MANIFEST + 1), "bytes, allowed"),
     ],
 )
 def test_a_manifest_that_is_none(saved: Path, text: str, match: str) -> None:

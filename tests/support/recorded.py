@@ -15,6 +15,7 @@ from pipeline.data.assemble import Trunk, gather_segment, store_segment
 from pipeline.data.captures import check_segment
 from pipeline.data.corpus import read_corpus
 from pipeline.data.features import mask_to_bool
+from pipeline.data.featurise import torch_trunk
 from pipeline.ledger import SegmentRow
 from pipeline.models import checkpoint
 from pipeline.models.trunk import features
@@ -38,7 +39,7 @@ def ingested(config: Config, model: checkpoint.SourceModel, backlog: ingest.Back
     rows, base = [], backlog.base_offset
     for path in map(Path, backlog.paths):
         n = check_segment(path, site=backlog.site, limits=config.data)
-        got = gather_segment(backlog.site, str(path), config.data, [model])
+        got = gather_segment(backlog.site, str(path), config.data, [torch_trunk(model.trunk)])
         trunks = [Trunk.of(model.manifest)]
         bad = store_segment(backlog.site, base, got, {}, trunks, config.place("features"))
         sha256 = got.head.sha256 if got.head else ""

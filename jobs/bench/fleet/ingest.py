@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -12,24 +11,23 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from jobs.bench.fleet import bare
 from jobs.ingest import ingest_step
 from pipeline.control.deployment import lease, now, open_ledger
 from pipeline.data.captures import list_segments, read_segment
 from pipeline.data.decode import decode
-from pipeline.data.featurise import compute_features
+from pipeline.data.featurise import compute_features, load_trunk
 from pipeline.data.segments import decode_chunks
 from pipeline.models import TinyConfig, checkpoint, tail, trunk
+from pipeline.models.manifest import read_manifest
 
 if TYPE_CHECKING:
     from jobs.bench.fleet.runs import Ground
     from jobs.terminal import Terminal
     from pipeline.config import Config
-    from pipeline.data import DataConfig
     from pipeline.data.segments import DecodedChunk
-    from pipeline.models.checkpoint import SourceModel
 
 SMALLEST = TinyConfig(width=4, features=8)  # what is left of the trunk's share when a GPU does it
-MODEL: list[SourceModel] = []  # of a process of the bare loop
 DECODED = 4  # segments in the decoding loop
 
 
@@ -41,11 +39,12 @@ def measure(ground: Ground, terminal: Terminal, *, sites: int, captures: int) ->
     segments = list_segments(Path(whole.data.captures)).segments.values()
     paths = [p for of in segments for p in of if isinstance(p, Path)]
     loop = _decode_only(whole, paths[:DECODED]) * len(os.sched_getaffinity(0))
-    ours, loader, bare = _ingested(whole, terminal), _loaded(whole, paths), _bare(whole, paths)
+    floor = bare.rate(whole.data, paths, checkpoint=open_ledger(whole).sources.champion().path)
+    ours, loader = _ingested(whole, terminal), _loaded(whole, paths)
     smallest = _with_smallest_trunk(ground.with_captures("plane", sites=sites, captures=captures))
     data_plane = _ingested(smallest, terminal)
     ratios = {"ingest": data_plane / loop, "ingest.trunk": ours / loop, "ingest.loader": ours / loader}
-    return {**ratios, "ingest.bare": ours / bare, "ingest.rate": ours}
+    return {**ratios, "ingest.bare": ours / floor, "ingest.rate": ours}
 
 
 def _ingested(config: Config, terminal: Terminal) -> float:
@@ -68,38 +67,9 @@ def _decode_only(config: Config, paths: list[Path]) -> float:
     return len(captures) / (time.perf_counter() - began)
 
 
-def _bare(config: Config, paths: list[Path]) -> float:
-    """Returns the captures per second of a process per core that decodes its share and runs the trunk.
-
-    Its processes start within the time, as the actors of the pool do.
-    """
-    cores = len(os.sched_getaffinity(0))
-    began, spawn = time.perf_counter(), multiprocessing.get_context("spawn")
-    given = (open_ledger(config).sources.champion().path,)
-    with spawn.Pool(cores, initializer=_begin, initargs=given) as pool:
-        shares = [(config.data, paths[i::cores]) for i in range(cores)]
-        count = sum(pool.starmap(_featurise, shares, chunksize=1))
-        return count / (time.perf_counter() - began)
-
-
-def _begin(path: str) -> None:
-    _single(0)
-    MODEL.append(checkpoint.load(path))
-
-
-def _featurise(limits: DataConfig, paths: list[Path]) -> int:
-    count = 0
-    for path in paths:
-        for frames in decode_chunks(
-            read_segment(path, site=path.parent.name, limits=limits).good, limits.frame_px
-        ):
-            count += len(compute_features(MODEL[0], frames.pixels, frames.present))
-    return count
-
-
 def _loaded(config: Config, paths: list[Path]) -> float:
     """Returns the captures per second of a DataLoader that decodes in two workers, with the trunk here."""
-    model = checkpoint.load(open_ledger(config).sources.champion().path)
+    featurise = load_trunk(open_ledger(config).sources.champion().path)
     loader = DataLoader(
         _Segments(config, paths),
         batch_size=None,
@@ -114,7 +84,7 @@ def _loaded(config: Config, paths: list[Path]) -> float:
             began = time.perf_counter()  # its workers are there
         else:
             count += len(frames.captures)
-        compute_features(model, frames.pixels, frames.present)
+        compute_features(featurise, frames.pixels, frames.present)
     return count / (time.perf_counter() - (began or 0))
 
 
@@ -127,7 +97,7 @@ def _with_smallest_trunk(config: Config) -> Config:
     sealed = checkpoint.seal(small, params, source.manifest.model_copy(update={"config": shape}))
     path = config.place("models", "smallest")
     checkpoint.save(path, sealed)
-    version = ledger.sources.add(checkpoint.read_manifest(path), path=str(path), lineage="", now=now())
+    version = ledger.sources.add(read_manifest(path), path=str(path), lineage="", now=now())
     ledger.sources.set_champion(version, now=now())
     return config
 

@@ -19,6 +19,7 @@ from pipeline.data.assemble import Trunk, gather_segment, store_segment
 from pipeline.data.captures import check_segment, list_segments, read_labels
 from pipeline.data.corpus import read_corpus
 from pipeline.data.features import mask_to_bool, read_features
+from pipeline.data.featurise import torch_trunk
 from pipeline.data.protocols import any_present
 from pipeline.models import checkpoint
 from pipeline.models import tail as tails
@@ -169,14 +170,14 @@ def _attacked(drawn: Drawn, pool: Stream, own: np.ndarray, rival: SourceModel, g
 def _recorded(model: SourceModel, ground: Ground) -> dict[str, Stream]:
     """Returns the recorded streams, through the ingest of a deployment, with their sealed labels."""
     place, width = ground.place / "features", model.manifest.config.trunk.features
-    streams: dict[str, Stream] = {}
+    streams, trunks = dict[str, Stream](), [torch_trunk(model.trunk)]
     if ground.captures is None:
         return streams
     for site, paths in list_segments(ground.captures).segments.items():
         end = 0
         for path in paths:
             rows = check_segment(path, site=site, limits=ground.limits)
-            got = gather_segment(site, str(path), ground.limits, [model])
+            got = gather_segment(site, str(path), ground.limits, trunks)
             store_segment(site, end, got, {}, [Trunk.of(model.manifest)], place)
             end += rows
         block = read_features(place, model.manifest.trunk_digest, site, start=0, end=end, features=width)

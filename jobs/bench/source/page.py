@@ -235,7 +235,8 @@ def speed_section(speed: Speed, cost: Cost) -> Section:
     }
     table = bench.grid("speed", "milliseconds of one optimizer step by part", "loop", cells)
     bar = plots.bar(speed[:4], PARTS, top=float(np.nansum(speed[:4])))
-    one = {"trunk": {"MACs, millions": bench.number(cost.macs / 1e6), "ms": bench.number(cost.milliseconds)}}
+    numbers = {"MACs, millions": cost.macs / 1e6, "ms": cost.milliseconds, "ms by torch": cost.by_torch}
+    one = {"trunk": {name: bench.number(value) for name, value in numbers.items()}}
     capture = bench.grid("capture", "one capture of three modalities, one core", "", one)
     return section("speed", [bar, table, capture])
 

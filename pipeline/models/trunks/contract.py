@@ -28,6 +28,7 @@ class Trunk(nn.Module):
     """Reads every modality by itself; a row of an absent modality reaches nothing and gets a zero feature."""
 
     slice: ClassVar[int] = 256  # samples at once at inference, as many as a core's cache serves best
+    exported: ClassVar[bool] = False  # whether a checkpoint has the trunk's graph too, for ONNX Runtime
     features: int  # F
 
     def forward(self, x: Tensor, present: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ EPSILON = 1e-5  # of the norms that are merged
 class MobileTrunk(Trunk):
     """MobileNetV2 to stride 16; a feature is linear in the means of its stem's and its middle's last maps."""
 
-    slice = 16
+    slice, exported = 16, True
 
     def __init__(self, features: int, *, pretrained: bool) -> None:
         super().__init__()

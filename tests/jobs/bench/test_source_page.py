@@ -137,7 +137,8 @@ def test_grids_unseen_attacks_and_speed_show_every_number() -> None:
         UnseenRow("wmca", "mask", {"rise": rate(41, 411), "erm": rate(80, 411)}),
         UnseenRow("surf", "bent", {"rise": rate(0, 32)}),
     )
-    speed = page.speed_section(Speed(0.0021, 0.0412, 0.0627, 0.0049, 431.7, 238.2), Cost(151_000_000, 6.61))
+    cost = Cost(151_000_000, 4.4, 6.61)
+    speed = page.speed_section(Speed(0.0021, 0.0412, 0.0627, 0.0049, 431.7, 238.2), cost)
     html = drawn(missing, page.unseen_section(unseen), speed)
     for p, per in cells.items():
         said = " ".join(f"{100 * e.value:.1f}% {100 * e.low:.1f}–{100 * e.high:.1f}" for e in per.values())
@@ -147,7 +148,7 @@ def test_grids_unseen_attacks_and_speed_show_every_number() -> None:
         assert f"{u.target}: {u.species} {said}" in section(html, "unseen")
     assert "palisade 2.1 41.2 62.7 4.9 432" in section(html, "speed")
     assert "bare loop with a DataLoader" + " – not measured" * 4 + " 238" in section(html, "speed")
-    assert section(html, "speed").endswith("trunk 151 6.61")
+    assert section(html, "speed").endswith("trunk 151 4.4 6.61")
     assert "load 2.1 ms, forward 41.2 ms, backward 62.7 ms, optimizer 4.9 ms" in html
 
 
@@ -206,7 +207,7 @@ def test_what_was_not_measured_is_a_dash() -> None:
         page.det_section({"wmca": det}),
         page.radii_section({"wmca": radii, "surf": []}),
         page.unseen_section((UnseenRow("wmca", "mask", {"rise": rate(0, 0)}),)),
-        page.speed_section(Speed(NAN, NAN, NAN, NAN, NAN, NAN), Cost(0, NAN)),
+        page.speed_section(Speed(NAN, NAN, NAN, NAN, NAN, NAN), Cost(0, NAN, NAN)),
         page.species_section((), "not here"),
         page.contributions_section(()),
     )
@@ -218,7 +219,7 @@ def test_a_method_that_lacks_a_target_does_not_decide() -> None:
     some = rows()
     lacks = [r._replace(hter_by_target={"wmca": r.hter}) if r.method == "irm" else r for r in some]
     ends = {"x": "finite", "y": "silent NaN"}
-    measured = page.Measured({}, {}, {}, {}, Speed(1, 1, 1, 1, 9, 10), Cost(1, 1.0), ends, 4)
+    measured = page.Measured({}, {}, {}, {}, Speed(1, 1, 1, 1, 9, 10), Cost(1, 1.0, 1.0), ends, 4)
     figures = {f.name: f for f in page.figures(measured, lacks, seconds=400, quick=False)}
     assert figures["rise_better_than_irm"].measured is None and not figures["rise_better_than_irm"].holds
     erm = next(r for r in some if r.method == "erm")
