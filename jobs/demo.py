@@ -47,7 +47,17 @@ PLACES = {
 TAMPERED = "terminal-gate"  # the site whose candidate is spoilt on purpose
 RECKLESS = ("site.kind=tent", "site.lr=0.5")
 HASTY = ("branch-swap", "gate-ageing", "gate-oneclass", "lobby-south", "office-gate", "yard-broken")
-GUARDS = ("ceiling", "noninferiority", "trust", "influence", "labels", "modality", "collapse", "ratchet", "presentations")
+GUARDS = (
+    "ceiling",
+    "noninferiority",
+    "trust",
+    "influence",
+    "labels",
+    "modality",
+    "collapse",
+    "ratchet",
+    "presentations",
+)
 LOOSE = tuple(f"guards.{g}.advisory=true" for g in GUARDS)
 
 

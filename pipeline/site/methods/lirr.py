@@ -22,20 +22,19 @@ from pydantic import Field
 from pipeline.models import tail as tails
 from pipeline.site import reservoir, taught
 from pipeline.site.adam import adam, moments
-from pipeline.site.contract import Taught
+from pipeline.site.contract import LabelsAlone
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.site.contract import Params, State
     from pipeline.site.taught import Memory
-    from pipeline.types import Features, Outcome
 
 DOMAINS = 2  # source, site
 OWN = ("own.scale", "own.offset")  # of the heads that know the domain
 
 
-class Config(Taught):
+class Config(LabelsAlone):
     """Settings of the baseline."""
 
     kind: str = "lirr"
@@ -64,10 +63,6 @@ class Config(Taught):
             **taught.init(self.taught, tail),
             **reservoir.init(self.reservoir, *tail["site.gamma"].shape),
         }
-
-    def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
-        """Scores the batch and remembers it; only labels teach."""
-        return taught.watch(tail, state, batch)
 
     def teach(self, tail: Params, state: State) -> State:
         """Learns anew from the site's labels, its unlabelled presentations and the source features."""

@@ -22,17 +22,16 @@ from pydantic import Field
 from pipeline.models import tail as tails
 from pipeline.site import taught
 from pipeline.site.adam import adam, moments
-from pipeline.site.contract import Taught
+from pipeline.site.contract import LabelsAlone
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.site.contract import Params, State
     from pipeline.site.taught import Memory
-    from pipeline.types import Features, Outcome
 
 
-class Config(Taught):
+class Config(LabelsAlone):
     """Settings of the baseline."""
 
     kind: str = "mclrd"
@@ -53,10 +52,6 @@ class Config(Taught):
     def init(self, tail: Params) -> State:
         """Returns movable tensors and an empty memory of labels."""
         return {**{k: v.clone() for k, v in tails.site_state(tail).items()}, **taught.init(self.taught, tail)}
-
-    def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
-        """Scores the batch; only labels teach."""
-        return taught.watch(tail, state, batch)
 
     def teach(self, tail: Params, state: State) -> State:
         """Learns the low-rank parts anew from the site's labels and the source features."""

@@ -24,14 +24,13 @@ from pydantic import Field
 from pipeline.models import tail as tails
 from pipeline.site import reservoir, taught
 from pipeline.site.adam import adam, moments
-from pipeline.site.contract import Taught
+from pipeline.site.contract import LabelsAlone
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.site.contract import Params, State
     from pipeline.site.taught import Memory
-    from pipeline.types import Features, Outcome
 
 LEARNED = ("site.gamma", "site.beta", "log_rho")
 ITERATIONS = 30  # of Sinkhorn
@@ -39,7 +38,7 @@ FORBIDDEN = 1e3  # cost of a transport to the other class
 STOPS = (0.0, 0.5)  # on the way from the site's features to the source's: geodesic mixup
 
 
-class Config(Taught):
+class Config(LabelsAlone):
     """Settings of the baseline."""
 
     kind: str = "ota"
@@ -69,10 +68,6 @@ class Config(Taught):
             **taught.init(self.taught, tail),
             **reservoir.init(self.reservoir, *tail["site.gamma"].shape),
         }
-
-    def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
-        """Scores the batch and remembers it; only labels teach."""
-        return taught.watch(tail, state, batch)
 
     def teach(self, tail: Params, state: State) -> State:
         """Transports the site's features to the source's, then learns on the way between the two."""
