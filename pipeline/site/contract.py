@@ -51,6 +51,16 @@ class Taught(SiteMethod):
         """
 
 
+class LabelsAlone(Taught):
+    """A method that learns nothing from a stream: it scores it, and remembers it if it keeps a reservoir."""
+
+    def step(self, tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
+        """Scores the batch and remembers it."""
+        from pipeline.site import taught
+
+        return taught.watch(tail, state, batch)
+
+
 class Selective(SiteMethod):
     """A method whose step is ``observe``, then ``conclude``.
 

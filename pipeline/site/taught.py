@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from pipeline.models import tail as tails
+from pipeline.site import reservoir
 from pipeline.site.adam import adam, moments
+from pipeline.site.trust import sane
+from pipeline.types import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.site.contract import Params, State
+    from pipeline.types import Features
 
 MARGIN = 1.0  # logits on the right side that every taught presentation should reach
 KEPT = 3.0  # logits; a larger margin of the source model need not stay larger
@@ -42,6 +46,16 @@ class Teaching(NamedTuple):
     steps: int  # Adam steps from the source model
     lr: float
     hold: float  # weight of the squared change of the source features' logits
+
+
+class Memory(NamedTuple):
+    """Labelled presentations as a method learns from them."""
+
+    z: Tensor  # [T, M, F] float32, zero where a sensor was absent
+    present: Tensor  # [T, M] bool
+    label: Tensor  # [T] 1 bona fide, 0 attack; of an empty slot anything
+    weight: Tensor  # [T] sums to 1 with the same mass for both classes; 0 in an empty slot
+    needed: Tensor  # [] bool: whether there is something to learn
 
 
 def init(size: int, tail: Params) -> State:
@@ -74,19 +88,58 @@ def base(tail: Params, state: State) -> Params:
     return {**tail, **{n: state[f"base.{n}"] for n in tails.MOVABLE}}
 
 
-def learn(tail: Params, state: State, teaching: Teaching) -> Params:
-    """Returns the movable tensors that the memory teaches; the source model's own where it is empty."""
+def recall(tail: Params, state: State) -> Memory:
+    """Returns the site's memory, and whether it has something to teach the source model ``tail``."""
     label, present = state["taught.label"], state["taught.present"]
     weight = state["taught.weight"] * (label != EMPTY)
     z = torch.where(present[..., None], state["taught.z"].float(), 0.0)
     weight = _balanced(label.float(), weight)
-    hold, needed = held(tail), _needed(tail, z, present, label, weight)
+    return Memory(z, present, label.float(), weight, _needed(tail, z, present, label, weight))
+
+
+def replayed(tail: Params) -> Memory:
+    """Returns the labelled source features that ``tail`` carries; one empty slot for a tail without."""
+    if "replay.z" not in tail:
+        z, no = torch.zeros(1, *tail["site.gamma"].shape), torch.zeros(1)
+        return Memory(z, torch.ones(z.shape[:2], dtype=torch.bool), no, no, no.any())
+    label = tail["replay.label"].float()
+    weight = _balanced(label, torch.ones_like(label))
+    return Memory(tail["replay.z"], tail["replay.present"], label, weight, weight.any())
+
+
+def risk(logit: Tensor, memory: Memory) -> Tensor:
+    """Returns the weighted cross entropy [] of logits [T, V]; a present modality's head weighs HEAD."""
+    side = torch.where(memory.label == 1, 1.0, -1.0)[:, None]
+    each = _heads(memory.present) * torch.nn.functional.softplus(-side * logit)
+    return (memory.weight * each.sum(-1)).sum()
+
+
+def restart(state: State, movable: Params) -> State:
+    """Returns the state of a site that serves what its labels taught, in ``movable``, and refers to it."""
+    base = {f"base.{n}": movable[n] for n in tails.MOVABLE}
+    return {**state, **{n: movable[n] for n in tails.MOVABLE}, **base}
+
+
+def watch(tail: Params, state: State, batch: Features) -> tuple[State, Outcome]:
+    """Scores a batch, learns nothing from it, and remembers it where the state has a reservoir."""
+    batch = sane(batch)
+    score = tails.score(tails.with_site_state(tail, state), batch.z, batch.present)
+    if "reservoir.z" in state:
+        state = reservoir.remember(state, batch, vote=score, source=score)
+    none, zero = torch.full_like(score, EMPTY, dtype=torch.int8), torch.zeros(())
+    return state, Outcome(score, none, torch.zeros_like(score), zero + 1, zero, zero > 1)
+
+
+def learn(tail: Params, state: State, teaching: Teaching) -> Params:
+    """Returns the movable tensors that the memory teaches; the source model's own where it is empty."""
+    z, present, label, weight, needed = recall(tail, state)
+    hold = held(tail)
     start = {n: tail[n] for n in tails.LEARNED}
     now: State = {**start, **moments(tail, tails.LEARNED)}
 
     side = torch.where(label == 1, 1.0, -1.0)[:, None]
     margin = (side * tails.forward(tail, z, present).logit).clamp(MARGIN, KEPT)  # [T, V]
-    heads = torch.cat([HEAD * present.float(), torch.ones(len(label), 1)], dim=1)
+    heads = _heads(present)
 
     def loss(learned: Params) -> Tensor:
         params = {**tail, **learned}
@@ -98,6 +151,11 @@ def learn(tail: Params, state: State, teaching: Teaching) -> Params:
         grads = torch.func.grad(loss)({n: now[n] for n in tails.LEARNED})
         now = adam(now, grads, lr=teaching.lr, clip=1.0, when=needed)
     return {**{n: now[n] for n in tails.LEARNED}, "pattern": tail["pattern"]}
+
+
+def _heads(present: Tensor) -> Tensor:
+    """Returns the weights [T, V] of the heads: HEAD for those of present modalities, 1 for the fused one."""
+    return torch.cat([HEAD * present.float(), torch.ones(len(present), 1)], dim=1)
 
 
 def _needed(tail: Params, z: Tensor, present: Tensor, label: Tensor, weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pipeline.config import method_config, methods
 from pipeline.models import TailConfig, tail
 from pipeline.models.tail import LEARNED
 from pipeline.site import trust
+from pipeline.site.contract import LabelsAlone
 from pipeline.site.methods import danet
 from pipeline.site.methods.danet import algorithm
 from pipeline.site.trust import sane
@@ -33,6 +34,7 @@ SOON = {
     "danet": EAGER,
     "recalibrate": {"minimum": 4},
 }  # settings with which one batch is enough to learn from
+LABELS = [k for k in methods("site") if isinstance(method_config("site", k)(), LabelsAlone)]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,15 @@ def test_only_the_movable_part_moves(kind, source):
     assert all(torch.equal(source[k], before[k]) for k in source)
 
 
-@pytest.mark.parametrize("kind", [k for k in every_method() if k != "frozen"])
+@pytest.mark.parametrize("kind", LABELS)
+def test_a_method_of_labels_alone_learns_nothing_from_a_stream(kind, source):
+    method = method_config("site", kind)()
+    new, outcome = method.step(source, method.init(source), batch(3))
+    assert all(torch.equal(new[k], source[k]) for k in tail.MOVABLE)
+    assert (outcome.pseudo_label == -1).all()
+
+
+@pytest.mark.parametrize("kind", [k for k in every_method() if k not in ("frozen", *LABELS)])
 def test_a_learning_method_learns(kind, source):
     method = method_config("site", kind)(**SOON.get(kind, {}))
     state = method.init(source)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pipeline.config import method_config, methods
-from pipeline.models import tail
+from pipeline.models import TailConfig, tail
 from pipeline.site import bank, taught
 from pipeline.site.contract import Taught
-from pipeline.site.methods import danet
+from pipeline.site.methods import danet, ota
 from pipeline.types import Features
 from tests.support.doors import F, door, source
 
@@ -69,6 +69,90 @@ def test_a_slot_without_weight_teaches_nothing():
     other["taught.weight"][16] = 0
     a, b = (taught.learn(source(), s, HARD) for s in (state, other))
     assert all(torch.equal(a[n], b[n]) for n in tail.MOVABLE)
+
+
+def taught_by(kind: str, z: torch.Tensor, label: list[int]) -> dict[str, torch.Tensor]:
+    """The state of a site with a memory that has learned from it."""
+    method = method_config("site", kind)()
+    fresh = method.init(source())
+    memory = state_with(z, label, size=len(fresh["taught.label"]))
+    return method.teach(source(), {**fresh, **{n: t for n, t in memory.items() if n.startswith("taught.")}})
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_every_method_opens_a_shifted_door_and_keeps_attacks_out(kind):
+    bona_fide, attack = door(shift=0.6)
+    state = taught_by(kind, torch.cat([bona_fide[:16], attack[:16]]), [1] * 16 + [0] * 16)
+    served = tail.with_site_state(source(), state)
+    assert accepted(served, bona_fide[32:]) > accepted(source(), bona_fide[32:]) + 0.25
+    assert accepted(served, attack[32:]) <= accepted(source(), attack[32:]) + 0.03
+    assert all(torch.equal(state[f"base.{n}"], state[n]) for n in tail.MOVABLE), "the labels are the base"
+    assert bank.distance(source(), bank.stack([state]), 0) == 0
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_every_method_learns_nothing_from_an_empty_memory_or_one_class_that_is_right(kind):
+    bona_fide, _ = door(shift=0.0)
+    for z, label in ((bona_fide[:1], [taught.EMPTY]), (bona_fide[:16], [1] * 16)):
+        state = taught_by(kind, z, label)
+        assert all(torch.equal(state[n], source()[n]) for n in tail.MOVABLE)
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_a_state_with_a_memory_stays_small(kind):
+    params = tail.init_tail(TailConfig(), 64, generator=torch.Generator().manual_seed(0))
+    assert sum(t.nbytes for t in method_config("site", kind)().init(params).values()) <= 160 * 1024
+
+
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_a_tail_without_source_features_can_be_taught(kind):
+    bona_fide, attack = door(shift=0.6)
+    alone = {n: t for n, t in source().items() if not n.startswith("replay.")}
+    method = method_config("site", kind)()
+    fresh = method.init(alone)
+    memory = state_with(
+        torch.cat([bona_fide[:8], attack[:8]]), [1] * 8 + [0] * 8, size=len(fresh["taught.label"])
+    )
+    new = method.teach(alone, {**fresh, **{n: t for n, t in memory.items() if n.startswith("taught.")}})
+    assert all(torch.isfinite(t).all() for t in new.values() if t.is_floating_point())
+
+
+def test_mclrd_moves_low_rank_parts_alone_and_ties_half_of_them():
+    bona_fide, attack = door(shift=0.6)
+    state = taught_by("mclrd", torch.cat([bona_fide[:16], attack[:16]]), [1] * 16 + [0] * 16)
+    moved = {n for n in tail.MOVABLE if not torch.equal(state[n], source()[n])}
+    assert moved == {"site.down", "site.up"}
+    down, up = state["site.down"], state["site.up"]
+    half = down.shape[1] // 2
+    assert torch.equal(down[0, :half], down[2, :half]) and torch.equal(up[0, :, :half], up[2, :, :half])
+    assert not torch.equal(down[0, half:], down[2, half:])
+
+
+def test_ota_brings_the_prototypes_of_a_shifted_site_back_without_training():
+    params = source()
+    z, present = params["replay.z"], params["replay.present"]
+    label = params["replay.label"].long()
+    offset = 0.8 * torch.randn(3, F, generator=torch.Generator().manual_seed(5))
+    method = ota.Config(steps=0, strength=1.0, let_go=1e3, entropy=0.01)
+    fresh = method.init(params)
+    memory = state_with(z + offset, label.tolist(), size=len(fresh["taught.label"]))
+    state = method.teach(params, {**fresh, **{n: t for n, t in memory.items() if n.startswith("taught.")}})
+    back = tail.apply_adapter(tail.with_site_state(params, state), z + offset, present)
+    for c in (0, 1):
+        before = ((z + offset)[label == c].mean(0) - z[label == c].mean(0)).norm()
+        assert (back[label == c].mean(0) - z[label == c].mean(0)).norm() < 0.1 * before
+
+
+@pytest.mark.parametrize("kind", ["lirr", "ota"])
+def test_what_the_site_has_shown_without_labels_weighs_as_well(kind):
+    bona_fide, attack = door(shift=0.6)
+    method = method_config("site", kind)()
+    memory = state_with(torch.cat([bona_fide[:8], attack[:8]]), [1] * 8 + [0] * 8, size=64)
+    fresh = {**method.init(source()), **{n: t for n, t in memory.items() if n.startswith("taught.")}}
+    there = torch.ones(16, 3, dtype=torch.bool)
+    seen, _ = method.step(source(), fresh, Features(bona_fide[32:48], there, there[:, 0], torch.arange(16)))
+    a, b = (method.teach(source(), s) for s in (fresh, seen))
+    assert any(not torch.equal(a[n], b[n]) for n in tail.MOVABLE)
 
 
 @pytest.mark.parametrize("kind", LEARNERS)
