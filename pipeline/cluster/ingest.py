@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 32 * 2**20  # of captures in a task: seconds, so that a lost worker costs little
 SEGMENT_BYTES = 2**14  # what a segment costs however little is in it, in bytes of captures
 FRAME_BYTES = 16 * 2**20  # of frames in a block on its way to a GPU
+HANDS = 4  # a task gets this part of a worker's share of what is left
 GPU_BATCH = 512  # frames in the trunks at once
 DECODING = 0.25  # of the CPUs of ingest, where GPUs run the trunks
 WRITERS = 8  # threads that store features
@@ -278,16 +279,20 @@ def _backlog(site: str, base: int, paths: Sequence[Place], sizes: Mapping[Place,
 
 
 def _dealt(listed: Sequence[Listed], sizes: Sequence[float], workers: int) -> list[dict[str, str]]:
-    """Returns the segments in hands of about equal size, so that progress moves and a death costs little."""
-    total = sum(sizes)
-    count = int(min(len(listed), max(16 * workers, total // BLOCK_BYTES)))
-    most = (total + SEGMENT_BYTES * len(listed)) / count
-    hands: list[list[Listed]] = [[]]
-    held = 0.0
+    """Returns the segments in hands that get smaller.
+
+    Between two tasks a worker waits about 0.2 s for Ray Data, so the first are large, but not so large that a
+    death costs much; the last are small, so that the workers end together.
+    """
+    left = sum(sizes) + SEGMENT_BYTES * len(listed)
+    hands: list[list[Listed]] = []
+    held = most = 0.0
     for segment, size in zip(listed, sizes, strict=True):
         if held >= most:
+            most = min(BLOCK_BYTES, left / (HANDS * workers))
             hands.append([])
             held = 0.0
         hands[-1].append(segment)
         held += size + SEGMENT_BYTES
+        left -= size + SEGMENT_BYTES
     return [{"segments": json.dumps(hand)} for hand in hands]

@@ -16,7 +16,7 @@ from pipeline.control.deployment import ingest_sources, now
 from pipeline.data.assemble import Backlog, SegmentResult, store_segment
 from pipeline.data.captures import read_segment
 from pipeline.data.features import write_features
-from pipeline.data.segments import CHUNK, decode_chunks
+from pipeline.data.segments import CHUNK, Listed, decode_chunks
 from tests.support.captures import SIZE, Fleet, hash_of, image, save_model, segment
 from tests.support.ledgers import source_manifest
 
@@ -251,6 +251,18 @@ def test_a_task_asks_for_its_share_of_a_gpu() -> None:
     assert ingest.resources(plain) == (1, 0)
     shared = load(None, ["cluster.address=auto", "cluster.ingest_gpus=0.25"]).cluster
     assert ingest.resources(shared) == (1, 0.25)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e6, 3 * ingest.BLOCK_BYTES])
+def test_hands_get_smaller_and_none_is_large(size: float) -> None:
+    """The last ones let the workers end together; a segment is not divided."""
+    listed = [Listed(n, "gate", f"/c/gate/{n}.parquet") for n in range(200)]
+    hands = [json.loads(h["segments"]) for h in ingest._dealt(listed, [size] * len(listed), 2)]
+    assert [n for hand in hands for n, _, _ in hand] == list(range(200))
+    counts = [len(hand) for hand in hands]
+    assert counts == sorted(counts, reverse=True) and counts[-1] == 1
+    assert (counts[0] - 1) * size < ingest.BLOCK_BYTES
+    assert counts[0] <= len(listed) / (ingest.HANDS * 2)
 
 
 def test_rows_that_arrive_after_their_segment_failed_change_nothing(fleet: Fleet) -> None:
