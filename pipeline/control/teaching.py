@@ -165,9 +165,11 @@ def evidence(
     model: SourceModel, lesson: LabelledBlock, verdict: LabelledBlock, candidate: State, champion: State
 ) -> Labelled:
     """Counts what teaches against the source model, and candidate and champion on what judges."""
-    source = _accepts(model, tail.site_state(model.tail), lesson.block)
+    logit = _logit(model, tail.site_state(model.tail), lesson.block)
+    source = logit >= _boundary(model)
     before, after = (_accepts(model, s, verdict.block) for s in (champion, candidate))
     attack, label = lesson.label == Label.ATTACK, verdict.label
+    pairs = logit[~attack][:, None] - logit[attack]
 
     def judged(of: Label) -> Judged:
         mine, right = label == of, of == Label.BONA_FIDE
@@ -184,6 +186,7 @@ def evidence(
         taught_attack=int(attack.sum()),
         contradicted_bona_fide=int((~attack & ~source).sum()),
         contradicted_attack=int((attack & source).sum()),
+        ranked=float((pairs > 0).mean()) if pairs.size else None,
         bona_fide=judged(Label.BONA_FIDE),
         attack=judged(Label.ATTACK),
     )
@@ -209,8 +212,13 @@ def _typical(logit: np.ndarray, rows: Sequence[LabelRow]) -> np.ndarray:
 
 def _accepts(model: SourceModel, state: State, block: FeatureBlock) -> np.ndarray:
     """Returns which presentations [N] a state calls bona fide."""
+    return _logit(model, state, block) >= _boundary(model)
+
+
+def _boundary(model: SourceModel) -> float:
+    """Returns the logit from which a presentation is called bona fide."""
     threshold = model.manifest.threshold
-    return _logit(model, state, block) >= np.log(threshold / (1 - threshold))
+    return math.log(threshold / (1 - threshold))
 
 
 def _logit(model: SourceModel, state: State, block: FeatureBlock) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Those that judge never taught. A candidate that errs on more of them than its champion fails by a one-sided
 sign test (the exact test of McNemar, 1947); few labels resolve little, and the anchor set decides as before.
-Labels of which the source model calls most the other class look reversed: a careless installer, or an attack.
+Labels whose two classes the source model ranks the other way round look reversed: a careless installer, or an
+attack.
 """
 
 from __future__ import annotations
@@ -39,14 +40,13 @@ def sign_test(worse: int, better: int) -> float:
 
 
 def _reversed(rule: Presentations, e: Labelled) -> Iterator[Reason]:
-    classes = [(e.contradicted_bona_fide, e.taught_bona_fide), (e.contradicted_attack, e.taught_attack)]
-    shares = [wrong / n for wrong, n in classes if n >= rule.minimum]
-    if not shares:
+    """By ranks: a shift of the site moves both classes past the boundary, and seldom past each other."""
+    if e.ranked is None or min(e.taught_bona_fide, e.taught_attack) < rule.minimum:
         return
-    share = sum(shares) / len(shares)
+    share = 1 - e.ranked
     text = (
-        f"the source model calls {e.contradicted_bona_fide} of {e.taught_bona_fide} taught bona fide and "
-        f"{e.contradicted_attack} of {e.taught_attack} taught attacks the other class"
+        f"the source model ranks {share:.0%} of the pairs of {e.taught_bona_fide} bona fide and "
+        f"{e.taught_attack} attacks that teach the other way round"
     )
     looks = share >= rule.reversed
     yield Reason(

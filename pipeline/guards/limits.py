@@ -149,7 +149,7 @@ class Presentations(Section):
         default=0.6,
         gt=0.5,
         le=1,
-        description="share of what teaches, classes alike, that the source model calls the other class",
+        description="share of pairs of a bona fide and an attack that teach which the source ranks otherwise",
     )
     minimum: int = Field(default=8, ge=1, description="labels of a class before they are judged")
 

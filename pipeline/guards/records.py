@@ -90,6 +90,7 @@ class Labelled(Section):
     taught_attack: int = 0
     contradicted_bona_fide: int = 0  # of these, called attack by the source model
     contradicted_attack: int = 0  # of these, called bona fide by the source model
+    ranked: Measured = None  # share of pairs (bona fide, attack) that teach which the source ranks that way
     bona_fide: Judged = Judged()
     attack: Judged = Judged()
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pipeline.site.contract import Params, State
     from pipeline.types import Features
 
-MARGIN = 1.0  # logits on the right side that every taught presentation should reach
+MARGIN = 0.5  # logits on the right side that every taught presentation should reach
 KEPT = 3.0  # logits; a larger margin of the source model need not stay larger
 BEND = 2.0  # logits short of the margin from which the loss grows linearly
 HEAD = 0.3  # weight of a present modality's own head beside the fused one

@@ -34,26 +34,24 @@ def failed(of_site: Labelled) -> list[str]:
     return [r.text for r in labelled(LIMITS, evidence(of_site)) if r.call == "fail"]
 
 
-def test_labels_that_the_source_contradicts_look_reversed():
-    (text,) = failed(
-        Labelled(taught_bona_fide=16, taught_attack=16, contradicted_bona_fide=15, contradicted_attack=14)
-    )
-    assert text.startswith("labels look reversed: the source model calls 15 of 16 taught bona fide")
-    assert (
-        assess(LIMITS, evidence(Labelled(taught_bona_fide=16, contradicted_bona_fide=16))).outcome == "fail"
-    )
+def test_labels_that_the_source_ranks_the_other_way_look_reversed():
+    (text,) = failed(Labelled(taught_bona_fide=16, taught_attack=16, ranked=0.05))
+    assert text.startswith("labels look reversed: the source model ranks 95% of the pairs of 16 bona fide")
+    wrong = Labelled(taught_bona_fide=16, taught_attack=16, ranked=0.4)
+    assert assess(LIMITS, evidence(wrong)).decisive.startswith("presentations: labels look reversed")
 
 
 @pytest.mark.parametrize(
     "of_site",
     [
-        Labelled(taught_bona_fide=16, taught_attack=16, contradicted_bona_fide=15),  # a strong shift
-        Labelled(taught_bona_fide=16, taught_attack=16, contradicted_attack=16),  # an instrument nobody knew
-        Labelled(taught_bona_fide=7, contradicted_bona_fide=7),  # too few to say
+        Labelled(taught_bona_fide=16, taught_attack=16, contradicted_bona_fide=15, ranked=0.98),  # a shift
+        Labelled(taught_bona_fide=16, taught_attack=16, contradicted_attack=16, ranked=0.7),  # unknown kit
+        Labelled(taught_bona_fide=7, taught_attack=16, ranked=0.0),  # too few to say
+        Labelled(taught_bona_fide=16, contradicted_bona_fide=16),  # one class has no pairs
         Labelled(),
     ],
 )
-def test_a_shift_of_one_class_or_few_labels_are_no_reversal(of_site):
+def test_a_shift_an_unknown_kit_or_few_labels_are_no_reversal(of_site):
     assert failed(of_site) == []
 
 

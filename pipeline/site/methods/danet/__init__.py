@@ -106,7 +106,7 @@ class Config(Selective, Taught):
     taught_steps: int = Field(default=60, ge=1, description="Adam steps in which a memory is learned anew")
     taught_lr: float = Field(default=3e-3, gt=0, description="learning rate of these steps")
     taught_hold: float = Field(
-        default=4.0, ge=0, description="weight of the change of the source features' logits in these steps"
+        default=8.0, ge=0, description="weight of the change of the source features' logits in these steps"
     )
 
     def init(self, tail: Params) -> State:
