@@ -11,8 +11,8 @@ import numpy as np
 
 from jobs.bench import report
 from jobs.bench.report import WORDS
-from jobs.bench.site import online
-from jobs.bench.site.results import BASELINE, OURS, PEACEFUL, QUIET, calls_of, mean, worst
+from jobs.bench.site import labels, online
+from jobs.bench.site.results import BASELINE, OURS, PEACEFUL, QUIET, calls_of, mean, over_doors, worst
 from pipeline.report import bench, plots, timelines
 from pipeline.report.bench import Cell, Group, Table, estimate, points, rate, rise
 from pipeline.report.content import Line, Timeline
@@ -125,6 +125,7 @@ def sections(
         timelines_section([_timeline(r, name) for name in TIMELINES if name in r.main[BASELINE]]),
         _one_class(r, order),
         _poison(r, order[1:]),
+        labels_section(r),
         _missing(r.tables["fills"]),
         _ablation(r, why),
         _additions(r, changes, why),
@@ -136,6 +137,33 @@ def timelines_section(drawn: Sequence[Timeline]) -> Section:
     look = timelines.looks(list(dict.fromkeys(m for t in drawn for m in t.lines)), OURS, BASELINE)
     figures = bench.joined("{}", ((timelines.figure(t, look, OURS),) for t in drawn))
     return section("timelines", [bench.html('<div class="pair">{}</div>', figures)] if drawn else [])
+
+
+def labels_section(r: Results) -> Section:
+    """Returns what a few labels give at left-out doors, way by way and by how many labels there are."""
+    doors = list(dict.fromkeys(job.source.name for job in r.labels))
+    rows: list[Sequence[Cell | str | None] | Group] = []
+    for case, (bona_fide, attacks, wrong) in labels.CASES.items() if doors else ():
+        base = r.taught(labels.FROZEN, case)
+        rows.append(
+            Group(case, f"{bona_fide + attacks} labels, {round(wrong * (bona_fide + attacks))} of them wrong")
+        )
+        for row in labels.ROWS:
+            of = {n: r.taught(row, case, n) for n in ("hter", "apcer", "bpcer")}
+            hter = over_doors(of["hter"])
+            cells = [
+                rate(of["hter"].get(d, math.nan), rise=of["hter"].get(d, math.nan) - base.get(d, math.nan))
+                for d in doors
+            ]
+            below = 1 - hter / over_doors(base)
+            both = (rate(over_doors(of[n])) for n in ("apcer", "bpcer"))
+            rows.append([row, rate(hter, ranked=True), rate(below), *cells, *both])
+    columns = {"way": "learned", "hter": "HTER", "below_frozen": f"below {BASELINE}"}
+    columns |= {f"doors.{d}": d for d in doors} | {"apcer": "APCER", "bpcer": "BPCER"}
+    table = Table(
+        "labels", "few labels at a left-out door, scored on other people", columns, rows, grouped="labels"
+    )
+    return section("labels", [table], baseline=BASELINE, draws=labels.DRAWS)
 
 
 def _method(r: Results, name: str, runs: Runs) -> MethodRow:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from jobs.bench.site.labels import BOTH, CASES, FROZEN, ONE_CLASS, WRONG
 from jobs.bench.site.online import SOUND
 from pipeline.report import plots
 from pipeline.report.bench import at_least, at_most
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from jobs.bench.site.courses import MethodJob
+    from jobs.bench.site.labels import Errors, LabelJob
     from jobs.bench.site.online import Course, Stream
     from jobs.bench.site.streams import Prepared, SourceJob
     from pipeline.report.bench import Figure
@@ -57,6 +59,7 @@ class Results:
     degenerate: Mapping[str, str]  # what a slot was given -> SOUND, or what went wrong
     state_kib: float
     batch: int  # samples of a step
+    labels: Mapping[LabelJob, Mapping[str, Errors]] = field(default_factory=dict)  # job -> case -> errors
 
     @cached_property
     def tables(self) -> dict[str, dict[str, Runs]]:
@@ -105,6 +108,14 @@ class Results:
         """Returns frozen on the same streams, by the same seeds."""
         base = self.main[BASELINE]
         return {n: [b for b in base[n] if b.seed in {r.seed for r in of}] for n, of in runs.items()}
+
+    def taught(self, row: str, case: str, rate: str = "hter") -> dict[str, float]:
+        """Returns left-out door -> mean over seeds and draws of a rate after ``row`` learned from labels."""
+        rates: dict[str, list[float]] = defaultdict(list)
+        for job, errors in self.labels.items():
+            if job.row == row and case in errors:
+                rates[job.source.name] += getattr(errors[case], rate).tolist()
+        return {door: float(np.mean(of)) for door, of in rates.items()}
 
     def burst(self, row: str, stream: str) -> float:
         """Returns the APCER, attacks pooled, of the stretch of attacks that ends a scenario."""
@@ -197,4 +208,28 @@ def figures(r: Results, hters: Mapping[str, float], *, seeds: int) -> list[Figur
         at_least("degenerate_batches_without_effect", len(sound), len(r.degenerate), ends),
         at_most("hot_state_kib", r.state_kib, STATE, "tensors of one danet site"),
         at_least("seeds", seeds, 3, "source models per stream"),
+        *label_figures(r),
     ]
+
+
+def label_figures(r: Results) -> list[Figure]:
+    """Returns what danet's labels promise at left-out doors against what they gave."""
+    ours, frozen = ({c: r.taught(row, c) for c in CASES} for row in (OURS, FROZEN))
+    one, both, wrong = (over_doors(ours[c]) for c in (ONE_CLASS, BOTH, WRONG))
+    base = over_doors(frozen[BOTH])
+    rises = {f"{d}: {c}": v - frozen[c][d] for c, of in ours.items() for d, v in of.items() if d in frozen[c]}
+    harm = worst(rises)
+    note = "HTER over frozen's, means over the left-out doors"
+    return [
+        at_most("bona_fide_labels_relative_to_frozen", one / base, 0.70, note),
+        at_most("both_labels_relative_to_frozen", both / base, 0.50, note),
+        at_most("labels_worst_harm", harm[1], 0.01, f"rise of a door's mean HTER over frozen, {harm[0]}"),
+        at_most(
+            "wrong_labels_gain_lost", wrong - both, 0.01, "HTER with a tenth of the labels wrong - without"
+        ),
+    ]
+
+
+def over_doors(of: Mapping[str, float]) -> float:
+    """Returns the mean over doors; NaN without any."""
+    return float(np.mean([*of.values()])) if of else math.nan

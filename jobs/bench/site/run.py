@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jobs.bench import speed
 from jobs.bench.parts import code_of, load
 from jobs.bench.report import conclude, context, glossary, notes
-from jobs.bench.site import courses, online, page
+from jobs.bench.site import courses, labels, online, page
 from jobs.bench.site.courses import FILLS, MethodJob
 from jobs.bench.site.results import BASELINE, OURS, Results, figures
 from jobs.bench.site.streams import Ground, Prepared, SourceJob
@@ -30,6 +30,7 @@ from pipeline.models import checkpoint
 from pipeline.report.bench import Report
 from pipeline.simulate import scenarios
 from pipeline.simulate.corpora import synth
+from pipeline.site.contract import LabelsAlone
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -91,14 +92,19 @@ def bench_site(
     ground = _ground(config, terminal, folders, quick=quick)
     domains = sorted(set(folders) - set(config.bench.added_domains))
     wanted = _sources(config, domains, seeds=count, quick=quick)
-    planned = plan(config, wanted, quick=quick)
+    planned, taught = plan(config, wanted, quick=quick), labels.plan(config.site, wanted)
     with connected(config.cluster):
         with terminal.progress("bench site", "source models") as advance:
             sources = courses.run_sources(wanted, ground, on_progress=advance)
         with terminal.progress("bench site", "runs") as advance:
             done = courses.run_methods([p.job for p in planned], ground, sources, on_progress=advance)
-    for p in (p for p in planned if p.job not in done):
-        terminal.say(f"{p.row} on {p.job.source.name}, seed {p.job.source.method.seed}: no result")
+        with terminal.progress("bench site", "labels") as advance:
+            told = labels.run(taught, ground, sources, on_progress=advance)
+    for row, job in [
+        *((p.row, p.job) for p in planned if p.job not in done),
+        *((j.row, j) for j in taught if j not in told),
+    ]:
+        terminal.say(f"{row} on {job.source.name}, seed {job.source.method.seed}: no result")
     terminal.say("timing a step beside forward-only")
     model, batch = checkpoint.load(sources[wanted[0]].model), config.bank.batch_size
     compared = {p.row: p.job.method for p in planned if p.table == "main"}
@@ -111,9 +117,10 @@ def bench_site(
         degenerate=online.degenerate(config.site, model.tail, batch=batch),
         state_kib=sum(t.nbytes for t in config.site.init(model.tail).values()) / 1024,
         batch=batch,
+        labels=told,
     )
     data, seeds_ = {d: read_manifest(path).digest[:12] for d, path in folders.items()}, list(range(count))
-    counts = {"runs": len(planned), "sources": len(wanted)}
+    counts = {"runs": len(planned), "taught": len(taught), "sources": len(wanted)}
     facts = context("site", started, quick=quick, seeds=seeds_, **counts, data=data)
     return conclude(config, terminal, _report(r, facts, count), write=write)
 
@@ -156,7 +163,7 @@ def plan(config: Config, sources: Sequence[SourceJob], *, quick: bool) -> list[P
 
     planned: list[Planned] = []
     for source in sources:
-        for kind in QUICK if quick else methods("site"):
+        for kind in QUICK if quick else online_methods():
             ours = job(kind, source, kind, {})
             planned.append(Planned("main", kind, ours))
             published = getattr(importlib.import_module(f"pipeline.site.methods.{kind}"), "PUBLISHED", {})
@@ -175,10 +182,15 @@ def plan(config: Config, sources: Sequence[SourceJob], *, quick: bool) -> list[P
         for row, (_, settings) in ADDITIONS.items()
     ]
     shifted = [*missing, *(site for site, group in config.bench.groups.items() if group == "shifted"), *MOVED]
-    for fill, labels, weight in itertools.product((FILLS[0], *FILLS[2:]), LABELS, WEIGHTS):
-        row, settings = f"{fill} | {labels} | {weight}", {**AS_PUBLISHED, "labels": labels, "weight": weight}
+    for fill, kind, weight in itertools.product((FILLS[0], *FILLS[2:]), LABELS, WEIGHTS):
+        row, settings = f"{fill} | {kind} | {weight}", {**AS_PUBLISHED, "labels": kind, "weight": weight}
         planned.append(Planned("ablation", row, job(row, whole[0], OURS, settings, fill, shifted)))
     return planned
+
+
+def online_methods() -> list[str]:
+    """Returns the site methods that a stream may change; those of labels alone have a table of their own."""
+    return [k for k in methods("site") if not issubclass(method_config("site", k), LabelsAlone)]
 
 
 def _sources(config: Config, domains: list[str], *, seeds: int, quick: bool) -> list[SourceJob]:

@@ -65,6 +65,14 @@ class Ground:
     place: Path
 
 
+@dataclass(frozen=True)
+class Door:
+    """Every usable capture of a left-out domain with its label, N of them, and who is on it."""
+
+    captures: Stream
+    subject: np.ndarray  # [N] str
+
+
 class Prepared(NamedTuple):
     """What one source model makes of its streams."""
 
@@ -73,6 +81,7 @@ class Prepared(NamedTuple):
     validation: Stream
     domain: np.ndarray  # of each validation sample
     threshold: float
+    door: Door | None = None  # where the streams are of a left-out domain
 
 
 def prepare(job: SourceJob, ground: Ground, model_path: Path, rival_path: Path, out: Path) -> None:
@@ -87,11 +96,16 @@ def prepare(job: SourceJob, ground: Ground, model_path: Path, rival_path: Path, 
     )
     validation = _stream(z.numpy(), bits, np.arange(len(label)), label, pai)
     streams, probes = _recorded(model, ground) if job.target is None else {}, dict[str, Stream]()
+    door: Door | None = None
     if job.target:
         corpus = read_corpus(ground.corpora[job.target], ("train", "val", "test"))
-        rows = at_a_door(corpus.label, corpus.video, any_present(corpus.present))
-        _, session = np.unique(corpus.video[rows], return_inverse=True)
-        streams[job.name] = _of_corpus(corpus, rows, _features(model, corpus, rows), session)
+        usable = np.flatnonzero(any_present(corpus.present))
+        video, z = corpus.video[usable], _features(model, corpus, usable)
+        captures = _of_corpus(corpus, usable, z, np.unique(video, return_inverse=True)[1])
+        door = Door(captures, corpus.subject[usable].astype(np.str_))
+        rows = at_a_door(captures.label, video, np.ones(len(usable), bool))
+        _, session = np.unique(video[rows], return_inverse=True)
+        streams[job.name] = _of_corpus(corpus, usable[rows], z[rows], session)
     else:
         pool = read_corpus(ground.pool, ("train", "test"))
         every = _features(model, pool, np.arange(len(pool)))
@@ -100,7 +114,7 @@ def prepare(job: SourceJob, ground: Ground, model_path: Path, rival_path: Path, 
         for name in np.unique(rigs[rigs != ""]):
             rows = np.flatnonzero(rigs == name)
             probes[str(name)] = _of_corpus(pool, rows, every[rows], np.arange(len(rows)))
-    save(out, Prepared(streams, probes, validation, domain, model.manifest.threshold))
+    save(out, Prepared(streams, probes, validation, domain, model.manifest.threshold, door))
 
 
 def _stream(

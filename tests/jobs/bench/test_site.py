@@ -11,6 +11,7 @@ import pytest
 
 import jobs.bench.site.run
 from jobs.__main__ import main
+from jobs.bench.site import labels
 from pipeline.simulate import scenarios
 from pipeline.simulate.corpora import synth
 from pipeline.simulate.sites import demo_fleet, simulate
@@ -75,6 +76,9 @@ def test_figures_page_and_a_second_call(bench: Path, capsys: pytest.CaptureFixtu
     assert {"versions", "cores", "seeds", "seconds", "revision"} <= set(context)
     assert set(context["methods"]) == set(jobs.bench.site.run.QUICK)
     assert {"lobby-north", "AB->D", "rig-e", "door-1", "drip-20"} <= set(context["streams"])
+    assert {"bona_fide_labels_relative_to_frozen", "labels_worst_harm"} <= set(figures)
+    assert {row["way"] for row in context["labels"]} == set(labels.ROWS)
+    assert set(context["labels"][0]["doors"]) == {"AB->D", "AD->B", "BD->A"}
     frozen = context["methods"]["frozen"]
     assert frozen["below_frozen"] == 0 and frozen["forgetting"] == 0
     assert all(p["rise"] is None or -1 <= p["rise"] <= 1 for p in context["poison"])

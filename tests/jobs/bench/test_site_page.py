@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from jobs.bench.site import page
+from jobs.bench.site import labels, page
 from jobs.bench.site.courses import MethodJob
 from jobs.bench.site.online import SOUND, Course, Rates, Stream
 from jobs.bench.site.page import GROUPS, MethodRow
@@ -39,6 +39,7 @@ METHODS = {
     "tent": 0.06,
     "tent (published)": 0.03,
 }  # with what each adds to the HTER
+TAUGHT = {"frozen": 0.2, "danet": 0.08, "lirr": 0.1}  # HTER after labels, less 0.03 with both classes
 STOPPED = {"frozen": 0.0, "danet": 10.0}
 
 
@@ -98,12 +99,30 @@ def results() -> Results:
             add("additions", row, more, ["rig-e", "lobby-a", "door-1", "drip-5"])
     given = {"costs": {"danet": 3.12}, "degenerate": {"NaN": SOUND, "all black": "not finite"}}
     scenarios = {s.name: s for s in SCENARIOS}
-    return Results(RECORDED, scenarios, prepared, courses, state_kib=81.0, batch=8, **given)
+    return Results(RECORDED, scenarios, prepared, courses, state_kib=81.0, batch=8, labels=told(), **given)
 
 
 @pytest.fixture(scope="module")
 def rows(results: Results) -> list[MethodRow]:
     return page.method_rows(results)
+
+
+def told() -> dict[labels.LabelJob, dict[str, labels.Errors]]:
+    """Errors at two doors of one seed; a tenth of wrong labels costs two points."""
+    source = method_config("source", "erm").model_validate({"kind": "erm", "seed": 0})
+    own = method_config("site", "frozen").model_validate({"kind": "frozen"})
+    of: dict[labels.LabelJob, dict[str, labels.Errors]] = {}
+    for door, more in (("AB->C", 0.0), ("AC->B", 0.1)):
+        job = SourceJob(door, source, ModelConfig(), ("A",), door[-1])
+        for row, hter in TAUGHT.items():
+            less = dict(zip(labels.CASES, (0.0, 0.03, 0.01), strict=True))
+            draws = {
+                c: np.array([-0.01, 0.01]) + hter + more - n * (row != "frozen") for c, n in less.items()
+            }
+            of[labels.LabelJob(row, job, own, "labels")] = {
+                c: labels.Errors(d, d + 0.01, d - 0.01) for c, d in draws.items()
+            }
+    return of
 
 
 def drawn(*sections: Section) -> str:
@@ -196,6 +215,27 @@ def test_the_parts_of_the_method_show_every_number(html: str) -> None:
         f"without trigger learns at once {pc(0.21)} ▲ +6.0 {pc(-0.05)} +1.0 ▲ +6.0 +1.0 ▲ +6.0 +1.0 ▲ +6.0"
         in additions
     )
+
+
+def test_labels_show_every_door_and_both_errors(results: Results, html: str) -> None:
+    text = section(html, "labels")
+    assert f"16 bona fide 16 labels, 0 of them wrong frozen {pc(0.25)}" in text
+    assert "32 labels, 3 of them wrong" in text
+    said = [pc(0.13), pc(1 - 0.13 / 0.25), pc(0.08), pc(0.18), pc(0.14), pc(0.12)]
+    assert f"danet {' '.join(said)}" in text
+    by = {f.name: f for f in figures(results, dict.fromkeys(METHODS, 0.1), seeds=2)}
+    assert by["bona_fide_labels_relative_to_frozen"].value == pytest.approx(0.13 / 0.25)
+    assert by["both_labels_relative_to_frozen"].value == pytest.approx(0.10 / 0.25)
+    assert by["labels_worst_harm"].value == pytest.approx(-0.12)
+    assert by["wrong_labels_gain_lost"].value == pytest.approx(0.02)
+    assert not by["wrong_labels_gain_lost"].holds
+
+
+def test_without_left_out_doors_nothing_is_claimed_of_labels(results: Results) -> None:
+    bare = replace(results, labels={})
+    by = {f.name: f for f in figures(bare, dict.fromkeys(METHODS, 0.1), seeds=2)}
+    assert by["both_labels_relative_to_frozen"].measured is None
+    assert not by["labels_worst_harm"].holds
 
 
 def test_timelines_are_drawn_for_the_shown_methods(html: str) -> None:
