@@ -22,6 +22,7 @@ from pipeline.guards.records import Judged, Labelled
 from pipeline.models import tail
 from pipeline.site import bank, taught
 from pipeline.site.contract import Taught
+from pipeline.site.trust import LARGEST
 from pipeline.types import Label
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def labelled(
 ) -> LabelledBlock:
     """Returns the site's labelled presentations with features of ``model``; new ones get their role for good.
 
-    Raises BadBlob and OSError where stored features cannot be read.
+    Those whose features no trunk makes are left out: one of them would spoil what the others teach. Raises
+    BadBlob and OSError where stored features cannot be read.
     """
     known = [r.offset for r in labels.values() if r.offset is not None]
     everywhere = len(known) < len(labels)  # some captures must be looked for
@@ -89,7 +91,8 @@ def labelled(
         rows.append(r)
     if found:
         ledger.labels.assign(row.site, found)
-    return LabelledBlock(block, tuple(rows))
+    sound = (np.abs(block.z) <= LARGEST).reshape(len(block), -1).all(1)  # a NaN compares False
+    return LabelledBlock(block.rows(sound), tuple(r for r, ok in zip(rows, sound, strict=True) if ok))
 
 
 def role_of(key: bytes, site: str, session: int) -> str:

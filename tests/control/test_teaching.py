@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from pipeline.control import teaching
 from pipeline.control.adapt import adapt_sites
 from pipeline.control.deployment import now
+from pipeline.control.loaders import load_model
 from pipeline.control.teaching import JUDGE, PER_SESSION, TEACH, LabelledBlock, memory, role_of
 from pipeline.data.features import FeatureBlock
 from pipeline.ledger import LabelFileRow, LabelRow
 from pipeline.models import tail
 from pipeline.site import taught
-from tests.support.crowds import SITES, Crowd, assert_same, copy_crowd, new_crowd
+from tests.support.crowds import HOSTILE, LENGTH, SITES, Crowd, assert_same, copy_crowd, new_crowd
 from tests.support.doors import F, draw, source
 from tests.support.ledgers import fix_split
 
@@ -245,3 +246,19 @@ def test_what_judges_counts_for_health_and_what_teaches_does_not(template, tmp_p
     counts = replay_presentations(crowd.d.config, crowd.ledger, [ReplayTarget(site, serves, serves)])
     roles = [r.role for r in crowd.ledger.labels.of([site])[site].values()]
     assert len(counts.wrong) == roles.count(JUDGE)
+
+
+def test_a_presentation_with_broken_features_spoils_no_other(tmp_path):
+    crowd = new_crowd(tmp_path)  # one of its sites sends NaN and infinity
+    fix_split(crowd.ledger)
+    crowd.arrive(0)
+    say(crowd, HOSTILE, range(LENGTH[HOSTILE]))
+    row, labels = crowd.ledger.streams.site(HOSTILE), crowd.ledger.labels.of([HOSTILE])[HOSTILE]
+    model = load_model(crowd.ledger.sources.champion().path)
+    own = teaching.labelled(crowd.d.config, crowd.ledger, model, row, labels)
+    assert 0 < len(own.rows) < LENGTH[HOSTILE]
+    assert np.isfinite(own.block.z).all()
+    assert all(r.role for r in crowd.ledger.labels.of([HOSTILE])[HOSTILE].values())
+    adapted(crowd)
+    taught_state = crowd.states()[HOSTILE, LENGTH[HOSTILE]]
+    assert all(torch.isfinite(t).all() for t in taught_state.values() if t.is_floating_point())
