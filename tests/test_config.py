@@ -27,8 +27,8 @@ def test_every_shipped_file_loads(path):
         ("site.lr=-1", "site.lr: -1: input should be greater than 0"),
         (
             "site.kind=magic",
-            "site.kind: 'magic'; allowed: cotta, danet, drm, eata, frozen, read, recalibrate, "
-            "sar, shot, tent",
+            "site.kind: 'magic'; allowed: cotta, danet, drm, eata, frozen, lirr, mclrd, ota, read, "
+            "recalibrate, sar, shot, tent",
         ),
         ("sites.lr=1", "sites: no such section; did you mean site?"),
         ("model.trunk.widht=3", "model.trunk"),
