@@ -91,7 +91,7 @@ def labelled(
         rows.append(r)
     if found:
         ledger.labels.assign(row.site, found)
-    sound = (np.abs(block.z) <= LARGEST).all((1, 2))  # a NaN compares False
+    sound = np.asarray((np.abs(block.z) <= LARGEST).all((1, 2)))  # a NaN compares False
     return LabelledBlock(block.rows(sound), tuple(r for r, ok in zip(rows, sound, strict=True) if ok))
 
 
