@@ -69,8 +69,7 @@ def _line(c: Commissioning) -> str:
 
 def _judged(name: str, j: Judged) -> str:
     low, high = clopper_pearson(j.errors, j.n)
-    before = j.errors - j.worse + j.better
-    return f"{name} {before} → {j.errors} errors of {j.n} [{float(low):.0%}–{float(high):.0%}]"
+    return f"{name} {j.errors_before} → {j.errors} errors of {j.n} [{float(low):.0%}–{float(high):.0%}]"
 
 
 def _json(c: Commissioning) -> dict[str, object]:

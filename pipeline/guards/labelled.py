@@ -65,7 +65,6 @@ def _judged(rule: Presentations, e: Labelled) -> Iterator[Reason]:
         if j.n < rule.minimum:
             continue
         chance = sign_test(j.worse, j.better)
-        before = j.errors - j.worse + j.better
         name = "bona fide" if where == "bona_fide" else "attacks"
         yield Reason(
             guard="presentations",
@@ -73,7 +72,7 @@ def _judged(rule: Presentations, e: Labelled) -> Iterator[Reason]:
             where=where,
             number=chance,
             limit=rule.alpha,
-            text=f"errors on {j.n} labelled {name} that judge: {before} before, {j.errors} now "
+            text=f"errors on {j.n} labelled {name} that judge: {j.errors_before} before, {j.errors} now "
             f"({j.worse} worse, {j.better} better)",
             advisory=rule.advisory,
         )

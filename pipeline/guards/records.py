@@ -82,6 +82,11 @@ class Judged(Section):
     worse: int = 0  # candidate wrong, champion right
     better: int = 0  # candidate right, champion wrong
 
+    @property
+    def errors_before(self) -> int:
+        """Errors of the champion."""
+        return self.errors - self.worse + self.better
+
 
 class Labelled(Section):
     """Evidence of the site's own labelled presentations; a presentation teaches or judges, never both."""

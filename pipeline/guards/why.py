@@ -18,10 +18,8 @@ def why(evidence: Evidence) -> str:
     moved = evidence.moved
     if moved is None:
         return ""
-    parts = [*_labels(evidence.labelled), *_boundary(moved), *_adapter(moved)]
-    if len(parts) == 0 or not (moved.adapter or _boundary(moved)):
-        parts.append(f"left as it is: no shift found in {evidence.stream_n} samples")
-    return "; ".join(parts)
+    left = [f"left as it is: no shift found in {evidence.stream_n} samples"]
+    return "; ".join([*_labels(evidence.labelled), *(_boundary(moved) + _adapter(moved) or left)])
 
 
 def _labels(e: Labelled | None) -> list[str]:
@@ -31,7 +29,7 @@ def _labels(e: Labelled | None) -> list[str]:
     n = e.bona_fide.n + e.attack.n
     if n:
         now = e.bona_fide.errors + e.attack.errors
-        was = now + sum(j.better - j.worse for j in (e.bona_fide, e.attack))
+        was = e.bona_fide.errors_before + e.attack.errors_before
         parts.append(f"errors on the {n} that judge: {was} → {now}")
     return parts
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -42,3 +42,14 @@ def adam(state: State, grads: Params, *, lr: float, clip: float, when: Tensor) -
         new[f"adam1.{name}"] = torch.where(ok, first, state[f"adam1.{name}"])
         new[f"adam2.{name}"] = torch.where(ok, second, state[f"adam2.{name}"])
     return {**state, **new}
+
+
+def descend(
+    loss: Callable[[Params], Tensor], start: Params, *, steps: int, lr: float, clip: float, when: Tensor
+) -> Params:
+    """Returns the tensors of ``start`` after ``steps`` Adam steps on ``loss``, each as ``adam`` takes it."""
+    now: State = {**start, **moments(start, [*start])}
+    for _ in range(steps):
+        grads = torch.func.grad(loss)({n: now[n] for n in start})
+        now = adam(now, grads, lr=lr, clip=clip, when=when)
+    return {n: now[n] for n in start}

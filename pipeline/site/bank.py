@@ -122,7 +122,7 @@ def distance(tail: Params, stacked: State, k: int) -> float:
 
     theta_0 is what people vouch for: the base that the site's labels taught, else the source model.
     """
-    base = {n: stacked[b][k] if (b := f"base.{n}") in stacked else tail[n] for n in tails.MOVABLE}
+    base = _base(tail, stacked, k)
     moved = torch.stack([torch.sum((stacked[n][k] - base[n]) ** 2) for n in tails.MOVABLE]).sum()
     size = torch.stack([torch.sum(base[n] ** 2) for n in tails.MOVABLE]).sum()
     return float(torch.sqrt(moved / size))
@@ -135,12 +135,17 @@ def moved(tail: Params, stacked: State, k: int, mask: int) -> tuple[float, list[
     (what labels taught, else the source model); an adapter's number is its squared change against the source.
     """
     own = {n: stacked[n][k] for n in tails.MOVABLE}
-    base = {n: stacked[b][k] if (b := f"base.{n}") in stacked else tail[n] for n in tails.MOVABLE}
+    base = _base(tail, stacked, k)
     rho = [p["log_rho"][tails.FUSED] + p["pattern"][mask] for p in (own, base)]
     now, before = rho if "linear" in tail else [torch.exp(r) for r in rho]
     squares = [(own[n] - tail[n]).square().flatten(1).sum(-1) for n in tails.ADAPTER]
     each = torch.stack([*squares, (own["gate"] - tail["gate"]).square()]).sum(0)
     return float(tails.KAPPA * (now - before)), each.tolist()
+
+
+def _base(tail: Params, stacked: State, k: int) -> Params:
+    """Returns the movable tensors that labels taught site ``k``, else the source model's."""
+    return {n: stacked[b][k] if (b := f"base.{n}") in stacked else tail[n] for n in tails.MOVABLE}
 
 
 def pad(batches: Sequence[Features], size: int) -> Features:

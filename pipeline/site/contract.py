@@ -10,6 +10,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from pipeline.types import Method
 
 if TYPE_CHECKING:
@@ -42,6 +44,10 @@ class Taught(SiteMethod):
 
     Its state holds a memory of them (``pipeline.site.taught``), which the caller fills.
     """
+
+    taught: int = Field(
+        default=64, ge=8, le=128, description="labelled presentations that a site's memory holds"
+    )
 
     @abstractmethod
     def teach(self, tail: Params, state: State) -> State:

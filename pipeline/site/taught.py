@@ -20,7 +20,7 @@ import torch
 
 from pipeline.models import tail as tails
 from pipeline.site import reservoir
-from pipeline.site.adam import adam, moments
+from pipeline.site.adam import descend
 from pipeline.site.trust import sane
 from pipeline.types import Outcome
 
@@ -134,9 +134,6 @@ def learn(tail: Params, state: State, teaching: Teaching) -> Params:
     """Returns the movable tensors that the memory teaches; the source model's own where it is empty."""
     z, present, label, weight, needed = recall(tail, state)
     hold = held(tail)
-    start = {n: tail[n] for n in tails.LEARNED}
-    now: State = {**start, **moments(tail, tails.LEARNED)}
-
     side = torch.where(label == 1, 1.0, -1.0)[:, None]
     margin = (side * tails.forward(tail, z, present).logit).clamp(MARGIN, KEPT)  # [T, V]
     heads = _heads(present)
@@ -147,10 +144,9 @@ def learn(tail: Params, state: State, teaching: Teaching) -> Params:
         bent = torch.where(missing < BEND, missing * missing, BEND * (2 * missing - BEND))
         return (weight * (heads * bent).sum(-1)).sum() + teaching.hold * hold(params)
 
-    for _ in range(teaching.steps):
-        grads = torch.func.grad(loss)({n: now[n] for n in tails.LEARNED})
-        now = adam(now, grads, lr=teaching.lr, clip=1.0, when=needed)
-    return {**{n: now[n] for n in tails.LEARNED}, "pattern": tail["pattern"]}
+    start = {n: tail[n] for n in tails.LEARNED}
+    learned = descend(loss, start, steps=teaching.steps, lr=teaching.lr, clip=1.0, when=needed)
+    return {**learned, "pattern": tail["pattern"]}
 
 
 def _heads(present: Tensor) -> Tensor:

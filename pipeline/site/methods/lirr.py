@@ -21,7 +21,7 @@ from pydantic import Field
 
 from pipeline.models import tail as tails
 from pipeline.site import reservoir, taught
-from pipeline.site.adam import adam, moments
+from pipeline.site.adam import descend
 from pipeline.site.contract import LabelsAlone
 
 if TYPE_CHECKING:
@@ -38,9 +38,6 @@ class Config(LabelsAlone):
     """Settings of the baseline."""
 
     kind: str = "lirr"
-    taught: int = Field(
-        default=64, ge=8, le=128, description="labelled presentations that a site's memory holds"
-    )
     steps: int = Field(default=60, ge=1, description="Adam steps in which a memory is learned anew")
     lr: float = Field(default=3e-3, gt=0, description="learning rate of these steps")
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
@@ -72,7 +69,6 @@ class Config(LabelsAlone):
             "own.scale": torch.ones(DOMAINS, tails.HEADS),
             "own.offset": torch.zeros(DOMAINS, tails.HEADS),
         }
-        now: State = {**start, **moments(start, [*start])}
         mass = self.unlabelled * reservoir.filled(state) / reservoir.filled(state).sum().clamp(min=1)
         seen = _Seen(state["reservoir.z"], state["reservoir.present"], mass)
         with torch.no_grad():
@@ -98,10 +94,8 @@ class Config(LabelsAlone):
             learns_own = own(scale, offset, learn=True)
             return shared + self.invariance * gap + self.representation * apart + learns_own
 
-        for _ in range(self.steps):
-            grads = torch.func.grad(loss)({n: now[n] for n in start})
-            now = adam(now, grads, lr=self.lr, clip=self.clip, when=here.needed)
-        movable = {**{n: now[n] for n in tails.LEARNED}, "pattern": tail["pattern"]}
+        new = descend(loss, start, steps=self.steps, lr=self.lr, clip=self.clip, when=here.needed)
+        movable = {**{n: new[n] for n in tails.LEARNED}, "pattern": tail["pattern"]}
         return taught.restart(state, movable)
 
 

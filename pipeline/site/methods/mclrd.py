@@ -21,7 +21,7 @@ from pydantic import Field
 
 from pipeline.models import tail as tails
 from pipeline.site import taught
-from pipeline.site.adam import adam, moments
+from pipeline.site.adam import descend
 from pipeline.site.contract import LabelsAlone
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ class Config(LabelsAlone):
     """Settings of the baseline."""
 
     kind: str = "mclrd"
-    taught: int = Field(
-        default=64, ge=8, le=128, description="labelled presentations that a site's memory holds"
-    )
     steps: int = Field(default=60, ge=1, description="Adam steps in which a memory is learned anew")
     lr: float = Field(default=3e-3, gt=0, description="learning rate of these steps")
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
@@ -56,8 +53,6 @@ class Config(LabelsAlone):
     def teach(self, tail: Params, state: State) -> State:
         """Learns the low-rank parts anew from the site's labels and the source features."""
         here, there = taught.recall(tail, state), taught.replayed(tail)
-        start = _parts(tail)
-        now: State = {**start, **moments(start, [*start])}
 
         def loss(parts: Params) -> Tensor:
             adapter = _adapter(parts)
@@ -67,10 +62,8 @@ class Config(LabelsAlone):
             unlike = _unlike(adapter["site.down"], there, here)
             return risk + self.orthogonal * _overlap(parts) + self.consistent * unlike
 
-        for _ in range(self.steps):
-            grads = torch.func.grad(loss)({n: now[n] for n in start})
-            now = adam(now, grads, lr=self.lr, clip=self.clip, when=here.needed)
-        learned = _adapter({n: now[n] for n in start})
+        start, when = _parts(tail), here.needed
+        learned = _adapter(descend(loss, start, steps=self.steps, lr=self.lr, clip=self.clip, when=when))
         learned = {n: torch.where(here.needed, t, tail[n]) for n, t in learned.items()}
         return taught.restart(state, {**tails.site_state(tail), **learned})
 

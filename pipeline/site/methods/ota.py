@@ -23,7 +23,7 @@ from pydantic import Field
 
 from pipeline.models import tail as tails
 from pipeline.site import reservoir, taught
-from pipeline.site.adam import adam, moments
+from pipeline.site.adam import descend
 from pipeline.site.contract import LabelsAlone
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from pipeline.site.contract import Params, State
     from pipeline.site.taught import Memory
 
-LEARNED = ("site.gamma", "site.beta", "log_rho")
 ITERATIONS = 30  # of Sinkhorn
 FORBIDDEN = 1e3  # cost of a transport to the other class
 STOPS = (0.0, 0.5)  # on the way from the site's features to the source's: geodesic mixup
@@ -42,9 +41,6 @@ class Config(LabelsAlone):
     """Settings of the baseline."""
 
     kind: str = "ota"
-    taught: int = Field(
-        default=64, ge=8, le=128, description="labelled presentations that a site's memory holds"
-    )
     reservoir: int = Field(default=32, ge=8, le=256, description="unlabelled samples that a site remembers")
     unlabelled: float = Field(
         default=0.5, ge=0, description="mass of the unlabelled samples beside that of the labels, 1"
@@ -80,7 +76,6 @@ class Config(LabelsAlone):
             "site.beta": tail["site.beta"] + self.strength * beta,
             "log_rho": tail["log_rho"],
         }
-        now: State = {**start, **moments(start, LEARNED)}
         target = moved.z[: len(here.z)]
 
         def loss(learned: Params) -> Tensor:
@@ -91,10 +86,8 @@ class Config(LabelsAlone):
                 total = total + taught.risk(logit, here) / len(STOPS)
             return total
 
-        for _ in range(self.steps):
-            grads = torch.func.grad(loss)({n: now[n] for n in LEARNED})
-            now = adam(now, grads, lr=self.lr, clip=self.clip, when=here.needed)
-        learned = {n: torch.where(here.needed, now[n], tail[n]) for n in LEARNED}
+        new = descend(loss, start, steps=self.steps, lr=self.lr, clip=self.clip, when=here.needed)
+        learned = {n: torch.where(here.needed, t, tail[n]) for n, t in new.items()}
         return taught.restart(state, {**tails.site_state(tail), **learned})
 
 

@@ -100,9 +100,6 @@ class Config(Selective, Taught):
         description="groups of sessions whose median gradient is taken; null: the mean of all",
     )
 
-    taught: int = Field(
-        default=64, ge=8, le=128, description="labelled presentations that a site's memory holds"
-    )
     taught_steps: int = Field(default=60, ge=1, description="Adam steps in which a memory is learned anew")
     taught_lr: float = Field(default=3e-3, gt=0, description="learning rate of these steps")
     taught_hold: float = Field(

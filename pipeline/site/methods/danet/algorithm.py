@@ -59,13 +59,9 @@ def teach(config: Config, tail: Params, state: State) -> State:
     kept = {
         n: t for n, t in state.items() if n.startswith(("taught.", "reservoir.", "session.")) or n == "seen"
     }
-    base = {f"base.{n}": t for n, t in movable.items()}
     source = tails.score({**tail, **movable}, state["reservoir.z"], state["reservoir.present"])
     return {
-        **init(config, tail),
-        **kept,
-        **movable,
-        **base,
+        **taught.restart({**init(config, tail), **kept}, movable),
         **{f"good.{n}": movable[n] for n in tails.LEARNED},
         "reservoir.source": torch.where(reservoir.filled(state) > 0, source, state["reservoir.source"]),
     }
